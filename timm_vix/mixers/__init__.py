@@ -1,0 +1,17 @@
+"""Token mixers by name."""
+
+from .fourier import FourierMixing
+from .linformer import LinformerAttention
+from .mlp_mixer import TokenMlp
+from .nystrom import NystromAttention
+from .performer import PerformerAttention
+from .softmax import SoftmaxAttention
+
+MIXERS = {
+    "softmax": SoftmaxAttention,
+    "linformer": LinformerAttention,
+    "performer": PerformerAttention,
+    "nystrom": NystromAttention,
+    "fnet": FourierMixing,
+    "mixer": TokenMlp,
+}

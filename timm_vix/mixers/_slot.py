@@ -1,0 +1,190 @@
+"""What every token mixer shares: the slot it fills in a block, the token layout, head split and merge, checks.
+
+Shapes: B images, N = P + H·W tokens (P prefix tokens: class and registers, then an H x W grid of patches in raster
+order), h heads of width D, C = h·D.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from timm.layers import apply_rot_embed_cat, register_notrace_function
+from torch import nn
+
+Grid = tuple[int, int]
+
+
+def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None, meaning: str = "") -> None:
+    """Raise ValueError unless ``value`` is an integer in [lowest, highest]; ``meaning`` says what highest counts."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {lowest}")
+    if value < lowest:
+        raise ValueError(f"{name}={value}: expected an integer of at least {lowest}")
+    if highest is not None and value > highest:
+        raise ValueError(f"{name}={value} exceeds the {highest} {meaning}")
+
+
+def check_number(name: str, value: object, lowest: float) -> None:
+    """Raise ValueError unless ``value`` is a finite number of at least ``lowest``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: expected a finite number of at least {lowest}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+# A leaf for torch.fx: timm's forward hands attn_mask on as a proxy there, and only the run can say whether it is None.
+# The tokens pass through, so that the check is not removed as dead code.
+@torch.fx.wrap
+@register_notrace_function
+def admit(
+    x: torch.Tensor,
+    attn_mask: Optional[torch.Tensor],
+    is_causal: bool,
+    num_tokens: int,
+) -> torch.Tensor:
+    """Return x (B, N, C), or raise ValueError for a mask, a causal flag or a sequence of another length.
+
+    A negative ``num_tokens`` admits any length.
+    """
+    if attn_mask is not None or is_causal:
+        raise ValueError("this token mixer honours neither attn_mask nor is_causal; only softmax attention does")
+    if num_tokens >= 0 and x.shape[1] != num_tokens:
+        raise ValueError(f"a sequence of {x.shape[1]} tokens doesn't match the layout, which has {num_tokens} tokens")
+    return x
+
+
+def cell_grid(num_cells: int, grid: Grid) -> Grid:
+    """Return the largest grid with at most ``num_cells`` cells and about the aspect of ``grid``, (rows, columns)."""
+    height, width = grid
+    rows = min(height, max(1, int(math.sqrt(num_cells * height / width) + 0.5)))
+    columns = min(width, max(1, num_cells // rows))
+    rows = min(height, max(1, num_cells // columns))
+    return rows, columns
+
+
+def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid) -> torch.Tensor:
+    """Average the patch tokens over a coarser grid, prefix tokens apart: (B, P + H·W, C) -> (B, P + m, C)."""
+    if cells == grid:
+        return x
+    B, _, C = x.shape
+    patches = x[:, num_prefix_tokens:].transpose(1, 2).reshape(B, C, grid[0], grid[1])
+    pooled = nn.functional.adaptive_avg_pool2d(patches, cells).flatten(2).transpose(1, 2)
+    return torch.cat([x[:, :num_prefix_tokens], pooled], dim=1)
+
+
+# A leaf for torch.fx: a tensor is made here on the device of ``like``.
+@torch.fx.wrap
+@register_notrace_function
+def count_bias(like: torch.Tensor, num_prefix_tokens: int, num_cells: int, num_patches: int) -> torch.Tensor:
+    """Log of the number of tokens behind each key, (1, 1, 1, P + m): 0 for a prefix token, log(patches / m) for a cell.
+
+    Added to logits, it lets a pooled key weigh as much as the tokens that it stands for.
+    """
+    bias = torch.full([1, 1, 1, num_prefix_tokens + num_cells], 0.0, device=like.device, dtype=like.dtype)
+    bias[..., num_prefix_tokens:] = math.log(num_patches / num_cells)
+    return bias
+
+
+class TokenMixer(nn.Module):
+    """The slot: takes and returns (B, N, C) where timm's attention stood.
+
+    ``uses_grid`` tells whether the mechanism needs to know where a token lies; if not, it takes any sequence.
+    """
+
+    uses_grid = True
+    # parameters whose last two axes are the patch grid, with the function that moves them to another grid
+    grid_parameters: dict[str, Callable[[torch.Tensor, Grid], torch.Tensor]] = {}
+
+    def __init__(self, grid: Grid, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.grid = grid
+        self.num_tokens = num_prefix_tokens + grid[0] * grid[1] if self.uses_grid else -1
+
+    def before_forward(self, grid: Grid) -> None:
+        """Take the patch grid of the next images; parameters keep their size and are resampled where they are used."""
+        self.grid = grid
+        if self.uses_grid:
+            self.num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
+
+    def set_grid(self, grid: Grid) -> None:
+        """Take a new patch grid for good: parameters that live on it are resampled, frozen ones stay frozen."""
+        self.before_forward(grid)
+        for name, resample in self.grid_parameters.items():
+            old = getattr(self, name)
+            new = resample(old.detach(), grid).clone()
+            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+
+    def options(self) -> dict:
+        """The keywords that rebuild this mixer, where they differ from what a default would choose anew."""
+        return {}
+
+
+class AttentionMixer(TokenMixer):
+    """A mixer with queries, keys and values, built from the timm attention that it replaces.
+
+    It takes over that attention's sub-modules (``qkv``, ``q_norm``, ``k_norm``, ``norm``, ``gate``, ``proj`` and the
+    dropouts: the same objects under the same names), so a softmax model's state dict fits.
+
+    Args:
+        attn: timm ``Attention``.
+        grid: (H, W) of the patch tokens.
+        num_prefix_tokens: P.
+        rope: rotary positions shared by the blocks of a model, or None.
+    """
+
+    def __init__(self, attn: nn.Module, grid: Grid, num_prefix_tokens: int, rope: Optional[nn.Module] = None) -> None:
+        # rotary positions belong to the grid, so a rotated sequence must have its length
+        self.uses_grid = self.uses_grid or rope is not None
+        super().__init__(grid, num_prefix_tokens)
+        self.num_heads = attn.num_heads
+        self.head_dim = attn.head_dim
+        self.attn_dim = attn.num_heads * attn.head_dim
+        self.qkv = attn.qkv
+        self.q_norm = attn.q_norm
+        self.k_norm = attn.k_norm
+        self.attn_drop = attn.attn_drop
+        self.norm = attn.norm
+        self.gate = getattr(attn, "gate", None)
+        self.proj = attn.proj
+        self.proj_drop = attn.proj_drop
+        self.rope = rope
+
+    def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:
+        """Some of queries (0), keys (1), values (2), from ``first`` up to ``last``: (B, N, C) -> list of (B, h, N, D).
+
+        Only the wanted rows of the joint weight are multiplied; queries and keys come normalised.
+        """
+        B, N, _ = x.shape
+        if first == 0 and last == 3:
+            y = self.qkv(x)
+        else:
+            rows = slice(first * self.attn_dim, last * self.attn_dim)
+            bias = self.qkv.bias
+            y = nn.functional.linear(x, self.qkv.weight[rows], None if bias is None else bias[rows])
+        heads = y.reshape(B, N, last - first, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out: list[torch.Tensor] = []
+        for i in range(first, last):
+            part = heads[i - first]
+            out.append(self.q_norm(part) if i == 0 else self.k_norm(part) if i == 1 else part)
+        return out
+
+    def merge(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Join the heads as timm's attention does: (B, h, N, D) and the slot's input (B, N, C) -> (B, N, C)."""
+        B, N, _ = x.shape
+        y = self.norm(heads.transpose(1, 2).reshape(B, N, self.attn_dim))
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y))
+
+    def rotate(self, x: torch.Tensor, cells: Optional[Grid] = None) -> torch.Tensor:
+        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid."""
+        if self.rope is None:
+            return x
+        table = self.rope(self.grid if cells is None else cells)
+        return apply_rot_embed_cat(x, table).type_as(x)

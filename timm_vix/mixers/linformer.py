@@ -1,0 +1,117 @@
+"""Linformer: attention to k learned projections of the tokens.
+
+    Y = softmax(Q (E K)^T / sqrt(D)) (F V)             E, F: (k, N) learned; cost in N: linear, N·k
+
+Wang et al. 2020 (arXiv 2006.04768), equation 7 and "parameter sharing" in section 4.
+
+*Names:* ``num_proj_tokens`` = k; ``sharing``: "none" = an E and an F for each head, "headwise" = one E and one F for all
+heads, "kv" = one matrix for both (the paper's key-value sharing).
+
+*Differs:* with an E shared by the heads the tokens are projected before keys and values are computed, (E X) W + b for
+E (X W + b): the same up to the bias, for k instead of N tokens. E and F live on the patch grid, so they can be
+resampled to any resolution, and start as averages over k equal regions, so that a pretrained model survives; prefix
+tokens are attended to as they are. A region stands for N/k patches, so its logit carries log(N/k): without it a prefix
+token would weigh N/k times too much. With rotary positions the projected keys are
+turned by the centres of their regions: turning before the projection would mix keys of different angles, after which no
+product depends on relative position.
+
+Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D, k projected tokens.
+"""
+
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ._resample import resample_reading
+from ._slot import AttentionMixer, Grid, admit, cell_grid, check_choice, check_integer, count_bias
+
+DEFAULT_PROJ_TOKENS = 49
+
+
+def region_averages(cells: Grid, grid: Grid) -> torch.Tensor:
+    """The (k, H, W) weights that average the patches of ``grid`` over each of ``cells`` regions."""
+    rows = F.adaptive_avg_pool1d(torch.eye(grid[0], device="cpu").unsqueeze(0), cells[0])[0]
+    columns = F.adaptive_avg_pool1d(torch.eye(grid[1], device="cpu").unsqueeze(0), cells[1])[0]
+    return torch.einsum("hi,wj->ijhw", rows, columns).flatten(0, 1)
+
+
+class LinformerAttention(AttentionMixer):
+    """Linformer attention in the slot.
+
+    Args:
+        num_proj_tokens: k, which must fill a grid over the patches; None: 49, or the number of patches if smaller.
+        sharing: "kv", "headwise" or "none".
+
+    Raises:
+        ValueError: for a wrong keyword, naming what is allowed.
+    """
+
+    grid_parameters = {"token_proj": resample_reading}
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        grid: Grid,
+        num_prefix_tokens: int,
+        rope: Optional[nn.Module] = None,
+        num_proj_tokens: Optional[int] = None,
+        sharing: str = "kv",
+    ) -> None:
+        super().__init__(attn, grid, num_prefix_tokens, rope)
+        check_choice("sharing", sharing, ("none", "headwise", "kv"))
+        if num_proj_tokens is None:
+            rows, columns = cell_grid(DEFAULT_PROJ_TOKENS, grid)
+            num_proj_tokens = rows * columns
+        check_integer("num_proj_tokens", num_proj_tokens, 1, grid[0] * grid[1], "patch tokens")
+        self.cells = cell_grid(num_proj_tokens, grid)
+        if self.cells[0] * self.cells[1] != num_proj_tokens:
+            raise ValueError(
+                f"num_proj_tokens={num_proj_tokens} fills no grid over {grid[0]}x{grid[1]} patches; "
+                f"{self.cells[0] * self.cells[1]} ({self.cells[0]}x{self.cells[1]}) does"
+            )
+        self.sharing = sharing
+        self.num_proj_tokens = num_proj_tokens
+        groups = {"none": 2 * self.num_heads, "headwise": 2, "kv": 1}[sharing]
+        weight = self.proj.weight
+        self.token_proj = nn.Parameter(weight.new_empty(groups, num_proj_tokens, *grid))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            height, width = self.token_proj.shape[-2:]
+            self.token_proj.copy_(region_averages(self.cells, (height, width)).expand_as(self.token_proj))
+
+    def options(self) -> dict:
+        return {"num_proj_tokens": self.num_proj_tokens}
+
+    def keys_values(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Prefix and projected tokens as keys and values: (B, N, C) -> two of (B, h, P + k, D)."""
+        P = self.num_prefix_tokens
+        weight = resample_reading(self.token_proj, self.grid).flatten(2)
+        if self.sharing == "kv":
+            projected = torch.cat([x[:, :P], torch.matmul(weight[0], x[:, P:])], dim=1)
+            return self.project(projected, 1, 3)
+        if self.sharing == "headwise":
+            for_keys = torch.cat([x[:, :P], torch.matmul(weight[0], x[:, P:])], dim=1)
+            for_values = torch.cat([x[:, :P], torch.matmul(weight[1], x[:, P:])], dim=1)
+            return [self.project(for_keys, 1, 2)[0], self.project(for_values, 2, 3)[0]]
+        k, v = self.project(x, 1, 3)
+        keys, values = weight.chunk(2)
+        return [
+            torch.cat([k[:, :, :P], torch.matmul(keys, k[:, :, P:])], dim=2),
+            torch.cat([v[:, :, :P], torch.matmul(values, v[:, :, P:])], dim=2),
+        ]
+
+    def forward(
+        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        x = admit(x, attn_mask, is_causal, self.num_tokens)
+        q = self.rotate(self.project(x, 0, 1)[0])
+        k, v = self.keys_values(x)
+        bias = count_bias(q, self.num_prefix_tokens, self.num_proj_tokens, self.grid[0] * self.grid[1])
+        y = F.scaled_dot_product_attention(
+            q, self.rotate(k, self.cells), v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.0
+        )
+        return self.merge(y, x)

@@ -1,0 +1,170 @@
+"""Performer: softmax attention through positive orthogonal random features (FAVOR+).
+
+    phi(x) = exp(w_i^T x - |x|^2 / 2) / sqrt(m), i = 1..m      E[phi(q)^T phi(k)] = exp(q^T k)
+    Y = phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1)              cost in N: linear, N·m
+
+Choromanski et al. 2021 (arXiv 2009.14794), section 2.3 (positive features), 2.4 (orthogonal features) and appendix B.
+
+*Names:* ``num_features`` = m (the paper's Theta(D log D) is 266 at D = 64); ``features`` = the rows w_i, a saved buffer.
+
+*Differs:* the largest key exponent is taken per image and head and the largest query exponent per token, so no image
+depends on its batch mates. The features are drawn from a seed and are the same for all heads. Sums run over blocks of
+tokens with a running maximum, as in online softmax, so that N x m features never exist at once; in training the
+features of a block are computed again for its gradient. Exponents are float32.
+
+Shapes: B images, N tokens, h heads, D head width, m features.
+"""
+
+from typing import Optional
+
+import torch
+from timm.layers import register_notrace_function
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ._slot import AttentionMixer, Grid, admit, check_integer
+
+DEFAULT_FEATURES = 64
+BLOCK = 1024
+# Added to each feature, as in the paper's code: far from every w_i attention becomes uniform, not undefined.
+EPSILON = 1e-6
+
+
+def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Tensor:
+    """Rows that are Gaussian each and orthogonal within each block of D: (m, D), the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    blocks = []
+    for _ in range(-(-num_features // head_dim)):
+        gaussian = torch.randn(head_dim, head_dim, generator=generator, device="cpu")
+        orthogonal, triangular = torch.linalg.qr(gaussian)
+        blocks.append(orthogonal * triangular.diagonal().sign())
+    lengths = torch.randn(num_features, head_dim, generator=generator, device="cpu").norm(dim=1, keepdim=True)
+    return torch.cat(blocks)[:num_features] * lengths
+
+
+def exponents(x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """w_i^T x - |x|^2 / 2 for x already scaled by D^-1/4: (B, h, n, D) -> (B, h, n, m), float32."""
+    x = x.float()
+    return torch.matmul(x, features.float().transpose(0, 1)) - 0.5 * x.square().sum(-1, keepdim=True)
+
+
+def add_keys(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    features: torch.Tensor,
+    top: torch.Tensor,
+    mass: torch.Tensor,
+    value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add a block of keys and values to the running sums, which are relative to exp(top).
+
+    k, v (B, h, n, D); top (B, h, 1, 1); mass = sum of phi (B, h, m, 1); value = sum of phi v^T (B, h, m, D).
+    """
+    exponent = exponents(k, features)
+    new_top = torch.maximum(top, exponent.detach().amax(dim=(2, 3), keepdim=True))
+    phi = torch.exp(exponent - new_top).transpose(2, 3)
+    decay = torch.exp(top - new_top)
+    return new_top, mass * decay + phi.sum(3, keepdim=True), value * decay + torch.matmul(phi, v.float())
+
+
+def read_queries(q: torch.Tensor, features: torch.Tensor, mass: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention outputs of a block of queries: (B, h, n, D) -> (B, h, n, D)."""
+    exponent = exponents(q, features)
+    phi = torch.exp(exponent - exponent.detach().amax(dim=3, keepdim=True)) + EPSILON
+    return (torch.matmul(phi, value) / torch.matmul(phi, mass)).to(q.dtype)
+
+
+# A leaf for torch.fx: the number of blocks depends on the number of tokens.
+@torch.fx.wrap
+@register_notrace_function
+def favor_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: torch.Tensor, block: int = BLOCK
+) -> torch.Tensor:
+    """FAVOR+ attention: q, k, v (B, h, N, D) and features (m, D) -> (B, h, N, D)."""
+    with torch.autocast(q.device.type, enabled=False):
+        B, h, N, D = q.shape
+        scale = D**-0.25
+        q, k = q * scale, k * scale
+        again = N > block and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        top = torch.full([B, h, 1, 1], -float("inf"), device=q.device)
+        mass = torch.zeros([B, h, features.shape[0], 1], device=q.device)
+        value = torch.zeros([B, h, features.shape[0], D], device=q.device)
+        for i in range(0, N, block):
+            k_block, v_block = k[:, :, i : i + block], v[:, :, i : i + block]
+            if not torch.jit.is_scripting() and again:
+                top, mass, value = checkpoint(
+                    add_keys, k_block, v_block, features, top, mass, value, use_reentrant=False
+                )
+            else:
+                top, mass, value = add_keys(k_block, v_block, features, top, mass, value)
+        mass = mass + EPSILON * N
+        value = value + EPSILON * v.float().sum(2, keepdim=True)
+        out: list[torch.Tensor] = []
+        for i in range(0, N, block):
+            q_block = q[:, :, i : i + block]
+            if not torch.jit.is_scripting() and again:
+                out.append(checkpoint(read_queries, q_block, features, mass, value, use_reentrant=False))
+            else:
+                out.append(read_queries(q_block, features, mass, value))
+        return torch.cat(out, dim=2).to(v.dtype)
+
+
+class PerformerAttention(AttentionMixer):
+    """Performer attention in the slot.
+
+    Args:
+        num_features: m; None: 64.
+        feature_seed: seed of the features.
+        redraw_interval: in training, draw new features after so many forward passes; 0: never.
+
+    Raises:
+        ValueError: for a wrong keyword, naming what is allowed.
+    """
+
+    uses_grid = False
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        grid: Grid,
+        num_prefix_tokens: int,
+        rope: Optional[nn.Module] = None,
+        num_features: Optional[int] = None,
+        feature_seed: int = 0,
+        redraw_interval: int = 0,
+    ) -> None:
+        super().__init__(attn, grid, num_prefix_tokens, rope)
+        num_features = DEFAULT_FEATURES if num_features is None else num_features
+        check_integer("num_features", num_features, 1)
+        check_integer("feature_seed", feature_seed, 0)
+        check_integer("redraw_interval", redraw_interval, 0)
+        self.num_features = num_features
+        self.feature_seed = feature_seed
+        self.redraw_interval = redraw_interval
+        weight = self.proj.weight
+        self.register_buffer("features", weight.new_empty(num_features, self.head_dim))
+        if redraw_interval:
+            self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device=weight.device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.features.copy_(orthogonal_features(self.num_features, self.head_dim, self.feature_seed))
+        if self.redraw_interval:
+            self.passes.zero_()
+
+    def before_forward(self, grid: Grid) -> None:
+        """Count a training pass, and draw new features when their time is over."""
+        super().before_forward(grid)
+        if self.training and self.redraw_interval:
+            self.passes += 1
+            draws, rest = divmod(int(self.passes), self.redraw_interval)
+            if rest == 0:
+                # a new tensor: the old one may still be wanted for a backward pass
+                drawn = orthogonal_features(self.num_features, self.head_dim, self.feature_seed + draws)
+                self.features = drawn.to(self.features)
+
+    def forward(
+        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        q, k, v = self.project(admit(x, attn_mask, is_causal, self.num_tokens), 0, 3)
+        return self.merge(favor_attention(self.rotate(q), self.rotate(k), v, self.features), x)

@@ -1,0 +1,255 @@
+"""The trunk of all ``vix_*`` and ``hybrid_*`` models: timm's vision transformer with another token mixer.
+
+Sizes: ViT-Ti, -S and -B are from Touvron et al. 2021 (arXiv 2012.12877, table 1) and Dosovitskiy et al. 2021 (arXiv
+2010.11929, table 1); ``cifar`` is the configuration of Jeevan & Sethi 2022 (arXiv 2107.02239): every pixel of a 32 px
+image is a token.
+"""
+
+import logging
+import pickle
+import re
+from typing import Any, Optional, Union
+
+import torch
+from safetensors import SafetensorError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from ..mixers import MIXERS
+from ..mixers._slot import TokenMixer, check_choice
+from ..stems import STEMS
+from ..swap import mixer_options, set_grid, swap_attention
+
+_logger = logging.getLogger(__name__)
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    "small": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "base": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "cifar": dict(img_size=32, patch_size=1, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0, qkv_bias=False),
+}
+
+
+def default_cfgs_for(names: list[str], first_conv: str = "patch_embed.proj") -> dict[str, dict[str, Any]]:
+    """timm default configurations: softmax ViT and DeiT weights for the patch-16 sizes, none for ``cifar``."""
+    shared = dict(
+        pool_size=None,
+        crop_pct=0.9,
+        interpolation="bicubic",
+        fixed_input_size=True,
+        first_conv=first_conv,
+        classifier="head",
+        license="apache-2.0",
+    )
+    cfgs: dict[str, dict[str, Any]] = {}
+    for name in names:
+        size = next(part for part in name.split("_") if part in SIZES)
+        if size == "cifar":
+            mean_std = dict(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
+            cfgs[name] = dict(shared, num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, **mean_std)
+            continue
+        imagenet = dict(shared, num_classes=1000, input_size=(3, 224, 224))
+        cfgs[f"{name}.augreg_in21k_ft_in1k"] = dict(
+            imagenet,
+            hf_hub_id=f"timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k",
+            mean=IMAGENET_INCEPTION_MEAN,
+            std=IMAGENET_INCEPTION_STD,
+        )
+        cfgs[f"{name}.deit_fb_in1k"] = dict(
+            imagenet,
+            hf_hub_id=f"timm/deit_{size}_patch16_224.fb_in1k",
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+        )
+    return cfgs
+
+
+class VisionXformer(VisionTransformer):
+    """timm's ``VisionTransformer`` with a token mixer, a stem and positions chosen by name.
+
+    Args:
+        mixer: "softmax", "linformer", "performer", "nystrom", "fnet" or "mixer".
+        stem: "linear", "conv" or "conv_linear".
+        rope: None, "axial" or "1d"; with rotary positions there is no learned position embedding unless
+            ``pos_embed="learn"`` asks for it.
+        **kwargs: the mixer's keywords (``timm_vix.swap.mixer_options``) and those of timm's class.
+
+    Raises:
+        ValueError: for an unknown name or wrong value, naming what is allowed.
+        TypeError: for a keyword that neither takes.
+    """
+
+    def __init__(self, mixer: str = "softmax", stem: str = "linear", rope: Optional[str] = None, **kwargs: Any) -> None:
+        check_choice("stem", stem, tuple(STEMS))
+        mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
+        for other in MIXERS:
+            for name in mixer_options(other):
+                if name in kwargs:
+                    allowed = ", ".join(mixer_options(mixer)) or "no keywords"
+                    raise ValueError(f"{name}={kwargs[name]!r}: mixer={mixer!r} takes {allowed}")
+        if rope is not None:
+            kwargs.setdefault("pos_embed", "none")
+        check_sizes(kwargs.get("img_size", 224), kwargs.get("patch_size", 16), kwargs.get("dynamic_img_pad", False))
+        kwargs.setdefault("embed_layer", STEMS[stem])
+        super().__init__(**kwargs)
+        if stem != "linear":
+            # timm adapts the first convolution to other numbers of input channels
+            first = "patch_embed.proj.0.conv" if stem == "conv" else "patch_embed.proj.0"
+            self._traits = {"first_conv": first}
+        swap_attention(self, mixer, rope, **mine)
+        if kwargs.get("patch_drop_rate", 0) > 0 and any(m.uses_grid for m in self.mixers()):
+            raise ValueError(
+                f"patch_drop_rate={kwargs['patch_drop_rate']}: mixer={mixer!r} works on the whole patch grid, "
+                "so no patch can be dropped; allowed is 0"
+            )
+
+    @torch.jit.ignore
+    def mixers(self) -> list[TokenMixer]:
+        """The token mixers, first block first; empty where timm's own attention stands."""
+        return [module for module in self.modules() if isinstance(module, TokenMixer)]
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: Optional[Union[int, tuple[int, int]]] = None,
+        patch_size: Optional[Union[int, tuple[int, int]]] = None,
+    ) -> None:
+        """Take another image or patch size: position embedding and grid-bound mixer weights are resampled.
+
+        Raises:
+            ValueError: for an image that the patches don't divide.
+        """
+        check_sizes(
+            img_size or self.patch_embed.img_size,
+            patch_size or self.patch_embed.patch_size,
+            self.patch_embed.dynamic_img_pad,
+        )
+        super().set_input_size(img_size=None if img_size is None else to_2tuple(img_size), patch_size=patch_size)
+        set_grid(self, self.patch_embed.grid_size)
+        # what was chosen for the first size is now a keyword of its own, for a reload at the new size
+        chosen = {name: value for mixer in self.mixers() for name, value in mixer.options().items()}
+        self._model_args = dict(getattr(self, "_model_args", {}), **chosen)
+
+
+def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
+    """Raise ValueError unless patches tile the image (or the model pads it)."""
+    for name, value in (("img_size", img_size), ("patch_size", patch_size)):
+        sides = value if isinstance(value, (tuple, list)) else (value, value)
+        if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+            raise ValueError(f"{name}={value!r}: expected a positive integer or a pair of them")
+    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    if not padded and any(i % p for i, p in zip(image, patch)):
+        raise ValueError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
+
+
+def own_keys(model: VisionXformer) -> set[str]:
+    """State-dict keys that a softmax ViT of the same size doesn't have: mixers' extras and convolutional stems."""
+    softmax = re.compile(r"(qkv|q_norm|k_norm|norm|gate|proj)\.")
+    keys = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, TokenMixer):
+            keys |= {f"{prefix}.{key}" for key in module.state_dict() if not softmax.match(key)}
+    if isinstance(model.patch_embed.proj, nn.Sequential):
+        keys |= {key for key in model.state_dict() if key.startswith("patch_embed.proj.")}
+    return keys
+
+
+def summary(keys: set[str]) -> str:
+    """Keys for a log line, blocks folded."""
+    return ", ".join(sorted({re.sub(r"^blocks\.\d+\.", "blocks.*.", key) for key in keys})) or "nothing"
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> dict[str, Any]:
+    """Fit a checkpoint to the model: one of ours as it is, one of a softmax ViT with our own parameters fresh.
+
+    Raises:
+        ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = state_dict.get("state_dict", state_dict)
+    target = model.state_dict()
+    own = own_keys(model)
+    ours = bool(own & state_dict.keys())
+    dropped: set[str] = set()
+    if not ours:
+        # what a softmax ViT has and this model doesn't: a linear embedding, positions, attention where none is left
+        absent = [f"{prefix}." for prefix, m in model.named_modules() if isinstance(m, TokenMixer) and not hasattr(m, "qkv")]
+        if any(key.startswith("patch_embed.") for key in own):
+            absent.append("patch_embed.")
+        if model.pos_embed is None:
+            absent.append("pos_embed")
+        dropped = {key for key in state_dict if key.startswith(tuple(absent))} - target.keys()
+    state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
+    if isinstance(model.patch_embed.proj, nn.Conv2d):
+        state_dict = vit_checkpoint_filter_fn(state_dict, model)
+    elif "pos_embed" in state_dict:
+        stem_keys = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith("patch_embed.")}
+        state_dict = {**vit_checkpoint_filter_fn(state_dict, model), **stem_keys}
+    for prefix, module in model.named_modules():
+        for name, resample in getattr(module, "grid_parameters", {}).items():
+            key = f"{prefix}.{name}"
+            if key in state_dict:
+                state_dict[key] = resample(state_dict[key], model.patch_embed.grid_size)
+    if not ours:
+        fresh = {key: target[key] for key in own}
+        # inherited weights know no local convolution: it starts as nothing and leaves their function alone
+        fresh = {key: torch.zeros_like(t) if key.endswith("attn.conv.weight") else t for key, t in fresh.items()}
+        state_dict = {**state_dict, **fresh}
+    check_keys(state_dict, model, target)
+    if not ours and (own or dropped or model.mixers()):
+        _logger.warning(
+            f"{model.pretrained_cfg.get('architecture', 'model')}: softmax ViT weights loaded, fine-tune before use. "
+            f"Fresh: {summary(own)}. Left out: {summary(dropped)}."
+        )
+    return state_dict
+
+
+def check_keys(state_dict: dict[str, Any], model: VisionXformer, target: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless keys and shapes agree, the classifier of another label set and input channels apart."""
+    cfg = model.pretrained_cfg
+    # timm leaves out the head of another label set, and adapts the first convolution, after this
+    other_head = model.num_classes != cfg["num_classes"]
+    apart = {"head.weight", "head.bias"} if other_head else set()
+    first_conv = getattr(model, "_traits", {}).get("first_conv", cfg["first_conv"])
+    apart.add(f"{first_conv}.weight")
+    missing = target.keys() - state_dict.keys() - apart
+    unexpected = state_dict.keys() - target.keys() - apart
+    reshaped = {
+        key
+        for key in (target.keys() & state_dict.keys()) - apart
+        if tuple(getattr(state_dict[key], "shape", ())) != tuple(target[key].shape)
+    }
+    if missing or unexpected or reshaped:
+        raise ValueError(
+            f"the checkpoint doesn't fit {cfg.get('architecture', 'the model')}. Missing: {summary(missing)}. "
+            f"Unexpected: {summary(unexpected)}. Of another shape: {summary(reshaped)}."
+        )
+
+
+def create_vision_xformer(
+    name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any
+) -> VisionXformer:
+    """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``.
+
+    Raises:
+        ValueError: for a checkpoint that can't be read or doesn't fit.
+    """
+    size = next(part for part in name.split("_") if part in SIZES)
+    arguments = {**SIZES[size], **architecture, **kwargs}
+    out_indices = arguments.pop("out_indices", 3)
+    try:
+        return build_model_with_cfg(
+            VisionXformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            **arguments,
+        )
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        source = (kwargs.get("pretrained_cfg_overlay") or {}).get("file", "the checkpoint")
+        raise ValueError(f"{source} is no readable checkpoint: {error}") from error

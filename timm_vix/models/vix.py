@@ -1,0 +1,254 @@
+"""Vision X-formers: ViT with another token mixer, linear patch embedding.
+
+Jeevan & Sethi 2022, "Resource-efficient Hybrid X-formers for Vision" (arXiv 2107.02239). ``tiny``, ``small`` and
+``base`` are ViT-Ti/S/B with patch 16; ``cifar`` is the paper's model, in which each pixel of a 32 px image is a token.
+``_rope`` names have 2-D axial rotary positions instead of the learned embedding (``rope="1d"``: the paper's).
+
+``cifar`` departs from the official code where that is defective: landmarks are pooled over the image and not over rows
+of the raster, nothing is padded, no value depends on other images of the batch, position embedding and class token
+start at timm's scale, rotary positions leave the class token alone.
+"""
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+
+from ._vision_xformer import VisionXformer, create_vision_xformer, default_cfgs_for
+
+default_cfgs = generate_default_cfgs(
+    default_cfgs_for(
+        [
+            "vix_linformer_tiny",
+            "vix_linformer_small",
+            "vix_linformer_base",
+            "vix_linformer_cifar",
+            "vix_performer_tiny",
+            "vix_performer_small",
+            "vix_performer_base",
+            "vix_performer_cifar",
+            "vix_nystrom_tiny",
+            "vix_nystrom_small",
+            "vix_nystrom_base",
+            "vix_nystrom_cifar",
+            "vix_fnet_tiny",
+            "vix_fnet_small",
+            "vix_fnet_base",
+            "vix_fnet_cifar",
+            "vix_mixer_tiny",
+            "vix_mixer_small",
+            "vix_mixer_base",
+            "vix_mixer_cifar",
+            "vix_softmax_cifar",
+            "vix_softmax_tiny_rope",
+            "vix_softmax_small_rope",
+            "vix_softmax_cifar_rope",
+            "vix_linformer_tiny_rope",
+            "vix_linformer_small_rope",
+            "vix_linformer_cifar_rope",
+            "vix_performer_tiny_rope",
+            "vix_performer_small_rope",
+            "vix_performer_cifar_rope",
+            "vix_nystrom_tiny_rope",
+            "vix_nystrom_small_rope",
+            "vix_nystrom_cifar_rope",
+        ]
+    )
+)
+
+
+@register_model
+def vix_linformer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
+    return create_vision_xformer("vix_linformer_tiny", pretrained, kwargs, mixer="linformer")
+
+
+@register_model
+def vix_linformer_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
+    return create_vision_xformer("vix_linformer_small", pretrained, kwargs, mixer="linformer")
+
+
+@register_model
+def vix_linformer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-B/16 with Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
+    return create_vision_xformer("vix_linformer_base", pretrained, kwargs, mixer="linformer")
+
+
+@register_model
+def vix_linformer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
+    return create_vision_xformer("vix_linformer_cifar", pretrained, kwargs, mixer="linformer", num_proj_tokens=64)
+
+
+@register_model
+def vix_performer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
+    return create_vision_xformer("vix_performer_tiny", pretrained, kwargs, mixer="performer")
+
+
+@register_model
+def vix_performer_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
+    return create_vision_xformer("vix_performer_small", pretrained, kwargs, mixer="performer")
+
+
+@register_model
+def vix_performer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-B/16 with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
+    return create_vision_xformer("vix_performer_base", pretrained, kwargs, mixer="performer")
+
+
+@register_model
+def vix_performer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
+    return create_vision_xformer("vix_performer_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True)
+
+
+@register_model
+def vix_nystrom_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
+    return create_vision_xformer("vix_nystrom_tiny", pretrained, kwargs, mixer="nystrom")
+
+
+@register_model
+def vix_nystrom_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
+    return create_vision_xformer("vix_nystrom_small", pretrained, kwargs, mixer="nystrom")
+
+
+@register_model
+def vix_nystrom_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-B/16 with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
+    return create_vision_xformer("vix_nystrom_base", pretrained, kwargs, mixer="nystrom")
+
+
+@register_model
+def vix_nystrom_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
+    return create_vision_xformer("vix_nystrom_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
+
+
+@register_model
+def vix_fnet_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
+    return create_vision_xformer("vix_fnet_tiny", pretrained, kwargs, mixer="fnet")
+
+
+@register_model
+def vix_fnet_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
+    return create_vision_xformer("vix_fnet_small", pretrained, kwargs, mixer="fnet")
+
+
+@register_model
+def vix_fnet_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-B/16 with Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
+    return create_vision_xformer("vix_fnet_base", pretrained, kwargs, mixer="fnet")
+
+
+@register_model
+def vix_fnet_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
+    return create_vision_xformer("vix_fnet_cifar", pretrained, kwargs, mixer="fnet")
+
+
+@register_model
+def vix_mixer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
+    return create_vision_xformer("vix_mixer_tiny", pretrained, kwargs, mixer="mixer")
+
+
+@register_model
+def vix_mixer_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
+    return create_vision_xformer("vix_mixer_small", pretrained, kwargs, mixer="mixer")
+
+
+@register_model
+def vix_mixer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-B/16 with token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
+    return create_vision_xformer("vix_mixer_base", pretrained, kwargs, mixer="mixer")
+
+
+@register_model
+def vix_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
+    return create_vision_xformer("vix_mixer_cifar", pretrained, kwargs, mixer="mixer")
+
+
+@register_model
+def vix_softmax_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with softmax attention (the control, arXiv 2010.11929)."""
+    return create_vision_xformer("vix_softmax_cifar", pretrained, kwargs, mixer="softmax")
+
+
+@register_model
+def vix_softmax_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with softmax attention and rotary positions (the control, arXiv 2010.11929)."""
+    return create_vision_xformer("vix_softmax_tiny_rope", pretrained, kwargs, mixer="softmax", rope="axial")
+
+
+@register_model
+def vix_softmax_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with softmax attention and rotary positions (the control, arXiv 2010.11929)."""
+    return create_vision_xformer("vix_softmax_small_rope", pretrained, kwargs, mixer="softmax", rope="axial")
+
+
+@register_model
+def vix_softmax_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with softmax attention and rotary positions (the control, arXiv 2010.11929)."""
+    return create_vision_xformer("vix_softmax_cifar_rope", pretrained, kwargs, mixer="softmax", rope="axial")
+
+
+@register_model
+def vix_linformer_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
+    return create_vision_xformer("vix_linformer_tiny_rope", pretrained, kwargs, mixer="linformer", rope="axial")
+
+
+@register_model
+def vix_linformer_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
+    return create_vision_xformer("vix_linformer_small_rope", pretrained, kwargs, mixer="linformer", rope="axial")
+
+
+@register_model
+def vix_linformer_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
+    return create_vision_xformer("vix_linformer_cifar_rope", pretrained, kwargs, mixer="linformer", rope="axial", num_proj_tokens=64)
+
+
+@register_model
+def vix_performer_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
+    return create_vision_xformer("vix_performer_tiny_rope", pretrained, kwargs, mixer="performer", rope="axial")
+
+
+@register_model
+def vix_performer_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
+    return create_vision_xformer("vix_performer_small_rope", pretrained, kwargs, mixer="performer", rope="axial")
+
+
+@register_model
+def vix_performer_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
+    return create_vision_xformer("vix_performer_cifar_rope", pretrained, kwargs, mixer="performer", rope="axial", num_features=110, qkv_bias=True)
+
+
+@register_model
+def vix_nystrom_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
+    return create_vision_xformer("vix_nystrom_tiny_rope", pretrained, kwargs, mixer="nystrom", rope="axial")
+
+
+@register_model
+def vix_nystrom_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
+    return create_vision_xformer("vix_nystrom_small_rope", pretrained, kwargs, mixer="nystrom", rope="axial")
+
+
+@register_model
+def vix_nystrom_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """The paper's 32 px model with Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
+    return create_vision_xformer("vix_nystrom_cifar_rope", pretrained, kwargs, mixer="nystrom", rope="axial", num_landmarks=64, conv_residual=True)

@@ -1,0 +1,82 @@
+"""Convolutional stem: 3x3 convolutions in place of the linear patch embedding.
+
+Jeevan & Sethi 2022 (arXiv 2107.02239, "Hybrid" models) for small images: three 3x3 convolutions 3-32-64-C, here strided
+if a patch is larger than a pixel. Xiao et al. 2021 (arXiv 2106.14881, section 4) for patches of 8 and 16: a stride-2
+3x3 convolution for each halving, widths C/8, C/4, C/2, C, then a 1x1; at patch 16 it costs 1.3 transformer blocks of
+ViT-Ti.
+
+*Differs:* the official code of the first paper has neither normalisation nor activation between its convolutions, so
+they fold into one linear 7x7 convolution. ``conv`` has batch normalisation and GELU between them, ``conv_linear`` is
+theirs.
+
+Shapes: (B, 3, height, width) -> (B, N, C), N = height/patch · width/patch.
+"""
+
+from typing import Optional, Union
+
+from timm.layers import ConvNormAct, PatchEmbed
+from torch import nn
+
+Size = Union[int, tuple[int, int]]
+
+
+class ConvolutionalStem(PatchEmbed):
+    """timm's patch embedding with convolutions as its projection; everything else (grid, padding, layout) is timm's.
+
+    Args:
+        patch_size: 1, 2, 4, 8 or 16; the stem's total stride.
+        activation: batch normalisation and GELU between the convolutions; False: none, as in the official code.
+
+    Raises:
+        ValueError: for another patch size.
+    """
+
+    def __init__(
+        self,
+        img_size: Optional[Size] = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        activation: bool = True,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        side = patch_size if isinstance(patch_size, int) else patch_size[0]
+        if side not in (1, 2, 4, 8, 16) or (not isinstance(patch_size, int) and tuple(patch_size) != (side, side)):
+            raise ValueError(f"patch_size={patch_size}: a convolutional stem takes 1, 2, 4, 8 or 16")
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
+        halvings = side.bit_length() - 1
+        if halvings < 3:
+            widths = [32, 64, embed_dim]
+            # late strides: the early convolutions see every pixel
+            strides = [2 if i >= 3 - halvings else 1 for i in range(3)]
+        else:
+            widths = [embed_dim >> (halvings - 1 - i) for i in range(halvings)]
+            strides = [2] * halvings
+        layers: list[nn.Module] = []
+        for i, (width, stride) in enumerate(zip(widths, strides)):
+            before = widths[i - 1] if i else in_chans
+            last = halvings < 3 and i == len(widths) - 1
+            if activation and not last:
+                layers.append(ConvNormAct(before, width, 3, stride=stride, act_layer=nn.GELU, **dd))
+            else:
+                layers.append(nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=bias or not last, **dd))
+        if halvings >= 3:
+            layers.append(nn.Conv2d(embed_dim, embed_dim, 1, bias=bias, **dd))
+        self.proj = nn.Sequential(*layers)
+
+    def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[Size] = None) -> None:
+        """Take another image size; the patch size is the stride of the convolutions and stays."""
+        if patch_size is not None and patch_size not in (self.patch_size[0], self.patch_size):
+            raise ValueError(f"patch_size={patch_size}: the convolutional stem was built for {self.patch_size[0]}")
+        super().set_input_size(img_size=img_size)
+
+
+class LinearConvolutionalStem(ConvolutionalStem):
+    """The official code's stem: convolutions without normalisation and activation."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, activation=False, **kwargs)
