@@ -11,6 +11,9 @@ from typing import Optional
 import torch
 from timm.layers import apply_rot_embed_cat, register_notrace_function
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ._folded import all_ask_few, few_ask_all
 
 Grid = tuple[int, int]
 
@@ -154,6 +157,13 @@ class AttentionMixer(TokenMixer):
         self.proj = attn.proj
         self.proj_drop = attn.proj_drop
         self.rope = rope
+        # nothing acts on heads between the projections and the attention, so they can be multiplied together
+        bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        self.foldable = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
+
+    def folds(self, num_few: int) -> bool:
+        """Whether attention with ``num_few`` tokens on one side is to be folded into its projections."""
+        return self.foldable and self.num_heads * num_few < self.attn_dim + num_few
 
     def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:
         """Some of queries (0), keys (1), values (2), from ``first`` up to ``last``: (B, N, C) -> list of (B, h, N, D).
@@ -181,6 +191,37 @@ class AttentionMixer(TokenMixer):
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
+
+    def ask_all(self, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """Attention of a few queries (B, h, m, D), already turned, to all tokens: (B, h, m, D)."""
+        if not self.folds(q.shape[2]):
+            k, v = self.project(x, 1, 3)
+            return scaled_dot_product_attention(q, self.rotate(k), v)
+        A = self.attn_dim
+        bias_v = None if self.qkv.bias is None else self.qkv.bias[2 * A :]
+        return few_ask_all(x, q, self.qkv.weight[A : 2 * A], self.qkv.weight[2 * A :], bias_v)
+
+    def ask_few(
+        self,
+        x: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor,
+        local: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """The slot's output (B, N, C): attention of all tokens to a few keys and values (B, h, m, D).
+
+        ``bias`` (1, 1, 1, m) is added to the logits, ``local`` (B, h, N, D) to the heads before the output projection.
+        """
+        dropout = self.attn_drop.p if self.training else 0.0
+        if local is not None or not self.folds(k.shape[2]):
+            q = self.rotate(self.project(x, 0, 1)[0])
+            y = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+            return self.merge(y if local is None else y + local, x)
+        A = self.attn_dim
+        bias_q = None if self.qkv.bias is None else self.qkv.bias[:A]
+        y = all_ask_few(x, k, v, bias, self.qkv.weight[:A], bias_q, self.proj.weight, self.proj.bias, dropout)
+        return self.proj_drop(y)
 
     def rotate(self, x: torch.Tensor, cells: Optional[Grid] = None) -> torch.Tensor:
         """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid."""

@@ -108,10 +108,6 @@ class LinformerAttention(AttentionMixer):
         self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
     ) -> torch.Tensor:
         x = admit(x, attn_mask, is_causal, self.num_tokens)
-        q = self.rotate(self.project(x, 0, 1)[0])
         k, v = self.keys_values(x)
-        bias = count_bias(q, self.num_prefix_tokens, self.num_proj_tokens, self.grid[0] * self.grid[1])
-        y = F.scaled_dot_product_attention(
-            q, self.rotate(k, self.cells), v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.0
-        )
-        return self.merge(y, x)
+        bias = count_bias(k, self.num_prefix_tokens, self.num_proj_tokens, self.grid[0] * self.grid[1])
+        return self.ask_few(x, self.rotate(k, self.cells), v, bias)

@@ -1,13 +1,24 @@
 """Nyström attention: softmax attention reconstructed from m landmarks.
 
-    F = softmax(Q K~^T / sqrt(D))        (N, m)
-    A = softmax(Q~ K~^T / sqrt(D))       (m, m)
-    O = softmax(Q~ K^T / sqrt(D)) V      (m, D)  what exact attention gives for the landmarks' queries
-    Y = F A^+ O                                  cost in N: linear, N·m
+    F = softmax(Q K~^T / sqrt(D) + c)        (N, m)
+    A = softmax(Q~ K~^T / sqrt(D) + c)       (m, m)
+    O = softmax(Q~ K^T / sqrt(D)) V          (m, D)  exact attention of the landmarks' queries
+    X = V~ + (A^T A + r I)^-1 A^T (O - A V~)         values that give the landmarks their exact outputs
+    Y = F X                                          cost in N: linear, N·m
 
-Xiong et al. 2021 (arXiv 2102.03902), equation 13 and section 3.2.
+Xiong et al. 2021 (arXiv 2102.03902), equation 13 and section 3.2: Y = F A^+ O, to which this tends as r goes to 0.
 
-TODO
+*Names:* ``num_landmarks`` = m without prefix tokens; ``ridge`` = r; ``pinv_iterations``: Newton steps for the inverse;
+``conv_residual``: the paper's depthwise convolution of the values, added to Y.
+
+*Differs:* A is close to singular, and an exact pseudo-inverse amplifies what A cannot see; the ridge draws X towards the
+pooled values V~ instead, so the rows of the approximation still sum to one. Landmarks are means over cells of the
+patch grid (not over pieces of the raster), each prefix token is a landmark of its own, and c is the log of the number
+of patches in a cell. Nothing is padded. The inverse starts from a bound of its own matrix, so no image depends on its
+batch mates; it takes matrix products only, so it exports. The two attentions are folded into the projections
+where that is cheaper (``_folded.py``). The convolution runs over the grid. With rotary positions
+landmarks are turned by the centres of their cells.
+
 Shapes: B images, N = P + H·W tokens, h heads, D head width, m landmarks (P prefix tokens and the cells).
 """
 
@@ -18,31 +29,66 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
-from ._slot import AttentionMixer, Grid, admit, cell_grid, check_integer, check_number, pool_patches
+from ._slot import AttentionMixer, Grid, admit, cell_grid, check_integer, check_number, count_bias, pool_patches
 
 DEFAULT_LANDMARKS = 49
 KERNEL_SIZE = 5
 
 
+# A leaf for torch.fx: tensors are made here on the device of ``A``.
 @torch.fx.wrap
 @register_notrace_function
-def solve_landmarks(
-    q: torch.Tensor, k: torch.Tensor, exact: torch.Tensor, ridge: float, iterations: int
+def ridge_inverse(A: torch.Tensor, ridge: float, iterations: int) -> torch.Tensor:
+    """(A^T A + ridge I)^-1 by Newton's iteration Z <- a Z (2 I - a M Z): (B, h, m, m) -> (B, h, m, m).
+
+    The eigenvalues of M Z lie in [low, 1]; a = 2 / (1 + low) is the scale that lifts the lowest one most (Pan &
+    Schreiber 1991, "An improved Newton iteration for the generalized inverse of a matrix", section 4).
+    """
+    B, h, m, _ = A.shape
+    A = A.reshape(B * h, m, m)
+    eye = torch.eye(m, device=A.device, dtype=A.dtype)
+    M = torch.baddbmm(ridge * eye, A.transpose(1, 2), A)
+    norm = M.detach().abs().sum(2, keepdim=True).amax(1, keepdim=True)
+    # without a ridge the lowest eigenvalue is unknown, and this one is as good as any
+    low = max(ridge, 1e-3) / norm
+    Z = eye / norm
+    for _ in range(iterations):
+        a = 2.0 / (1.0 + low)
+        Z = a * Z
+        Z = torch.bmm(Z, torch.baddbmm(2.0 * eye, M, Z, alpha=-1.0))
+        low = low * a * (2.0 - a * low)
+    return Z.reshape(B, h, m, m)
+
+
+# A leaf for torch.fx: autocast is switched off here for a device that only the run knows.
+@torch.fx.wrap
+@register_notrace_function
+def landmark_values(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor, ridge: float, steps: int
 ) -> torch.Tensor:
+    """X of the module's docstring from Q~, K~, V~, O (B, h, m, D) and c (1, 1, 1, m); float32 at least."""
     with torch.autocast(q.device.type, enabled=False):
-        q, k, out = q.float(), k.float(), exact.float()
-        A = torch.softmax(torch.matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5, dim=3)
-        At = A.transpose(2, 3)
-        eye = torch.eye(A.shape[3], device=A.device)
-        M = torch.matmul(At, A) + ridge * eye
-        Z = eye * (2.0 / (M.sum(3, keepdim=True).amax(2, keepdim=True) + ridge))
-        for _ in range(iterations):
-            Z = torch.matmul(Z, 2.0 * eye - torch.matmul(M, Z))
-        return torch.matmul(Z, torch.matmul(At, out)).to(exact.dtype)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        logits = torch.matmul(q.to(dtype), k.to(dtype).transpose(2, 3)) * q.shape[3] ** -0.5
+        A = torch.softmax(logits + bias.to(dtype), dim=3)
+        v = v.to(dtype)
+        error = torch.matmul(A.transpose(2, 3), exact.to(dtype) - torch.matmul(A, v))
+        return (v + torch.matmul(ridge_inverse(A, ridge, steps), error)).to(exact.dtype)
 
 
 class NystromAttention(AttentionMixer):
-    """Nyström attention in the slot."""
+    """Nyström attention in the slot.
+
+    Args:
+        num_landmarks: cells over which landmarks are pooled, laid out as the largest grid with at most so many cells
+            and about the aspect of the image; None: 49, or the number of patches if smaller.
+        pinv_iterations: Newton steps; 7 are exact to 1e-4 at the default ridge.
+        ridge: r.
+        conv_residual: add a depthwise 5x5 convolution of the values.
+
+    Raises:
+        ValueError: for a wrong keyword, naming what is allowed.
+    """
 
     def __init__(
         self,
@@ -51,8 +97,8 @@ class NystromAttention(AttentionMixer):
         num_prefix_tokens: int,
         rope: Optional[nn.Module] = None,
         num_landmarks: Optional[int] = None,
-        pinv_iterations: int = 12,
-        ridge: float = 0.003,
+        pinv_iterations: int = 7,
+        ridge: float = 0.01,
         conv_residual: bool = False,
     ) -> None:
         super().__init__(attn, grid, num_prefix_tokens, rope)
@@ -65,18 +111,12 @@ class NystromAttention(AttentionMixer):
         self.pinv_iterations = pinv_iterations
         self.ridge = float(ridge)
         self.cells = cell_grid(num_landmarks, grid)
-        weight = self.proj.weight
         self.conv: Optional[nn.Module] = None
         if conv_residual:
+            weight = self.proj.weight
+            width = self.attn_dim
             self.conv = nn.Conv2d(
-                self.attn_dim,
-                self.attn_dim,
-                KERNEL_SIZE,
-                padding=KERNEL_SIZE // 2,
-                groups=self.attn_dim,
-                bias=False,
-                device=weight.device,
-                dtype=weight.dtype,
+                width, width, KERNEL_SIZE, padding="same", groups=width, bias=False, device=weight.device, dtype=weight.dtype
             )
 
     def before_forward(self, grid: Grid) -> None:
@@ -87,29 +127,23 @@ class NystromAttention(AttentionMixer):
         return {"num_landmarks": self.num_landmarks}
 
     def residual(self, v: torch.Tensor) -> torch.Tensor:
-        """Depthwise convolution of the values over the patch grid: (B, h, N, D) -> (B, h, N, D), 0 for prefix tokens."""
+        """Depthwise convolution of the values over the grid: (B, h, N, D) -> (B, h, N, D), 0 for prefix tokens."""
         B, h, _, D = v.shape
         height, width = self.grid
-        P = self.num_prefix_tokens
         assert self.conv is not None
-        patches = v[:, :, P:].permute(0, 1, 3, 2).reshape(B, h * D, height, width)
+        patches = v[:, :, self.num_prefix_tokens :].transpose(2, 3).reshape(B, h * D, height, width)
         local = self.conv(patches).reshape(B, h, D, height * width).transpose(2, 3)
-        return F.pad(local, (0, 0, P, 0))
+        return F.pad(local, (0, 0, self.num_prefix_tokens, 0))
 
     def forward(
         self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
     ) -> torch.Tensor:
         x = admit(x, attn_mask, is_causal, self.num_tokens)
-        q, k, v = self.project(x, 0, 3)
-        q, k = self.rotate(q), self.rotate(k)
-        landmarks = pool_patches(x, self.num_prefix_tokens, self.grid, self.cells)
-        landmark_q, landmark_k = self.project(landmarks, 0, 2)
-        landmark_q, landmark_k = self.rotate(landmark_q, self.cells), self.rotate(landmark_k, self.cells)
-        exact = F.scaled_dot_product_attention(landmark_q, k, v)
-        values = solve_landmarks(landmark_q, landmark_k, exact, self.ridge, self.pinv_iterations)
-        y = F.scaled_dot_product_attention(
-            q, landmark_k, values, dropout_p=self.attn_drop.p if self.training else 0.0
-        )
-        if self.conv is not None:
-            y = y + self.residual(v)
-        return self.merge(y, x)
+        # the mean of a projection is the projection of the mean, for m instead of N tokens
+        pooled = pool_patches(x, self.num_prefix_tokens, self.grid, self.cells)
+        q, k, v = self.project(pooled, 0, 3)
+        q, k = self.rotate(q, self.cells), self.rotate(k, self.cells)
+        bias = count_bias(k, self.num_prefix_tokens, self.cells[0] * self.cells[1], self.grid[0] * self.grid[1])
+        values = landmark_values(q, k, v, self.ask_all(x, q), bias, self.ridge, self.pinv_iterations)
+        local = None if self.conv is None else self.residual(self.project(x, 2, 3)[0])
+        return self.ask_few(x, k, values, bias, local)

@@ -10,7 +10,7 @@ Choromanski et al. 2021 (arXiv 2009.14794), section 2.3 (positive features), 2.4
 *Differs:* the largest key exponent is taken per image and head and the largest query exponent per token, so no image
 depends on its batch mates. The features are drawn from a seed and are the same for all heads. Sums run over blocks of
 tokens with a running maximum, as in online softmax, so that N x m features never exist at once; in training the
-features of a block are computed again for its gradient. Exponents are float32.
+features of a block are computed again for its gradient. All of it in float32 at least.
 
 Shapes: B images, N tokens, h heads, D head width, m features.
 """
@@ -42,12 +42,6 @@ def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Te
     return torch.cat(blocks)[:num_features] * lengths
 
 
-def exponents(x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """w_i^T x - |x|^2 / 2 for x already scaled by D^-1/4: (B, h, n, D) -> (B, h, n, m), float32."""
-    x = x.float()
-    return torch.matmul(x, features.float().transpose(0, 1)) - 0.5 * x.square().sum(-1, keepdim=True)
-
-
 def add_keys(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -58,20 +52,26 @@ def add_keys(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add a block of keys and values to the running sums, which are relative to exp(top).
 
-    k, v (B, h, n, D); top (B, h, 1, 1); mass = sum of phi (B, h, m, 1); value = sum of phi v^T (B, h, m, D).
+    k, v (B, h, n, D) with k unscaled; features (m, D) scaled by D^-1/4; top (B, h, 1, 1); mass = sum of phi
+    (B, h, m, 1); value = sum of phi v^T (B, h, m, D).
     """
-    exponent = exponents(k, features)
+    exponent = torch.matmul(k, features.transpose(0, 1))
+    exponent = exponent.sub_((0.5 * k.shape[3] ** -0.5) * k.square().sum(3, keepdim=True))
     new_top = torch.maximum(top, exponent.detach().amax(dim=(2, 3), keepdim=True))
-    phi = torch.exp(exponent - new_top).transpose(2, 3)
+    phi = exponent.sub_(new_top).exp_().transpose(2, 3)
     decay = torch.exp(top - new_top)
-    return new_top, mass * decay + phi.sum(3, keepdim=True), value * decay + torch.matmul(phi, v.float())
+    return new_top, mass * decay + phi.sum(3, keepdim=True), value * decay + torch.matmul(phi, v)
 
 
 def read_queries(q: torch.Tensor, features: torch.Tensor, mass: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention outputs of a block of queries: (B, h, n, D) -> (B, h, n, D)."""
-    exponent = exponents(q, features)
-    phi = torch.exp(exponent - exponent.detach().amax(dim=3, keepdim=True)) + EPSILON
-    return (torch.matmul(phi, value) / torch.matmul(phi, mass)).to(q.dtype)
+    """Attention outputs of a block of queries: (B, h, n, D) -> (B, h, n, D).
+
+    A factor of a query's own features, exp(-|q|^2 / 2) among them, cancels between numerator and denominator.
+    """
+    exponent = torch.matmul(q, features.transpose(0, 1))
+    phi = exponent.sub_(exponent.detach().amax(dim=3, keepdim=True)).exp_()
+    numerator = torch.matmul(phi, value) + EPSILON * value.sum(2, keepdim=True)
+    return numerator / (torch.matmul(phi, mass) + EPSILON * mass.sum(2, keepdim=True))
 
 
 # A leaf for torch.fx: the number of blocks depends on the number of tokens.
@@ -80,15 +80,17 @@ def read_queries(q: torch.Tensor, features: torch.Tensor, mass: torch.Tensor, va
 def favor_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: torch.Tensor, block: int = BLOCK
 ) -> torch.Tensor:
-    """FAVOR+ attention: q, k, v (B, h, N, D) and features (m, D) -> (B, h, N, D)."""
+    """FAVOR+ attention: q, k, v (B, h, N, D) and features (m, D) -> (B, h, N, D), computed in float32 at least."""
     with torch.autocast(q.device.type, enabled=False):
+        out_dtype = v.dtype
+        dtype = torch.promote_types(out_dtype, torch.float32)
+        q, k, v, features = q.to(dtype), k.to(dtype), v.to(dtype), features.to(dtype)
         B, h, N, D = q.shape
-        scale = D**-0.25
-        q, k = q * scale, k * scale
+        features = features * D**-0.25
         again = N > block and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        top = torch.full([B, h, 1, 1], -float("inf"), device=q.device)
-        mass = torch.zeros([B, h, features.shape[0], 1], device=q.device)
-        value = torch.zeros([B, h, features.shape[0], D], device=q.device)
+        top = torch.full([B, h, 1, 1], -float("inf"), device=q.device, dtype=dtype)
+        mass = torch.zeros([B, h, features.shape[0], 1], device=q.device, dtype=dtype)
+        value = torch.zeros([B, h, features.shape[0], D], device=q.device, dtype=dtype)
         for i in range(0, N, block):
             k_block, v_block = k[:, :, i : i + block], v[:, :, i : i + block]
             if not torch.jit.is_scripting() and again:
@@ -98,7 +100,7 @@ def favor_attention(
             else:
                 top, mass, value = add_keys(k_block, v_block, features, top, mass, value)
         mass = mass + EPSILON * N
-        value = value + EPSILON * v.float().sum(2, keepdim=True)
+        value = value + EPSILON * v.sum(2, keepdim=True)
         out: list[torch.Tensor] = []
         for i in range(0, N, block):
             q_block = q[:, :, i : i + block]
@@ -106,7 +108,7 @@ def favor_attention(
                 out.append(checkpoint(read_queries, q_block, features, mass, value, use_reentrant=False))
             else:
                 out.append(read_queries(q_block, features, mass, value))
-        return torch.cat(out, dim=2).to(v.dtype)
+        return torch.cat(out, dim=2).to(out_dtype)
 
 
 class PerformerAttention(AttentionMixer):

@@ -1,0 +1,65 @@
+"""Attention between all N tokens and a few, without queries, keys or values for all of them.
+
+    softmax(X W_q k^T) v W_o  =  softmax(X (W_q k^T)) (v W_o)        N tokens ask m: 2·N·h·m·C multiplications
+    softmax(q (X W_k)^T) X W_v  =  softmax((q W_k^T) X^T) X W_v      m tokens ask N: the same
+
+Both hold exactly, since nothing stands between a projection and the product that follows. They cost less than
+projecting first, 2·N·C·(C + m), while h·m < C + m, and are a few large matrix products. A bias of the keys moves all
+logits of a query alike, and one of the values passes through, since weights sum to one.
+
+Shapes: x (B, N, C); q, k, v of the few (B, h, m, D); weights as in ``torch.nn.Linear``; A = h·D.
+"""
+
+from typing import Optional
+
+import torch
+from torch.nn import functional as F
+
+
+def all_ask_few(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logit_bias: torch.Tensor,
+    weight_q: torch.Tensor,
+    bias_q: Optional[torch.Tensor],
+    weight_out: torch.Tensor,
+    bias_out: Optional[torch.Tensor],
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Multi-head attention of every token to m keys, output projection included -> (B, N, C).
+
+    logit_bias broadcasts to (B, h, 1, m); weight_q (A, C); weight_out (C, A); dropout of the attention weights.
+    """
+    B, N, C = x.shape
+    _, h, m, D = k.shape
+    k = k * D**-0.5
+    asked = torch.matmul(k, weight_q.reshape(h, D, C)).reshape(B, h * m, C)
+    offset = logit_bias.to(k.dtype)
+    if bias_q is not None:
+        offset = offset + torch.matmul(k, bias_q.reshape(h, D, 1)).transpose(2, 3)
+    offset = offset.expand(B, h, 1, m).reshape(B, 1, h * m)
+    weights = (torch.matmul(x, asked.transpose(1, 2)) + offset).reshape(B, N, h, m).softmax(3)
+    weights = F.dropout(weights, dropout, dropout > 0.0)
+    # (B, h, C, m), and kept with C before m: a product with a transposed matrix is the fast one in half precision
+    given = torch.matmul(weight_out.reshape(-1, h, D).transpose(0, 1), v.transpose(2, 3))
+    given = given.transpose(1, 2).flatten(2).to(weights.dtype)
+    y = torch.matmul(weights.flatten(2), given.transpose(1, 2))
+    return y if bias_out is None else y + bias_out
+
+
+def few_ask_all(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    weight_k: torch.Tensor,
+    weight_v: torch.Tensor,
+    bias_v: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """Multi-head attention of m queries to all tokens, before the output projection -> (B, h, m, D)."""
+    B, N, C = x.shape
+    _, h, m, D = q.shape
+    asking = torch.matmul(q * D**-0.5, weight_k.reshape(h, D, C)).reshape(B, h * m, C)
+    weights = torch.matmul(asking, x.transpose(1, 2)).softmax(2)
+    seen = torch.matmul(weights.to(x.dtype), x).reshape(B, h, m, C)
+    y = torch.matmul(seen, weight_v.reshape(h, D, C).transpose(1, 2))
+    return y if bias_v is None else y + bias_v.reshape(h, 1, D)
