@@ -60,6 +60,18 @@ def ridge_inverse(A: torch.Tensor, ridge: float, iterations: int) -> torch.Tenso
     return Z.reshape(B, h, m, m)
 
 
+def fit_landmarks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor, ridge: float, steps: int
+) -> torch.Tensor:
+    """The work of ``landmark_values``, outside of autocast."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = torch.matmul(q.to(dtype), k.to(dtype).transpose(2, 3)) * q.shape[3] ** -0.5
+    A = torch.softmax(logits + bias.to(dtype), dim=3)
+    v = v.to(dtype)
+    error = torch.matmul(A.transpose(2, 3), exact.to(dtype) - torch.matmul(A, v))
+    return (v + torch.matmul(ridge_inverse(A, ridge, steps), error)).to(exact.dtype)
+
+
 # A leaf for torch.fx: autocast is switched off here for a device that only the run knows.
 @torch.fx.wrap
 @register_notrace_function
@@ -67,13 +79,12 @@ def landmark_values(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor, ridge: float, steps: int
 ) -> torch.Tensor:
     """X of the module's docstring from Q~, K~, V~, O (B, h, m, D) and c (1, 1, 1, m); float32 at least."""
-    with torch.autocast(q.device.type, enabled=False):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        logits = torch.matmul(q.to(dtype), k.to(dtype).transpose(2, 3)) * q.shape[3] ** -0.5
-        A = torch.softmax(logits + bias.to(dtype), dim=3)
-        v = v.to(dtype)
-        error = torch.matmul(A.transpose(2, 3), exact.to(dtype) - torch.matmul(A, v))
-        return (v + torch.matmul(ridge_inverse(A, ridge, steps), error)).to(exact.dtype)
+    # TorchScript knows autocast for constant devices only
+    if torch.jit.is_scripting():
+        return fit_landmarks(q, k, v, exact, bias, ridge, steps)
+    else:
+        with torch.autocast(q.device.type, enabled=False):
+            return fit_landmarks(q, k, v, exact, bias, ridge, steps)
 
 
 class NystromAttention(AttentionMixer):

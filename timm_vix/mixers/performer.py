@@ -63,52 +63,70 @@ def add_keys(
     return new_top, mass * decay + phi.sum(3, keepdim=True), value * decay + torch.matmul(phi, v)
 
 
-def read_queries(q: torch.Tensor, features: torch.Tensor, mass: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def read_queries(
+    q: torch.Tensor, features: torch.Tensor, mass: torch.Tensor, value: torch.Tensor, epsilon: float = EPSILON
+) -> torch.Tensor:
     """Attention outputs of a block of queries: (B, h, n, D) -> (B, h, n, D).
 
     A factor of a query's own features, exp(-|q|^2 / 2) among them, cancels between numerator and denominator.
     """
     exponent = torch.matmul(q, features.transpose(0, 1))
     phi = exponent.sub_(exponent.detach().amax(dim=3, keepdim=True)).exp_()
-    numerator = torch.matmul(phi, value) + EPSILON * value.sum(2, keepdim=True)
-    return numerator / (torch.matmul(phi, mass) + EPSILON * mass.sum(2, keepdim=True))
+    numerator = torch.matmul(phi, value) + epsilon * value.sum(2, keepdim=True)
+    return numerator / (torch.matmul(phi, mass) + epsilon * mass.sum(2, keepdim=True))
+
+
+def sum_in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: torch.Tensor, block: int, epsilon: float
+) -> torch.Tensor:
+    """The work of ``favor_attention``, outside of autocast."""
+    out_dtype = v.dtype
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    q, k, v, features = q.to(dtype), k.to(dtype), v.to(dtype), features.to(dtype)
+    B, h, N, D = q.shape
+    features = features * D**-0.25
+    again = N > block and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    top = torch.full([B, h, 1, 1], -float("inf"), device=q.device, dtype=dtype)
+    mass = torch.zeros([B, h, features.shape[0], 1], device=q.device, dtype=dtype)
+    value = torch.zeros([B, h, features.shape[0], D], device=q.device, dtype=dtype)
+    for i in range(0, N, block):
+        k_block, v_block = k[:, :, i : i + block], v[:, :, i : i + block]
+        if not torch.jit.is_scripting() and again:
+            top, mass, value = checkpoint(
+                add_keys, k_block, v_block, features, top, mass, value, use_reentrant=False
+            )
+        else:
+            top, mass, value = add_keys(k_block, v_block, features, top, mass, value)
+    mass = mass + epsilon * N
+    value = value + epsilon * v.sum(2, keepdim=True)
+    out: list[torch.Tensor] = []
+    for i in range(0, N, block):
+        q_block = q[:, :, i : i + block]
+        if not torch.jit.is_scripting() and again:
+            out.append(checkpoint(read_queries, q_block, features, mass, value, epsilon, use_reentrant=False))
+        else:
+            out.append(read_queries(q_block, features, mass, value, epsilon))
+    return torch.cat(out, dim=2).to(out_dtype)
 
 
 # A leaf for torch.fx: the number of blocks depends on the number of tokens.
 @torch.fx.wrap
 @register_notrace_function
 def favor_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: torch.Tensor, block: int = BLOCK
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    features: torch.Tensor,
+    block: int = BLOCK,
+    epsilon: float = EPSILON,
 ) -> torch.Tensor:
     """FAVOR+ attention: q, k, v (B, h, N, D) and features (m, D) -> (B, h, N, D), computed in float32 at least."""
-    with torch.autocast(q.device.type, enabled=False):
-        out_dtype = v.dtype
-        dtype = torch.promote_types(out_dtype, torch.float32)
-        q, k, v, features = q.to(dtype), k.to(dtype), v.to(dtype), features.to(dtype)
-        B, h, N, D = q.shape
-        features = features * D**-0.25
-        again = N > block and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        top = torch.full([B, h, 1, 1], -float("inf"), device=q.device, dtype=dtype)
-        mass = torch.zeros([B, h, features.shape[0], 1], device=q.device, dtype=dtype)
-        value = torch.zeros([B, h, features.shape[0], D], device=q.device, dtype=dtype)
-        for i in range(0, N, block):
-            k_block, v_block = k[:, :, i : i + block], v[:, :, i : i + block]
-            if not torch.jit.is_scripting() and again:
-                top, mass, value = checkpoint(
-                    add_keys, k_block, v_block, features, top, mass, value, use_reentrant=False
-                )
-            else:
-                top, mass, value = add_keys(k_block, v_block, features, top, mass, value)
-        mass = mass + EPSILON * N
-        value = value + EPSILON * v.sum(2, keepdim=True)
-        out: list[torch.Tensor] = []
-        for i in range(0, N, block):
-            q_block = q[:, :, i : i + block]
-            if not torch.jit.is_scripting() and again:
-                out.append(checkpoint(read_queries, q_block, features, mass, value, use_reentrant=False))
-            else:
-                out.append(read_queries(q_block, features, mass, value))
-        return torch.cat(out, dim=2).to(out_dtype)
+    # TorchScript knows autocast for constant devices only, and none is on around a scripted model's own casts
+    if torch.jit.is_scripting():
+        return sum_in_blocks(q, k, v, features, block, epsilon)
+    else:
+        with torch.autocast(q.device.type, enabled=False):
+            return sum_in_blocks(q, k, v, features, block, epsilon)
 
 
 class PerformerAttention(AttentionMixer):

@@ -200,9 +200,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
         fresh = {key: torch.zeros_like(t) if key.endswith("attn.conv.weight") else t for key, t in fresh.items()}
         state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
-    if not ours and (own or dropped or model.mixers()):
+    cfg = model.pretrained_cfg
+    # a mixer without parameters of its own can't tell whose weights these are; a saved model brings its configuration
+    if not ours and (own or dropped or (model.mixers() and not cfg.get("source"))):
         _logger.warning(
-            f"{model.pretrained_cfg.get('architecture', 'model')}: softmax ViT weights loaded, fine-tune before use. "
+            f"{cfg.get('architecture', 'model')}: weights of a softmax ViT loaded, the model needs fine-tuning. "
             f"Fresh: {summary(own)}. Left out: {summary(dropped)}."
         )
     return state_dict
