@@ -31,7 +31,7 @@ class BeforeForward:
     """Hook of a patch embedding that tells the mixers the grid of the images at hand.
 
     It runs once for each forward pass and not again when gradient checkpointing repeats the blocks. With checkpointing,
-    call backward before the next forward pass if the two have different image sizes.
+    call backward before the next forward pass if the two have different image sizes. TorchScript takes no such hook.
     """
 
     def __init__(self, model: nn.Module, dynamic: bool) -> None:

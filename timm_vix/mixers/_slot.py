@@ -34,7 +34,7 @@ def check_number(name: str, value: object, lowest: float) -> None:
         raise ValueError(f"{name}={value!r}: expected a finite number of at least {lowest}")
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
@@ -62,12 +62,25 @@ def admit(
 
 
 def cell_grid(num_cells: int, grid: Grid) -> Grid:
-    """Return the largest grid with at most ``num_cells`` cells and about the aspect of ``grid``, (rows, columns)."""
+    """Return (rows, columns) of the largest number of cells, at most ``num_cells``, that lie evenly over ``grid``.
+
+    Evenly: on a square grid a cell is at most 2.5 times as long as wide. There 49 gives 7x7, 50 and 53 give 10x5.
+    """
     height, width = grid
-    rows = min(height, max(1, int(math.sqrt(num_cells * height / width) + 0.5)))
-    columns = min(width, max(1, num_cells // rows))
-    rows = min(height, max(1, num_cells // columns))
-    return rows, columns
+    limit = 2.5 * max(height, width) / min(height, width)
+    if num_cells >= height * width:
+        return grid
+    for cells in range(num_cells, 0, -1):
+        best, stretch = grid, limit
+        for rows in range(1, min(cells, height) + 1):
+            columns = cells // rows
+            if rows * columns == cells and columns <= width:
+                ratio = (height * columns) / (width * rows)
+                if max(ratio, 1 / ratio) <= stretch:
+                    best, stretch = (rows, columns), max(ratio, 1 / ratio)
+        if best != grid:
+            return best
+    return 1, 1
 
 
 def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid) -> torch.Tensor:
@@ -91,6 +104,12 @@ def count_bias(like: torch.Tensor, num_prefix_tokens: int, num_cells: int, num_p
     bias = torch.full([1, 1, 1, num_prefix_tokens + num_cells], 0.0, device=like.device, dtype=like.dtype)
     bias[..., num_prefix_tokens:] = math.log(num_patches / num_cells)
     return bias
+
+
+def refuse_attention_dropout(attn: nn.Module, mechanism: str) -> None:
+    """Raise ValueError if ``attn`` drops attention weights, for a mechanism that has none."""
+    if attn.attn_drop.p > 0:
+        raise ValueError(f"attn_drop_rate={attn.attn_drop.p}: {mechanism} has no attention weights to drop; allowed is 0")
 
 
 class TokenMixer(nn.Module):
@@ -124,7 +143,7 @@ class TokenMixer(nn.Module):
             setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
     def options(self) -> dict:
-        """The keywords that rebuild this mixer, where they differ from what a default would choose anew."""
+        """The keywords that rebuild this mixer at its present grid, where a default or another grid would change them."""
         return {}
 
 
@@ -161,9 +180,16 @@ class AttentionMixer(TokenMixer):
         bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         self.foldable = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
 
+    def plain(self) -> bool:
+        """Whether the projections are mere weights: no adapter, parametrisation or hook of somebody wants a call."""
+        if torch.jit.is_scripting():
+            return True
+        else:
+            return all(type(m) is nn.Linear and not m._forward_hooks for m in (self.qkv, self.proj))
+
     def folds(self, num_few: int) -> bool:
         """Whether attention with ``num_few`` tokens on one side is to be folded into its projections."""
-        return self.foldable and self.num_heads * num_few < self.attn_dim + num_few
+        return self.foldable and self.num_heads * num_few < self.attn_dim + num_few and self.plain()
 
     def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:
         """Some of queries (0), keys (1), values (2), from ``first`` up to ``last``: (B, N, C) -> list of (B, h, N, D).
@@ -171,12 +197,12 @@ class AttentionMixer(TokenMixer):
         Only the wanted rows of the joint weight are multiplied; queries and keys come normalised.
         """
         B, N, _ = x.shape
-        if first == 0 and last == 3:
-            y = self.qkv(x)
-        else:
-            rows = slice(first * self.attn_dim, last * self.attn_dim)
+        start, stop = first * self.attn_dim, last * self.attn_dim
+        if last - first < 3 and self.plain():
             bias = self.qkv.bias
-            y = nn.functional.linear(x, self.qkv.weight[rows], None if bias is None else bias[rows])
+            y = nn.functional.linear(x, self.qkv.weight[start:stop], None if bias is None else bias[start:stop])
+        else:
+            y = self.qkv(x)[..., start:stop]
         heads = y.reshape(B, N, last - first, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         out: list[torch.Tensor] = []
         for i in range(first, last):
@@ -192,9 +218,10 @@ class AttentionMixer(TokenMixer):
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
 
-    def ask_all(self, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """Attention of a few queries (B, h, m, D), already turned, to all tokens: (B, h, m, D)."""
-        if not self.folds(q.shape[2]):
+    def ask_all(self, x: torch.Tensor, q: torch.Tensor, m: int) -> torch.Tensor:
+        """Attention of m queries (B, h, m, D), already turned, to all tokens: (B, h, m, D)."""
+        # m is an argument since a shape is no number while torch.fx traces
+        if not self.folds(m):
             k, v = self.project(x, 1, 3)
             return scaled_dot_product_attention(q, self.rotate(k), v)
         A = self.attn_dim
@@ -207,14 +234,15 @@ class AttentionMixer(TokenMixer):
         k: torch.Tensor,
         v: torch.Tensor,
         bias: torch.Tensor,
+        m: int,
         local: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """The slot's output (B, N, C): attention of all tokens to a few keys and values (B, h, m, D).
+        """The slot's output (B, N, C): attention of all tokens to m keys and values (B, h, m, D).
 
         ``bias`` (1, 1, 1, m) is added to the logits, ``local`` (B, h, N, D) to the heads before the output projection.
         """
         dropout = self.attn_drop.p if self.training else 0.0
-        if local is not None or not self.folds(k.shape[2]):
+        if local is not None or not self.folds(m):
             q = self.rotate(self.project(x, 0, 1)[0])
             y = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
             return self.merge(y if local is None else y + local, x)

@@ -6,7 +6,7 @@ F_N and F_C are the discrete Fourier matrices over tokens and over channels (Lee
 section 3.2). X is real, so the transform at channel -c is the conjugate of that at (-n, c): half of the channels are
 transformed over the tokens and the rest is read off their mirror image.
 
-*Differs:* computed in float32 at every precision: half-precision transforms exist only for powers of two on some
+*Differs:* computed in float32 at least: half-precision transforms exist only for powers of two on some
 devices and not at all on others. The sum over N·C entries grows with sqrt(N·C), as in the paper.
 
 Shapes: B images, N tokens (prefix tokens are tokens like all others), C channels.
@@ -18,7 +18,7 @@ import torch
 from timm.layers import register_notrace_function
 from torch import nn
 
-from ._slot import Grid, TokenMixer, admit
+from ._slot import Grid, TokenMixer, admit, refuse_attention_dropout
 
 
 @torch.fx.wrap
@@ -26,7 +26,7 @@ from ._slot import Grid, TokenMixer, admit
 def fourier_mix(x: torch.Tensor) -> torch.Tensor:
     """Re(F_N X F_C): (B, N, C) -> (B, N, C), in the dtype of x."""
     C = x.shape[2]
-    half = torch.fft.rfft2(x.float(), dim=(1, 2)).real
+    half = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(1, 2)).real
     # channels 1 to (C - 1) / 2, mirrored: Y[n, C - c] = Y[-n mod N, c]
     mirrored = half[:, :, 1 : (C + 1) // 2].flip(1, 2).roll(1, 1)
     return torch.cat([half, mirrored], dim=2).to(x.dtype)
@@ -42,6 +42,7 @@ class FourierMixing(TokenMixer):
     ) -> None:
         if rope is not None:
             raise ValueError("rope: Fourier mixing has no queries and keys to rotate")
+        refuse_attention_dropout(attn, "Fourier mixing")
         super().__init__(grid, num_prefix_tokens)
         self.drop = attn.proj_drop
 

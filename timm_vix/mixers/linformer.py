@@ -18,7 +18,7 @@ product depends on relative position.
 Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D, k projected tokens.
 """
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import nn
@@ -41,7 +41,9 @@ class LinformerAttention(AttentionMixer):
     """Linformer attention in the slot.
 
     Args:
-        num_proj_tokens: k, which must fill a grid over the patches; None: 49, or the number of patches if smaller.
+        num_proj_tokens: k; the largest number, at most this, that lies evenly over the patch grid is taken
+            (``cell_grid``). None: 49, or the number of patches if smaller. A pair: rows and columns of regions, which
+            is how a saved model keeps its regions at another grid.
         sharing: "kv", "headwise" or "none".
 
     Raises:
@@ -56,26 +58,25 @@ class LinformerAttention(AttentionMixer):
         grid: Grid,
         num_prefix_tokens: int,
         rope: Optional[nn.Module] = None,
-        num_proj_tokens: Optional[int] = None,
+        num_proj_tokens: Union[int, tuple[int, int], None] = None,
         sharing: str = "kv",
     ) -> None:
         super().__init__(attn, grid, num_prefix_tokens, rope)
         check_choice("sharing", sharing, ("none", "headwise", "kv"))
-        if num_proj_tokens is None:
-            rows, columns = cell_grid(DEFAULT_PROJ_TOKENS, grid)
-            num_proj_tokens = rows * columns
-        check_integer("num_proj_tokens", num_proj_tokens, 1, grid[0] * grid[1], "patch tokens")
-        self.cells = cell_grid(num_proj_tokens, grid)
-        if self.cells[0] * self.cells[1] != num_proj_tokens:
-            raise ValueError(
-                f"num_proj_tokens={num_proj_tokens} fills no grid over {grid[0]}x{grid[1]} patches; "
-                f"{self.cells[0] * self.cells[1]} ({self.cells[0]}x{self.cells[1]}) does"
-            )
+        if isinstance(num_proj_tokens, (tuple, list)) and len(num_proj_tokens) == 2:
+            for side in num_proj_tokens:
+                check_integer("num_proj_tokens", side, 1)
+            self.cells = (num_proj_tokens[0], num_proj_tokens[1])
+        else:
+            if num_proj_tokens is None:
+                num_proj_tokens = min(DEFAULT_PROJ_TOKENS, grid[0] * grid[1])
+            check_integer("num_proj_tokens", num_proj_tokens, 1, grid[0] * grid[1], "patch tokens")
+            self.cells = cell_grid(num_proj_tokens, grid)
         self.sharing = sharing
-        self.num_proj_tokens = num_proj_tokens
+        self.num_proj_tokens = self.cells[0] * self.cells[1]
         groups = {"none": 2 * self.num_heads, "headwise": 2, "kv": 1}[sharing]
         weight = self.proj.weight
-        self.token_proj = nn.Parameter(weight.new_empty(groups, num_proj_tokens, *grid))
+        self.token_proj = nn.Parameter(weight.new_empty(groups, self.num_proj_tokens, *grid))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -84,7 +85,7 @@ class LinformerAttention(AttentionMixer):
             self.token_proj.copy_(region_averages(self.cells, (height, width)).expand_as(self.token_proj))
 
     def options(self) -> dict:
-        return {"num_proj_tokens": self.num_proj_tokens}
+        return {"num_proj_tokens": list(self.cells)}
 
     def keys_values(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Prefix and projected tokens as keys and values: (B, N, C) -> two of (B, h, P + k, D)."""
@@ -110,4 +111,5 @@ class LinformerAttention(AttentionMixer):
         x = admit(x, attn_mask, is_causal, self.num_tokens)
         k, v = self.keys_values(x)
         bias = count_bias(k, self.num_prefix_tokens, self.num_proj_tokens, self.grid[0] * self.grid[1])
-        return self.ask_few(x, self.rotate(k, self.cells), v, bias)
+        m = self.num_prefix_tokens + self.num_proj_tokens
+        return self.ask_few(x, self.rotate(k, self.cells), v, bias, m)

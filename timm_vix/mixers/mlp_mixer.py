@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ._resample import resample_reading, resample_writing
-from ._slot import Grid, TokenMixer, admit, check_number
+from ._slot import Grid, TokenMixer, admit, check_number, refuse_attention_dropout
 
 
 class TokenMlp(TokenMixer):
@@ -49,6 +49,7 @@ class TokenMlp(TokenMixer):
     ) -> None:
         if rope is not None:
             raise ValueError("rope: a token MLP has no queries and keys to rotate")
+        refuse_attention_dropout(attn, "a token MLP")
         super().__init__(grid, num_prefix_tokens)
         weight = attn.proj.weight
         check_number("tokens_mlp_ratio", tokens_mlp_ratio, 1 / weight.shape[0])

@@ -29,7 +29,7 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
-from ._slot import AttentionMixer, Grid, admit, cell_grid, check_integer, check_number, count_bias, pool_patches
+from ._slot import AttentionMixer, Grid, admit, cell_grid, check_choice, check_integer, check_number, count_bias, pool_patches
 
 DEFAULT_LANDMARKS = 49
 KERNEL_SIZE = 5
@@ -47,9 +47,11 @@ def ridge_inverse(A: torch.Tensor, ridge: float, iterations: int) -> torch.Tenso
     B, h, m, _ = A.shape
     A = A.reshape(B * h, m, m)
     eye = torch.eye(m, device=A.device, dtype=A.dtype)
+    # rounding can make the lowest eigenvalue of A^T A negative, and the iteration would blow it up
+    ridge = max(ridge, m * (2.2e-16 if A.dtype == torch.float64 else 1.2e-7))
     M = torch.baddbmm(ridge * eye, A.transpose(1, 2), A)
     norm = M.detach().abs().sum(2, keepdim=True).amax(1, keepdim=True)
-    # without a ridge the lowest eigenvalue is unknown, and this one is as good as any
+    # with a ridge near zero the lowest eigenvalue is unknown, and this one is as good as any
     low = max(ridge, 1e-3) / norm
     Z = eye / norm
     for _ in range(iterations):
@@ -83,6 +85,9 @@ def landmark_values(
     if torch.jit.is_scripting():
         return fit_landmarks(q, k, v, exact, bias, ridge, steps)
     else:
+        # the meta device has no autocast to switch off
+        if not torch.amp.is_autocast_available(q.device.type):
+            return fit_landmarks(q, k, v, exact, bias, ridge, steps)
         with torch.autocast(q.device.type, enabled=False):
             return fit_landmarks(q, k, v, exact, bias, ridge, steps)
 
@@ -91,8 +96,8 @@ class NystromAttention(AttentionMixer):
     """Nyström attention in the slot.
 
     Args:
-        num_landmarks: cells over which landmarks are pooled, laid out as the largest grid with at most so many cells
-            and about the aspect of the image; None: 49, or the number of patches if smaller.
+        num_landmarks: cells over which landmarks are pooled; the largest number, at most this, that lies evenly over
+            the patch grid is taken (``cell_grid``). None: 49, or the number of patches if smaller.
         pinv_iterations: Newton steps; 7 are exact to 1e-4 at the default ridge.
         ridge: r.
         conv_residual: add a depthwise 5x5 convolution of the values.
@@ -118,6 +123,7 @@ class NystromAttention(AttentionMixer):
         check_integer("num_landmarks", num_landmarks, 1, grid[0] * grid[1], "patch tokens")
         check_integer("pinv_iterations", pinv_iterations, 1)
         check_number("ridge", ridge, 0)
+        check_choice("conv_residual", conv_residual, (True, False))
         self.num_landmarks = num_landmarks
         self.pinv_iterations = pinv_iterations
         self.ridge = float(ridge)
@@ -135,7 +141,7 @@ class NystromAttention(AttentionMixer):
         self.cells = cell_grid(self.num_landmarks, grid)
 
     def options(self) -> dict:
-        return {"num_landmarks": self.num_landmarks}
+        return {"num_landmarks": min(self.num_landmarks, self.grid[0] * self.grid[1])}
 
     def residual(self, v: torch.Tensor) -> torch.Tensor:
         """Depthwise convolution of the values over the grid: (B, h, N, D) -> (B, h, N, D), 0 for prefix tokens."""
@@ -154,7 +160,9 @@ class NystromAttention(AttentionMixer):
         pooled = pool_patches(x, self.num_prefix_tokens, self.grid, self.cells)
         q, k, v = self.project(pooled, 0, 3)
         q, k = self.rotate(q, self.cells), self.rotate(k, self.cells)
-        bias = count_bias(k, self.num_prefix_tokens, self.cells[0] * self.cells[1], self.grid[0] * self.grid[1])
-        values = landmark_values(q, k, v, self.ask_all(x, q), bias, self.ridge, self.pinv_iterations)
+        num_cells = self.cells[0] * self.cells[1]
+        m = self.num_prefix_tokens + num_cells
+        bias = count_bias(k, self.num_prefix_tokens, num_cells, self.grid[0] * self.grid[1])
+        values = landmark_values(q, k, v, self.ask_all(x, q, m), bias, self.ridge, self.pinv_iterations)
         local = None if self.conv is None else self.residual(self.project(x, 2, 3)[0])
-        return self.ask_few(x, k, values, bias, local)
+        return self.ask_few(x, k, values, bias, m, local)

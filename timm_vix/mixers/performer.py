@@ -22,7 +22,7 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ._slot import AttentionMixer, Grid, admit, check_integer
+from ._slot import AttentionMixer, Grid, admit, check_integer, refuse_attention_dropout
 
 DEFAULT_FEATURES = 64
 BLOCK = 1024
@@ -125,6 +125,9 @@ def favor_attention(
     if torch.jit.is_scripting():
         return sum_in_blocks(q, k, v, features, block, epsilon)
     else:
+        # the meta device has no autocast to switch off
+        if not torch.amp.is_autocast_available(q.device.type):
+            return sum_in_blocks(q, k, v, features, block, epsilon)
         with torch.autocast(q.device.type, enabled=False):
             return sum_in_blocks(q, k, v, features, block, epsilon)
 
@@ -153,6 +156,7 @@ class PerformerAttention(AttentionMixer):
         feature_seed: int = 0,
         redraw_interval: int = 0,
     ) -> None:
+        refuse_attention_dropout(attn, "Performer")
         super().__init__(attn, grid, num_prefix_tokens, rope)
         num_features = DEFAULT_FEATURES if num_features is None else num_features
         check_integer("num_features", num_features, 1)

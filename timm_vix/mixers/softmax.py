@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ._slot import AttentionMixer
+from ._slot import AttentionMixer, admit
 
 
 class SoftmaxAttention(AttentionMixer):
@@ -24,7 +24,7 @@ class SoftmaxAttention(AttentionMixer):
     def forward(
         self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
     ) -> torch.Tensor:
-        q, k, v = self.project(x, 0, 3)
+        q, k, v = self.project(admit(x, None, False, self.num_tokens), 0, 3)
         y = scaled_dot_product_attention(
             self.rotate(q),
             self.rotate(k),

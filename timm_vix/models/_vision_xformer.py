@@ -101,6 +101,7 @@ class VisionXformer(VisionTransformer):
             first = "patch_embed.proj.0.conv" if stem == "conv" else "patch_embed.proj.0"
             self._traits = {"first_conv": first}
         swap_attention(self, mixer, rope, **mine)
+        self.record_options()
         if kwargs.get("patch_drop_rate", 0) > 0 and any(m.uses_grid for m in self.mixers()):
             raise ValueError(
                 f"patch_drop_rate={kwargs['patch_drop_rate']}: mixer={mixer!r} works on the whole patch grid, "
@@ -124,13 +125,17 @@ class VisionXformer(VisionTransformer):
             ValueError: for an image that the patches don't divide.
         """
         check_sizes(
-            img_size or self.patch_embed.img_size,
-            patch_size or self.patch_embed.patch_size,
+            self.patch_embed.img_size if img_size is None else img_size,
+            self.patch_embed.patch_size if patch_size is None else patch_size,
             self.patch_embed.dynamic_img_pad,
         )
         super().set_input_size(img_size=None if img_size is None else to_2tuple(img_size), patch_size=patch_size)
         set_grid(self, self.patch_embed.grid_size)
-        # what was chosen for the first size is now a keyword of its own, for a reload at the new size
+        self.record_options()
+
+    @torch.jit.ignore
+    def record_options(self) -> None:
+        """Note what the mixers chose for this size among timm's arguments for a reload, which may be at another one."""
         chosen = {name: value for mixer in self.mixers() for name, value in mixer.options().items()}
         self._model_args = dict(getattr(self, "_model_args", {}), **chosen)
 
@@ -252,6 +257,11 @@ def create_vision_xformer(
             feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
             **arguments,
         )
-    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        source = (kwargs.get("pretrained_cfg_overlay") or {}).get("file", "the checkpoint")
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        # torch has no exception of its own for a damaged file
+        damaged = re.search("PytorchStreamReader|weights_only|checkpoint found", str(error))
+        if isinstance(error, RuntimeError) and not damaged:
+            raise
+        overlay, cfg = kwargs.get("pretrained_cfg_overlay") or {}, kwargs.get("pretrained_cfg")
+        source = overlay.get("file") or (cfg.get("file") if isinstance(cfg, dict) else None) or "the checkpoint"
         raise ValueError(f"{source} is no readable checkpoint: {error}") from error

@@ -1,0 +1,160 @@
+"""Time and memory of each token mixer against softmax attention, one layer of ViT-Ti width.
+
+    python examples/benchmark.py --out examples/results/mixers.csv        # 15 minutes on two CPU cores
+
+Each row pairs a mixer with timm's attention through scaled_dot_product_attention: the two are timed in turn, and the
+ratio is the median over the pairs (above 1: the mixer is faster). Peak memory is that of a training step in a process
+of its own, less what the process holds before it. Rows are appended one by one; what is there already is not repeated.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+import timm_vix  # noqa: F401  registers the names
+
+MIXERS = ("softmax", "nystrom", "linformer", "performer", "fnet", "mixer")
+COLUMNS = (
+    "mixer tokens batch mode dtype options ms softmax_ms ratio ratio_low ratio_high "
+    "peak_memory_mib device threads torch timm"
+).split()
+
+
+def layer(mixer: str, side: int, options: dict) -> torch.nn.Module:
+    name = "vit_tiny_patch16_224" if mixer == "softmax" else f"vix_{mixer}_tiny"
+    return timm.create_model(name, img_size=16 * side, depth=1, **options).blocks[0].attn
+
+
+def step(module: torch.nn.Module, x: torch.Tensor, train: bool) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    if train:
+        module(x).float().square().mean().backward()
+    else:
+        with torch.inference_mode():
+            module(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(args: argparse.Namespace) -> None:
+    """Print the MiB that a training step adds in this process."""
+    module, x = prepare(args, args.only)
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(module, x, True)
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(module, x, True)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+
+
+def prepare(args: argparse.Namespace, mixer: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    side = round((args.tokens[0] - 1) ** 0.5)
+    dtype = getattr(torch, args.dtype[0])
+    train = args.mode[0] == "train"
+    options = dict(part.split("=") for part in args.options)
+    module = layer(mixer, side, {k: int(v) for k, v in options.items()} if mixer == args.only else {})
+    batch = max(1, args.batch_tokens // args.tokens[0])
+    x = torch.randn(batch, args.tokens[0], 192, device=args.device, dtype=dtype, requires_grad=train)
+    return module.to(args.device, dtype).train(train), x
+
+
+def row(args: argparse.Namespace) -> dict:
+    """Time ``args.only`` against softmax at the first tokens, mode and dtype of ``args``."""
+    train = args.mode[0] == "train"
+    ours, x = prepare(args, args.only)
+    softmax, _ = prepare(args, "softmax")
+    for module in (softmax, ours):
+        step(module, x, train)
+    pairs = [(step(softmax, x, train), step(ours, x, train)) for _ in range(args.pairs)]
+    ratios = sorted(a / b for a, b in pairs)
+    command = [sys.executable, __file__, "--memory", "--only", args.only, "--tokens", str(args.tokens[0])]
+    command += ["--dtype", args.dtype[0], "--mode", "train", "--device", args.device]
+    command += ["--batch-tokens", str(args.batch_tokens), "--threads", str(args.threads), "--options", *args.options]
+    memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout if train else "nan"
+    return dict(
+        mixer=args.only,
+        tokens=args.tokens[0],
+        batch=x.shape[0],
+        mode=args.mode[0],
+        dtype=args.dtype[0],
+        options=" ".join(args.options),
+        ms=round(statistics.median(b for _, b in pairs) * 1e3, 3),
+        softmax_ms=round(statistics.median(a for a, _ in pairs) * 1e3, 3),
+        ratio=round(statistics.median(ratios), 3),
+        ratio_low=round(ratios[len(ratios) // 4], 3),
+        ratio_high=round(ratios[-1 - len(ratios) // 4], 3),
+        peak_memory_mib=round(float(memory), 1),
+        device=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixers", nargs="+", default=MIXERS, choices=MIXERS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[197, 577, 1025, 4097, 16385], help="1 + a square")
+    parser.add_argument("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="images a batch = this / tokens")
+    parser.add_argument("--options", nargs="*", default=[], help="keywords of the mixer, e.g. num_landmarks=64")
+    parser.add_argument("--out", type=Path, default=Path("mixers.csv"))
+    parser.add_argument("--only", choices=MIXERS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.memory:
+        peak_memory(args)
+        return
+    done = set()
+    if args.out.exists():
+        with args.out.open() as file:
+            done = {(r["mixer"], r["tokens"], r["mode"], r["dtype"], r["options"]) for r in csv.DictReader(file)}
+    wanted = [
+        (mixer, tokens, mode, dtype)
+        for dtype in args.dtype
+        for mode in args.mode
+        for tokens in args.tokens
+        for mixer in args.mixers
+    ]
+    for i, (mixer, tokens, mode, dtype) in enumerate(wanted):
+        if (mixer, str(tokens), mode, dtype, " ".join(args.options)) in done:
+            continue
+        one = argparse.Namespace(**vars(args))
+        one.only, one.tokens, one.mode, one.dtype = mixer, [tokens], [mode], [dtype]
+        if tokens > 10000:
+            one.pairs = min(3, args.pairs)
+        result = row(one)
+        new = not args.out.exists()
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(result)
+        print(f"[{i + 1}/{len(wanted)}] {mixer:9s} {tokens:6d} {mode:5s} {dtype:8s} {result['ms']:9.2f} ms, "
+              f"softmax / {mixer} {result['ratio']:.2f}, {result['peak_memory_mib']} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What the tests share: small models of every mixer, and the data that lies beside the repository.
+
+A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds keywords that deserve a run of their own.
+"""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_vix  # noqa: F401  registers the names
+from timm_vix.mixers import MIXERS
+from timm_vix.mixers._slot import AttentionMixer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DEIT = DATA / "deit_tiny_patch16_224.fb_in1k.safetensors"
+PHOTOGRAPHS = DATA / "nips17_dev.tar"
+
+OPTIONS: dict[str, list[dict]] = {
+    "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}],
+    "nystrom": [{}, {"conv_residual": True}],
+    "performer": [{}, {"redraw_interval": 3}],
+}
+VARIANTS = [
+    pytest.param(mixer, rope, options, id="-".join([mixer, *([rope] if rope else []), *map(str, options.values())]))
+    for mixer, mixer_class in MIXERS.items()
+    for rope in ((None, "axial", "1d") if issubclass(mixer_class, AttentionMixer) else (None,))
+    for options in OPTIONS.get(mixer, [{}])
+]
+# prefix tokens: the class token; none; class and registers; registers without a class token
+LAYOUTS = {
+    "class": {},
+    "no_prefix": {"class_token": False, "global_pool": "avg"},
+    "registers": {"reg_tokens": 4},
+    "registers_only": {"class_token": False, "reg_tokens": 4, "global_pool": "avg", "no_embed_class": True},
+}
+
+torch.set_num_threads(1)
+
+
+def small(mixer: str, rope: str | None = None, **kwargs) -> nn.Module:
+    """A model in eval mode with a 7x5 patch grid, 2 blocks of 2 heads of width 16, 5 classes; keywords override."""
+    arguments = dict(img_size=(14, 10), patch_size=2, embed_dim=32, depth=2, num_heads=2, num_classes=5, qkv_bias=True)
+    model = timm.create_model("vix_softmax_cifar", mixer=mixer, rope=rope, **{**arguments, **kwargs}).eval()
+    return lively(model)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Weights far enough from the initial ones that attention isn't uniform and no parameter is zero."""
+    if next(model.parameters()).is_meta:
+        return model
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def image(model: nn.Module, batch: int = 2) -> torch.Tensor:
+    """Random images of the model's size."""
+    return torch.randn(batch, model.in_chans, *model.patch_embed.img_size)
+
+
+def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative Euclidean distance."""
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def deit() -> Path:
+    if not DEIT.exists():
+        pytest.skip(f"needs the DeiT-Tiny weights at {DEIT}")
+    return DEIT
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    if not PHOTOGRAPHS.exists():
+        pytest.skip(f"needs the photographs at {PHOTOGRAPHS}")
+    return PHOTOGRAPHS

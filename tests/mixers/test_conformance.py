@@ -1,0 +1,195 @@
+"""What every mixer owes the host, over all mixers, positions and token layouts."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from conftest import LAYOUTS, VARIANTS, distance, image, small
+from safetensors.torch import load_file, save_file
+from torch.func import functional_call
+
+TRAITS = [
+    {"qk_norm": True},
+    {"scale_attn_norm": True},
+    {"pre_norm": True},
+    {"init_values": 0.1},
+    {"qkv_bias": False},
+    {"num_heads": 1, "embed_dim": 24},
+    {"img_size": (16, 12)},
+    {"img_size": (2, 10)},
+    {"img_size": (2, 2)},
+]
+
+
+def gradients(model, x: torch.Tensor) -> torch.Tensor:
+    """Gradients of the outputs' squares with respect to the input and all parameters, in a row."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    model(x).square().sum().backward()
+    return torch.cat([t.grad.flatten().float() for t in (x, *model.parameters())])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_float32_agrees_with_float64(mixer, rope, options, layout):
+    model = small(mixer, rope, **options, **LAYOUTS[layout])
+    x = image(model)
+    double = copy.deepcopy(model).double()
+    assert double(x.double()).dtype == torch.float64
+    assert distance(model(x), double(x.double())) < 1e-4
+    assert distance(gradients(model, x), gradients(double, x.double())) < 1e-3
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_gradients_are_those_of_finite_differences(mixer, rope, options):
+    model = small(mixer, rope, **options, img_size=(6, 4), embed_dim=8, depth=1)
+    module = model.double().blocks[0].attn
+    names = [name for name, _ in module.named_parameters()]
+    x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+
+    def call(x, *parameters):
+        return functional_call(module, dict(zip(names, parameters)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *module.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_traits_of_the_host(mixer, rope, options):
+    for traits in TRAITS:
+        model = small(mixer, rope, **{**options, **traits})
+        x = image(model)
+        double = copy.deepcopy(model).double()
+        assert distance(model(x), double(x.double())) < 1e-4, traits
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_every_parameter_gets_a_gradient(mixer, rope, options, layout):
+    # all tokens are pooled: a last block's effect on patches is lost on a class token, and the other way round
+    pooling = {"global_pool": "avg", "pool_include_prefix": True}
+    model = small(mixer, rope, **{**options, **LAYOUTS[layout], **pooling}, qk_norm=True, init_values=0.1).train()
+    model(image(model, batch=1)).square().sum().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not dead
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"], ids=str)
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_half_precision_costs_no_more_than_in_softmax_attention(mixer, rope, options, dtype):
+    def error(model):
+        half = copy.deepcopy(model)
+        if dtype == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                y, g = half(x).float(), gradients(half, x)
+        else:
+            half = half.to(dtype)
+            y, g = half(x.to(dtype)).float(), gradients(half, x.to(dtype))
+        assert y.isfinite().all() and g.isfinite().all()
+        return distance(y, model(x)), distance(g, gradients(model, x))
+
+    model, softmax = small(mixer, rope, **options), small("softmax", rope)
+    softmax.load_state_dict({k: v for k, v in model.state_dict().items() if k in softmax.state_dict()}, strict=False)
+    x = image(model, batch=4)
+    for mine, theirs in zip(error(model), error(softmax)):
+        assert mine < 3 * theirs
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_an_image_does_not_depend_on_its_batch_mates(mixer, rope, options, training):
+    model = small(mixer, rope, **{**options, **({"redraw_interval": 0} if "redraw_interval" in options else {})})
+    model.train(training)
+    x = image(model, batch=4)
+    x[1:] *= 30
+    assert distance(model(x[:1]), model(x)[:1]) < 1e-6
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_dropout_acts_in_training_only(mixer, rope, options):
+    for rate in ("proj_drop_rate", "drop_path_rate", "pos_drop_rate"):
+        model = small(mixer, rope, **{**options, rate: 0.5})
+        x = image(model, batch=8)
+        y = model(x)
+        assert torch.equal(model(x), y)
+        model.train()
+        assert distance(model(x), y) > 1e-3 or (rope and rate == "pos_drop_rate")
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_attention_dropout_acts_or_is_refused(mixer, rope, options):
+    try:
+        model = small(mixer, rope, **options, attn_drop_rate=0.5)
+    except ValueError as error:
+        assert "attn_drop" in str(error)
+        return
+    x = image(model)
+    assert torch.equal(model(x), model(x))
+    assert distance(model.train()(x), model.eval()(x)) > 1e-3
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_state_goes_through_safetensors(mixer, rope, options, tmp_path):
+    model, other = (small(mixer, rope, **options) for _ in range(2))
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    x = image(model)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_copies_are_equal_and_independent(mixer, rope, options, copied, dynamic):
+    model = small(mixer, rope, **options, dynamic_img_size=dynamic)
+    x = image(model)
+    twin = copied(model)
+    y = model(x)
+    if dynamic:
+        twin(torch.randn(1, 3, 6, 8))  # must not move the original's grid
+    assert torch.equal(twin(x), y) and torch.equal(model(x), y)
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_meta_device_build(mixer, rope, options):
+    stem = "conv" if rope == "axial" else "conv_linear" if rope else "linear"
+    normal = small(mixer, rope, **options, stem=stem)
+    with torch.device("meta"):
+        model = small(mixer, rope, **options, stem=stem)
+    assert all(t.is_meta for t in itertools.chain(model.parameters(), model.buffers()))
+    model.to_empty(device="cpu")
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else 77)
+    model.init_weights()
+    for (name, tensor), (_, expected) in zip(model.named_buffers(), normal.named_buffers(), strict=True):
+        assert torch.equal(tensor, expected), name
+    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    assert not bad
+    assert model.eval()(image(normal)).isfinite().all()
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_built_with_a_dtype(mixer, rope, options):
+    model = small(mixer, rope, **options, dtype=torch.bfloat16)
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}
+    cast = small(mixer, rope, **options).to(torch.bfloat16)
+    assert {k for k, t in model.state_dict().items() if t.is_floating_point()} == {
+        k for k, t in cast.state_dict().items() if t.is_floating_point()
+    }
+    cast.load_state_dict(model.state_dict())
+    x = image(model).bfloat16()
+    assert torch.equal(model(x), cast(x))
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_large_inputs_stay_finite(mixer, rope, options):
+    module = small(mixer, rope, **options).blocks[0].attn
+    for scale in (0.0, 1e-6, 1e3):
+        x = (scale * torch.randn(2, 36, 32)).requires_grad_()
+        y = module(x)
+        y.square().mean().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all(), scale

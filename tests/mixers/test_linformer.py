@@ -1,0 +1,111 @@
+"""Linformer against a loop written from the paper's equation 7, and against softmax where they coincide."""
+
+import math
+
+import pytest
+import torch
+from conftest import distance, small
+
+LAYOUTS = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
+
+
+def rotation(position, D: int, kind: str) -> torch.Tensor:
+    """The (D, D) matrix that turns a query or key at (row, column, place in raster order)."""
+    row, column, place = position
+    if kind == "1d":
+        angles = [place * 10000.0 ** (-2 * i / D) for i in range(D // 2)]
+    else:
+        angles = [p * 100.0 ** (-4 * i / D) for p in (row, column) for i in range(D // 4)]
+    R = torch.zeros(D, D, dtype=torch.float64)
+    for i, angle in enumerate(angles):
+        R[2 * i, 2 * i] = R[2 * i + 1, 2 * i + 1] = math.cos(angle)
+        R[2 * i, 2 * i + 1], R[2 * i + 1, 2 * i] = -math.sin(angle), math.sin(angle)
+    return R
+
+
+def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> torch.Tensor:
+    """softmax(Q (E K)^T / sqrt(D) + log(tokens in a region)) (F V), a head at a time, prefix tokens unprojected."""
+    B, N, C = x.shape
+    h, P, (H, W) = module.num_heads, module.num_prefix_tokens, module.grid
+    D, k = C // h, cells[0] * cells[1]
+    q, keys, values = (x @ module.qkv.weight.T + module.qkv.bias).reshape(B, N, 3, h, D).permute(2, 0, 3, 1, 4)
+    E = module.token_proj.flatten(2)
+    bias = torch.cat([torch.zeros(P), torch.full([k], math.log(H * W / k))]).double()
+    out = torch.zeros(B, N, h, D, dtype=x.dtype)
+    for b in range(B):
+        for head in range(h):
+            first, second = {"kv": (0, 0), "headwise": (0, 1), "none": (head, h + head)}[module.sharing]
+            for_keys, for_values = E[first], E[second]
+            # the paper's E (x W) adds the bias of W once for each projected token; ours (E x) W + b adds it whole
+            shift_k = shift_v = torch.zeros(k, 1, dtype=x.dtype)
+            if module.sharing != "none":
+                shift_k, shift_v = (1 - M.sum(1, keepdim=True) for M in (for_keys, for_values))
+            bias_k, bias_v = module.qkv.bias.reshape(3, h, D)[1:, head]
+            K = torch.cat([keys[b, head, :P], for_keys @ keys[b, head, P:] + shift_k * bias_k])
+            V = torch.cat([values[b, head, :P], for_values @ values[b, head, P:] + shift_v * bias_v])
+            Q = q[b, head]
+            if rope:
+                patches = [(r, c, r * W + c) for r in range(H) for c in range(W)]
+                rows = [(i + 0.5) * H / cells[0] - 0.5 for i in range(cells[0])]
+                columns = [(j + 0.5) * W / cells[1] - 0.5 for j in range(cells[1])]
+                regions = [(r, c, r * W + c) for r in rows for c in columns]
+                start = [(0, 0, 0)] * P
+                Q = torch.stack([rotation(p, D, rope) @ v for p, v in zip(start + patches, Q, strict=True)])
+                K = torch.stack([rotation(p, D, rope) @ v for p, v in zip(start + regions, K, strict=True)])
+            out[b, :, head] = torch.softmax(Q @ K.T / math.sqrt(D) + bias, dim=1) @ V
+    return out.reshape(B, N, C) @ module.proj.weight.T + module.proj.bias
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=len)
+@pytest.mark.parametrize("rope", [None, "axial", "1d"])
+@pytest.mark.parametrize("sharing", ["kv", "headwise", "none"])
+def test_equals_a_loop(sharing, rope, layout):
+    model = small("linformer", rope, sharing=sharing, num_proj_tokens=6, **layout).double()
+    module = model.blocks[0].attn
+    module.token_proj.data.normal_(std=0.3)
+    x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    ours, reference = module(x), naive(module, x, rope, (3, 2))
+    assert distance(ours, reference) < 1e-6
+    weight = torch.randn_like(ours)
+    inputs = (x, *module.parameters())
+    for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, reference))):
+        assert distance(mine, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=len)
+@pytest.mark.parametrize("rope", [None, "axial", "1d"])
+@pytest.mark.parametrize("sharing", ["kv", "headwise", "none"])
+def test_a_projection_for_each_patch_is_softmax(sharing, rope, layout):
+    linformer = small("linformer", rope, sharing=sharing, num_proj_tokens=35, **layout).double()
+    for block in linformer.blocks:
+        block.attn.reset_parameters()  # the average over a region of one patch: the identity
+    softmax = small("softmax", rope, **layout).double()
+    softmax.load_state_dict({k: v for k, v in linformer.state_dict().items() if "token_proj" not in k})
+    x = torch.randn(2, 3, 14, 10, dtype=torch.float64, requires_grad=True)
+    ours, theirs = linformer(x), softmax(x)
+    assert distance(ours, theirs) < 1e-6
+    for name, parameter in softmax.named_parameters():
+        mine = torch.autograd.grad(ours.square().sum(), linformer.get_parameter(name), retain_graph=True)[0]
+        reference = torch.autograd.grad(theirs.square().sum(), parameter, retain_graph=True)[0]
+        assert (mine - reference).norm() < 1e-6 * (1 + reference.norm()), name
+
+
+def test_a_constant_image_is_attended_to_as_by_softmax():
+    """Averages of equal patches are the patches, and a region weighs as much as its patches: nothing is lost."""
+    linformer = small("linformer", num_proj_tokens=6, no_embed_class=True, pos_embed="none").double()
+    softmax = small("softmax", no_embed_class=True, pos_embed="none").double()
+    for block in linformer.blocks:
+        block.attn.reset_parameters()
+    softmax.load_state_dict({k: v for k, v in linformer.state_dict().items() if "token_proj" not in k})
+    x = torch.randn(2, 3, 1, 1, dtype=torch.float64).expand(2, 3, 14, 10)
+    assert distance(linformer(x), softmax(x)) < 1e-6
+
+
+@pytest.mark.parametrize("rope", ["axial", "1d"])
+def test_a_region_meets_queries_by_relative_position(rope):
+    """The same query and region content, both moved by a whole region: the same logit."""
+    module = small("linformer", rope, img_size=(16, 12), num_proj_tokens=12).double().blocks[0].attn
+    q, k = (torch.randn(16, dtype=torch.float64).expand(1, 1, n, 16) for n in (49, 13))
+    logits = (module.rotate(q) @ module.rotate(k, (4, 3)).transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
+    assert (logits[2:, 2:, 1:, 1:] - logits[:-2, :-2, :-1, :-1]).abs().max() < 1e-5
+    assert logits.std() > 0.1

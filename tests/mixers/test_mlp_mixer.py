@@ -1,0 +1,28 @@
+"""The token MLP against two linear layers over the token axis."""
+
+import pytest
+import torch
+from conftest import distance, small
+from torch import nn
+
+
+@pytest.mark.parametrize("P, layout", [(1, {}), (5, {"reg_tokens": 4}), (0, {"class_token": False, "global_pool": "avg"})])
+@pytest.mark.parametrize("ratio", [0.5, 2, 1 / 32])
+def test_equals_two_linear_layers(ratio, P, layout):
+    module = small("mixer", tokens_mlp_ratio=ratio, **layout).double().blocks[0].attn
+    hidden, N = int(ratio * 32), P + 35
+    state = {name: t.detach() for name, t in module.named_parameters()}
+    for name in ("read_prefix", "write_prefix"):
+        state.setdefault(name, torch.zeros(hidden, 0, dtype=torch.float64))
+    state.setdefault("prefix_bias", torch.zeros(1, 0, dtype=torch.float64))
+    first, second = nn.Linear(N, hidden).double(), nn.Linear(hidden, N).double()
+    first.weight.data = torch.cat([state["read_prefix"], state["read_patches"].flatten(1)], dim=1)
+    first.bias.data = state["hidden_bias"]
+    second.weight.data = torch.cat([state["write_prefix"], state["write_patches"].flatten(1)], dim=1).T.contiguous()
+    second.bias.data = torch.cat([state["prefix_bias"], state["patch_bias"].flatten(1)], dim=1)[0]
+    x = torch.randn(2, N, 32, dtype=torch.float64, requires_grad=True)
+    ours, theirs = module(x), second(nn.functional.gelu(first(x.transpose(1, 2)))).transpose(1, 2)
+    assert distance(ours, theirs) < 1e-12
+    weight = torch.randn_like(ours)
+    mine, reference = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, theirs))
+    assert distance(mine, reference) < 1e-12

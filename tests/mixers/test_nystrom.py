@@ -1,0 +1,151 @@
+"""Nyström against the formula with torch's pseudo-inverse and solver, and against softmax where they coincide."""
+
+import math
+
+import pytest
+import torch
+from conftest import distance, small
+from test_linformer import rotation
+
+LAYOUTS = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
+EXACT = {"ridge": 0.0, "pinv_iterations": 80}
+
+
+def sharpened(model):
+    """Attention far from uniform, whose matrices have an inverse."""
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 3
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=len)
+@pytest.mark.parametrize("rope", [None, "axial", "1d"])
+def test_a_landmark_for_each_token_is_softmax(rope, layout):
+    nystrom = sharpened(small("nystrom", rope, num_landmarks=35, **EXACT, **layout).double())
+    softmax = small("softmax", rope, **layout).double()
+    softmax.load_state_dict(nystrom.state_dict())
+    x = torch.randn(2, 3, 14, 10, dtype=torch.float64, requires_grad=True)
+    ours, theirs = nystrom(x), softmax(x)
+    assert distance(ours, theirs) < 1e-5
+    mine, reference = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs))
+    assert distance(mine, reference) < 1e-4
+
+
+def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> torch.Tensor:
+    """F (V~ + (A^T A + r I)^-1 A^T (O - A V~)), or F A^+ O without a ridge; landmarks averaged by a loop over cells."""
+    B, N, C = x.shape
+    h, P, (H, W) = module.num_heads, module.num_prefix_tokens, module.grid
+    D = C // h
+    patches = x[:, P:].reshape(B, H, W, C)
+    landmarks = [x[:, i] for i in range(P)]
+    for i in range(cells[0]):
+        for j in range(cells[1]):
+            # a cell takes in every patch that it touches, as torch's adaptive pooling
+            rows = slice(i * H // cells[0], -(-(i + 1) * H // cells[0]))
+            columns = slice(j * W // cells[1], -(-(j + 1) * W // cells[1]))
+            landmarks.append(patches[:, rows, columns].mean(dim=(1, 2)))
+
+    def split(tokens):
+        return (tokens @ module.qkv.weight.T + module.qkv.bias).reshape(B, -1, 3, h, D).permute(2, 0, 3, 1, 4)
+
+    (q, k, v), (Q, K, V) = split(x), split(torch.stack(landmarks, dim=1))
+    if rope:
+        start = [(0, 0, 0)] * P
+        places = start + [(r, c, r * W + c) for r in range(H) for c in range(W)]
+        rows = [(i + 0.5) * H / cells[0] - 0.5 for i in range(cells[0])]
+        columns = [(j + 0.5) * W / cells[1] - 0.5 for j in range(cells[1])]
+        centres = start + [(r, c, r * W + c) for r in rows for c in columns]
+        turn = torch.stack([rotation(place, D, rope) for place in places])
+        turn_cells = torch.stack([rotation(place, D, rope) for place in centres])
+        q, k = (torch.einsum("nij,bhnj->bhni", turn, t) for t in (q, k))
+        Q, K = (torch.einsum("nij,bhnj->bhni", turn_cells, t) for t in (Q, K))
+    # a cell stands for as many patches as it averages; torch counts those on a border twice, the bias does not
+    c = torch.cat([torch.zeros(P), torch.full([cells[0] * cells[1]], math.log(H * W / (cells[0] * cells[1])))]).double()
+    kernel, A = (torch.softmax(t @ K.transpose(2, 3) / math.sqrt(D) + c, dim=3) for t in (q, Q))
+    exact = torch.softmax(Q @ k.transpose(2, 3) / math.sqrt(D), dim=3) @ v
+    if module.ridge:
+        At = A.transpose(2, 3)
+        values = V + torch.linalg.solve(At @ A + module.ridge * torch.eye(A.shape[3]), At @ (exact - A @ V))
+    else:
+        values = torch.linalg.pinv(A) @ exact
+    y = kernel @ values
+    return y.transpose(1, 2).reshape(B, N, C) @ module.proj.weight.T + module.proj.bias
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=len)
+@pytest.mark.parametrize("rope", [None, "axial", "1d"])
+@pytest.mark.parametrize("ridge", [0.0, 0.003, 0.3])
+def test_equals_the_formula(ridge, rope, layout):
+    options = {"num_landmarks": 6, "ridge": ridge, "pinv_iterations": 80}
+    module = sharpened(small("nystrom", rope, **options, **layout).double()).blocks[0].attn
+    x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    ours, reference = module(x), naive(module, x, rope, (3, 2))
+    tolerance = 1e-6 if ridge else 1e-3  # A^T A squares the condition of A
+    assert distance(ours, reference) < tolerance
+    weight = torch.randn_like(ours)
+    inputs = (x, module.qkv.weight, module.proj.weight)
+    for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, reference))):
+        assert distance(mine, theirs) < 10 * tolerance
+
+
+def test_convolution_adds_what_a_loop_adds_from_the_values():
+    module = small("nystrom", conv_residual=True, reg_tokens=1).double().blocks[0].attn
+    x = torch.randn(1, 37, 32, dtype=torch.float64)
+    weight = module.conv.weight.detach().clone()
+    module.conv.weight.data.zero_()
+    without = module(x)
+    module.conv.weight.data.copy_(weight)
+    v = (x @ module.qkv.weight.T + module.qkv.bias)[0, 2:, 64:].reshape(7, 5, 32)
+    local = torch.zeros(37, 32, dtype=torch.float64)
+    for r in range(7):
+        for c in range(5):
+            for i in range(-2, 3):
+                for j in range(-2, 3):
+                    if 0 <= r + i < 7 and 0 <= c + j < 5:
+                        local[2 + r * 5 + c] += weight[:, 0, i + 2, j + 2] * v[r + i, c + j]
+    assert distance(module(x) - without, (local @ module.proj.weight.T)[None]) < 1e-6
+
+
+@pytest.mark.parametrize("rope", ["axial", "1d"])
+def test_a_landmark_meets_queries_by_relative_position(rope):
+    """The same query and landmark content, both moved by a whole cell: the same logit."""
+    module = small("nystrom", rope, img_size=(16, 12), num_landmarks=12).double().blocks[0].attn
+    q, k = (torch.randn(16, dtype=torch.float64).expand(1, 1, n, 16) for n in (49, 13))
+    logits = (module.rotate(q) @ module.rotate(k, module.cells).transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
+    assert (logits[2:, 2:, 1:, 1:] - logits[:-2, :-2, :-1, :-1]).abs().max() < 1e-5
+    assert logits.std() > 0.1
+
+
+def test_more_landmarks_come_closer_to_softmax():
+    x = torch.randn(8, 3, 32, 32)
+    softmax = small("softmax", img_size=32)
+    errors = []
+    for num_landmarks in (4, 64, 256):
+        nystrom = small("nystrom", img_size=32, num_landmarks=num_landmarks)
+        nystrom.load_state_dict(softmax.state_dict())
+        errors.append(distance(nystrom(x), softmax(x)))
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 10.0, 100.0])
+def test_any_attention_matrix_is_solved_in_float32(scale):
+    """Uniform attention has rank one and sharp attention rows of zeros: neither may blow the answer up."""
+    module = small("nystrom", num_landmarks=12).blocks[0].attn
+    module.qkv.weight.data[:64] *= scale
+    module.qkv.bias.data.zero_()
+    x = torch.randn(4, 36, 32, requires_grad=True)
+    y = module(x)
+    y.square().mean().backward()
+    assert distance(y, module.double()(x.double())) < 1e-3
+    assert x.grad.isfinite().all() and y.abs().max() < 100 * x.abs().max()
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6, 0.003])
+@pytest.mark.parametrize("pinv_iterations", [1, 12, 60])
+def test_iterating_on_does_no_harm(pinv_iterations, ridge):
+    """A singular matrix in float32: what it cannot see must not grow from step to step."""
+    softmax = small("softmax", pos_embed="none", img_size=28)
+    nystrom = small("nystrom", pos_embed="none", img_size=28, num_landmarks=196, ridge=ridge, pinv_iterations=pinv_iterations)
+    nystrom.load_state_dict(softmax.state_dict())
+    x = torch.randn(2, 3, 28, 28)
+    assert distance(nystrom(x), softmax(x)) < (0.1 if pinv_iterations == 1 else 0.01)

@@ -1,0 +1,120 @@
+"""Performer against the naive feature map, the kernel that it estimates, and exact softmax attention."""
+
+import pytest
+import torch
+from conftest import distance, image, small
+from timm_vix.mixers.performer import favor_attention, orthogonal_features
+
+
+def naive(q, k, v, features):
+    """phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) in float64 without any stabiliser."""
+    D, m = q.shape[-1], len(features)
+    q, k, v, w = q.double() * D**-0.25, k.double() * D**-0.25, v.double(), features.double()
+    phi_q, phi_k = (torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2) / m**0.5 for x in (q, k))
+    kernel = phi_q @ phi_k.transpose(2, 3)
+    return (kernel / kernel.sum(3, keepdim=True)) @ v
+
+
+@pytest.mark.parametrize("N", [1, 63, 100, 197])
+def test_equals_the_naive_formula(N):
+    q, k, v = torch.randn(3, 2, 3, N, 16)
+    features = orthogonal_features(40, 16, seed=0)
+    assert distance(favor_attention(q, k, v, features), naive(q, k, v, features)) < 1e-3
+
+
+@pytest.mark.parametrize("block", [1, 7, 62, 63])
+def test_blocks_change_nothing(block):
+    # keys grow along the sequence, so that the running maximum moves from block to block
+    q, k, v = torch.randn(3, 2, 3, 63, 16)
+    k = k * torch.linspace(0.1, 3, 63)[:, None]
+    features = orthogonal_features(40, 16, seed=0)
+    weight = torch.randn(2, 3, 63, 16)
+    results = []
+    for size in (block, 10**9):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = favor_attention(*inputs, features, block=size)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
+    for blocked, whole in zip(*results):
+        assert distance(blocked, whole) < 1e-5
+
+
+def test_error_falls_with_the_number_of_features():
+    q, k, v = torch.randn(3, 2, 2, 50, 16) * 0.5
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    errors = [
+        sum(distance(favor_attention(q, k, v, orthogonal_features(m, 16, seed)), exact) for seed in range(5)) / 5
+        for m in (64, 1024, 8192)
+    ]
+    # Monte Carlo: the error goes with 1 / sqrt(m), so by 4 and by 2.8
+    assert errors[0] > 2.5 * errors[1] > 5 * errors[2]
+    assert errors[2] < 0.1
+
+
+def test_features_estimate_the_kernel_without_bias():
+    q, k = torch.randn(2, 16, dtype=torch.float64) * 0.2
+    norms = (q.square().sum() + k.square().sum()) / 2
+    draws = torch.stack(
+        [torch.exp(orthogonal_features(64, 16, seed).double() @ (q + k) - norms).mean() for seed in range(500)]
+    )
+    assert abs(draws.mean() - torch.exp(q @ k)) < 4 * draws.std() / 500**0.5
+    assert draws.std() / 500**0.5 < 0.02 * torch.exp(q @ k)
+
+
+def test_features_are_orthogonal_in_blocks_with_gaussian_lengths():
+    features = orthogonal_features(72, 32, seed=3)
+    for block in features.split(32):
+        unit = torch.nn.functional.normalize(block)
+        assert (unit @ unit.T - torch.eye(len(block))).abs().max() < 1e-5
+    lengths = orthogonal_features(3200, 32, seed=0).square().sum(1)  # chi-squared with 32 degrees of freedom
+    assert abs(lengths.mean() - 32) < 4 * (64 / 3200) ** 0.5
+    assert abs(lengths.var() - 64) < 10
+    mean = orthogonal_features(3200, 32, seed=0).mean(0)
+    assert mean.abs().max() < 5 / 3200**0.5
+
+
+def test_seed_decides_the_features():
+    first, again, other = (small("performer", feature_seed=seed, depth=1) for seed in (0, 0, 1))
+    features = [model.blocks[0].attn.features for model in (first, again, other)]
+    assert torch.equal(features[0], features[1]) and not torch.equal(features[0], features[2])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_redraw_every_few_training_passes(dynamic):
+    model = small("performer", redraw_interval=3, dynamic_img_size=dynamic)
+    x = image(model)
+
+    def features():
+        return [block.attn.features.clone() for block in model.blocks]
+
+    first = features()
+    for _ in range(7):
+        model(x)
+    assert all(map(torch.equal, features(), first))  # never in eval
+    model.train()
+    changes, before = [], first
+    for _ in range(7):
+        model(x).sum().backward()
+        changes.append([not torch.equal(a, b) for a, b in zip(features(), before)])
+        before = features()
+    assert changes == [[False] * 2, [False] * 2, [True] * 2] * 2 + [[False] * 2]
+
+
+def test_redraws_go_on_after_a_reload():
+    model, other = (small("performer", redraw_interval=2).train() for _ in range(2))
+    x = image(model)
+    for _ in range(5):
+        model(x)
+    other.load_state_dict(model.state_dict())
+    for _ in range(4):
+        assert torch.equal(model(x), other(x))
+    assert torch.equal(model.blocks[1].attn.features, other.blocks[1].attn.features)
+
+
+def test_redraw_leaves_the_backward_pass_alone():
+    """A pass whose features are replaced before its backward pass keeps its own."""
+    model = small("performer", redraw_interval=1).train()
+    x = image(model)
+    y = model(x)
+    expected = torch.autograd.grad(y.sum(), model.head.weight, retain_graph=True)[0]
+    model(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), model.head.weight)[0], expected)

@@ -1,0 +1,32 @@
+"""Weights on another grid: the properties that resampling promises."""
+
+import pytest
+import torch
+from timm_vix.mixers._resample import resample_reading, resample_writing
+
+GRIDS = [((7, 5), (14, 10)), ((7, 5), (4, 9)), ((8, 6), (4, 3)), ((3, 3), (3, 3)), ((1, 5), (6, 1))]
+
+
+@pytest.mark.parametrize("old, new", GRIDS, ids=str)
+def test_reading_keeps_sums(old, new):
+    weight = torch.randn(4, *old, dtype=torch.float64)
+    assert torch.allclose(resample_reading(weight, new).sum((1, 2)), weight.sum((1, 2)))
+
+
+def test_reading_an_enlarged_image_reads_the_same():
+    """Each patch repeated 2 x 3 times, met by the resampled weight, gives what the patches gave."""
+    weight, patches = torch.randn(4, 7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    enlarged = patches.repeat_interleave(2, 0).repeat_interleave(3, 1)
+    assert torch.allclose((resample_reading(weight, (14, 15)) * enlarged).sum((1, 2)), (weight * patches).sum((1, 2)))
+
+
+@pytest.mark.parametrize("old, new", GRIDS, ids=str)
+def test_writing_keeps_constants_and_planes(old, new):
+    assert torch.allclose(resample_writing(torch.full([2, *old], 3.0), new), torch.full([2, *new], 3.0))
+
+
+def test_writing_twice_as_fine_keeps_a_plane_inside():
+    rows = torch.arange(7.0).reshape(1, 7, 1).expand(1, 7, 5)
+    fine = resample_writing(rows, (14, 10))
+    expected = (torch.arange(14.0) + 0.5) / 2 - 0.5
+    assert torch.allclose(fine[0, 1:-1, 3], expected[1:-1])

@@ -1,0 +1,168 @@
+"""Compilers, exporters, checkpointing and data parallelism, over all mixers."""
+
+import copy
+import io
+import os
+import socket
+
+import pytest
+import torch
+from conftest import VARIANTS, distance, image, small
+
+# exporters are slow: each option without positions, and each mixer with axial positions
+CASES = [v for v in VARIANTS if v.values[1] is None or (v.values[1] == "axial" and v.values[2] == {})]
+
+
+# what torch itself deprecates, inside its exporters
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def gradients(model, x):
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_compiles_in_one_graph(mixer, rope, options):
+    # a redraw reads a counter on the host, which breaks the graph
+    model = small(mixer, rope, **{**options, **({"redraw_interval": 0} if "redraw_interval" in options else {})}, depth=1)
+    model.train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = image(model)
+    for mine, expected in zip(gradients(compiled, x), gradients(model, x), strict=True):
+        assert (mine - expected).norm() <= 1e-4 * (1 + expected.norm())
+    with torch.no_grad():
+        assert distance(compiled.eval()(x), model.eval()(x)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_compiles_with_inductor(mixer, rope, options):
+    model = small(mixer, rope, **options, depth=1)
+    compiled = torch.compile(model, fullgraph=True)
+    x = image(model)
+    assert distance(compiled(x), model(x)) < 1e-4
+    for mine, expected in zip(gradients(compiled, x), gradients(model, x), strict=True):
+        assert (mine - expected).norm() <= 1e-3 * (1 + expected.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_a_compiled_dynamic_model_follows_the_image(mixer, rope, options):
+    model = small(mixer, rope, **options, dynamic_img_size=True, depth=1)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for size in ((14, 10), (8, 18), (14, 10), (4, 4)):
+        x = torch.randn(2, 3, *size)
+        assert distance(compiled(x), twin(x)) < 1e-5, size
+
+
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_torch_export(mixer, rope, options):
+    model = small(mixer, rope, **options, depth=1)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (image(model),), dynamic_shapes=({0: batch},))
+    x = image(model, batch=3)
+    assert distance(program.module()(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_torchscript(mixer, rope, options):
+    model = small(mixer, rope, **options, depth=1)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    scripted, x = torch.jit.load(file), image(model)
+    with torch.no_grad():
+        assert distance(scripted(x), model(x)) < 1e-5
+        assert distance(scripted(x[:1]), model(x[:1])) < 1e-5
+
+
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_fx_traces(mixer, rope, options):
+    """What timm's feature extraction does."""
+    from timm.models import FeatureGraphNet
+
+    model = small(mixer, rope, **options, depth=1)
+    graph = FeatureGraphNet(model, out_indices=(0,), out_map=None)
+    x = image(model)
+    expected = model.forward_intermediates(x, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
+    assert distance(graph(x)[0][:, model.num_prefix_tokens :], expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_onnx(mixer, rope, options, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = small(mixer, rope, **options, depth=1)
+    x = image(model)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    x = image(model)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(y), model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_checkpointing_leaves_gradients_alone(mixer, rope, options, dynamic):
+    model = small(mixer, rope, **options, dynamic_img_size=dynamic).train()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    x = image(model)
+    for _ in range(4):  # past a redraw
+        for mine, expected in zip(gradients(twin, x), gradients(model, x), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def train_in_parallel(rank: int, port: int, path: str) -> None:
+    """Four steps of gradients of half of a batch in each of two processes, for every variant."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    results = {}
+    for variant in CASES:
+        mixer, rope, options = variant.values
+        torch.manual_seed(rank)  # the replicas differ until DDP makes them equal
+        model = small(mixer, rope, **options).train()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for step in range(4):
+            model.zero_grad()
+            x = torch.randn(4, 3, 14, 10, generator=torch.Generator().manual_seed(step))
+            parallel(x[2 * rank : 2 * rank + 2]).square().sum(1).mean().backward()
+        results[variant.id] = (model.state_dict(), [p.grad for p in model.parameters()])
+    torch.save(results, f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_gradients_are_those_of_one_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_in_parallel, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for variant in CASES:
+        mixer, rope, options = variant.values
+        model = small(mixer, rope, **options).train()
+        state, grads = first[variant.id]
+        for mine, other in zip(grads, second[variant.id][1], strict=True):
+            assert torch.equal(mine, other), variant.id
+        model.load_state_dict(state)
+        for module in model.modules():
+            if hasattr(module, "passes"):
+                module.passes -= 1  # the features are those of the last pass already
+        x = torch.randn(4, 3, 14, 10, generator=torch.Generator().manual_seed(3))
+        model(x).square().sum(1).mean().backward()
+        for mine, expected in zip(grads, [p.grad for p in model.parameters()], strict=True):
+            assert (mine - expected).norm() <= 1e-4 * (1 + expected.norm()), variant.id

@@ -1,0 +1,473 @@
+"""Fine-tuning: exact continuation, files that survive, honest export, and one clear line for wrong input."""
+
+import csv
+import errno
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import ImageDataset, create_transform, resolve_model_data_config
+
+from timm_vix.finetune import build_model, finetune
+from timm_vix.images import Images, find_images, transforms
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "finetune.py"
+load_digits = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits
+
+MODEL_KWARGS = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2)
+TINY = dict(model="vit_tiny_patch16_224", model_kwargs=MODEL_KWARGS, img_size=32, batch_size=4, threads=1, amp="off")
+# everything that draws random numbers is on, and more is drawn in every step than in the one before a stop
+EXACT = dict(TINY, epochs=2, lr=1e-3, mixup=0.2, drop_path=0.2, augment="rand", device="cpu")
+CLOCK = {"seconds", "images_per_second"}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Folder of real images: four digits, 40 PNG files each."""
+    folder = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for label in range(4):
+        (folder / f"digit{label}").mkdir()
+        for i, image in enumerate(data.images[data.target == label][:40]):
+            pixels = Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32))
+            pixels.save(folder / f"digit{label}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """A run that nobody stopped: its folder, model and history."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return out, *finetune(data_dir=str(digits), out=str(out), **EXACT)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs the example in this process; returns exit code and stderr."""
+    spec = importlib.util.spec_from_file_location("finetune_example", SCRIPT)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        capsys.readouterr()
+        return example.main(), capsys.readouterr().err
+
+    return run
+
+
+def command(data_dir, out, **settings):
+    """The settings as arguments of the script."""
+    arguments = ["--data-dir", str(data_dir), "--out", str(out)]
+    for name, value in settings.items():
+        values = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
+        arguments += ["--" + name.replace("_", "-"), *values]
+    return arguments
+
+
+def assert_same_run(out, finished):
+    reference, _, history = finished
+    mine, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (out, reference))
+    for row, expected in zip(mine["position"]["history"], history, strict=True):
+        assert {k: v for k, v in row.items() if k not in CLOCK} == {k: v for k, v in expected.items() if k not in CLOCK}
+    torch.testing.assert_close(mine["model"], theirs["model"], rtol=0, atol=0)
+    torch.testing.assert_close(mine["optimizer"]["state"], theirs["optimizer"]["state"], rtol=0, atol=0)
+    rows = list(csv.DictReader(open(out / "history.csv")))
+    assert [float(row["train_loss"]) for row in rows] == [row["train_loss"] for row in history]
+
+
+def position(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["position"]
+
+
+def wait_for(condition, seconds=300):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "the run did not get there"
+        time.sleep(0.01)
+
+
+def test_killed_run_continues_exactly(digits, finished, tmp_path):
+    out = tmp_path / "out"
+    arguments = command(digits, out, **EXACT, checkpoint_every=1)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], env=environment)
+    # the first epoch's row is written just before the checkpoint that has it
+    wait_for(lambda: (out / "history.csv").exists() and position(out)["epoch"] == 1 and position(out)["step"] >= 3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    stopped = position(out)
+    assert stopped["epoch"] == 1 and 3 <= stopped["step"] < 32
+    # another process, other workers, another place of the same images
+    shutil.copytree(digits, tmp_path / "moved")
+    finetune(data_dir=str(tmp_path / "moved"), out=str(out), resume=True, workers=2, **EXACT)
+    assert_same_run(out, finished)
+
+
+def test_interrupted_run_is_saved_and_continues_exactly(digits, finished, tmp_path, script):
+    out = tmp_path / "out"
+
+    def interrupt():
+        wait_for((out / "history.csv").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code, stderr = script(*command(digits, out, **EXACT))
+    thread.join()
+    assert code == 130
+    assert "interrupted in epoch 2" in stderr and f"saved {out}/checkpoint.pt" in stderr and "resume" in stderr
+    assert stderr.count("\n") == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert position(out)["epoch"] == 1
+    finetune(data_dir=str(digits), out=str(out), resume=True, **EXACT)
+    assert_same_run(out, finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(digits, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "hub")
+    finetune(data_dir=str(digits), out=str(out), resume=True, **EXACT)
+    assert_same_run(out, finished)
+    assert (out / "hub" / "model.safetensors").read_bytes() == (finished[0] / "hub" / "model.safetensors").read_bytes()
+
+
+def test_failing_write_keeps_the_previous_checkpoint(digits, finished, tmp_path, monkeypatch):
+    out, real, calls = tmp_path / "out", os.fsync, []
+
+    def full_disk(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="cannot write .*checkpoint.pt.*No space left on device.*previous one is intact"):
+        finetune(data_dir=str(digits), out=str(out), checkpoint_every=3, **EXACT)
+    monkeypatch.undo()
+    assert position(out)["step"] == 9  # one at the start, then steps 3, 6, 9; the fifth failed
+    assert not list(out.glob("*.partial"))
+    finetune(data_dir=str(digits), out=str(out), resume=True, **EXACT)
+    assert_same_run(out, finished)
+
+
+def test_full_disk(digits, tmp_path, script):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs of 400 kB")
+    try:
+        # the first checkpoint, without optimizer state, fits; the second, three times as large, does not
+        code, stderr = script(*command(digits, disk / "out", **EXACT))
+        assert code == 2 and stderr.count("\n") == 1
+        assert stderr.startswith("error: cannot write") and "No space left on device" in stderr
+        assert position(disk / "out") == dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_hub_folder_reloads_with_identical_logits(finished):
+    out, model, _ = finished
+    again = timm.create_model(f"local-dir:{out}/hub", pretrained=True).eval()
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(again(pixels), model(pixels))
+    assert again.pretrained_cfg["label_names"] == ["digit0", "digit1", "digit2", "digit3"]
+    config = resolve_model_data_config(again)
+    assert (config["input_size"], config["crop_pct"]) == ((3, 32, 32), 1.0)
+    assert list(config["mean"]) == list(config["std"]) == [0.5, 0.5, 0.5]
+
+
+def test_accuracy_is_what_timm_measures(digits, tmp_path):
+    out = tmp_path / "out"
+    settings = dict(model="test_vit", img_size=32, epochs=4, batch_size=4, lr=2e-3, augment="none", threads=1)
+    _, history = finetune(data_dir=str(digits), out=str(out), **settings)
+    assert history[-1]["top1"] > 50  # of four classes: it has learnt
+    model = timm.create_model(f"local-dir:{out}/hub", pretrained=True).eval()
+    _, val, classes = find_images(str(digits))
+    everything = ImageDataset(str(digits), transform=create_transform(**resolve_model_data_config(model)))
+    assert list(everything.reader.class_to_idx) == classes
+    paths = [str(digits / name) for name in everything.filenames()]
+    held_out = [everything[paths.index(str(path))] for path, _ in val]
+    with torch.inference_mode():
+        predicted = model(torch.stack([image for image, _ in held_out])).argmax(1)
+    correct = sum(int(p) == label for p, (_, label) in zip(predicted, held_out, strict=True))
+    assert history[-1]["top1"] == pytest.approx(100 * correct / len(val), abs=1e-4)
+    assert history[-1]["top5"] == 100
+
+
+def test_results_files(finished):
+    out, _, history = finished
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "history.csv", "curve.png", "hub"}
+    assert Image.open(out / "curve.png").size == (1200, 480)
+    _, front, body = (out / "hub" / "README.md").read_text().split("---\n", 2)
+    assert "library_name: timm\n" in front and "license: other\n" in front and "- image-classification\n" in front
+    assert f"| top-1 | {history[-1]['top1']:.2f} |" in body
+    assert "- seed: 0" in body and "4 classes, 128 images; validation: 32" in body
+    assert history[-1]["lr"] < history[0]["lr"] <= EXACT["lr"]
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "rand"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentation_is_a_function_of_seed_epoch_and_index(digits, augment, channels):
+    train, _, classes = find_images(str(digits))
+    config = dict(input_size=(channels, 32, 32), interpolation="bicubic", mean=(0.5,) * channels, crop_pct=1.0)
+    resize, augmented, _ = transforms(dict(config, crop_mode="center"), augment, 0.5)
+    images, other = (Images(train[:16], classes, channels, resize, augmented, seed) for seed in (0, 1))
+
+    def epoch(images, number):
+        return torch.stack([images[number, i][0] for i in range(16)])
+
+    first = epoch(images, 0)
+    assert first.shape == (16, channels, 32, 32) and first.dtype == torch.uint8
+    torch.rand(7)
+    assert torch.equal(first, epoch(images, 0))
+    assert torch.equal(images[0, 5][0], first[5])
+    assert torch.equal(first, epoch(images, 1)) == (augment == "none")
+    assert torch.equal(first, epoch(other, 0)) == (augment == "none")
+    assert images.batches(4, 0) != images.batches(4, 1)
+    assert sorted(sum(images.batches(4, 1), [])) == [(1, i) for i in range(16)]
+
+
+def test_hold_out_is_a_fifth_of_every_class_and_fixed(digits):
+    train, val, classes = find_images(str(digits))
+    assert [sum(label == i for _, label in val) for i in range(4)] == [8] * 4
+    assert not {path for path, _ in train} & {path for path, _ in val}
+    assert find_images(str(digits))[1] == val
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "test", "elsewhere"])
+def test_validation_folder(digits, tmp_path, name):
+    shutil.copytree(digits, tmp_path / "data" / "train")
+    for label in (1, 3):
+        (tmp_path / "data" / name / f"digit{label}").mkdir(parents=True)
+        shutil.copy(digits / f"digit{label}" / "0.png", tmp_path / "data" / name / f"digit{label}")
+    val_dir = str(tmp_path / "data" / name) if name == "elsewhere" else None
+    train, val, _ = find_images(str(tmp_path / "data"), val_dir)
+    assert len(train) == 160 and [label for _, label in val] == [1, 3]
+
+
+def test_unreadable_images_are_skipped_counted_and_named(digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "data")
+    (tmp_path / "data" / "digit1" / "text.jpg").write_text("no image at all")
+    whole = (digits / "digit2" / "0.png").read_bytes()
+    (tmp_path / "data" / "digit2" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "data" / "digit2" / "empty.png").touch()
+    _, history = finetune(data_dir=str(tmp_path / "data"), out=str(tmp_path / "out"), **dict(TINY, epochs=1))
+    printed = capsys.readouterr().out
+    skipped = [line for line in printed.splitlines() if line.startswith("skipped")]
+    assert sum(int(line.split()[1]) for line in skipped) == 3
+    assert all(name in printed for name in ("digit1/text.jpg", "digit2/half.png", "digit2/empty.png"))
+    assert len(history) == 1
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
+def test_other_models_grey_images_and_reload(digits, tmp_path, model):
+    out = tmp_path / "out"
+    settings = dict(model=model, img_size=32, in_chans=1, batch_size=32, epochs=1, threads=1)
+    net, _ = finetune(data_dir=str(digits), out=str(out), **settings)
+    again = timm.create_model(f"local-dir:{out}/hub", pretrained=True).eval()
+    pixels = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(again(pixels), net(pixels))
+    assert resolve_model_data_config(again)["input_size"] == (1, 32, 32)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_initial_weights_come_from_the_checkpoint(digits, tmp_path, suffix):
+    file = tmp_path / f"weights{suffix}"
+    weights = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7, **MODEL_KWARGS).state_dict()
+    save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+    out = tmp_path / "out"
+    finetune(data_dir=str(digits), checkpoint=str(file), out=str(out), epochs=1, lr=1e-9, **TINY)
+    trained = load_file(out / "hub" / "model.safetensors")
+    assert trained["head.weight"].shape == (4, 32)
+    for key in weights.keys() - {"head.weight", "head.bias"}:
+        torch.testing.assert_close(trained[key], weights[key], rtol=0, atol=1e-6)
+    assert f"trained from `{file.name}`" in (out / "hub" / "README.md").read_text()
+
+
+def test_overwrite_replaces_only_the_run(digits, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (out / "notes.txt").write_text("mine")
+    _, history = finetune(data_dir=str(digits), out=str(out), overwrite=True, epochs=1, seed=1, **TINY)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert len(list(csv.DictReader(open(out / "history.csv")))) == len(history) == 1
+
+
+def folder(tmp_path, *files):
+    for name in files:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".png"):
+            Image.new("RGB", (32, 32), "red").save(tmp_path / "data" / name)
+        elif name.endswith(".jpg"):
+            (tmp_path / "data" / name).write_text("no image")
+        else:
+            (tmp_path / "data" / name).mkdir(exist_ok=True)
+    return tmp_path / "data"
+
+
+# name -> (arguments, words of the message); DATA is a good folder
+WRONG_SETTINGS = {
+    "unknown model": (
+        ["--model", "vit_tiny_patch16_225"],
+        ["vit_tiny_patch16_225", "near names", "vit_tiny_patch16_224"],
+    ),
+    "unknown tag": (["--model", "vit_tiny_patch16_224.nonsense"], ["vit_tiny_patch16_224.nonsense", "tag"]),
+    "no model": (["--model", ""], ["model is missing"]),
+    "unknown keyword": (["--model-kwargs", "patch_sise=8"], ["vit_tiny_patch16_224", "patch_sise"]),
+    "no key=value": (["--model-kwargs", "patch_size"], ["patch_size", "key=value"]),
+    "epochs 0": (["--epochs", "0"], ["epochs=0", "above 0"]),
+    "epochs text": (["--epochs", "many"], ["--epochs", "many"]),
+    "batch size": (["--batch-size", "-4"], ["batch_size=-4", "above 0"]),
+    "odd mixup": (["--batch-size", "3", "--mixup", "0.2"], ["batch_size=3", "even"]),
+    "lr 0": (["--lr", "0"], ["lr=0", "above 0"]),
+    "lr nan": (["--lr", "nan"], ["lr=nan", "above 0"]),
+    "lr huge": (["--lr", "1e30"], ["loss became nan", "lower lr=1e+30"]),
+    "drop path": (["--drop-path", "1.5"], ["drop_path=1.5", "0 to below 1"]),
+    "augment": (["--augment", "heavy"], ["augment=heavy", "none, light, rand"]),
+    "amp": (["--amp", "float16"], ["amp=float16", "auto, off, bfloat16"]),
+    "device": (["--device", "cuda:77"], ["cuda:77", "not on this machine", "auto", "cpu"]),
+    "channels": (["--in-chans", "2"], ["in_chans=2", "1 (grey) or 3 (RGB)"]),
+    "image size": (["--img-size", "4"], ["vit_tiny_patch16_224"]),
+    "no checkpoint file": (["--checkpoint", "/nowhere/w.pth"], ["/nowhere/w.pth", ".safetensors or .pth"]),
+    "resume nothing": (["--resume"], ["resume", "no checkpoint.pt"]),
+    "resume and overwrite": (["--resume", "--overwrite"], ["resume and overwrite", "one of them"]),
+    "out under a file": (["--out", "/etc/hostname/out"], ["/etc/hostname/out", "cannot be written"]),
+    "unknown argument": (["--epoch-count", "3"], ["--epoch-count"]),
+}
+WRONG_DATA = {
+    "missing": ([], ["does not exist", "<class>/<image>"]),
+    "empty": (["."], ["no images", "<class>/<image>"]),
+    "no images": (["cat/", "dog/"], ["no images"]),
+    "images only": (["a.png", "b.png"], ["no images in class folders"]),
+    "empty class": (["cat/a.png", "dog/a.png", "emu/"], ["class folders without images: emu"]),
+    "one class": (["cat/a.png", "cat/b.png"], ["one class only", "'cat'"]),
+    "single images": (["cat/a.png", "dog/a.png"], ["held out", "val_dir"]),
+    "no train": (["val/cat/a.png", "val/dog/a.png"], ["val/ but no train/"]),
+    "unreadable class": (["cat/a.png", "cat/b.png", "dog/a.jpg", "dog/b.jpg"], ["'dog'", "none of its", "can be read"]),
+    "new class": (["train/cat/a.png", "train/dog/a.png", "val/emu/a.png"], ["training images lack: emu"]),
+}
+
+
+def assert_one_clear_line(result, words):
+    code, stderr = result
+    assert code == 2
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    for word in words:
+        assert word in stderr
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG_SETTINGS.values(), ids=WRONG_SETTINGS)
+def test_wrong_settings(digits, tmp_path, script, arguments, words):
+    good = command(digits, tmp_path / "out", **dict(TINY, epochs=1))
+    assert_one_clear_line(script(*good, *arguments), words)
+
+
+@pytest.mark.parametrize(("files", "words"), WRONG_DATA.values(), ids=WRONG_DATA)
+def test_wrong_data(tmp_path, script, files, words):
+    data = folder(tmp_path, *files)
+    assert_one_clear_line(
+        script(*command(data, tmp_path / "out", **TINY)), [str(tmp_path), *words][words[0] == "held out" :]
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_dir_is_a_file(tmp_path, script):
+    (tmp_path / "data").write_text("")
+    assert_one_clear_line(script(*command(tmp_path / "data", tmp_path / "out", **TINY)), ["data is a file"])
+
+
+def test_existing_run_is_not_touched(digits, finished, tmp_path, script):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    for arguments, words in (
+        ([], ["exists", "resume", "overwrite"]),
+        (["--overwrite", "--lr", "-1"], ["lr=-1"]),
+        (["--overwrite", "--checkpoint", str(out / "history.csv")], ["history.csv"]),
+        (
+            ["--resume", "--seed", "5", "--lr", "0.5"],
+            ["settings differ", "seed=0 before, 5 now", "lr=0.001 before, 0.5 now"],
+        ),
+        (["--resume", "--model-kwargs", "patch_size=4"], ["settings differ", "model_kwargs="]),
+    ):
+        assert_one_clear_line(script(*command(digits, out, **EXACT), *arguments), words)
+    assert_same_run(out, finished)
+    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:1000])
+    assert_one_clear_line(script(*command(digits, out, **EXACT), "--resume"), ["checkpoint.pt cannot be read"])
+
+
+def test_resume_notices_other_images(digits, finished, tmp_path, script):
+    shutil.copytree(digits, tmp_path / "data")
+    (tmp_path / "data" / "digit0" / "0.png").rename(tmp_path / "data" / "digit0" / "other.png")
+    shutil.copytree(finished[0], tmp_path / "out")
+    result = script(*command(tmp_path / "data", tmp_path / "out", **EXACT), "--resume")
+    assert_one_clear_line(result, ["settings differ", "images="])
+
+
+class Pickled:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/finetune_test_was_unpickled",)
+
+
+def damaged_checkpoints(folder):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, **MODEL_KWARGS)
+    save_file(model.state_dict(), folder / "good.safetensors")
+    torch.save(model.state_dict(), folder / "good.pth")
+    for name in ("good.safetensors", "good.pth"):
+        data = (folder / name).read_bytes()
+        (folder / name.replace("good", "truncated")).write_bytes(data[: len(data) // 2])
+        (folder / name.replace("good", "text")).write_text("no weights")
+        (folder / name.replace("good", "empty")).touch()
+    torch.save({"state_dict": model.state_dict(), "more": Pickled()}, folder / "pickle.pth")
+    other = dict(MODEL_KWARGS, embed_dim=48)
+    wide = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, **other)
+    deep = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=9, **dict(MODEL_KWARGS, depth=4))
+    save_file(wide.state_dict(), folder / "wide.safetensors")
+    save_file(deep.state_dict(), folder / "deep.safetensors")
+    save_file(timm.create_model("test_resnet").state_dict(), folder / "resnet.safetensors")
+
+
+def test_wrong_checkpoints(digits, tmp_path, script):
+    damaged_checkpoints(tmp_path)
+    files = sorted(set(tmp_path.glob("*.*")) - set(tmp_path.glob("good.*")))
+    assert len(files) == 10
+    for file in files:
+        result = script(*command(digits, tmp_path / "out", **TINY), "--checkpoint", file)
+        assert_one_clear_line(result, [str(file), "vit_tiny_patch16_224"])
+    assert not Path("/tmp/finetune_test_was_unpickled").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_tensors_than_the_model_are_named(tmp_path, capsys):
+    shallow = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=9, **dict(MODEL_KWARGS, depth=1))
+    save_file(shallow.state_dict(), tmp_path / "shallow.safetensors")
+    run = SimpleNamespace(
+        **TINY, checkpoint=str(tmp_path / "shallow.safetensors"), pretrained=False, resume=False, in_chans=None
+    )
+    build_model(SimpleNamespace(**vars(run) | dict(drop_path=0, device="cpu", dtype=torch.float32)), 4)
+    assert "new in vit_tiny_patch16_224: blocks.1." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_digits_reach_95_percent(tmp_path):
+    start = time.process_time()
+    _, history = finetune(out=str(tmp_path / "out"))
+    assert history[-1]["top1"] > 95
+    assert time.process_time() - start < 240  # two minutes on two cores

@@ -1,0 +1,109 @@
+"""timm's own model tests, passed by our names: all that ``vit_tiny_patch16_224`` passes.
+
+timm's wheel has no tests, so its source package is downloaded once into pytest's cache. ``timm_suite_plugin`` puts our
+names in and says which tests are left out and why. The small and base sizes differ from tiny in widths only.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import timm
+
+import timm_vix
+
+SIZES = ("tiny", "cifar")
+
+
+@pytest.fixture(scope="module")
+def timm_tests(request: pytest.FixtureRequest) -> Path:
+    """timm's ``tests/test_models.py`` of the installed version."""
+    folder = request.config.cache.mkdir("timm_source")
+    top = f"timm-{timm.__version__}"
+    archive = folder / f"{top}.tar.gz"
+    if not archive.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "timm", "--dest", str(folder)]
+        done = subprocess.run([*pip, f"timm=={timm.__version__}"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            pytest.skip(f"timm's source package can't be downloaded (offline?): {reason}")
+    # only the tests: with timm itself beside them, that copy would be tested and not the installed one
+    with tarfile.open(archive) as source:
+        wanted = (f"{top}/tests/", f"{top}/pyproject.toml", f"{top}/PKG-INFO")
+        source.extractall(folder, [m for m in source.getmembers() if m.name.startswith(wanted)], filter="data")
+    assert f"\nVersion: {timm.__version__}\n" in (folder / top / "PKG-INFO").read_text(encoding="utf-8")
+    return folder / top / "tests" / "test_models.py"
+
+
+def all_names() -> list[str]:
+    names = [name for module in ("vix", "hybrid") for name in timm.list_models(module=module)]
+    return [name for name in names if any(size in name.split("_") for size in SIZES)]
+
+
+def kinds(name: str) -> set[tuple]:
+    """What a model has to show: its mixer with its positions, its stem in its size."""
+    model = timm.create_model(name, device="meta", depth=1)
+    mixer, stem, rotary = type(model.blocks[0].attn), type(model.patch_embed), model.pos_embed is None
+    size = next(size for size in SIZES if size in name.split("_"))
+    return {(mixer, rotary), (stem, size)}
+
+
+def one_of_each_kind() -> list[str]:
+    """Few names that together show each mixer with and without rotary positions, and each stem in each size."""
+    shows = {name: kinds(name) for name in all_names()}
+    missing = set().union(*shows.values())
+    names = []
+    while missing:
+        names.append(max(shows, key=lambda name: len(shows[name] & missing)))
+        missing -= shows[names[-1]]
+    return names
+
+
+def run_suite(test_models: Path, names: list[str], report: Path) -> None:
+    """Run timm's tests on ``names`` in a process of its own and fail with a line for each test that didn't pass."""
+    paths = [Path(__file__).parent, Path(timm_vix.__file__).parents[1], os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    # timm leaves tests out on GitHub's machines for the sake of its large models
+    environment.pop("GITHUB_ACTIONS", None)
+    environment.pop("PYTEST_ADDOPTS", None)
+    options = ["-n", "2", "-p", "timm_suite_plugin", "-p", "no:cacheprovider", "--models", ",".join(names)]
+    command = [sys.executable, "-m", "pytest", *options, f"--junit-xml={report}", str(test_models)]
+    done = subprocess.run(
+        command, cwd=test_models.parents[1], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 1) and report.exists(), f"timm's tests didn't run:\n{done.stdout}\n{done.stderr}"
+
+    tests_of = defaultdict(set)
+    failed = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        test, _, values = case.get("name").partition("[")
+        for name in set(re.split(r"[].-]", values)) & set(names):
+            tests_of[name].add(test)
+        # a skipped test is one that the plain ViT passes
+        for outcome in case:
+            if outcome.tag in ("failure", "error", "skipped"):
+                message = (outcome.get("message") or "").strip().partition("\n")[0]
+                failed.append(f"{case.get('name')} {outcome.tag}: {message}")
+    assert not failed, f"{len(failed)} of timm's tests don't pass:\n" + "\n".join(failed) + f"\n\n{done.stdout}"
+    assert tests_of.keys() == set(names), f"no test ran for {sorted(set(names) - tests_of.keys())}"
+    assert all(tests == tests_of[names[0]] for tests in tests_of.values()), "names ran different tests"
+
+
+def test_timm_suite_on_one_of_each_kind(timm_tests: Path, tmp_path: Path) -> None:
+    run_suite(timm_tests, one_of_each_kind(), tmp_path / "report.xml")
+
+
+@pytest.mark.slow
+def test_timm_suite_on_all_names(timm_tests: Path, tmp_path: Path) -> None:
+    run_suite(timm_tests, all_names(), tmp_path / "report.xml")

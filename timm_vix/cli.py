@@ -1,0 +1,99 @@
+"""The command ``timm-vix``: what timm's own scripts leave out.
+
+One function a subcommand, which imports what it needs when it runs. Wrong arguments are the parser's to refuse.
+"""
+
+import argparse
+import difflib
+import os
+import runpy
+import sys
+
+from . import __version__, models
+
+
+def matching_names(pattern: str) -> list[str]:
+    """Our registered names that match a pattern with wildcards."""
+    import timm
+
+    found = timm.list_models(pattern, module=models.__all__)
+    if not found:
+        near = difflib.get_close_matches(pattern, timm.list_models(module=models.__all__), n=5)
+        raise argparse.ArgumentTypeError(f"no model matches {pattern!r}; near names: {', '.join(near) or 'none'}")
+    return found
+
+
+def script_file(path: str) -> str:
+    """A path that can be run."""
+    if not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{path!r} is no file; expected a Python script such as timm's validate.py")
+    return path
+
+
+def list_models(arguments: argparse.Namespace) -> None:
+    """Print parameters, cost, tokens and default weights of our models."""
+    import timm
+
+    width = max(map(len, arguments.names))
+    print(f"{'name':{width}}  params (M)  GFLOPs  tokens  default weights")
+    for name in arguments.names:
+        parameters, flops, tokens = size_of(name)
+        weights = timm.get_pretrained_cfg(name).hf_hub_id or "-"
+        print(f"{name:{width}}  {parameters / 1e6:10.2f}  {flops / 1e9:6.2f}  {tokens:6d}  {weights}", flush=True)
+    print(
+        "\nGFLOPs: forward pass of one image at the default size, a multiply-add counted as two. Convolutions, matrix\n"
+        "products and attention are counted; element-wise operations and Fourier transforms are not.\n"
+        "Default weights: the softmax ViT of the same size, from which fine-tuning starts; -: none."
+    )
+
+
+def size_of(name: str) -> tuple[int, int, int]:
+    """Parameters, floating-point operations of one image and tokens of a registered model at its default size.
+
+    Its blocks are equal, so one of them is built and counted for all: 65 models take seconds.
+    """
+    import timm
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .models._vision_xformer import SIZES
+
+    depth = next(SIZES[part]["depth"] for part in name.split("_") if part in SIZES)
+    model = timm.create_model(name, depth=1).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
+    block_flops = sum(counter.get_flop_counts()[f"{type(model).__name__}.blocks.0"].values())
+    block_parameters = sum(p.numel() for p in model.blocks.parameters())
+    return (
+        sum(p.numel() for p in model.parameters()) + (depth - 1) * block_parameters,
+        counter.get_total_flops() + (depth - 1) * block_flops,
+        model.patch_embed.num_patches + model.num_prefix_tokens,
+    )
+
+
+def run_script(arguments: argparse.Namespace) -> None:
+    """Run a script as ``python SCRIPT ARGS`` would; our names are registered, since this package was imported."""
+    sys.argv = [arguments.script, *arguments.arguments]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments.script)))
+    runpy.run_path(arguments.script, run_name="__main__")
+
+
+def main() -> None:
+    """Run the subcommand that the command line names."""
+    parser = argparse.ArgumentParser(prog="timm-vix", description="Vision transformers with efficient attention, for timm.")
+    parser.add_argument("--version", action="version", version=f"timm_vix {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="our models: parameters, GFLOPs, tokens, default weights")
+    command.add_argument(
+        "names", nargs="?", default="*", type=matching_names, metavar="PATTERN", help="e.g. 'vix_nystrom_*'; default: all"
+    )
+    command.set_defaults(function=list_models)
+
+    command = commands.add_parser("run", help="run one of timm's scripts, unmodified, with our names registered")
+    command.add_argument("script", type=script_file, metavar="SCRIPT", help="e.g. validate.py")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="what the script is given")
+    command.set_defaults(function=run_script)
+
+    arguments = parser.parse_args()
+    arguments.function(arguments)

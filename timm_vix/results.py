@@ -1,0 +1,155 @@
+"""The files of a training run: checkpoint, history, curve and Hub folder. Each is replaced as a whole, or stays."""
+
+import contextlib
+import csv
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+
+def one_line(error: Any, width: int = 300) -> str:
+    """What was raised or logged, without line breaks and long lists of keys."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:  # torch's advice is to unpickle whatever the file holds
+        text = "it is damaged, or holds more than tensors and plain values, which is never unpickled"
+    return text if len(text) <= width else f"{text[:width]} ..."
+
+
+def clear(out: Path) -> None:
+    """Make the folder, and remove what an earlier run left there and nothing else."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoint.pt", "history.csv", "curve.png"):
+            (out / name).unlink(missing_ok=True)
+        if (out / "hub").exists():
+            shutil.rmtree(out / "hub")
+    except OSError as error:
+        raise OSError(f"out={out} cannot be written: {error.strerror}; choose a folder that can") from error
+
+
+def write_whole(path: Path, data: Any) -> None:
+    """Replace a file, or on any failure leave the previous one.
+
+    Raises:
+        OSError: in one line, with the file's name and size.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        kept = "the previous one is intact; " if path.exists() else ""
+        raise OSError(
+            f"cannot write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}; {kept}make room, then resume"
+        ) from error
+
+
+def restore(path: Path, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load weights and optimizer, and return the position; raise ValueError if the settings differ."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["settings"]
+    except Exception as error:  # torch.load raises by kind of damage
+        raise ValueError(f"resume: {path} cannot be read: {one_line(error)}") from error
+    if differing := [f"{k}={saved.get(k)} before, {v} now" for k, v in settings.items() if saved.get(k) != v]:
+        raise ValueError(f"resume: settings differ from those of {path}: {'; '.join(differing)}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["position"]
+
+
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """One row per epoch as CSV."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    write_whole(path, text.getvalue().encode())
+
+
+def write_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
+    """Training loss and validation top-1 over the epochs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    # blue and vermilion of Okabe & Ito: colour-blind readers tell them apart
+    panels = ("train_loss", "training loss", "#0072B2", "o"), ("top1", "validation top-1 (%)", "#D55E00", "s")
+    for axes, (key, label, color, marker) in zip(figure.subplots(1, 2), panels):
+        axes.plot([r["epoch"] for r in history], [r[key] for r in history], color=color, marker=marker, markersize=4)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())
+
+
+def write_hub(folder: Path, model: nn.Module, label_names: list[str], data_config: dict[str, Any], card: str) -> None:
+    """Weights, configuration and card, as the Hub and timm's ``local-dir:`` want them."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_for_hf(model, partial, dict(label_names=label_names), safe_serialization=True, data_config=data_config)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        message = f"cannot write {folder}: {one_line(error)}; checkpoint.pt has the weights; make room, then resume"
+        raise OSError(message) from error
+
+
+def model_card(
+    name: str, license: str, ours: bool, start: str, data: str, last: dict[str, Any], recipe: dict[str, Any]
+) -> str:
+    """Model card in the Hub's format; ``last`` is the last row of the history."""
+    settings = "\n".join(f"- {key}: {value}" for key, value in recipe.items() if value is not None)
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+license: {license}
+tags:
+- image-classification
+- timm{chr(10) + "- timm_vix" if ours else ""}
+---
+# {name}
+
+`{name}` ({last["parameters"] / 1e6:.2f} M parameters, {last["img_size"]} px), trained from {start} on {data}.
+
+| on the validation images | % |
+|---|---|
+| top-1 | {last["top1"]:.2f} |
+| top-5 | {last["top5"]:.2f} |
+
+These are the figures of the last epoch, {last["epoch"]}; no epoch was picked.
+
+```python
+import timm{", timm_vix" if ours else ""}
+model = timm.create_model("local-dir:THIS/FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
+```
+
+## Recipe
+
+{settings}
+
+## Limits
+
+The model answers every image with one of the classes in `config.json`. It was measured on one split with one seed, and
+on nothing from elsewhere. The terms of the training images and of the initial weights apply.
+"""
