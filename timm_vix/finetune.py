@@ -36,7 +36,7 @@ from .images import STEP, Images, find_images, reseed, seed_of, transforms
 from .results import clear, model_card, one_line, restore, write_curve, write_history, write_hub, write_whole
 
 # What stands in for an argument that is None: digits are learnt from scratch, a folder is usually fine-tuned.
-DIGITS = dict(model="vix_nystrom_cifar", img_size=32, batch_size=32, epochs=10, lr=2e-3, flip=0.0)
+DIGITS = dict(model="vix_nystrom_cifar", img_size=32, batch_size=16, epochs=9, lr=1e-3, flip=0.0)
 FOLDER = dict(batch_size=32, epochs=5, lr=2e-4, flip=0.5)
 # What may change between a run and its continuation; the images are recognised by their names instead.
 FREE = {"data_dir", "val_dir", "workers", "out", "checkpoint_every", "resume", "overwrite", "license"}

@@ -164,8 +164,9 @@ def own_keys(model: VisionXformer) -> set[str]:
 
 
 def summary(keys: set[str]) -> str:
-    """Keys for a log line, blocks folded."""
-    return ", ".join(sorted({re.sub(r"^blocks\.\d+\.", "blocks.*.", key) for key in keys})) or "nothing"
+    """Keys for a log line, blocks and stems folded."""
+    folded = {re.sub(r"^patch_embed\.proj\.\d.*", "patch_embed.proj.*", key) for key in keys}
+    return ", ".join(sorted({re.sub(r"^blocks\.\d+\.", "blocks.*.", key) for key in folded})) or "nothing"
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> dict[str, Any]:
