@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import image, small
+
 from timm_vix.mixers import MIXERS
 from timm_vix.swap import mixer_options
 
@@ -60,7 +61,9 @@ def missing_words(error, words):
     return [word for word in words if word not in str(error.value)]
 
 
-@pytest.mark.parametrize("name, keywords, words", BUILDS, ids=lambda value: str(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "name, keywords, words", BUILDS, ids=lambda value: str(value) if isinstance(value, dict) else ""
+)
 def test_a_wrong_keyword_is_named(name, keywords, words):
     with pytest.raises(ValueError) as error:
         timm.create_model(name, device="meta", **keywords)

@@ -34,7 +34,9 @@ def fresh_compiler():
 @pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_compiles_in_one_graph(mixer, rope, options):
     # a redraw reads a counter on the host, which breaks the graph
-    model = small(mixer, rope, **{**options, **({"redraw_interval": 0} if "redraw_interval" in options else {})}, depth=1)
+    model = small(
+        mixer, rope, **{**options, **({"redraw_interval": 0} if "redraw_interval" in options else {})}, depth=1
+    )
     model.train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = image(model)

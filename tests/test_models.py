@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import Attention, PatchEmbed
 from timm.models import save_for_hf
+
 from timm_vix.mixers import MIXERS
 from timm_vix.models._vision_xformer import own_keys
 from timm_vix.stems import STEMS
@@ -144,7 +145,10 @@ def test_set_input_size_there_and_back(mixer, rope, options):
     for p in model.parameters():
         p.requires_grad_(p is model.head.weight)
     model.set_input_size((28, 20))
-    assert [name for name, p in model.named_parameters() if p.requires_grad and name != "head.weight"] in ([], ["pos_embed"])
+    assert [name for name, p in model.named_parameters() if p.requires_grad and name != "head.weight"] in (
+        [],
+        ["pos_embed"],
+    )
     assert model(torch.randn(1, 3, 28, 20)).isfinite().all()
     with pytest.raises((ValueError, AssertionError), match="14|28"):
         model(torch.randn(1, 3, 14, 10))
@@ -301,7 +305,9 @@ def test_a_damaged_file_is_named(content, suffix, deit, tmp_path):
         whole = path.read_bytes()
     else:
         whole = deit.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": b"not a checkpoint " * 99}[content])
+    path.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": b"not a checkpoint " * 99}[content]
+    )
     with pytest.raises(ValueError, match="damaged"):
         converted("vix_nystrom_tiny", path)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import distance, small
 from timm.layers import PatchEmbed
+
 from timm_vix.stems import STEMS
 
 CONVOLUTIONAL = [name for name, stem in STEMS.items() if stem is not PatchEmbed]
@@ -39,7 +40,9 @@ def test_gradients_reach_every_parameter_and_pixel(stem):
     x = torch.randn(2, 3, 32, 32, requires_grad=True)
     (embed(x) ** 3).sum().backward()
     # a bias before batch normalisation would get none
-    assert not [name for name, p in embed.named_parameters() if p.grad is None or p.grad.norm() < 1e-4 * p.numel() ** 0.5]
+    assert not [
+        name for name, p in embed.named_parameters() if p.grad is None or p.grad.norm() < 1e-4 * p.numel() ** 0.5
+    ]
     assert (x.grad != 0).all()
 
 

@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import distance
 from timm.layers import Attention
+
 from timm_vix import swap_attention
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._slot import AttentionMixer
@@ -46,7 +47,9 @@ def test_weights_are_shared_not_copied(mixer, rope):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_swapped_vit_is_the_registered_model(mixer):
-    options = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, mlp_ratio=4, qkv_bias=True)
+    options = dict(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, mlp_ratio=4, qkv_bias=True
+    )
     swapped, registered = vit(), timm.create_model("vix_softmax_cifar", mixer=mixer, **options).eval()
     swap_attention(swapped, mixer)
     registered.load_state_dict(swapped.state_dict())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import distance, small
+
 from timm_vix.mixers.fourier import fourier_mix
 
 

@@ -6,7 +6,9 @@ from conftest import distance, small
 from torch import nn
 
 
-@pytest.mark.parametrize("P, layout", [(1, {}), (5, {"reg_tokens": 4}), (0, {"class_token": False, "global_pool": "avg"})])
+@pytest.mark.parametrize(
+    "P, layout", [(1, {}), (5, {"reg_tokens": 4}), (0, {"class_token": False, "global_pool": "avg"})]
+)
 @pytest.mark.parametrize("ratio", [0.5, 2, 1 / 32])
 def test_equals_two_linear_layers(ratio, P, layout):
     module = small("mixer", tokens_mlp_ratio=ratio, **layout).double().blocks[0].attn

@@ -145,7 +145,9 @@ def test_any_attention_matrix_is_solved_in_float32(scale):
 def test_iterating_on_does_no_harm(pinv_iterations, ridge):
     """A singular matrix in float32: what it cannot see must not grow from step to step."""
     softmax = small("softmax", pos_embed="none", img_size=28)
-    nystrom = small("nystrom", pos_embed="none", img_size=28, num_landmarks=196, ridge=ridge, pinv_iterations=pinv_iterations)
+    nystrom = small(
+        "nystrom", pos_embed="none", img_size=28, num_landmarks=196, ridge=ridge, pinv_iterations=pinv_iterations
+    )
     nystrom.load_state_dict(softmax.state_dict())
     x = torch.randn(2, 3, 28, 28)
     assert distance(nystrom(x), softmax(x)) < (0.1 if pinv_iterations == 1 else 0.01)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import distance, image, small
+
 from timm_vix.mixers.performer import favor_attention, orthogonal_features
 
 

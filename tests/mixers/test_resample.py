@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from timm_vix.mixers._resample import resample_reading, resample_writing
 
 GRIDS = [((7, 5), (14, 10)), ((7, 5), (4, 9)), ((8, 6), (4, 3)), ((3, 3), (3, 3)), ((1, 5), (6, 1))]

@@ -56,7 +56,7 @@ def few_ask_all(
     bias_v: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Multi-head attention of m queries to all tokens, before the output projection -> (B, h, m, D)."""
-    B, N, C = x.shape
+    B, _, C = x.shape
     _, h, m, D = q.shape
     asking = torch.matmul(q * D**-0.5, weight_k.reshape(h, D, C)).reshape(B, h * m, C)
     weights = torch.matmul(asking, x.transpose(1, 2)).softmax(2)

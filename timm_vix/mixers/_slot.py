@@ -109,7 +109,9 @@ def count_bias(like: torch.Tensor, num_prefix_tokens: int, num_cells: int, num_p
 def refuse_attention_dropout(attn: nn.Module, mechanism: str) -> None:
     """Raise ValueError if ``attn`` drops attention weights, for a mechanism that has none."""
     if attn.attn_drop.p > 0:
-        raise ValueError(f"attn_drop_rate={attn.attn_drop.p}: {mechanism} has no attention weights to drop; allowed is 0")
+        raise ValueError(
+            f"attn_drop_rate={attn.attn_drop.p}: {mechanism} has no attention weights to drop; allowed is 0"
+        )
 
 
 class TokenMixer(nn.Module):
@@ -143,7 +145,7 @@ class TokenMixer(nn.Module):
             setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
     def options(self) -> dict:
-        """The keywords that rebuild this mixer at its present grid, where a default or another grid would change them."""
+        """The keywords that rebuild this mixer at its grid, where a default or another grid would change them."""
         return {}
 
 
@@ -184,7 +186,7 @@ class AttentionMixer(TokenMixer):
         """Whether the projections are mere weights: no adapter, parametrisation or hook of somebody wants a call."""
         if torch.jit.is_scripting():
             return True
-        else:
+        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
             return all(type(m) is nn.Linear and not m._forward_hooks for m in (self.qkv, self.proj))
 
     def folds(self, num_few: int) -> bool:

@@ -37,9 +37,7 @@ class FourierMixing(TokenMixer):
 
     uses_grid = False
 
-    def __init__(
-        self, attn: nn.Module, grid: Grid, num_prefix_tokens: int, rope: Optional[nn.Module] = None
-    ) -> None:
+    def __init__(self, attn: nn.Module, grid: Grid, num_prefix_tokens: int, rope: Optional[nn.Module] = None) -> None:
         if rope is not None:
             raise ValueError("rope: Fourier mixing has no queries and keys to rotate")
         refuse_attention_dropout(attn, "Fourier mixing")

@@ -4,8 +4,8 @@
 
 Wang et al. 2020 (arXiv 2006.04768), equation 7 and "parameter sharing" in section 4.
 
-*Names:* ``num_proj_tokens`` = k; ``sharing``: "none" = an E and an F for each head, "headwise" = one E and one F for all
-heads, "kv" = one matrix for both (the paper's key-value sharing).
+*Names:* ``num_proj_tokens`` = k; ``sharing``: "none" = an E and an F for each head, "headwise" = one E and one F for
+all heads, "kv" = one matrix for both (the paper's key-value sharing).
 
 *Differs:* with an E shared by the heads the tokens are projected before keys and values are computed, (E X) W + b for
 E (X W + b): the same up to the bias, for k instead of N tokens. E and F live on the patch grid, so they can be

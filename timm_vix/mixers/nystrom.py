@@ -11,13 +11,13 @@ Xiong et al. 2021 (arXiv 2102.03902), equation 13 and section 3.2: Y = F A^+ O, 
 *Names:* ``num_landmarks`` = m without prefix tokens; ``ridge`` = r; ``pinv_iterations``: Newton steps for the inverse;
 ``conv_residual``: the paper's depthwise convolution of the values, added to Y.
 
-*Differs:* A is close to singular, and an exact pseudo-inverse amplifies what A cannot see; the ridge draws X towards the
-pooled values V~ instead, so the rows of the approximation still sum to one. Landmarks are means over cells of the
+*Differs:* A is close to singular, and an exact pseudo-inverse amplifies what A cannot see; the ridge draws X towards
+the pooled values V~ instead, so the rows of the approximation still sum to one. Landmarks are means over cells of the
 patch grid (not over pieces of the raster), each prefix token is a landmark of its own, and c is the log of the number
 of patches in a cell. Nothing is padded. The inverse starts from a bound of its own matrix, so no image depends on its
-batch mates; it takes matrix products only, so it exports. The two attentions are folded into the projections
-where that is cheaper (``_folded.py``). The convolution runs over the grid. With rotary positions
-landmarks are turned by the centres of their cells.
+batch mates; it takes matrix products only, so it exports. The two attentions are folded into the projections where
+that is cheaper (``_folded.py``). The convolution runs over the grid. With rotary positions landmarks are turned by the
+centres of their cells.
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, m landmarks (P prefix tokens and the cells).
 """
@@ -29,7 +29,17 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
-from ._slot import AttentionMixer, Grid, admit, cell_grid, check_choice, check_integer, check_number, count_bias, pool_patches
+from ._slot import (
+    AttentionMixer,
+    Grid,
+    admit,
+    cell_grid,
+    check_choice,
+    check_integer,
+    check_number,
+    count_bias,
+    pool_patches,
+)
 
 DEFAULT_LANDMARKS = 49
 KERNEL_SIZE = 5
@@ -84,7 +94,7 @@ def landmark_values(
     # TorchScript knows autocast for constant devices only
     if torch.jit.is_scripting():
         return fit_landmarks(q, k, v, exact, bias, ridge, steps)
-    else:
+    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         # the meta device has no autocast to switch off
         if not torch.amp.is_autocast_available(q.device.type):
             return fit_landmarks(q, k, v, exact, bias, ridge, steps)
@@ -133,7 +143,14 @@ class NystromAttention(AttentionMixer):
             weight = self.proj.weight
             width = self.attn_dim
             self.conv = nn.Conv2d(
-                width, width, KERNEL_SIZE, padding="same", groups=width, bias=False, device=weight.device, dtype=weight.dtype
+                width,
+                width,
+                KERNEL_SIZE,
+                padding="same",
+                groups=width,
+                bias=False,
+                device=weight.device,
+                dtype=weight.dtype,
             )
 
     def before_forward(self, grid: Grid) -> None:

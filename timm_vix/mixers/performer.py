@@ -5,7 +5,8 @@
 
 Choromanski et al. 2021 (arXiv 2009.14794), section 2.3 (positive features), 2.4 (orthogonal features) and appendix B.
 
-*Names:* ``num_features`` = m (the paper's Theta(D log D) is 266 at D = 64); ``features`` = the rows w_i, a saved buffer.
+*Names:* ``num_features`` = m (the paper's Theta(D log D) is 266 at D = 64); ``features`` = the rows w_i, a saved
+buffer.
 
 *Differs:* the largest key exponent is taken per image and head and the largest query exponent per token, so no image
 depends on its batch mates. The features are drawn from a seed and are the same for all heads. Sums run over blocks of
@@ -85,16 +86,14 @@ def sum_in_blocks(
     q, k, v, features = q.to(dtype), k.to(dtype), v.to(dtype), features.to(dtype)
     B, h, N, D = q.shape
     features = features * D**-0.25
-    again = N > block and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    again = block < N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     top = torch.full([B, h, 1, 1], -float("inf"), device=q.device, dtype=dtype)
     mass = torch.zeros([B, h, features.shape[0], 1], device=q.device, dtype=dtype)
     value = torch.zeros([B, h, features.shape[0], D], device=q.device, dtype=dtype)
     for i in range(0, N, block):
         k_block, v_block = k[:, :, i : i + block], v[:, :, i : i + block]
         if not torch.jit.is_scripting() and again:
-            top, mass, value = checkpoint(
-                add_keys, k_block, v_block, features, top, mass, value, use_reentrant=False
-            )
+            top, mass, value = checkpoint(add_keys, k_block, v_block, features, top, mass, value, use_reentrant=False)
         else:
             top, mass, value = add_keys(k_block, v_block, features, top, mass, value)
     mass = mass + epsilon * N
@@ -124,7 +123,7 @@ def favor_attention(
     # TorchScript knows autocast for constant devices only, and none is on around a scripted model's own casts
     if torch.jit.is_scripting():
         return sum_in_blocks(q, k, v, features, block, epsilon)
-    else:
+    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         # the meta device has no autocast to switch off
         if not torch.amp.is_autocast_available(q.device.type):
             return sum_in_blocks(q, k, v, features, block, epsilon)

@@ -183,7 +183,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     dropped: set[str] = set()
     if not ours:
         # what a softmax ViT has and this model doesn't: a linear embedding, positions, attention where none is left
-        absent = [f"{prefix}." for prefix, m in model.named_modules() if isinstance(m, TokenMixer) and not hasattr(m, "qkv")]
+        absent = [
+            f"{prefix}." for prefix, m in model.named_modules() if isinstance(m, TokenMixer) and not hasattr(m, "qkv")
+        ]
         if any(key.startswith("patch_embed.") for key in own):
             absent.append("patch_embed.")
         if model.pos_embed is None:
@@ -238,9 +240,7 @@ def check_keys(state_dict: dict[str, Any], model: VisionXformer, target: dict[st
         )
 
 
-def create_vision_xformer(
-    name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any
-) -> VisionXformer:
+def create_vision_xformer(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> VisionXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``.
 
     Raises:

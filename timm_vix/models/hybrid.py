@@ -98,7 +98,9 @@ def hybrid_vil_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 @register_model
 def hybrid_vil_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     """The paper's 32 px model with convolutional stem, Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("hybrid_vil_cifar", pretrained, kwargs, mixer="linformer", stem="conv", num_proj_tokens=64)
+    return create_vision_xformer(
+        "hybrid_vil_cifar", pretrained, kwargs, mixer="linformer", stem="conv", num_proj_tokens=64
+    )
 
 
 @register_model
@@ -121,8 +123,10 @@ def hybrid_vip_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_vip_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("hybrid_vip_cifar", pretrained, kwargs, mixer="performer", stem="conv", num_features=110, qkv_bias=True)
+    """The paper's 32 px model with convolutional stem, Performer attention (arXiv 2009.14794)."""
+    return create_vision_xformer(
+        "hybrid_vip_cifar", pretrained, kwargs, mixer="performer", stem="conv", num_features=110, qkv_bias=True
+    )
 
 
 @register_model
@@ -146,7 +150,9 @@ def hybrid_vin_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 @register_model
 def hybrid_vin_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     """The paper's 32 px model with convolutional stem, Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("hybrid_vin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True)
+    return create_vision_xformer(
+        "hybrid_vin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True
+    )
 
 
 @register_model
@@ -157,7 +163,7 @@ def hybrid_fnet_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_fnet_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
+    """The paper's 32 px model with convolutional stem, Fourier mixing (arXiv 2105.03824)."""
     return create_vision_xformer("hybrid_fnet_cifar", pretrained, kwargs, mixer="fnet", stem="conv")
 
 
@@ -169,7 +175,7 @@ def hybrid_mixer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
+    """The paper's 32 px model with convolutional stem, token MLPs (arXiv 2105.01601)."""
     return create_vision_xformer("hybrid_mixer_cifar", pretrained, kwargs, mixer="mixer", stem="conv")
 
 
@@ -182,64 +188,98 @@ def hybrid_vit_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXform
 @register_model
 def hybrid_vit_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     """ViT-S/16 with convolutional stem, softmax attention and rotary positions (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("hybrid_vit_small_rope", pretrained, kwargs, mixer="softmax", stem="conv", rope="axial")
+    return create_vision_xformer(
+        "hybrid_vit_small_rope", pretrained, kwargs, mixer="softmax", stem="conv", rope="axial"
+    )
 
 
 @register_model
 def hybrid_vit_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, softmax attention and rotary positions (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("hybrid_vit_cifar_rope", pretrained, kwargs, mixer="softmax", stem="conv", rope="axial")
+    """The paper's 32 px model with convolutional stem, softmax attention and rotary positions (arXiv 2010.11929)."""
+    return create_vision_xformer(
+        "hybrid_vit_cifar_rope", pretrained, kwargs, mixer="softmax", stem="conv", rope="axial"
+    )
 
 
 @register_model
 def hybrid_vil_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("hybrid_vil_tiny_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial")
+    """ViT-Ti/16 with convolutional stem, Linformer attention and rotary positions (arXiv 2006.04768)."""
+    return create_vision_xformer(
+        "hybrid_vil_tiny_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial"
+    )
 
 
 @register_model
 def hybrid_vil_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("hybrid_vil_small_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial")
+    """ViT-S/16 with convolutional stem, Linformer attention and rotary positions (arXiv 2006.04768)."""
+    return create_vision_xformer(
+        "hybrid_vil_small_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial"
+    )
 
 
 @register_model
 def hybrid_vil_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("hybrid_vil_cifar_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial", num_proj_tokens=64)
+    """The paper's 32 px model with convolutional stem, Linformer attention and rotary positions (arXiv 2006.04768)."""
+    return create_vision_xformer(
+        "hybrid_vil_cifar_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial", num_proj_tokens=64
+    )
 
 
 @register_model
 def hybrid_vip_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("hybrid_vip_tiny_rope", pretrained, kwargs, mixer="performer", stem="conv", rope="axial")
+    """ViT-Ti/16 with convolutional stem, Performer attention and rotary positions (arXiv 2009.14794)."""
+    return create_vision_xformer(
+        "hybrid_vip_tiny_rope", pretrained, kwargs, mixer="performer", stem="conv", rope="axial"
+    )
 
 
 @register_model
 def hybrid_vip_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("hybrid_vip_small_rope", pretrained, kwargs, mixer="performer", stem="conv", rope="axial")
+    """ViT-S/16 with convolutional stem, Performer attention and rotary positions (arXiv 2009.14794)."""
+    return create_vision_xformer(
+        "hybrid_vip_small_rope", pretrained, kwargs, mixer="performer", stem="conv", rope="axial"
+    )
 
 
 @register_model
 def hybrid_vip_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("hybrid_vip_cifar_rope", pretrained, kwargs, mixer="performer", stem="conv", rope="axial", num_features=110, qkv_bias=True)
+    """The paper's 32 px model with convolutional stem, Performer attention and rotary positions (arXiv 2009.14794)."""
+    return create_vision_xformer(
+        "hybrid_vip_cifar_rope",
+        pretrained,
+        kwargs,
+        mixer="performer",
+        stem="conv",
+        rope="axial",
+        num_features=110,
+        qkv_bias=True,
+    )
 
 
 @register_model
 def hybrid_vin_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
+    """ViT-Ti/16 with convolutional stem, Nyström attention and rotary positions (arXiv 2102.03902)."""
     return create_vision_xformer("hybrid_vin_tiny_rope", pretrained, kwargs, mixer="nystrom", stem="conv", rope="axial")
 
 
 @register_model
 def hybrid_vin_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("hybrid_vin_small_rope", pretrained, kwargs, mixer="nystrom", stem="conv", rope="axial")
+    """ViT-S/16 with convolutional stem, Nyström attention and rotary positions (arXiv 2102.03902)."""
+    return create_vision_xformer(
+        "hybrid_vin_small_rope", pretrained, kwargs, mixer="nystrom", stem="conv", rope="axial"
+    )
 
 
 @register_model
 def hybrid_vin_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("hybrid_vin_cifar_rope", pretrained, kwargs, mixer="nystrom", stem="conv", rope="axial", num_landmarks=64, conv_residual=True)
+    """The paper's 32 px model with convolutional stem, Nyström attention and rotary positions (arXiv 2102.03902)."""
+    return create_vision_xformer(
+        "hybrid_vin_cifar_rope",
+        pretrained,
+        kwargs,
+        mixer="nystrom",
+        stem="conv",
+        rope="axial",
+        num_landmarks=64,
+        conv_residual=True,
+    )

@@ -101,7 +101,9 @@ def vix_performer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer
 @register_model
 def vix_performer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     """The paper's 32 px model with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("vix_performer_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True)
+    return create_vision_xformer(
+        "vix_performer_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True
+    )
 
 
 @register_model
@@ -125,7 +127,9 @@ def vix_nystrom_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 @register_model
 def vix_nystrom_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     """The paper's 32 px model with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("vix_nystrom_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
+    return create_vision_xformer(
+        "vix_nystrom_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True
+    )
 
 
 @register_model
@@ -215,7 +219,9 @@ def vix_linformer_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionX
 @register_model
 def vix_linformer_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     """The paper's 32 px model with Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("vix_linformer_cifar_rope", pretrained, kwargs, mixer="linformer", rope="axial", num_proj_tokens=64)
+    return create_vision_xformer(
+        "vix_linformer_cifar_rope", pretrained, kwargs, mixer="linformer", rope="axial", num_proj_tokens=64
+    )
 
 
 @register_model
@@ -232,8 +238,10 @@ def vix_performer_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionX
 
 @register_model
 def vix_performer_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("vix_performer_cifar_rope", pretrained, kwargs, mixer="performer", rope="axial", num_features=110, qkv_bias=True)
+    """The paper's 32 px model with Performer attention and rotary positions (arXiv 2009.14794)."""
+    return create_vision_xformer(
+        "vix_performer_cifar_rope", pretrained, kwargs, mixer="performer", rope="axial", num_features=110, qkv_bias=True
+    )
 
 
 @register_model
@@ -251,4 +259,12 @@ def vix_nystrom_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXfo
 @register_model
 def vix_nystrom_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     """The paper's 32 px model with Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("vix_nystrom_cifar_rope", pretrained, kwargs, mixer="nystrom", rope="axial", num_landmarks=64, conv_residual=True)
+    return create_vision_xformer(
+        "vix_nystrom_cifar_rope",
+        pretrained,
+        kwargs,
+        mixer="nystrom",
+        rope="axial",
+        num_landmarks=64,
+        conv_residual=True,
+    )
