@@ -24,10 +24,11 @@ import torch
 import timm_vix  # noqa: F401  registers the names
 
 MIXERS = ("softmax", "nystrom", "linformer", "performer", "fnet", "mixer")
-COLUMNS = (
-    "mixer tokens batch mode dtype options ms softmax_ms ratio ratio_low ratio_high "
-    "peak_memory_mib device threads torch timm"
-).split()
+COLUMNS = [
+    *("mixer", "tokens", "batch", "mode", "dtype", "options"),
+    *("ms", "softmax_ms", "ratio", "ratio_low", "ratio_high", "peak_memory_mib"),
+    *("device", "threads", "torch", "timm"),
+]
 
 
 def layer(mixer: str, side: int, options: dict) -> torch.nn.Module:
@@ -152,8 +153,11 @@ def main() -> None:
             if new:
                 writer.writeheader()
             writer.writerow(result)
-        print(f"[{i + 1}/{len(wanted)}] {mixer:9s} {tokens:6d} {mode:5s} {dtype:8s} {result['ms']:9.2f} ms, "
-              f"softmax / {mixer} {result['ratio']:.2f}, {result['peak_memory_mib']} MiB", flush=True)
+        print(
+            f"[{i + 1}/{len(wanted)}] {mixer:9s} {tokens:6d} {mode:5s} {dtype:8s} {result['ms']:9.2f} ms, "
+            f"softmax / {mixer} {result['ratio']:.2f}, {result['peak_memory_mib']} MiB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The command ``timm-vix``, run as a user runs it."""
+"""The command ``timm-vix``."""
 
+import json
+import os
 import subprocess
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,104 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_vix
-from timm_vix.cli import main, size_of
+from timm_vix import cli
 
 SCRIPT = """
 import json, sys, timm
-from beside import VALUE  # as in "python SCRIPT", a module of the script's own folder
+from beside import VALUE
 print(json.dumps([__name__, sys.argv, VALUE, timm.is_model("vix_nystrom_tiny")]))
 sys.exit(7)
 """
 
 
-def timm_vix_command(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess:
-    # "python -m" puts the folder of the call on the path, so the package itself is found through where it lies
-    program = f"import sys; sys.path[0] = {str(Path(timm_vix.__file__).parents[1])!r}; from timm_vix.cli import main; main()"
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["timm-vix", *arguments])
+    cli.main()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vix_softmax_tiny_rope",
+        "vix_nystrom_tiny",
+        "vix_linformer_cifar",
+        "vix_performer_cifar_rope",
+        "hybrid_fnet_cifar",
+        "hybrid_mixer_tiny",
+    ],
+)
+def test_list_is_right_about_the_whole_model(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model = timm.create_model(name).eval()
+    image = torch.zeros(1, *model.pretrained_cfg["input_size"])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tokens = model.forward_features(image).shape[1]
+        features_flops = counter.get_total_flops()
+    head_flops = 2 * model.head.weight.numel()
+    parameters, flops = sum(p.numel() for p in model.parameters()), features_flops + head_flops
+    assert cli.size_of(name) == (parameters, flops, tokens)
+
+    call(monkeypatch, "list", name)
+    header, row, *_, note = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "name"
+    hub = "-" if "cifar" in name else "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert row.split() == [name, f"{parameters / 1e6:.2f}", f"{flops / 1e9:.2f}", str(tokens), hub]
+    assert note.startswith("Default weights")
+
+
+def test_list_counts_a_multiply_add_as_two() -> None:
+    # ViT-Ti/16: 1.25 G multiply-adds (timm's results, vit_tiny_patch16_224: 1.26 with those of the softmax)
+    assert cli.size_of("vix_softmax_tiny_rope")[1] == pytest.approx(2.51e9, rel=0.01)
+
+
+def test_list_takes_a_pattern(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    call(monkeypatch, "list", "vix_*_cifar")
+    names = [line.split()[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]]
+    assert names == timm.list_models("vix_*_cifar")
+
+
+def test_list_without_a_pattern_has_all_our_names_and_no_other() -> None:
+    assert cli.matching_names("*") == sorted(timm.list_models(["vix_*", "hybrid_*"]))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["list", "vix_nistrom_tiny"], "no model matches 'vix_nistrom_tiny'; near names: vix_nystrom_tiny"),
+        (["list", "resnet50"], "no model matches 'resnet50'; near names: none"),
+        (["run", "absent.py", "--model", "x"], "'absent.py' is no file"),
+        (["run"], "required: SCRIPT"),
+        (["lits"], "invalid choice: 'lits'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_2(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *arguments)
+    assert stop.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: timm-vix")
+    assert words in error
+
+
+def test_run_is_python_with_our_names(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "script.py").write_text(SCRIPT)
+    (tmp_path / "scripts" / "beside.py").write_text("VALUE = 'beside the script'")
+    script = os.path.join("scripts", "script.py")
+    arguments = ["--model", "vix_nystrom_tiny", "-h", "--", "--model-kwargs", "num_landmarks=16"]
+    paths = [str(Path(timm_vix.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_vix", "run", script, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == ["__main__", [script, *arguments], "beside the script", True]
+    assert done.returncode == 7

@@ -80,13 +80,20 @@ def run_script(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the subcommand that the command line names."""
-    parser = argparse.ArgumentParser(prog="timm-vix", description="Vision transformers with efficient attention, for timm.")
+    parser = argparse.ArgumentParser(
+        prog="timm-vix", description="Vision transformers with efficient attention, for timm."
+    )
     parser.add_argument("--version", action="version", version=f"timm_vix {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="our models: parameters, GFLOPs, tokens, default weights")
     command.add_argument(
-        "names", nargs="?", default="*", type=matching_names, metavar="PATTERN", help="e.g. 'vix_nystrom_*'; default: all"
+        "names",
+        nargs="?",
+        default="*",
+        type=matching_names,
+        metavar="PATTERN",
+        help="e.g. 'vix_nystrom_*'; default: all",
     )
     command.set_defaults(function=list_models)
 

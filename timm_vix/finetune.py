@@ -15,10 +15,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import timm
 import torch
@@ -113,8 +113,8 @@ def finetune(
     for name, value in (DIGITS if data_dir is None else FOLDER).items():
         settings[name] = value if settings[name] is None else settings[name]
     run = SimpleNamespace(**settings)
-    out = Path(run.out)
-    check(run, out)
+    folder = Path(run.out)
+    check(run, folder)
     settings["device"] = run.device = find_device(run.device)
     run.dtype = find_dtype(run.amp, run.device)
     settings["amp"] = str(run.dtype).removeprefix("torch.")
@@ -144,11 +144,11 @@ def finetune(
     mix = Mixup(mixup, label_smoothing=label_smoothing, num_classes=len(classes)) if mixup else None
     smoothing = 0.0 if mix else label_smoothing
     mean, std = (torch.tensor(config[key], device=run.device).view(-1, 1, 1) for key in ("mean", "std"))
-    position = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
+    position: dict[str, Any] = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
     if resume:
-        position = restore(out / "checkpoint.pt", settings, net, optimizer)
+        position = restore(folder / "checkpoint.pt", settings, net, optimizer)
     else:
-        clear(out)
+        clear(folder)
     history = position["history"]
 
     def prepare(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +159,7 @@ def finetune(
         buffer = io.BytesIO()
         state = dict(settings=settings, model=net.state_dict(), optimizer=optimizer.state_dict(), position=position)
         torch.save(state, buffer)
-        write_whole(out / "checkpoint.pt", buffer.getbuffer())
+        write_whole(folder / "checkpoint.pt", buffer.getbuffer())
 
     def after_batch() -> None:
         step = position["step"]
@@ -168,7 +168,7 @@ def finetune(
             save()
         if asked.is_set():
             raise KeyboardInterrupt(
-                f"interrupted in epoch {epoch + 1} after {step} of {steps} steps; saved {out / 'checkpoint.pt'}; "
+                f"interrupted in epoch {epoch + 1} after {step} of {steps} steps; saved {folder / 'checkpoint.pt'}; "
                 "resume continues from there"
             )
 
@@ -224,7 +224,7 @@ def finetune(
                 timm=timm.__version__,
             )
             history.append(row)
-            write_history(out / "history.csv", history)
+            write_history(folder / "history.csv", history)
             position.update(epoch=epoch + 1, step=0, loss=0.0, seconds=0.0)
             save()
             print(
@@ -232,7 +232,7 @@ def finetune(
                 f"top-5 {top5:.2f} %, {row['seconds']:.0f} s",
                 flush=True,
             )
-    write_curve(out / "curve.png", history, run.model)
+    write_curve(folder / "curve.png", history, run.model)
     last = history[-1]
     weights = f"`{Path(run.checkpoint).name}`" if run.checkpoint else None
     data = f"`{Path(run.data_dir).name}`" if run.data_dir else "scikit-learn's handwritten digits"
@@ -245,7 +245,7 @@ def finetune(
         last=last,
         recipe={**settings, "checkpoint": weights, **{key: last[key] for key in ("threads", "torch", "timm")}},
     )
-    write_hub(out / "hub", net.eval(), classes, config, card)
+    write_hub(folder / "hub", net.eval(), classes, config, card)
     return net, history
 
 
@@ -315,12 +315,16 @@ def build_model(run: SimpleNamespace, num_classes: int) -> tuple[nn.Module, dict
     weighted = bool(run.pretrained or run.checkpoint)
     # timm tells only its log which keys of a file found no place
     notes: dict[str, str] = {}
-    logger, handler = logging.getLogger("timm.models._builder"), logging.Handler()
-    pattern = re.compile(r"(Missing|Unexpected) keys \((.*?)\)")
-    handler.emit = lambda record: notes.update(pattern.findall(record.getMessage()))
+    logger, pattern = logging.getLogger("timm.models._builder"), re.compile(r"(Missing|Unexpected) keys \((.*?)\)")
+
+    def listen(record: logging.LogRecord) -> bool:
+        found = pattern.findall(record.getMessage())
+        notes.update(found)
+        return not found and record.levelno >= logging.WARNING
+
     level = logger.level
     logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    logger.addFilter(listen)
     try:
         given = resolve_model_input_args(run.model, dict(img_size=run.img_size, in_chans=run.in_chans), **extra)
         # a continued run has its weights in its own checkpoint
@@ -330,7 +334,7 @@ def build_model(run: SimpleNamespace, num_classes: int) -> tuple[nn.Module, dict
         options = f" and model_kwargs={run.model_kwargs}" if run.model_kwargs else ""
         raise ValueError(f"model={run.model}{source}{options} cannot be built: {one_line(error)}") from error
     finally:
-        logger.removeHandler(handler)
+        logger.removeFilter(listen)
         logger.setLevel(level)
     if run.checkpoint and "Unexpected" in notes:
         keys = one_line(notes["Unexpected"])

@@ -122,7 +122,8 @@ def test_attention_dropout_acts_or_is_refused(mixer, rope, options):
     try:
         model = small(mixer, rope, **options, attn_drop_rate=0.5)
     except ValueError as error:
-        assert "attn_drop" in str(error)
+        if "attn_drop" not in str(error):
+            raise
         return
     x = image(model)
     assert torch.equal(model(x), model(x))

@@ -165,6 +165,7 @@ class PerformerAttention(AttentionMixer):
         self.feature_seed = feature_seed
         self.redraw_interval = redraw_interval
         weight = self.proj.weight
+        self.features: torch.Tensor
         self.register_buffer("features", weight.new_empty(num_features, self.head_dim))
         if redraw_interval:
             self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device=weight.device))

@@ -78,5 +78,5 @@ class ConvolutionalStem(PatchEmbed):
 class LinearConvolutionalStem(ConvolutionalStem):
     """The official code's stem: convolutions without normalisation and activation."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, activation=False, **kwargs)
+    def __init__(self, **kwargs) -> None:
+        super().__init__(activation=False, **kwargs)

@@ -1,0 +1,77 @@
+"""Train several models by one recipe, and collect one CSV row per epoch. Stop it at any time: nothing is trained twice.
+
+    python examples/compare_finetune.py caltech101 --data-dir caltech101 --weights deit_tiny_patch16_224.safetensors
+    python examples/compare_finetune.py cifar10 --data-dir cifar10 --epochs 3
+
+The folders hold train/ and val/ (or test/) with class folders. Unfinished runs and checkpoints stay in --runs; finished
+models are skipped, because their rows are in examples/results/finetune_<table>.csv.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+from timm_vix.finetune import finetune
+from timm_vix.results import write_history
+
+# DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.
+TABLES = {
+    "caltech101": (
+        dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0.05, augment="light"),
+        [
+            "vix_nystrom_tiny.deit_fb_in1k",
+            "vix_linformer_tiny.deit_fb_in1k",
+            "vix_performer_tiny.deit_fb_in1k",
+            "deit_tiny_patch16_224.fb_in1k",
+        ],
+    ),
+    "cifar10": (
+        dict(epochs=3, img_size=32, model_kwargs=dict(patch_size=2), batch_size=128, lr=1e-3, augment="light"),
+        ["hybrid_vin_cifar", "vix_nystrom_cifar", "vix_softmax_cifar", "hybrid_vit_cifar_rope"],
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--weights", help="initial weights, .safetensors or .pth; none: from scratch")
+    parser.add_argument("--models", nargs="+", help="other models than the table's")
+    parser.add_argument("--epochs", type=int, help="per model; caltech101 5, cifar10 3")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--runs", default="runs", help="folder for checkpoints and models")
+    parser.add_argument("--results", default=str(Path(__file__).parent / "results"), help="folder of the CSV")
+    given = parser.parse_args()
+    settings: dict[str, Any]
+    settings, models = TABLES[given.table]
+    settings = dict(settings, data_dir=given.data_dir, checkpoint=given.weights, device=given.device)
+    settings.update(epochs=given.epochs or settings["epochs"], threads=given.threads, workers=given.workers)
+    path = Path(given.results) / f"finetune_{given.table}.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    try:
+        for model in given.models or models:
+            if any(row["model"] == model and int(row["epoch"]) == settings["epochs"] for row in rows):
+                print(f"{model}: already in {path}")
+                continue
+            print(f"{model}:")
+            out = Path(given.runs) / given.table / model
+            resume = (out / "checkpoint.pt").exists()
+            _, history = finetune(model, out=str(out), resume=resume, **settings)
+            rows += [dict(model=model, dataset=given.table, **row) for row in history]
+            write_history(path, rows)  # as a whole, so that a model's rows are all there or none
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{interrupt or 'interrupted'}; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
