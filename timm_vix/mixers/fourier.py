@@ -21,15 +21,40 @@ from torch import nn
 from ._slot import Grid, TokenMixer, admit, refuse_attention_dropout
 
 
-@torch.fx.wrap
-@register_notrace_function
-def fourier_mix(x: torch.Tensor) -> torch.Tensor:
+def transform(x: torch.Tensor) -> torch.Tensor:
     """Re(F_N X F_C): (B, N, C) -> (B, N, C), in the dtype of x."""
     C = x.shape[2]
     half = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(1, 2)).real
     # channels 1 to (C - 1) / 2, mirrored: Y[n, C - c] = Y[-n mod N, c]
     mirrored = half[:, :, 1 : (C + 1) // 2].flip(1, 2).roll(1, 1)
     return torch.cat([half, mirrored], dim=2).to(x.dtype)
+
+
+class SymmetricTransform(torch.autograd.Function):
+    """The transform is a symmetric matrix, so its gradient is the gradient's transform: half of autograd's cost."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return transform(x)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> torch.Tensor:
+        # applied, not called, so that a gradient of the gradient exists
+        return SymmetricTransform.apply(gradient)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def fourier_mix(x: torch.Tensor) -> torch.Tensor:
+    """Re(F_N X F_C): (B, N, C) -> (B, N, C), in the dtype of x."""
+    if torch.jit.is_scripting():
+        return transform(x)
+    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        return SymmetricTransform.apply(x)
 
 
 class FourierMixing(TokenMixer):
