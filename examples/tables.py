@@ -73,14 +73,16 @@ TABLES = {
     "training": lambda: cost("train"),
     "memory": memory,
     "caltech101": lambda: finetuned("caltech101"),
+    "claims": lambda: finetuned("claims"),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    path = ROOT / "README.md"
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    given = parser.parse_args()
+    check, path = given.check, given.readme
     before = text = path.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         start, end = f"<!-- table: {name} -->\n", "\n<!-- end -->"

@@ -54,13 +54,15 @@ def size_of(name: str) -> tuple[int, int, int]:
     """
     import timm
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from .models._vision_xformer import SIZES
 
     depth = next(SIZES[part]["depth"] for part in name.split("_") if part in SIZES)
     model = timm.create_model(name, depth=1).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # attention as its two matrix products: older versions of torch don't count the fused kernels of a CPU
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
     block_flops = sum(counter.get_flop_counts()[f"{type(model).__name__}.blocks.0"].values())
     block_parameters = sum(p.numel() for p in model.blocks.parameters())

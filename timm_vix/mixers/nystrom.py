@@ -19,6 +19,9 @@ batch mates; it takes matrix products only, so it exports. The two attentions ar
 that is cheaper (``_folded.py``). The convolution runs over the grid. With rotary positions landmarks are turned by the
 centres of their cells.
 
+*Pays:* with default keywords on two CPU cores, 0.8 times as fast as softmax through SDPA at 197
+tokens, 1.5 times at 577, 8 times at 4,097 (``examples/results/mixers.csv``).
+
 Shapes: B images, N = P + H·W tokens, h heads, D head width, m landmarks (P prefix tokens and the cells).
 """
 
