@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--weights", help="initial weights, .safetensors or .pth; none: from scratch")
     parser.add_argument("--models", nargs="+", help="other models than the table's")
+    parser.add_argument("--img-size", type=int, help="another size than the table's")
     parser.add_argument("--epochs", type=int, help="per model; caltech101 5, cifar10 3")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=0)
@@ -57,6 +58,7 @@ def main() -> int:
     settings, models = TABLES[given.table]
     settings = dict(settings, data_dir=given.data_dir, checkpoint=given.weights, device=given.device)
     settings.update(epochs=given.epochs or settings["epochs"], threads=given.threads, workers=given.workers)
+    settings["img_size"] = given.img_size or settings["img_size"]
     path = Path(given.results) / f"finetune_{given.table}.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     try:
