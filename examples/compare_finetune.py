@@ -1,7 +1,7 @@
 """Train several models by one recipe, and collect one CSV row per epoch. Stop it at any time: nothing is trained twice.
 
     python examples/compare_finetune.py caltech101 --data-dir caltech101 --weights deit_tiny_patch16_224.safetensors
-    python examples/compare_finetune.py cifar10 --data-dir cifar10 --epochs 3
+    python examples/compare_finetune.py cifar10 --data-dir cifar10 --epochs 1
     python examples/compare_finetune.py claims --data-dir cifar10
 
 The folders hold train/ and val/ (or test/) with class folders. Unfinished runs and checkpoints stay in --runs; finished
@@ -29,7 +29,7 @@ TABLES = {
         ],
     ),
     "cifar10": (
-        dict(epochs=3, img_size=32, model_kwargs=dict(patch_size=2), batch_size=128, lr=1e-3, augment="light"),
+        dict(epochs=1, img_size=32, model_kwargs=dict(patch_size=2), batch_size=64, lr=1e-3, augment="light"),
         ["hybrid_vin_cifar", "vix_nystrom_cifar", "vix_softmax_cifar", "hybrid_vit_cifar_rope"],
     ),
     # the paper's claims about stems and positions, at a sixteenth of its tokens: minutes on a processor
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--weights", help="initial weights, .safetensors or .pth; none: from scratch")
     parser.add_argument("--models", nargs="+", help="other models than the table's")
     parser.add_argument("--img-size", type=int, help="another size than the table's")
-    parser.add_argument("--epochs", type=int, help="per model; caltech101 5, cifar10 3")
+    parser.add_argument("--epochs", type=int, help="per model; caltech101 5, cifar10 1")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="auto")
