@@ -19,6 +19,8 @@ DEIT = DATA / "deit_tiny_patch16_224.fb_in1k.safetensors"
 PHOTOGRAPHS = DATA / "nips17_dev.tar"
 
 OPTIONS: dict[str, list[dict]] = {
+    # small windows, so that the 7x5 grid of most tests has several, with padding
+    "atrous": [{"window_size": 2}, {"dilations": (3, 1), "window_size": 3}, {"dilations": 1}],
     "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}],
     "nystrom": [{}, {"conv_residual": True}],
     "performer": [{}, {"redraw_interval": 3}],

@@ -27,6 +27,7 @@ NAMES = [
         "vix_linformer": "tiny small base cifar tiny_rope small_rope cifar_rope",
         "vix_performer": "tiny small base cifar tiny_rope small_rope cifar_rope",
         "vix_nystrom": "tiny small base cifar tiny_rope small_rope cifar_rope",
+        "vix_atrous": "tiny small base",
         "vix_fnet": "tiny small base cifar",
         "vix_mixer": "tiny small base cifar",
         "vix_softmax": "cifar tiny_rope small_rope cifar_rope",
@@ -34,6 +35,7 @@ NAMES = [
         "hybrid_vil": "tiny small base cifar tiny_rope small_rope cifar_rope",
         "hybrid_vip": "tiny small base cifar tiny_rope small_rope cifar_rope",
         "hybrid_vin": "tiny small base cifar tiny_rope small_rope cifar_rope",
+        "hybrid_via": "tiny small base",
         "hybrid_fnet": "tiny cifar",
         "hybrid_mixer": "tiny cifar",
     }.items()
@@ -47,11 +49,11 @@ SIZES = {
     "base": (768, 12, 12, 16, 224),
     "cifar": (128, 4, 4, 1, 32),
 }
-HYBRIDS = {"vit": "softmax", "vil": "linformer", "vip": "performer", "vin": "nystrom"}
+HYBRIDS = {"vit": "softmax", "vil": "linformer", "vip": "performer", "vin": "nystrom", "via": "atrous"}
 
 
 def test_registered_names():
-    assert len(NAMES) == 65
+    assert len(NAMES) == 71
     registered = {name for pattern in ("vix_*", "hybrid_*") for name in timm.list_models(pattern)}
     assert registered == set(NAMES)
     assert {name for module in ("vix", "hybrid") for name in timm.list_models(module=module)} == set(NAMES)

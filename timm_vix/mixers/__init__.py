@@ -1,5 +1,6 @@
 """Token mixers by name."""
 
+from .atrous import AtrousAttention
 from .fourier import FourierMixing
 from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
@@ -12,6 +13,7 @@ MIXERS = {
     "linformer": LinformerAttention,
     "performer": PerformerAttention,
     "nystrom": NystromAttention,
+    "atrous": AtrousAttention,
     "fnet": FourierMixing,
     "mixer": TokenMlp,
 }

@@ -31,6 +31,9 @@ default_cfgs = generate_default_cfgs(
             "hybrid_vin_small",
             "hybrid_vin_base",
             "hybrid_vin_cifar",
+            "hybrid_via_tiny",
+            "hybrid_via_small",
+            "hybrid_via_base",
             "hybrid_fnet_tiny",
             "hybrid_fnet_cifar",
             "hybrid_mixer_tiny",
@@ -153,6 +156,24 @@ def hybrid_vin_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     return create_vision_xformer(
         "hybrid_vin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True
     )
+
+
+@register_model
+def hybrid_via_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with convolutional stem, atrous attention (after ACC-ViT, arXiv 2403.04200)."""
+    return create_vision_xformer("hybrid_via_tiny", pretrained, kwargs, mixer="atrous", stem="conv")
+
+
+@register_model
+def hybrid_via_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with convolutional stem, atrous attention (after ACC-ViT, arXiv 2403.04200)."""
+    return create_vision_xformer("hybrid_via_small", pretrained, kwargs, mixer="atrous", stem="conv")
+
+
+@register_model
+def hybrid_via_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-B/16 with convolutional stem, atrous attention (after ACC-ViT, arXiv 2403.04200)."""
+    return create_vision_xformer("hybrid_via_base", pretrained, kwargs, mixer="atrous", stem="conv")
 
 
 @register_model

@@ -30,6 +30,9 @@ default_cfgs = generate_default_cfgs(
             "vix_nystrom_small",
             "vix_nystrom_base",
             "vix_nystrom_cifar",
+            "vix_atrous_tiny",
+            "vix_atrous_small",
+            "vix_atrous_base",
             "vix_fnet_tiny",
             "vix_fnet_small",
             "vix_fnet_base",
@@ -130,6 +133,24 @@ def vix_nystrom_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
     return create_vision_xformer(
         "vix_nystrom_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True
     )
+
+
+@register_model
+def vix_atrous_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-Ti/16 with atrous attention (after ACC-ViT, Ibtehaz et al. 2024, arXiv 2403.04200)."""
+    return create_vision_xformer("vix_atrous_tiny", pretrained, kwargs, mixer="atrous")
+
+
+@register_model
+def vix_atrous_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-S/16 with atrous attention (after ACC-ViT, Ibtehaz et al. 2024, arXiv 2403.04200)."""
+    return create_vision_xformer("vix_atrous_small", pretrained, kwargs, mixer="atrous")
+
+
+@register_model
+def vix_atrous_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
+    """ViT-B/16 with atrous attention (after ACC-ViT, Ibtehaz et al. 2024, arXiv 2403.04200)."""
+    return create_vision_xformer("vix_atrous_base", pretrained, kwargs, mixer="atrous")
 
 
 @register_model

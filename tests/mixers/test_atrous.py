@@ -1,0 +1,137 @@
+"""Atrous attention against a loop over tokens, and against softmax where they coincide."""
+
+import math
+
+import pytest
+import timm
+import torch
+from conftest import distance, small
+from test_linformer import rotation
+from timm.utils import ParseKwargs
+
+from timm_vix.mixers.atrous import axis_layout, check_dilations
+
+PREFIXES = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
+# branches, largest window, image in patches of 2 px: padding at one, both or no sides, grids smaller than a window or
+# than a dilation, a single row and a single patch
+LAYOUTS = [
+    ((1, 2, 4), 2, (14, 10)),
+    ((1, 2), 3, (14, 10)),
+    ((4, 1), 3, (10, 22)),
+    ((1, 2), 2, (16, 8)),
+    ((2,), 2, (14, 10)),
+    ((1, 2, 4), 8, (14, 10)),
+    ((1, 2, 50), 2, (6, 10)),
+    ((1, 3), 2, (2, 10)),
+    ((1, 2, 4), 8, (2, 2)),
+]
+
+
+def together(i: int, j: int, length: int, dilation: int, window_size: int) -> bool:
+    """Whether two rows share a window: same rest, and among the same ``window_size`` or fewer rows of that rest."""
+    dilation = min(dilation, length)
+    windows = math.ceil(length / (dilation * window_size))
+    side = math.ceil(length / (windows * dilation))
+    return i % dilation == j % dilation and i // dilation // side == j // dilation // side
+
+
+def naive(module, x: torch.Tensor, rope: str | None) -> torch.Tensor:
+    """A token at a time: sums of gated exponentials over the tokens of its windows."""
+    B, N, C = x.shape
+    h, P, (H, W), n = module.num_heads, module.num_prefix_tokens, module.grid, len(module.dilations)
+    D = C // h
+    qkv = (x @ module.qkv.weight.T + module.qkv.bias).reshape(B, N, 3, h, D)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    places = [(0, 0, 0)] * P + [(r, c, r * W + c) for r in range(H) for c in range(W)]
+    if rope:
+        turn = torch.stack([rotation(place, D, rope) for place in places])
+        q, k = (torch.einsum("nij,bhnj->bhni", turn, t) for t in (q, k))
+    gates = torch.ones(B, N, h, n, dtype=x.dtype)
+    if n > 1:
+        gates = n * (x @ module.gate_weight.T + module.gate_bias).reshape(B, N, h, n).softmax(3)
+    out = []
+    for i in range(N):
+        r, c = places[i][:2]
+        logits = torch.einsum("bhd,bhnd->bhn", q[:, :, i], k) / math.sqrt(D)
+        weight = torch.zeros(B, h, N, dtype=x.dtype)
+        for j in range(N):
+            if i < P or j < P or i == j:
+                weight[:, :, j] = 1  # once, whatever the gates, which add up to n
+                continue
+            for b, dilation in enumerate(module.dilations):
+                shared = together(r, places[j][0], H, dilation, module.window_size)
+                if shared and together(c, places[j][1], W, dilation, module.window_size):
+                    weight[:, :, j] += gates[:, i, :, b]
+        weight = weight * (logits - logits.amax(2, keepdim=True)).exp()
+        out.append(torch.einsum("bhn,bhnd->bhd", weight / weight.sum(2, keepdim=True), v).flatten(1))
+    return torch.stack(out, dim=1) @ module.proj.weight.T + module.proj.bias
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=len)
+@pytest.mark.parametrize("rope", [None, "axial", "1d"])
+@pytest.mark.parametrize("dilations, window_size, img_size", LAYOUTS)
+def test_equals_the_loop(dilations, window_size, img_size, rope, prefix):
+    model = small("atrous", rope, dilations=dilations, window_size=window_size, img_size=img_size, **prefix)
+    module = model.double().blocks[0].attn
+    module.qkv.weight.data *= 2
+    x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    ours, reference = module(x), naive(module, x, rope)
+    tolerance = 1e-6 if rope else 1e-10  # the table of rotations was made in float32
+    assert distance(ours, reference) < tolerance
+    weight = torch.randn_like(ours)
+    inputs = (x, *module.parameters())
+    for mine, theirs in zip(
+        *(torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (ours, reference))
+    ):
+        assert mine is None or mine.norm() < 1e-9 if theirs is None else distance(mine, theirs) < 10 * tolerance
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=len)
+@pytest.mark.parametrize("rope", [None, "axial"])
+@pytest.mark.parametrize("options", [{"dilations": 1, "window_size": 7}, {"dilations": 1, "window_size": 99}], ids=str)
+def test_a_window_over_the_grid_is_softmax(options, rope, prefix):
+    atrous, softmax = small("atrous", rope, **options, **prefix).double(), small("softmax", rope, **prefix).double()
+    softmax.load_state_dict(atrous.state_dict())
+    x = torch.randn(2, 3, 14, 10, dtype=torch.float64, requires_grad=True)
+    ours, theirs = atrous(x), softmax(x)
+    assert distance(ours, theirs) < 1e-12
+    mine, reference = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs))
+    assert distance(mine, reference) < 1e-10
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 7.0])
+def test_branches_are_weighed_by_their_exponentials_in_float32(scale):
+    """Where logits are 68 apart, so that one branch's exponentials are nothing beside another's."""
+    module = small("atrous", window_size=2, class_token=False, global_pool="avg").blocks[0].attn
+    module.qkv.weight.data *= scale
+    x = torch.randn(1, 35, 32)
+    q, k, _ = module.double().project(x.double(), 0, 3)
+    assert (q @ k.transpose(2, 3) / 4).abs().max() > 1.3 * scale**2
+    reference = naive(module, x.double(), None)
+    assert distance(module.float()(x), reference) < 1e-4
+
+
+@pytest.mark.parametrize("length", range(1, 30))
+@pytest.mark.parametrize("dilation", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("window_size", [1, 2, 5, 8])
+def test_windows_are_few_and_hardly_padded(length, dilation, window_size):
+    windows, side, dilation = axis_layout(length, dilation, window_size)
+    assert side <= window_size and windows * side * dilation >= length
+    assert (windows - 1) * window_size * dilation < length  # no window fewer would do
+    assert windows * (side - 1) * dilation < length  # nor a smaller one
+
+
+@pytest.mark.parametrize("given", [(1, 2, 4), [1, 2, 4], "1,2,4", "(1, 2, 4)", None])
+def test_dilations_in_all_their_forms(given):
+    assert check_dilations(given) == [1, 2, 4]
+
+
+def test_dilations_from_the_command_line():
+    """As timm's scripts parse ``--model-kwargs``."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    kwargs = parser.parse_args(["--model-kwargs", "dilations=1,3", "window_size=4"]).model_kwargs
+    module = timm.create_model("vix_atrous_tiny", device="meta", depth=1, **kwargs).blocks[0].attn
+    assert (module.dilations, module.window_size) == ([1, 3], 4)
