@@ -10,9 +10,9 @@ several dilations, exact attention in windows, fused by gates.
 *Names:* ``dilations`` = the d, ``window_size`` = the largest w; ``gate_weight``, ``gate_bias`` = G, b, for each head.
 
 *Differs:* ACC-ViT averages the branches' outputs by their gates. Here a gate multiplies exponentials: the branches are
-one softmax, in which a window without a matching key weighs little. Gates start at 1, and a token itself and the prefix,
-which all windows hold, count once (log n). So DeiT-Tiny keeps 78 of 88 % of 128 photographs without training, and 19 %
-with averaged outputs. What a window's exponentials add up to is read off its attention: beside its keys stands their
+one softmax, in which a window without a matching key weighs little. Gates start at 1, and what all windows hold, the
+token itself and the prefix, counts once (log n). So DeiT-Tiny keeps 78 of 88 % of 128 photographs without training, with
+averaged outputs 19 %. What a window's exponentials add up to is read off its attention: beside its keys stands their
 mean, whose value is 1 in a channel of its own and whose share is known to be small. Windows are equal and the fewest of
 at most w a side, so that little is padded; padding is masked. Prefix tokens ask all tokens. All branches share queries,
 keys and values, which are a ViT's.
@@ -24,7 +24,7 @@ Shapes: B images, N = P + H·W tokens, h heads, D head width, A = B·h, G window
 
 import ast
 import math
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from timm.layers import register_notrace_function
@@ -133,23 +133,21 @@ def attend_in_windows(
     return (y[..., :D] / (1.0 - y[..., D : D + 1])).reshape(B, h, N - P, D)
 
 
-def check_dilations(dilations: Union[None, int, str, tuple[int, ...]]) -> list[int]:
+def check_dilations(dilations: Union[int, str, tuple[int, ...], None]) -> list[int]:
     """The dilations as a list, from a list, a tuple, an integer or a string such as "1,2,4".
 
     Raises:
         ValueError: unless they are different positive integers.
     """
-    given = dilations
-    if dilations is None:
-        dilations = DEFAULT_DILATIONS
-    if isinstance(dilations, str):
+    values: Any = DEFAULT_DILATIONS if dilations is None else dilations
+    if isinstance(values, str):
         try:
-            dilations = ast.literal_eval(dilations)
+            values = ast.literal_eval(values)
         except (ValueError, SyntaxError):
-            dilations = ()
-    values = list(dilations) if isinstance(dilations, (list, tuple)) else [dilations]
+            values = ()
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
     if not values or len(set(values)) < len(values) or not all(type(d) is int and d > 0 for d in values):
-        raise ValueError(f"dilations={given!r}: expected different integers of at least 1, such as (1, 2, 4)")
+        raise ValueError(f"dilations={dilations!r}: expected different integers of at least 1, such as (1, 2, 4)")
     return values
 
 
@@ -170,7 +168,7 @@ class AtrousAttention(AttentionMixer):
         grid: Grid,
         num_prefix_tokens: int,
         rope: Optional[nn.Module] = None,
-        dilations: Union[None, int, str, tuple[int, ...]] = None,
+        dilations: Union[int, str, tuple[int, ...], None] = None,
         window_size: int = DEFAULT_WINDOW,
     ) -> None:
         if attn.attn_drop.p > 0:
