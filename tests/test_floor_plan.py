@@ -28,7 +28,7 @@ TOOLS = {
 }
 # from the ground up: what lives on the floor, and which packages besides Python's own it may import
 FLOORS: list[tuple[list[str], set[str]]] = [
-    (["mixers/_[!_]*.py"], LAYERS),  # what all mixers share; these files may import each other
+    (["mixers/_[!_]*.py", "stems/_[!_]*.py"], LAYERS),  # what mixers, or stems, share; may import each other
     (["mixers/[!_]*.py", "stems/[!_]*.py"], LAYERS),
     (["mixers/__init__.py", "stems/__init__.py"], LAYERS),
     (["swap.py"], LAYERS),

@@ -3,5 +3,11 @@
 from timm.layers import PatchEmbed
 
 from .convolutional import ConvolutionalStem, LinearConvolutionalStem
+from .hierarchical_mlp import HierarchicalMlpStem
 
-STEMS = {"linear": PatchEmbed, "conv": ConvolutionalStem, "conv_linear": LinearConvolutionalStem}
+STEMS = {
+    "linear": PatchEmbed,
+    "conv": ConvolutionalStem,
+    "conv_linear": LinearConvolutionalStem,
+    "hmlp": HierarchicalMlpStem,
+}

@@ -12,24 +12,22 @@ theirs.
 Shapes: (B, 3, height, width) -> (B, N, C), N = height/patch · width/patch.
 """
 
-from typing import Optional, Union
+from typing import Optional
 
-from timm.layers import ConvNormAct, PatchEmbed
+from timm.layers import ConvNormAct
 from torch import nn
 
-Size = Union[int, tuple[int, int]]
+from ._sequential import SequentialStem, Size
 
 
-class ConvolutionalStem(PatchEmbed):
-    """timm's patch embedding with convolutions as its projection; everything else (grid, padding, layout) is timm's.
+class ConvolutionalStem(SequentialStem):
+    """Convolutions as the projection of a patch embedding.
 
     Args:
-        patch_size: 1, 2, 4, 8 or 16; the stem's total stride.
         activation: batch normalisation and GELU between the convolutions; False: none, as in the official code.
-
-    Raises:
-        ValueError: for another patch size.
     """
+
+    kind = "a convolutional"
 
     def __init__(
         self,
@@ -43,12 +41,9 @@ class ConvolutionalStem(PatchEmbed):
         dtype=None,
         **kwargs,
     ) -> None:
-        side = patch_size if isinstance(patch_size, int) else patch_size[0]
-        if side not in (1, 2, 4, 8, 16) or (not isinstance(patch_size, int) and tuple(patch_size) != (side, side)):
-            raise ValueError(f"patch_size={patch_size}: a convolutional stem takes 1, 2, 4, 8 or 16")
         dd = {"device": device, "dtype": dtype}
         super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
-        halvings = side.bit_length() - 1
+        halvings = self.patch_size[0].bit_length() - 1
         if halvings < 3:
             widths = [32, 64, embed_dim]
             # late strides: the early convolutions see every pixel
@@ -67,12 +62,6 @@ class ConvolutionalStem(PatchEmbed):
         if halvings >= 3:
             layers.append(nn.Conv2d(embed_dim, embed_dim, 1, bias=bias, **dd))
         self.proj = nn.Sequential(*layers)
-
-    def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[Size] = None) -> None:
-        """Take another image size; the patch size is the stride of the convolutions and stays."""
-        if patch_size is not None and patch_size not in (self.patch_size[0], self.patch_size):
-            raise ValueError(f"patch_size={patch_size}: the convolutional stem was built for {self.patch_size[0]}")
-        super().set_input_size(img_size=img_size)
 
 
 class LinearConvolutionalStem(ConvolutionalStem):

@@ -1,0 +1,32 @@
+"""What stems of several layers share: the patch sizes that they know, and that theirs stays."""
+
+from typing import Any, Optional, Union
+
+from timm.layers import PatchEmbed
+
+Size = Union[int, tuple[int, int]]
+
+
+class SequentialStem(PatchEmbed):
+    """timm's patch embedding for a projection of several layers; everything else (grid, padding, layout) is timm's.
+
+    Args:
+        patch_size: 1, 2, 4, 8 or 16; the stem's total stride.
+
+    Raises:
+        ValueError: for another patch size.
+    """
+
+    kind = ""
+
+    def __init__(self, img_size: Optional[Size], patch_size: Size, *args: Any, **kwargs: Any) -> None:
+        side = patch_size if isinstance(patch_size, int) else patch_size[0]
+        if side not in (1, 2, 4, 8, 16) or (not isinstance(patch_size, int) and tuple(patch_size) != (side, side)):
+            raise ValueError(f"patch_size={patch_size}: {self.kind} stem takes 1, 2, 4, 8 or 16")
+        super().__init__(img_size, patch_size, *args, **kwargs)
+
+    def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[Size] = None) -> None:
+        """Take another image size; the patch size is the stride of the layers and stays."""
+        if patch_size is not None and patch_size not in (self.patch_size[0], self.patch_size):
+            raise ValueError(f"patch_size={patch_size}: {self.kind} stem was built for {self.patch_size[0]}")
+        super().set_input_size(img_size=img_size)
