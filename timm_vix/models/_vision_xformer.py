@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
@@ -32,6 +32,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
     "cifar": dict(img_size=32, patch_size=1, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0, qkv_bias=False),
 }
+BLOCKS = {"sequential": Block, "parallel": ParallelThingsBlock}
 
 
 def default_cfgs_for(names: list[str], first_conv: str = "patch_embed.proj") -> dict[str, dict[str, Any]]:
@@ -72,10 +73,12 @@ class VisionXformer(VisionTransformer):
     """timm's ``VisionTransformer`` with a token mixer, a stem and positions chosen by name.
 
     Args:
-        mixer: "softmax", "linformer", "performer", "nystrom", "fnet" or "mixer".
-        stem: "linear", "conv" or "conv_linear".
+        mixer: "softmax", "linformer", "performer", "nystrom", "atrous", "fnet" or "mixer".
+        stem: "linear", "conv", "conv_linear" or "hmlp".
         rope: None, "axial" or "1d"; with rotary positions there is no learned position embedding unless
             ``pos_embed="learn"`` asks for it.
+        block: "sequential", or "parallel": two attentions side by side, then two MLPs, in half as many blocks as
+            ``depth`` says (Touvron et al. 2022, arXiv 2203.09795, section 3). A sequential ViT's weights load in pairs.
         **kwargs: the mixer's keywords (``timm_vix.swap.mixer_options``) and those of timm's class.
 
     Raises:
@@ -83,8 +86,16 @@ class VisionXformer(VisionTransformer):
         TypeError: for a keyword that neither takes.
     """
 
-    def __init__(self, mixer: str = "softmax", stem: str = "linear", rope: Optional[str] = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        mixer: str = "softmax",
+        stem: str = "linear",
+        rope: Optional[str] = None,
+        block: str = "sequential",
+        **kwargs: Any,
+    ) -> None:
         check_choice("stem", stem, tuple(STEMS))
+        check_choice("block", block, tuple(BLOCKS))
         mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
         for other in MIXERS:
             for name in mixer_options(other):
@@ -95,10 +106,18 @@ class VisionXformer(VisionTransformer):
             kwargs.setdefault("pos_embed", "none")
         check_sizes(kwargs.get("img_size", 224), kwargs.get("patch_size", 16), kwargs.get("dynamic_img_pad", False))
         kwargs.setdefault("embed_layer", STEMS[stem])
+        kwargs.setdefault("block_fn", BLOCKS[block])
+        if block == "parallel":
+            depth = kwargs.get("depth", 12)
+            if depth % 2:
+                raise ValueError(f"depth={depth}: block='parallel' pairs the layers; allowed is an even number")
+            if kwargs.get("fix_init"):
+                raise ValueError("fix_init=True: scales by depth, which parallel layers don't have; allowed is False")
+            kwargs["depth"] = depth // 2
         super().__init__(**kwargs)
         if stem != "linear":
             # timm adapts the first convolution to other numbers of input channels
-            first = "patch_embed.proj.0.conv" if stem == "conv" else "patch_embed.proj.0"
+            first = "patch_embed.proj.0" if stem == "conv_linear" else "patch_embed.proj.0.conv"
             self._traits = {"first_conv": first}
         swap_attention(self, mixer, rope, **mine)
         self.record_options()
@@ -159,7 +178,7 @@ def own_keys(model: VisionXformer) -> set[str]:
         if isinstance(module, TokenMixer):
             keys |= {f"{prefix}.{key}" for key in module.state_dict() if not softmax.match(key)}
     if isinstance(model.patch_embed.proj, nn.Sequential):
-        keys |= {key for key in model.state_dict() if key.startswith("patch_embed.proj.")}
+        keys |= {key for key in model.state_dict() if key.startswith("patch_embed.")}
     return keys
 
 
@@ -177,6 +196,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     """
     state_dict = state_dict.get("model", state_dict)
     state_dict = state_dict.get("state_dict", state_dict)
+    pairs = isinstance(model.blocks[0], ParallelThingsBlock) and not any(".attns." in key for key in state_dict)
+    if pairs:
+        state_dict = paired(state_dict)
     target = model.state_dict()
     own = own_keys(model)
     ours = bool(own & state_dict.keys())
@@ -210,12 +232,34 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
     # a mixer without parameters of its own can't tell whose weights these are; a saved model brings its configuration
-    if not ours and (own or dropped or (model.mixers() and not cfg.get("source"))):
+    if not ours and (own or dropped or pairs or (model.mixers() and not cfg.get("source"))):
         _logger.warning(
             f"{cfg.get('architecture', 'model')}: weights of a softmax ViT loaded, the model needs fine-tuning. "
             f"Fresh: {summary(own)}. Left out: {summary(dropped)}."
         )
     return state_dict
+
+
+def paired(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A sequential ViT's weights for parallel blocks: layers 2 i and 2 i + 1 side by side in block i.
+
+    Raises:
+        ValueError: for an odd number of layers.
+    """
+    branch = {"norm1": "attns.{}.norm", "attn": "attns.{}.attn", "ls1": "attns.{}.ls"}
+    branch |= {"norm2": "ffns.{}.norm", "mlp": "ffns.{}.mlp", "ls2": "ffns.{}.ls"}
+    found = {key: re.match(r"blocks\.(\d+)\.(\w+)\.", key) for key in state_dict}
+    layers = {int(match[1]) for match in found.values() if match and match[2] in branch}
+    if len(layers) % 2:
+        raise ValueError(f"the checkpoint has {len(layers)} layers: block='parallel' pairs them, so they must be even")
+    out = {}
+    for key, value in state_dict.items():
+        match = found[key]
+        if match and match[2] in branch:
+            layer = int(match[1])
+            key = f"blocks.{layer // 2}.{branch[match[2]].format(layer % 2)}.{key[match.end() :]}"
+        out[key] = value
+    return out
 
 
 def check_keys(state_dict: dict[str, Any], model: VisionXformer, target: dict[str, torch.Tensor]) -> None:
