@@ -14,19 +14,22 @@ CONVOLUTIONAL = [name for name, stem in STEMS.items() if stem is not PatchEmbed]
 @pytest.mark.parametrize("stem", CONVOLUTIONAL)
 def test_a_patch_is_the_stride(stem, patch_size):
     """A shift by a patch shifts the tokens by one, inside: the stride is the patch and tokens are in raster order."""
-    embed = STEMS[stem](img_size=(8 * patch_size, 10 * patch_size), patch_size=patch_size, embed_dim=32).eval()
-    x = torch.randn(1, 3, 8 * patch_size, 10 * patch_size)
-    tokens = embed(x).reshape(8, 10, 32)
-    down = embed(x.roll(patch_size, 2)).reshape(8, 10, 32)
-    right = embed(x.roll(patch_size, 3)).reshape(8, 10, 32)
-    edge = 3
+    edge = 6 if stem == "conv_pool" else 3  # from here on, padding isn't seen
+    H, W = 2 * edge + 2, 2 * edge + 4
+    embed = STEMS[stem](img_size=(H * patch_size, W * patch_size), patch_size=patch_size, embed_dim=32).eval()
+    x = torch.randn(1, 3, H * patch_size, W * patch_size)
+    tokens = embed(x).reshape(H, W, 32)
+    down = embed(x.roll(patch_size, 2)).reshape(H, W, 32)
+    right = embed(x.roll(patch_size, 3)).reshape(H, W, 32)
     assert distance(down[edge + 1 : -edge, edge:-edge], tokens[edge : -edge - 1, edge:-edge]) < 1e-5
     assert distance(right[edge:-edge, edge + 1 : -edge], tokens[edge:-edge, edge : -edge - 1]) < 1e-5
     assert distance(down[edge:-edge, edge:-edge], tokens[edge:-edge, edge:-edge]) > 0.01
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("stem, affine", [("conv", False), ("conv_linear", True), ("hmlp", False)])
+@pytest.mark.parametrize(
+    "stem, affine", [("conv", False), ("conv_linear", True), ("conv_pool", False), ("hmlp", False)]
+)
 def test_only_the_linear_stem_is_affine(stem, affine, patch_size):
     embed = STEMS[stem](img_size=32, patch_size=patch_size, embed_dim=32).eval()
     x, y = torch.randn(2, 1, 3, 32, 32)
@@ -35,7 +38,7 @@ def test_only_the_linear_stem_is_affine(stem, affine, patch_size):
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("stem, apart", [("linear", True), ("hmlp", True), ("conv", False), ("conv_linear", False)])
+@pytest.mark.parametrize("stem, apart", [("linear", True), ("hmlp", True), ("conv", False), ("conv_pool", False)])
 def test_patches_of_a_hierarchical_mlp_never_see_each_other(stem, apart, patch_size):
     p = patch_size
     embed = STEMS[stem](img_size=(4 * p, 5 * p), patch_size=p, embed_dim=32).eval()

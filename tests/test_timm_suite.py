@@ -1,4 +1,4 @@
-"""timm's own model tests, passed by our names: all that ``vit_tiny_patch16_224`` passes.
+"""timm's own model tests, passed by our names: all that ``vit_tiny_patch16_224`` passes, or timm's PiT by a PiN.
 
 timm's wheel has no tests, so its source package is downloaded once into pytest's cache. ``timm_suite_plugin`` puts our
 names in and says which tests are left out and why. The small and base sizes differ from tiny in widths only.
@@ -17,8 +17,12 @@ import pytest
 import timm
 
 import timm_vix
+from timm_vix import models
 
 SIZES = ("tiny", "cifar")
+# modules of models that stand in for another one than the plain ViT: the one of timm that they are built on
+HOSTS = {"pin": "pit_ti_224"}
+FAMILIES = {name for name in models.__all__ if name not in ("vix", "hybrid")}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +47,14 @@ def timm_tests(request: pytest.FixtureRequest) -> Path:
 
 def all_names() -> list[str]:
     names = [name for module in ("vix", "hybrid") for name in timm.list_models(module=module)]
-    return [name for name in names if any(size in name.split("_") for size in SIZES)]
+    names = [name for name in names if any(size in name.split("_") for size in SIZES)]
+    return names + [name for module in sorted(FAMILIES) for name in timm.list_models(module=module)]
 
 
 def kinds(name: str) -> set[tuple]:
-    """What a model has to show: its mixer with its positions, its stem in its size."""
+    """What a model has to show: its mixer with its positions, its stem in its size; of other families, all names."""
+    if timm.model_entrypoint(name).__module__.rpartition(".")[2] in FAMILIES:
+        return {(name,)}
     model = timm.create_model(name, device="meta", depth=1)
     mixer, stem, rotary = type(model.blocks[0].attn), type(model.patch_embed), model.pos_embed is None
     size = next(size for size in SIZES if size in name.split("_"))
@@ -65,7 +72,17 @@ def one_of_each_kind() -> list[str]:
     return names
 
 
-def run_suite(test_models: Path, names: list[str], report: Path) -> None:
+def run_suites(test_models: Path, names: list[str], folder: Path) -> None:
+    """Run timm's tests on ``names`` in the place of their hosts."""
+    groups = defaultdict(list)
+    for name in names:
+        module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+        groups[HOSTS.get(module, "vit_tiny_patch16_224")].append(name)
+    for host, group in groups.items():
+        run_suite(test_models, host, group, folder / f"{host}.xml")
+
+
+def run_suite(test_models: Path, host: str, names: list[str], report: Path) -> None:
     """Run timm's tests on ``names`` in a process of its own and fail with a line for each test that didn't pass."""
     paths = [Path(__file__).parent, Path(timm_vix.__file__).parents[1], os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -77,7 +94,8 @@ def run_suite(test_models: Path, names: list[str], report: Path) -> None:
     # timm leaves tests out on GitHub's machines for the sake of its large models
     environment.pop("GITHUB_ACTIONS", None)
     environment.pop("PYTEST_ADDOPTS", None)
-    options = ["-n", "2", "-p", "timm_suite_plugin", "-p", "no:cacheprovider", "--models", ",".join(names)]
+    options = ["-n", "2", "-p", "timm_suite_plugin", "-p", "no:cacheprovider"]
+    options += ["--host", host, "--models", ",".join(names)]
     command = [sys.executable, "-m", "pytest", *options, f"--junit-xml={report}", str(test_models)]
     done = subprocess.run(
         command, cwd=test_models.parents[1], env=environment, capture_output=True, text=True, check=False
@@ -101,9 +119,9 @@ def run_suite(test_models: Path, names: list[str], report: Path) -> None:
 
 
 def test_timm_suite_on_one_of_each_kind(timm_tests: Path, tmp_path: Path) -> None:
-    run_suite(timm_tests, one_of_each_kind(), tmp_path / "report.xml")
+    run_suites(timm_tests, one_of_each_kind(), tmp_path)
 
 
 @pytest.mark.slow
 def test_timm_suite_on_all_names(timm_tests: Path, tmp_path: Path) -> None:
-    run_suite(timm_tests, all_names(), tmp_path / "report.xml")
+    run_suites(timm_tests, all_names(), tmp_path)

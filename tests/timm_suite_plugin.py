@@ -1,8 +1,8 @@
-"""pytest plugin for timm's own ``tests/test_models.py``: other models take the place of ``vit_tiny_patch16_224``.
+"""pytest plugin for timm's own ``tests/test_models.py``: other models take the place of one of timm's, a host.
 
 ``test_models.py`` fills its parameter lists with ``timm.list_models(...)`` while it is imported. This plugin answers
-those calls: where timm's own answer holds the plain ViT it is the names of ``--models``, elsewhere nothing. So a model
-runs what a ViT of timm runs, with timm's exclusions for a ViT and no others.
+those calls: where timm's own answer holds the host it is the names of ``--models``, elsewhere nothing. So a model runs
+what its host runs, a plain ViT or the model that it is built on, with timm's exclusions for the host and no others.
 
     PYTHONPATH=tests python -m pytest -p timm_suite_plugin --models vix_fnet_tiny,vix_fnet_cifar .../test_models.py
 
@@ -41,6 +41,7 @@ def listed_by_hand(name: str) -> dict[str, list]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--host", default=HOST, help="model of timm whose place is taken")
     parser.addoption("--models", default=HOST, help="comma-separated model names")
 
 
@@ -49,11 +50,11 @@ def chosen(config: pytest.Config) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    listed_by_timm = timm.list_models
+    listed_by_timm, host = timm.list_models, config.getoption("--host")
 
     def list_models(*args, **kwargs) -> list[str]:
-        of_host = [name for name in listed_by_timm(*args, **kwargs) if name.split(".")[0] == HOST]
-        return listed_by_timm(chosen(config), include_tags=of_host != [HOST]) if of_host else []
+        of_host = [name for name in listed_by_timm(*args, **kwargs) if name.split(".")[0] == host]
+        return listed_by_timm(chosen(config), include_tags=of_host != [host]) if of_host else []
 
     timm.list_models = list_models
 
@@ -62,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Put the models in the place of those that timm listed by hand."""
     test = metafunc.function.__name__
-    if test not in listed_by_hand(HOST):
+    if test not in listed_by_hand(HOST) or metafunc.config.getoption("--host") != HOST:
         return
     marks = metafunc.definition.own_markers
     place = next(i for i, mark in enumerate(marks) if mark.name == "parametrize" and "model_name" in mark.args[0])

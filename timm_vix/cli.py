@@ -50,22 +50,21 @@ def list_models(arguments: argparse.Namespace) -> None:
 def size_of(name: str) -> tuple[int, int, int]:
     """Parameters, floating-point operations of one image and tokens of a registered model at its default size.
 
-    Its blocks are equal, so one of them is built and counted for all: 65 models take seconds.
+    Blocks of a plain transformer are equal, so one of them is built and counted for all: 71 models take seconds.
     """
     import timm
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from .models._vision_xformer import SIZES
-
-    depth = next(SIZES[part]["depth"] for part in name.split("_") if part in SIZES)
-    model = timm.create_model(name, depth=1).eval()
+    plain = timm.models.is_model_in_modules(name, ["vix", "hybrid"])
+    depth = len(timm.create_model(name, device="meta").blocks) if plain else 1
+    model = timm.create_model(name, **(dict(depth=1) if plain else {})).eval()
     # attention as its two matrix products: older versions of torch don't count the fused kernels of a CPU
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
-    block_flops = sum(counter.get_flop_counts()[f"{type(model).__name__}.blocks.0"].values())
-    block_parameters = sum(p.numel() for p in model.blocks.parameters())
+    block_flops = sum(counter.get_flop_counts()[f"{type(model).__name__}.blocks.0"].values()) if plain else 0
+    block_parameters = sum(p.numel() for p in model.blocks.parameters()) if plain else 0
     return (
         sum(p.numel() for p in model.parameters()) + (depth - 1) * block_parameters,
         counter.get_total_flops() + (depth - 1) * block_flops,

@@ -41,11 +41,11 @@ class BeforeForward:
 
     def __call__(self, patch_embed: nn.Module, args: Any, output: torch.Tensor) -> None:
         # a dynamic patch embedding gives (B, H, W, C)
-        grid = (output.shape[1], output.shape[2]) if self.dynamic else patch_embed.grid_size
+        grid = (output.shape[1], output.shape[2]) if self.dynamic else None
         for module in self.ropes:
-            module.set_grid(grid)
+            module.set_grid(grid or module.grid)
         for module in self.mixers:
-            module.before_forward(grid)
+            module.before_forward(grid or module.grid)
 
 
 def set_grid(model: nn.Module, grid: Grid) -> None:
@@ -55,13 +55,21 @@ def set_grid(model: nn.Module, grid: Grid) -> None:
             module.set_grid(grid)
 
 
-def swap_attention(model: nn.Module, mixer: str, rope: Optional[str] = None, **options: Any) -> None:
+def swap_attention(
+    model: nn.Module,
+    mixer: str,
+    rope: Optional[str] = None,
+    stages: Optional[list[tuple[nn.Module, Grid, int]]] = None,
+    **options: Any,
+) -> None:
     """Replace every timm ``Attention`` in ``model`` by a mixer that takes over its weights, in place.
 
     Args:
         model: timm ``VisionTransformer``.
         mixer: a name in ``MIXERS``.
         rope: None, "axial" or "1d": rotary positions, shared by all blocks.
+        stages: where the grid shrinks on the way, parts of the model with their (H, W) and number of prefix tokens. A
+            part of fewer patches than ``num_landmarks`` or ``num_proj_tokens`` takes as many as it has.
         **options: the mixer's keywords, see ``mixer_options``.
 
     Raises:
@@ -77,9 +85,11 @@ def swap_attention(model: nn.Module, mixer: str, rope: Optional[str] = None, **o
             raise ValueError(f"mixer={mixer!r} takes no {name}; it takes {', '.join(allowed) or 'no keywords'}")
     if rope is not None:
         check_choice("rope", rope, ("axial", "1d"))
+    whole: Any = [(model,)]
     slots = [
-        (parent, name, attn)
-        for parent in model.modules()
+        (parent, name, attn, *layout)
+        for part, *layout in (stages or whole)
+        for parent in part.modules()
         for name, attn in parent.named_children()
         if type(attn) is Attention
     ]
@@ -87,14 +97,23 @@ def swap_attention(model: nn.Module, mixer: str, rope: Optional[str] = None, **o
         raise ValueError(f"{type(model).__name__} has no timm Attention to replace")
     if mixer == "softmax" and rope is None:
         return
-    weight = slots[0][2].proj.weight
-    grid, num_prefix_tokens = model.patch_embed.grid_size, model.num_prefix_tokens
-    positions = None
-    if rope is not None:
-        positions = RotaryPositions(
-            rope, slots[0][2].head_dim, grid, num_prefix_tokens, device=weight.device, dtype=weight.dtype
-        )
-    for parent, name, attn in slots:
-        setattr(parent, name, MIXERS[mixer](attn, grid, num_prefix_tokens, positions, **options))
-    if model.dynamic_img_size or options.get("redraw_interval"):
-        model.patch_embed.register_forward_hook(BeforeForward(model, model.dynamic_img_size))
+    positions: dict[Grid, RotaryPositions] = {}
+    mixers = []
+    for _, _, attn, *layout in slots:
+        grid, num_prefix_tokens = layout or (model.patch_embed.grid_size, model.num_prefix_tokens)
+        if rope is not None and grid not in positions:
+            dd = {"device": attn.proj.weight.device, "dtype": attn.proj.weight.dtype}
+            positions[grid] = RotaryPositions(rope, attn.head_dim, grid, num_prefix_tokens, **dd)
+        own = {key: fitting(key, value, grid) if stages else value for key, value in options.items()}
+        mixers.append(MIXERS[mixer](attn, grid, num_prefix_tokens, positions.get(grid), **own))
+    for (parent, name, *_), module in zip(slots, mixers):
+        setattr(parent, name, module)
+    dynamic = getattr(model, "dynamic_img_size", False)
+    if dynamic or options.get("redraw_interval"):
+        model.patch_embed.register_forward_hook(BeforeForward(model, dynamic))
+
+
+def fitting(name: str, value: Any, grid: Grid) -> Any:
+    """The value of a keyword that counts tokens, at most those of ``grid``; others as they are."""
+    counts = name in ("num_landmarks", "num_proj_tokens") and isinstance(value, int)
+    return min(value, grid[0] * grid[1]) if counts else value

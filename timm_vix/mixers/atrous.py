@@ -11,11 +11,11 @@ several dilations, exact attention in windows, fused by gates.
 
 *Differs:* ACC-ViT averages the branches' outputs by their gates. Here a gate multiplies exponentials: the branches are
 one softmax, in which a window without a matching key weighs little. Gates start at 1, and what all windows hold, the
-token itself and the prefix, counts once (log n). So DeiT-Tiny keeps 78 of 88 % of 128 photographs without training, with
-averaged outputs 19 %. What a window's exponentials add up to is read off its attention: beside its keys stands their
-mean, whose value is 1 in a channel of its own and whose share is known to be small. Windows are equal and the fewest of
-at most w a side, so that little is padded; padding is masked. Prefix tokens ask all tokens. All branches share queries,
-keys and values, which are a ViT's.
+token itself and the prefix, counts once (log n). So DeiT-Tiny keeps 78 of 88 % of 128 photographs without training;
+with averaged outputs it keeps 19 %. What a window's exponentials add up to is read off its attention: beside its keys
+stands their mean, whose value is 1 in a channel of its own and whose share is known to be small. Windows are equal and
+the fewest of at most w a side, so that little is padded; padding is masked. Prefix tokens ask all tokens. All branches
+share queries, keys and values, which are a ViT's.
 
 *Pays:* with default keywords on one busy CPU core, as fast as softmax through SDPA at 1,025 tokens, 3 times at 4,097.
 

@@ -8,6 +8,7 @@ image is a token.
 import logging
 import pickle
 import re
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 import torch
@@ -74,7 +75,7 @@ class VisionXformer(VisionTransformer):
 
     Args:
         mixer: "softmax", "linformer", "performer", "nystrom", "atrous", "fnet" or "mixer".
-        stem: "linear", "conv", "conv_linear" or "hmlp".
+        stem: "linear", "conv", "conv_linear", "conv_pool" or "hmlp".
         rope: None, "axial" or "1d"; with rotary positions there is no learned position embedding unless
             ``pos_embed="learn"`` asks for it.
         block: "sequential", or "parallel": two attentions side by side, then two MLPs, in half as many blocks as
@@ -97,11 +98,7 @@ class VisionXformer(VisionTransformer):
         check_choice("stem", stem, tuple(STEMS))
         check_choice("block", block, tuple(BLOCKS))
         mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
-        for other in MIXERS:
-            for name in mixer_options(other):
-                if name in kwargs:
-                    allowed = ", ".join(mixer_options(mixer)) or "no keywords"
-                    raise ValueError(f"{name}={kwargs[name]!r}: mixer={mixer!r} takes {allowed}")
+        refuse_foreign_options(mixer, kwargs)
         if rope is not None:
             kwargs.setdefault("pos_embed", "none")
         check_sizes(kwargs.get("img_size", 224), kwargs.get("patch_size", 16), kwargs.get("dynamic_img_pad", False))
@@ -117,7 +114,7 @@ class VisionXformer(VisionTransformer):
         super().__init__(**kwargs)
         if stem != "linear":
             # timm adapts the first convolution to other numbers of input channels
-            first = "patch_embed.proj.0" if stem == "conv_linear" else "patch_embed.proj.0.conv"
+            first = "patch_embed.proj.0.conv" if stem in ("conv", "hmlp") else "patch_embed.proj.0"
             self._traits = {"first_conv": first}
         swap_attention(self, mixer, rope, **mine)
         self.record_options()
@@ -159,6 +156,15 @@ class VisionXformer(VisionTransformer):
         self._model_args = dict(getattr(self, "_model_args", {}), **chosen)
 
 
+def refuse_foreign_options(mixer: str, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for a keyword that belongs to another mixer."""
+    for other in MIXERS:
+        for name in mixer_options(other):
+            if name in kwargs:
+                allowed = ", ".join(mixer_options(mixer)) or "no keywords"
+                raise ValueError(f"{name}={kwargs[name]!r}: mixer={mixer!r} takes {allowed}")
+
+
 def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
     """Raise ValueError unless patches tile the image (or the model pads it)."""
     for name, value in (("img_size", img_size), ("patch_size", patch_size)):
@@ -170,14 +176,15 @@ def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
         raise ValueError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
 
 
-def own_keys(model: VisionXformer) -> set[str]:
+def own_keys(model: nn.Module) -> set[str]:
     """State-dict keys that a softmax ViT of the same size doesn't have: mixers' extras and convolutional stems."""
     softmax = re.compile(r"(qkv|q_norm|k_norm|norm|gate|proj)\.")
     keys = set()
     for prefix, module in model.named_modules():
         if isinstance(module, TokenMixer):
             keys |= {f"{prefix}.{key}" for key in module.state_dict() if not softmax.match(key)}
-    if isinstance(model.patch_embed.proj, nn.Sequential):
+    stem = getattr(model, "patch_embed", None)
+    if isinstance(getattr(stem, "proj", None), nn.Sequential):
         keys |= {key for key in model.state_dict() if key.startswith("patch_embed.")}
     return keys
 
@@ -219,11 +226,29 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     elif "pos_embed" in state_dict:
         stem_keys = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith("patch_embed.")}
         state_dict = {**vit_checkpoint_filter_fn(state_dict, model), **stem_keys}
-    for prefix, module in model.named_modules():
-        for name, resample in getattr(module, "grid_parameters", {}).items():
+    return adopt(state_dict, model, ours, dropped, changed=pairs)
+
+
+def adopt(
+    state_dict: dict[str, Any], model: nn.Module, ours: bool, dropped: set[str], changed: bool = False
+) -> dict[str, Any]:
+    """Complete a state dict whose keys are the model's: grids resampled, what softmax attention lacks fresh.
+
+    Args:
+        ours: it comes from such a model, so nothing is fresh.
+        dropped: keys that were left out, for the log line.
+        changed: the model is another function of the same parameters.
+
+    Raises:
+        ValueError: if keys or shapes don't fit.
+    """
+    target, own = model.state_dict(), own_keys(model)
+    mixers = {prefix: module for prefix, module in model.named_modules() if isinstance(module, TokenMixer)}
+    for prefix, module in mixers.items():
+        for name, resample in module.grid_parameters.items():
             key = f"{prefix}.{name}"
             if key in state_dict:
-                state_dict[key] = resample(state_dict[key], model.patch_embed.grid_size)
+                state_dict[key] = resample(state_dict[key], module.grid)
     if not ours:
         fresh = {key: target[key] for key in own}
         # inherited weights know no local convolution: it starts as nothing and leaves their function alone
@@ -232,7 +257,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
     # a mixer without parameters of its own can't tell whose weights these are; a saved model brings its configuration
-    if not ours and (own or dropped or pairs or (model.mixers() and not cfg.get("source"))):
+    if not ours and (own or dropped or changed or (mixers and not cfg.get("source"))):
         _logger.warning(
             f"{cfg.get('architecture', 'model')}: weights of a softmax ViT loaded, the model needs fine-tuning. "
             f"Fresh: {summary(own)}. Left out: {summary(dropped)}."
@@ -262,12 +287,13 @@ def paired(state_dict: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def check_keys(state_dict: dict[str, Any], model: VisionXformer, target: dict[str, torch.Tensor]) -> None:
+def check_keys(state_dict: dict[str, Any], model: nn.Module, target: dict[str, torch.Tensor]) -> None:
     """Raise ValueError unless keys and shapes agree, the classifier of another label set and input channels apart."""
     cfg = model.pretrained_cfg
     # timm leaves out the head of another label set, and adapts the first convolution, after this
     other_head = model.num_classes != cfg["num_classes"]
-    apart = {"head.weight", "head.bias"} if other_head else set()
+    classifiers = cfg["classifier"] if isinstance(cfg["classifier"], (tuple, list)) else (cfg["classifier"],)
+    apart = {f"{head}.{part}" for head in classifiers for part in ("weight", "bias")} if other_head else set()
     first_conv = getattr(model, "_traits", {}).get("first_conv", cfg["first_conv"])
     apart.add(f"{first_conv}.weight")
     missing = target.keys() - state_dict.keys() - apart
@@ -284,29 +310,46 @@ def check_keys(state_dict: dict[str, Any], model: VisionXformer, target: dict[st
         )
 
 
-def create_vision_xformer(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> VisionXformer:
+def create_vision_xformer(
+    name: str,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    model_class: type[VisionXformer] = VisionXformer,
+    **architecture: Any,
+) -> VisionXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``.
 
     Raises:
         ValueError: for a checkpoint that can't be read or doesn't fit.
     """
-    size = next(part for part in name.split("_") if part in SIZES)
-    arguments = {**SIZES[size], **architecture, **kwargs}
-    out_indices = arguments.pop("out_indices", 3)
+    size: dict[str, Any] = next((SIZES[part] for part in name.split("_") if part in SIZES), {})
+    arguments = {**size, **architecture, **kwargs}
+    feature_cfg = dict(out_indices=arguments.pop("out_indices", 3), feature_cls="getter")
+    return build_xformer(model_class, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def build_xformer(
+    model_class: type[nn.Module],
+    name: str,
+    pretrained: bool,
+    arguments: dict[str, Any],
+    filter_fn: Callable,
+    feature_cfg: dict[str, Any],
+) -> Any:
+    """timm's ``build_model_with_cfg``, with one clear error for a file that is no checkpoint.
+
+    Raises:
+        ValueError: for a checkpoint that can't be read or doesn't fit.
+    """
+    overlay, cfg = arguments.get("pretrained_cfg_overlay") or {}, arguments.get("pretrained_cfg")
     try:
         return build_model_with_cfg(
-            VisionXformer,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-            **arguments,
+            model_class, name, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
         )
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
         # torch has no exception of its own for a damaged file
         damaged = re.search("PytorchStreamReader|weights_only|checkpoint found", str(error))
         if isinstance(error, RuntimeError) and not damaged:
             raise
-        overlay, cfg = kwargs.get("pretrained_cfg_overlay") or {}, kwargs.get("pretrained_cfg")
         source = overlay.get("file") or (cfg.get("file") if isinstance(cfg, dict) else None) or "the checkpoint"
         raise ValueError(f"{source} is no readable checkpoint: {error}") from error

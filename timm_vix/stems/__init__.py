@@ -2,6 +2,7 @@
 
 from timm.layers import PatchEmbed
 
+from .convolution_pooling import ConvolutionPoolingStem
 from .convolutional import ConvolutionalStem, LinearConvolutionalStem
 from .hierarchical_mlp import HierarchicalMlpStem
 
@@ -9,5 +10,6 @@ STEMS = {
     "linear": PatchEmbed,
     "conv": ConvolutionalStem,
     "conv_linear": LinearConvolutionalStem,
+    "conv_pool": ConvolutionPoolingStem,
     "hmlp": HierarchicalMlpStem,
 }

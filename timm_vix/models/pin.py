@@ -1,0 +1,181 @@
+"""Pooling-based vision transformers with another token mixer: PiN, PiP and Hybrid PiN.
+
+Heo et al. 2021, "Rethinking Spatial Dimensions of Vision Transformers" (arXiv 2103.16302): timm's PiT, in which a
+strided depthwise convolution halves the grid between three stages. Jeevan & Sethi 2022 (arXiv 2107.02239) put Nyström
+attention into it (PiN) and, with a convolutional stem, call it Hybrid PiN; here with Performer attention too (PiP).
+``tiny`` is PiT-Ti for 224 px and takes its weights. ``mixer="softmax"`` is the control.
+
+The paper gives no configuration of its PiN. ``cifar`` is as near as PiT comes to the paper's other models: four layers,
+MLP ratio 2, heads of 32 channels, every pixel a token of the first stage; 64, 128 and 256 channels.
+"""
+
+from typing import Any, Optional, Union
+
+import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models.pit import PoolingVisionTransformer
+from timm.models.pit import checkpoint_filter_fn as pit_checkpoint_filter_fn
+from torch import nn
+
+from ..mixers._slot import TokenMixer, check_choice
+from ..stems import STEMS
+from ..swap import mixer_options, swap_attention
+from ._vision_xformer import adopt, build_xformer, own_keys, refuse_foreign_options
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
+    "cifar": dict(
+        img_size=32, patch_size=1, stride=1, base_dims=(32, 32, 32), depth=(1, 2, 1), heads=(2, 4, 8), mlp_ratio=2.0
+    ),
+}
+
+
+class PoolingXformer(PoolingVisionTransformer):
+    """timm's ``PoolingVisionTransformer`` with a token mixer and a stem chosen by name.
+
+    Args:
+        mixer: a name in ``MIXERS``.
+        stem: "linear", PiT's own overlapping patches, or another stem, whose patches are ``stride`` pixels wide.
+        rope: None, "axial" or "1d": rotary positions, in addition to PiT's learned ones.
+        **kwargs: the mixer's keywords and those of timm's class. A stage of fewer patches than ``num_landmarks`` or
+            ``num_proj_tokens`` takes as many as it has.
+
+    Raises:
+        ValueError: for an unknown name or wrong value, naming what is allowed.
+        TypeError: for a keyword that neither takes.
+    """
+
+    def __init__(
+        self,
+        img_size: Union[int, tuple[int, int]] = 224,
+        patch_size: int = 16,
+        stride: int = 8,
+        in_chans: int = 3,
+        mixer: str = "softmax",
+        stem: str = "linear",
+        rope: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        # the last normalisation of a hierarchical MLP is for tokens; PiT embeds patches as a map
+        check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
+        mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
+        refuse_foreign_options(mixer, kwargs)
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if min(sides) < patch_size or patch_size < 1 or stride < 1:
+            raise ValueError(f"img_size={img_size}, patch_size={patch_size}, stride={stride}: no patch fits")
+        super().__init__(img_size=sides, patch_size=patch_size, stride=stride, in_chans=in_chans, **kwargs)
+        width = self.base_dims[0] * self.heads[0]
+        if stem != "linear":
+            dd = {key: kwargs.get(key) for key in ("device", "dtype")}
+            if any(side % stride for side in sides):
+                raise ValueError(f"img_size={img_size} is no multiple of stride={stride}")
+            self.patch_embed = STEMS[stem](
+                img_size=sides, patch_size=stride, in_chans=in_chans, embed_dim=width, flatten=False, **dd
+            )
+            self.pos_embed = nn.Parameter(torch.empty(1, width, *self.patch_embed.grid_size, **dd))
+            trunc_normal_(self.pos_embed, std=0.02)
+            self._traits = {"first_conv": "patch_embed.proj.0.conv" if stem == "conv" else "patch_embed.proj.0"}
+        grid, stages = self.patch_embed.grid_size, []
+        for i, stage in enumerate(self.transformers):
+            if i:
+                grid = ((grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1)
+            stages.append((stage, grid, self.num_tokens))
+        swap_attention(self, mixer, rope, stages, **mine)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> dict[str, Any]:
+    """Fit a checkpoint to the model: one of ours as it is, one of PiT with our own parameters fresh.
+
+    Raises:
+        ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
+    """
+    state_dict = pit_checkpoint_filter_fn(state_dict.get("state_dict", state_dict), model)
+    own = own_keys(model)
+    ours = bool(own & state_dict.keys())
+    absent = [
+        f"{prefix}." for prefix, m in model.named_modules() if isinstance(m, TokenMixer) and not hasattr(m, "qkv")
+    ]
+    if any(key.startswith("patch_embed.") for key in own):
+        absent.append("patch_embed.")
+    dropped = set() if ours else {k for k in state_dict if k.startswith(tuple(absent))} - model.state_dict().keys()
+    state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
+    positions = state_dict.get("pos_embed")
+    if positions is not None and positions.ndim == 4 and positions.shape != model.pos_embed.shape:
+        size = model.pos_embed.shape[2:]
+        state_dict["pos_embed"] = nn.functional.interpolate(positions, size, mode="bicubic", antialias=True)
+    return adopt(state_dict, model, ours, dropped)
+
+
+def create_pooling(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> PoolingXformer:
+    """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
+    arguments = {**SIZES[name.split("_")[-1]], **architecture, **kwargs}
+    feature_cfg = dict(feature_cls="hook", out_indices=arguments.pop("out_indices", (0, 1, 2)))
+    return build_xformer(PoolingXformer, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def _cfgs() -> dict[str, dict[str, Any]]:
+    cfgs = {}
+    for family in ("pin", "pip", "hybrid_pin", "hybrid_pip"):
+        first_conv = "patch_embed.proj.0.conv" if family.startswith("hybrid") else "patch_embed.conv"
+        host = get_pretrained_cfg("pit_ti_224.in1k").to_dict()
+        host = {key: host[key] for key in ("num_classes", "input_size", "mean", "std", "license", "classifier")}
+        host.update(pool_size=None, crop_pct=0.9, interpolation="bicubic", fixed_input_size=True, first_conv=first_conv)
+        cfgs[f"{family}_tiny.in1k"] = dict(host, hf_hub_id="timm/pit_ti_224.in1k")
+        small = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0)
+        cfgs[f"{family}_cifar"] = dict(host, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD, **small)
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_cfgs())
+
+
+@register_model
+def pin_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
+    """PiT for 32 px (arXiv 2103.16302), Nyström attention (arXiv 2102.03902)."""
+    return create_pooling("pin_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
+
+
+@register_model
+def pin_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
+    """PiT-Ti (arXiv 2103.16302), Nyström attention (arXiv 2102.03902)."""
+    return create_pooling("pin_tiny", pretrained, kwargs, mixer="nystrom")
+
+
+@register_model
+def pip_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
+    """PiT for 32 px (arXiv 2103.16302), Performer attention (arXiv 2009.14794)."""
+    return create_pooling("pip_cifar", pretrained, kwargs, mixer="performer", num_features=110)
+
+
+@register_model
+def pip_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
+    """PiT-Ti (arXiv 2103.16302), Performer attention (arXiv 2009.14794)."""
+    return create_pooling("pip_tiny", pretrained, kwargs, mixer="performer")
+
+
+@register_model
+def hybrid_pin_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
+    """PiT for 32 px (arXiv 2103.16302), convolutional stem, Nyström attention (arXiv 2102.03902)."""
+    return create_pooling(
+        "hybrid_pin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True
+    )
+
+
+@register_model
+def hybrid_pin_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
+    """PiT-Ti (arXiv 2103.16302), convolutional stem, Nyström attention (arXiv 2102.03902)."""
+    return create_pooling("hybrid_pin_tiny", pretrained, kwargs, mixer="nystrom", stem="conv")
+
+
+@register_model
+def hybrid_pip_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
+    """PiT for 32 px (arXiv 2103.16302), convolutional stem, Performer attention (arXiv 2009.14794)."""
+    return create_pooling("hybrid_pip_cifar", pretrained, kwargs, mixer="performer", stem="conv", num_features=110)
+
+
+@register_model
+def hybrid_pip_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
+    """PiT-Ti (arXiv 2103.16302), convolutional stem, Performer attention (arXiv 2009.14794)."""
+    return create_pooling("hybrid_pip_tiny", pretrained, kwargs, mixer="performer", stem="conv")
