@@ -32,6 +32,7 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["mixers/[!_]*.py", "stems/[!_]*.py"], LAYERS),
     (["mixers/__init__.py", "stems/__init__.py"], LAYERS),
     (["swap.py"], LAYERS),
+    (["models/_projected.py"], LAYERS),  # mixers for hosts that project their queries, keys and values themselves
     (["models/_[!_]*.py"], MODELS),
     (["models/[!_]*.py"], MODELS),
     (["models/__init__.py"], set()),

@@ -20,8 +20,8 @@ import timm_vix
 from timm_vix import models
 
 SIZES = ("tiny", "cifar")
-# modules of models that stand in for another one than the plain ViT: the one of timm that they are built on
-HOSTS = {"pin": "pit_ti_224"}
+# modules of models that stand in for another one than the plain ViT: one of timm that has stages and a fixed grid
+HOSTS = {"pin": "pit_ti_224", "cvt": "pit_ti_224"}
 FAMILIES = {name for name in models.__all__ if name not in ("vix", "hybrid")}
 
 

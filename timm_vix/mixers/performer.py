@@ -102,7 +102,7 @@ def sum_in_blocks(
     again = long <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     top = torch.full([B, h, 1, 1], -float("inf"), device=q.device, dtype=dtype)
     mass = torch.zeros([B, h, features.shape[0], 1], device=q.device, dtype=dtype)
-    value = torch.zeros([B, h, features.shape[0], D], device=q.device, dtype=dtype)
+    value = torch.zeros([B, h, features.shape[0], v.shape[3]], device=q.device, dtype=dtype)
     # split, since the gradient of a slice is as large as the whole
     for k_block, v_block in zip(k.split(block, 2), v.split(block, 2)):
         if not torch.jit.is_scripting() and again:

@@ -1,0 +1,200 @@
+"""Convolutional vision transformers: names and size of the published model, attention against the formula."""
+
+import math
+
+import pytest
+import timm
+import torch
+from conftest import distance, lively
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from timm_vix.models._projected import PROJECTED
+
+MIXER = {"cvn": "nystrom", "cvp": "performer", "cvt": "softmax"}
+NAMES = [f"{family}_{size}" for family in MIXER for size in ("cifar", "13")]
+SHAPE = dict(img_size=(20, 12), embed_dims=(16, 16, 32), depths=(1, 1, 2), num_heads=(1, 2, 2), num_classes=5)
+EXACT = {
+    "softmax": {},
+    "nystrom": {"num_landmarks": 999, "ridge": 0.0, "pinv_iterations": 80},
+    "performer": {"num_features": 2048},
+}
+
+
+def small(name="cvt_13", **kwargs):
+    """A model in eval mode with grids of 5x3, 3x2 and 2x1 tokens, or as ``embed_strides`` says."""
+    return lively(timm.create_model(name, **{**SHAPE, "embed_strides": (4, 2, 2), **kwargs}).eval())
+
+
+def test_registered_names():
+    assert set(timm.list_models(module="cvt")) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "name, printed, ours",
+    [
+        # the official code's print leaves out its own normalisations; ours have one more, and another convolution
+        ("cvn_cifar", 851_416, 22 * 128 + 2 * 128 + 4 * (25 * 128 - 33 * 4)),
+        ("cvp_cifar", 852_424, 22 * 128 + 2 * 128),
+    ],
+)
+def test_parameters_are_the_papers(name, printed, ours):
+    model = timm.create_model(name, num_classes=200, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == printed + ours
+
+
+def test_names_and_shapes_are_those_of_the_published_weights():
+    """CvT-13-224x224-IN-1k: 20 M parameters, 4.5 G multiply-adds; keys as its layers are called."""
+    state = timm.create_model("cvt_13", device="meta").state_dict()
+    expected = {}
+    dims, depths, kernels = (64, 192, 384), (1, 2, 10), (7, 3, 3)
+    for i, (dim, before) in enumerate(zip(dims, (3, *dims))):
+        stage = f"stage{i}"
+        expected[f"{stage}.patch_embed.proj.weight"] = (dim, before, kernels[i], kernels[i])
+        expected[f"{stage}.patch_embed.proj.bias"] = (dim,)
+        expected |= {f"{stage}.patch_embed.norm.{part}": (dim,) for part in ("weight", "bias")}
+        for j in range(depths[i]):
+            block = f"{stage}.blocks.{j}"
+            for norm in ("norm1", "norm2"):
+                expected |= {f"{block}.{norm}.{part}": (dim,) for part in ("weight", "bias")}
+            for x in "qkv":
+                convolution = f"{block}.attn.conv_proj_{x}"
+                expected[f"{convolution}.conv.weight"] = (dim, 1, 3, 3)
+                expected |= {
+                    f"{convolution}.bn.{part}": (dim,) for part in ("weight", "bias", "running_mean", "running_var")
+                }
+                expected[f"{convolution}.bn.num_batches_tracked"] = ()
+            for name, shape in {
+                **{f"attn.proj_{x}": (dim, dim) for x in "qkv"},
+                "attn.proj": (dim, dim),
+                "mlp.fc1": (4 * dim, dim),
+                "mlp.fc2": (dim, 4 * dim),
+            }.items():
+                expected |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
+    expected |= {"stage2.cls_token": (1, 1, 384), "norm.weight": (384,), "norm.bias": (384,)}
+    expected |= {"head.weight": (1000, 384), "head.bias": (1000,)}
+    assert {key: tuple(value.shape) for key, value in state.items()} == expected
+    assert (
+        sum(value.numel() for key, value in state.items() if "running" not in key and "num_b" not in key) == 19_997_480
+    )
+
+
+def naive(module, x: torch.Tensor) -> torch.Tensor:
+    """Softmax attention with convolutional projections, from CvT's formula: logits over the root of all channels."""
+    B, _, C = x.shape
+    P, h = module.num_prefix_tokens, module.num_heads
+    image = x[:, P:].transpose(1, 2).reshape(B, C, *module.grid)
+    parts = {}
+    for name in "qkv":
+        tokens = x
+        convolution = getattr(module, f"conv_proj_{name}")
+        if convolution is not None:
+            stride = 1 if name == "q" else 2
+            weight, bn = convolution.conv.weight, convolution.bn
+            padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
+            rows, columns = (math.ceil(side / stride) for side in module.grid)
+            out = torch.zeros(B, C, rows, columns, dtype=x.dtype)
+            for i in range(3):
+                for j in range(3):
+                    taken = padded[:, :, i : i + stride * rows : stride, j : j + stride * columns : stride]
+                    out += weight[:, 0, i, j].reshape(-1, 1, 1) * taken[:, :, :rows, :columns]
+            tokens = out.flatten(2).transpose(1, 2)
+            tokens = (tokens - bn.running_mean) / (bn.running_var + bn.eps).sqrt() * bn.weight + bn.bias
+            tokens = torch.cat([x[:, :P], tokens], dim=1)
+        linear = getattr(module, f"proj_{name}")
+        parts[name] = (tokens @ linear.weight.T + linear.bias).reshape(B, -1, h, C // h)
+    scale = C if module.conv_proj_q is not None else C // h
+    out = []
+    for head in range(h):
+        q, k, v = (parts[name][:, :, head] for name in "qkv")
+        out.append((q @ k.transpose(1, 2) / math.sqrt(scale)).softmax(2) @ v)
+    return torch.cat(out, dim=2) @ module.proj.weight.T + module.proj.bias
+
+
+@pytest.mark.parametrize("projection", ["conv", "linear"])
+@pytest.mark.parametrize("mixer", PROJECTED)
+def test_attention_is_the_formula_at_the_exact_limit(mixer, projection):
+    model = small(mixer=mixer, projection=projection, embed_strides=(2, 1, 1), **EXACT[mixer]).double()
+    module = model.stage2.blocks[0].attn
+    for x in "qk":
+        getattr(module, f"proj_{x}").weight.data *= (
+            0.3 if mixer == "performer" else 6
+        )  # few features do; matrices have an inverse
+    for bn in (m for m in module.modules() if hasattr(m, "running_mean")):
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 1 + module.grid[0] * module.grid[1], 32, dtype=torch.float64, requires_grad=True)
+    tolerance = {"softmax": 1e-10, "nystrom": 1e-4, "performer": 0.1}[mixer]
+    ours, reference = module(x), naive(module, x)
+    assert distance(ours, reference) < tolerance
+    weight = torch.randn_like(ours)
+    mine, theirs = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, reference))
+    assert distance(mine, theirs) < (0.2 if mixer == "performer" else 100 * tolerance)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"class_token": False}, {"projection": "linear"}, {"key_stride": 1}], ids=str)
+@pytest.mark.parametrize("mixer", PROJECTED)
+def test_trains_and_comes_back(mixer, kwargs, tmp_path):
+    # of the last block, a class token alone would give queries of patches no gradient
+    kwargs = {"embed_strides": (2, 1, 1), "global_pool": "avg", **kwargs}
+    if mixer == "nystrom" and (kwargs.get("projection") == "linear" or kwargs.get("key_stride") == 1):
+        kwargs["conv_residual"] = True
+    model = small(mixer=mixer, **kwargs)
+    model.set_grad_checkpointing()
+    x = torch.randn(3, 3, 20, 12)
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
+    model.eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("mixer", PROJECTED)
+def test_an_image_does_not_depend_on_its_batch_mates(mixer):
+    model = small(mixer=mixer, embed_strides=(2, 1, 1))
+    x = torch.randn(4, 3, 20, 12)
+    x[1:] *= 30
+    assert distance(model(x[:1]), model(x)[:1]) < 1e-5
+
+
+def test_softmax_weights_load_into_every_mixer(tmp_path):
+    reference = small()
+    save_file(reference.state_dict(), tmp_path / "cvt.safetensors")
+    overlay = {"file": str(tmp_path / "cvt.safetensors"), "num_classes": 5}
+    arguments = {**SHAPE, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    x = torch.randn(2, 3, 20, 12)
+    assert torch.equal(timm.create_model("cvt_13", **arguments).eval()(x), reference(x))
+    for name in ("cvn_13", "cvp_13"):
+        state = timm.create_model(name, **arguments).state_dict()
+        assert all(torch.equal(state[key], value) for key, value in reference.state_dict().items())
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "cvt.safetensors")
+    with pytest.raises(ValueError, match="doesn't fit cvn_13"):
+        timm.create_model("cvn_13", **arguments)
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"num_features": 3}, ["num_features=3", "nystrom", "num_landmarks"]),
+        ({"num_landmarks": 0}, ["num_landmarks=0", "at least 1"]),
+        ({"ridge": -1}, ["ridge=-1"]),
+        ({"mixer": "linformer"}, ["linformer", "softmax", "nystrom", "performer"]),
+        ({"projection": "average"}, ["average", "conv", "linear"]),
+        ({"key_stride": 3}, ["key_stride=3", "1, 2"]),
+        ({"conv_residual": True}, ["conv_residual=True", "grid"]),
+        ({"img_size": 1, "embed_kernels": (7, 3, 3)}, ["img_size=1", "stage 0"]),
+        ({"global_pool": "max"}, ["global_pool='max'", "avg"]),
+        ({"global_pool": "token", "class_token": False}, ["global_pool='token'", "avg"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_keyword_is_named(kwargs, words):
+    with pytest.raises(ValueError) as error:
+        timm.create_model("cvn_13", **{**SHAPE, **kwargs})
+    assert not [word for word in words if word not in str(error.value)], error.value
+
+
+def test_an_unknown_keyword_is_a_type_error():
+    with pytest.raises(TypeError, match="num_landmark"):
+        small(num_landmark=3)

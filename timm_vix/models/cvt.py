@@ -1,0 +1,291 @@
+"""Convolutional vision transformers with another token mixer: CvN, CvP and CvT.
+
+Wu et al. 2021 (arXiv 2103.15808): three stages, each of which embeds the tokens' map by an overlapping convolution and
+projects it to queries, keys and values by depthwise ones, keys and values on half the grid. No positions. Jeevan &
+Sethi 2022 (arXiv 2107.02239) put Nyström (CvN) and Performer (CvP) attention into it; CvT is the softmax control.
+``13`` is CvT-13 for 224 px; the names of its parameters are those of the published weights.
+
+``cifar`` is the paper's model: 128 channels and every pixel of a 32 px image a token in all stages, of 1, 1 and 2
+layers, and the mean of the tokens classified. Its code drops the convolutional projection and ignores the arguments
+that ask for it; ``projection="conv"`` brings it back. Landmarks are pooled over the image, no value depends on other
+images of the batch, and there is a last normalisation, which the paper's code lacks.
+"""
+
+from typing import Any, Optional, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import calculate_drop_path_rates, get_device_dtype, to_2tuple, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from ..mixers._slot import Grid, check_choice
+from ._convolutional import Stage, embed_padding, to_image
+from ._projected import projected_options
+from ._vision_xformer import build_xformer, check_keys
+
+SIZES: dict[str, dict[str, Any]] = {
+    "13": dict(
+        embed_dims=(64, 192, 384), depths=(1, 2, 10), num_heads=(1, 3, 6), embed_kernels=(7, 3, 3),
+        embed_strides=(4, 2, 2), mlp_ratio=4.0,
+    ),
+    "cifar": dict(
+        img_size=32, embed_dims=(128, 128, 128), depths=(1, 1, 2), num_heads=(4, 4, 4), embed_kernels=(3, 3, 3),
+        embed_strides=(1, 1, 1), mlp_ratio=2.0, projection="linear", class_token=False, qkv_bias=False,
+    ),
+}  # fmt: skip
+
+
+class ConvolutionalXformer(nn.Module):
+    """CvT with a token mixer chosen by name.
+
+    Args:
+        mixer: "softmax", "nystrom" or "performer".
+        projection: "conv" or "linear": of queries, keys and values.
+        key_stride: stride of the convolutions of keys and values.
+        embed_strides: of the three embeddings; the first is the patch size of other models.
+        class_token: in the last stage; without, the mean of the tokens is classified.
+        **kwargs: the mixer's keywords.
+
+    Raises:
+        ValueError: for an unknown name or wrong value, naming what is allowed.
+        TypeError: for a keyword that neither takes.
+    """
+
+    def __init__(
+        self,
+        img_size: Union[int, tuple[int, int]] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Optional[str] = None,
+        mixer: str = "softmax",
+        projection: str = "conv",
+        key_stride: int = 2,
+        embed_dims: tuple[int, ...] = (64, 192, 384),
+        depths: tuple[int, ...] = (1, 2, 10),
+        num_heads: tuple[int, ...] = (1, 3, 6),
+        embed_kernels: tuple[int, ...] = (7, 3, 3),
+        embed_strides: tuple[int, ...] = (4, 2, 2),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        class_token: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        options = projected_options(mixer, kwargs)
+        if kwargs:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(kwargs)}")
+        check_choice("projection", projection, ("conv", "linear"))
+        check_choice("key_stride", key_stride, (1, 2))
+        global_pool = ("token" if class_token else "avg") if global_pool is None else global_pool
+        check_choice("global_pool", global_pool, ("token", "avg", "") if class_token else ("avg", ""))
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        self.num_prefix_tokens = int(class_token)
+        self.num_stages = 3
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dims[2]
+        self.feature_info: list[dict[str, Any]] = []
+        self.grids: list[Grid] = []
+        height, width = to_2tuple(img_size)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        before, reduction = in_chans, 1
+        for i in range(3):
+            kernel, stride = embed_kernels[i], embed_strides[i]
+            pad = embed_padding(kernel)
+            height, width = (height + 2 * pad - kernel) // stride + 1, (width + 2 * pad - kernel) // stride + 1
+            if min(height, width) < 1:
+                raise ValueError(
+                    f"img_size={img_size} leaves no token in stage {i}, with embed_strides={embed_strides}"
+                )
+            stage = Stage(
+                before, embed_dims[i], kernel, stride, depths[i], class_token and i == 2, rates[i],
+                num_heads=num_heads[i], grid=(height, width), mixer=mixer, options=options, projection=projection,
+                key_stride=key_stride, qkv_bias=qkv_bias, mlp_ratio=mlp_ratio, drop=proj_drop_rate, **dd,
+            )  # fmt: skip
+            setattr(self, f"stage{i}", stage)
+            before, reduction = embed_dims[i], reduction * stride
+            self.grids.append((height, width))
+            self.feature_info.append(dict(num_chs=before, reduction=reduction, module=f"stage{i}"))
+        self.norm = nn.LayerNorm(before, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(before, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Truncated normal weights of standard deviation 0.02, as CvT's."""
+        for module in self.modules():
+            if needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"stage2.cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        fine = [(r"^stage(\d+)\.blocks\.(\d+)", None), (r"^stage(\d+)", (0,)), (r"^norm", (99999,))]
+        return dict(stem=r"^stage0\.patch_embed", blocks=r"^stage(\d+)" if coarse else fine)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in (self.stage0, self.stage1, self.stage2):
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Take another number of classes, and another pooling if given."""
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, ("token", "avg", "") if self.num_prefix_tokens else ("avg", ""))
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        dd = get_device_dtype(self)
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+
+    def prune_intermediate_layers(
+        self, indices: Union[int, list[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last one that is asked for, as timm's models do."""
+        taken, last = feature_take_indices(self.num_stages, indices)
+        shorter = last < self.num_stages - 1
+        self.num_stages = last + 1
+        for i in range(self.num_stages, 3):
+            setattr(self, f"stage{i}", nn.Identity())
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if shorter:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return taken
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, list[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps of stages, as timm's models give them, after the last tokens unless ``intermediates_only``."""
+        check_choice("output_fmt", output_fmt, ("NCHW",))
+        taken, last = feature_take_indices(self.num_stages, indices)
+        maps = []
+        for i, stage in enumerate((self.stage0, self.stage1, self.stage2)):
+            if i >= self.num_stages or (i > last and stop_early):
+                break
+            done = i
+            tokens = stage(x)
+            x = to_image(tokens[:, tokens.shape[1] - self.grids[i][0] * self.grids[i][1] :], self.grids[i])
+            if i in taken:
+                final = norm and i == 2
+                maps.append(to_image(self.norm(tokens)[:, self.num_prefix_tokens :], self.grids[i]) if final else x)
+        return maps if intermediates_only else (self.norm(tokens) if done == 2 else tokens, maps)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stage0(x)
+        if self.num_stages > 1:
+            x = self.stage1(to_image(x, self.grids[0]))
+        if self.num_stages > 2:
+            x = self.stage2(to_image(x, self.grids[1]))
+        return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: ConvolutionalXformer) -> dict[str, Any]:
+    """Fit a checkpoint to the model: one of ours, or CvT's published weights, with another mixer's own weights fresh.
+
+    Raises:
+        ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    target = model.state_dict()
+    fresh = {key: value for key, value in target.items() if ".core." in key}
+    state_dict = {**fresh, **state_dict}
+    check_keys(state_dict, model, target)
+    return state_dict
+
+
+def create_convolutional(
+    name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any
+) -> ConvolutionalXformer:
+    """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
+    arguments = {**SIZES[name.split("_")[1]], **architecture, **kwargs}
+    feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", (0, 1, 2)))
+    return build_xformer(ConvolutionalXformer, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def _cfgs() -> dict[str, dict[str, Any]]:
+    shared = dict(pool_size=None, interpolation="bicubic", fixed_input_size=True, license="apache-2.0")
+    shared.update(first_conv="stage0.patch_embed.proj", classifier="head")
+    small = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0)
+    small.update(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
+    large = dict(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.875)
+    large.update(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    sizes = {"cifar": dict(shared, **small), "13": dict(shared, **large)}
+    return {f"{family}_{size}": cfg for family in ("cvn", "cvp", "cvt") for size, cfg in sizes.items()}
+
+
+default_cfgs = generate_default_cfgs(_cfgs())
+
+
+@register_model
+def cvn_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
+    """The paper's convolutional vision transformer for 32 px, Nyström attention (arXiv 2102.03902)."""
+    return create_convolutional("cvn_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
+
+
+@register_model
+def cvn_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
+    """CvT-13 for 224 px, Nyström attention (arXiv 2102.03902)."""
+    return create_convolutional("cvn_13", pretrained, kwargs, mixer="nystrom")
+
+
+@register_model
+def cvp_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
+    """The paper's convolutional vision transformer for 32 px, Performer attention (arXiv 2009.14794)."""
+    return create_convolutional("cvp_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True)
+
+
+@register_model
+def cvp_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
+    """CvT-13 for 224 px, Performer attention (arXiv 2009.14794)."""
+    return create_convolutional("cvp_13", pretrained, kwargs, mixer="performer")
+
+
+@register_model
+def cvt_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
+    """The paper's convolutional vision transformer for 32 px, softmax attention, the control (arXiv 2103.15808)."""
+    return create_convolutional("cvt_cifar", pretrained, kwargs, mixer="softmax")
+
+
+@register_model
+def cvt_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
+    """CvT-13 for 224 px, softmax attention, the control (arXiv 2103.15808)."""
+    return create_convolutional("cvt_13", pretrained, kwargs, mixer="softmax")
