@@ -1,0 +1,120 @@
+"""LeViT with another mechanism: timm's LeViT where the two coincide, and the paper's single stage."""
+
+import logging
+
+import pytest
+import timm
+import torch
+from conftest import distance, lively
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from timm_vix.models._projected import PROJECTED
+
+NAMES = ["levin_cifar", "levin_128s", "levip_cifar", "levip_128s"]
+SHAPE = dict(img_size=(80, 48), embed_dim=(32, 64), key_dim=8, num_heads=(2, 4), depth=(1, 2), num_classes=5)
+EXACT = {"num_landmarks": 999, "ridge": 0.0, "pinv_iterations": 80}
+
+
+def settled(model):
+    """In eval mode, with statistics as after training."""
+    for module in model.modules():
+        if hasattr(module, "running_mean"):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return lively(model.eval())
+
+
+def without_biases(model):
+    for module in model.modules():
+        if hasattr(module, "attention_biases"):
+            module.attention_biases.data.zero_()
+    return model
+
+
+def test_registered_names():
+    assert set(timm.list_models(module="levin")) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_says_what_is_built(name):
+    model = timm.create_model(name, device="meta")
+    cores = [m for m in model.modules() if type(m) in PROJECTED.values()]
+    assert {type(m) for m in cores} == {PROJECTED["nystrom" if "levin" in name else "performer"]}
+    cfg, state = model.pretrained_cfg, model.state_dict()
+    assert f"{cfg['first_conv']}.weight" in state
+    if "cifar" in name:
+        assert len(cores) == 4 and model.num_features == 128 and model.feature_info[0]["reduction"] == 1
+        assert model.stem.grid_size == (32, 32) and model.num_classes == 10
+    else:
+        assert len(cores) == 2 + 3 + 4 + 2  # layers, and two between stages
+        assert cfg["hf_hub_id"] == "timm/levit_128s.fb_dist_in1k" and len(cfg["classifier"]) == 2
+    assert "arXiv" in timm.model_entrypoint(name).__doc__
+
+
+@pytest.mark.parametrize("name", ["levin_128s", "levip_128s"])
+def test_weights_are_those_of_timms_levit(name, tmp_path, caplog):
+    """With a landmark for each token Nyström attention is LeViT's, but for the biases."""
+    reference = without_biases(settled(timm.create_model("levit_128s", **SHAPE)))
+    save_file(reference.state_dict(), tmp_path / "levit.safetensors")
+    overlay = {"file": str(tmp_path / "levit.safetensors"), "num_classes": 5}
+    options = EXACT if name == "levin_128s" else {"num_features": 4096}
+    with caplog.at_level(logging.WARNING):
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **SHAPE, **options).eval()
+    (line,) = [record.message for record in caplog.records]
+    assert "needs fine-tuning" in line and "attention_biases" in line
+    x = torch.randn(2, 3, 80, 48, dtype=torch.float64)
+    assert distance(model.double()(x), reference.double()(x)) < (1e-4 if name == "levin_128s" else 0.1)
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "levit.safetensors")
+    with pytest.raises(ValueError, match="doesn't fit"):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **SHAPE)
+
+
+def test_softmax_is_timms_own():
+    reference = settled(timm.create_model("levit_128s", **SHAPE))
+    model = timm.create_model("levin_128s", mixer="softmax", **SHAPE).eval()
+    model.load_state_dict(reference.state_dict())
+    x = torch.randn(2, 3, 80, 48)
+    assert torch.equal(model(x), reference(x))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"mixer": "nystrom"}, {"stem": None}], ids=str)
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_the_single_stage_trains_and_comes_back(patch_size, kwargs, tmp_path):
+    arguments = dict(img_size=(14, 10), patch_size=patch_size, embed_dim=(32,), num_classes=5, **kwargs)
+    if kwargs:
+        arguments["num_features"] = 16
+    if kwargs.get("mixer"):
+        arguments.pop("num_features")
+    if "stem" in kwargs:
+        arguments["img_size"] = (80, 64)
+    name = "levin_cifar" if kwargs.get("mixer") else "levip_cifar"
+    model = timm.create_model(name, **arguments)
+    x = torch.randn(4, 3, *arguments["img_size"])
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    settled(model)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+    last = model.forward_intermediates(x, indices=[3], intermediates_only=True)[0]
+    tokens = model.forward_features(x)
+    assert torch.equal(last.flatten(2).transpose(1, 2), tokens)
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"num_features": 3}, ["num_features=3", "nystrom", "num_landmarks"]),
+        ({"mixer": "linformer"}, ["linformer", "softmax", "nystrom", "performer"]),
+        ({"stem": "hmlp"}, ["'hmlp'", "conv_linear"]),
+        ({"img_size": 13, "patch_size": 2}, ["img_size=13", "patch_size=2"]),
+        ({"img_size": 0}, ["img_size=0", "positive"]),
+        ({"use_conv": True}, ["use_conv=True", "False"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_keyword_is_named(kwargs, words):
+    with pytest.raises(ValueError) as error:
+        timm.create_model("levin_cifar", **kwargs)
+    assert not [word for word in words if word not in str(error.value)], error.value

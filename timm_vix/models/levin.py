@@ -1,0 +1,242 @@
+"""LeViT with another token mixer: LeViN and LeViP.
+
+Graham et al. 2021 (arXiv 2104.01136): timm's LeViT. Jeevan & Sethi 2022 (arXiv 2107.02239) put Nyström (LeViN) and
+Performer (LeViP) attention into it; ``mixer="softmax"`` is the control. ``128s`` is LeViT-128S for 224 px and takes its
+weights. LeViT adds a learned bias for each distance to the logits: neither mechanism has logits to add it to, so it is
+left out. Between stages, the queries of every second token ask all tokens.
+
+``cifar`` is the paper's model: one stage of four layers of 128 channels with 4 heads, every pixel of a 32 px image a
+token, and the mean of the tokens classified. It departs from the official code, which has no normalisation anywhere, so
+that its stem is one linear convolution: stem and layers are normalised as LeViT's are, by batch.
+"""
+
+from typing import Any, Optional, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
+from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
+from torch import nn
+
+from ..mixers._slot import check_choice
+from ..stems import STEMS
+from ._projected import PROJECTED, projected_options
+from ._vision_xformer import adopt, build_xformer, check_sizes
+
+SIZES: dict[str, dict[str, Any]] = {
+    "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
+    "cifar": dict(
+        img_size=32, patch_size=1, stem="conv", distilled=False, embed_dim=(128,), key_dim=32, num_heads=(4,),
+        depth=(4,), attn_ratio=1.0, mlp_ratio=2.0,
+    ),
+}  # fmt: skip
+
+
+class ProjectedAttention(nn.Module):
+    """LeViT's attention with another mechanism between its projections, whose modules it takes over."""
+
+    def __init__(self, attn: Attention, mixer: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
+        self.qkv = attn.qkv
+        weight, grid = attn.qkv.linear.weight, tuple(attn.resolution)
+        self.core = PROJECTED[mixer](weight, attn.key_dim, attn.val_attn_dim, (grid, grid), 0, **options)
+        self.proj = attn.proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        return self.proj(self.core(q, k, v).transpose(1, 2).reshape(B, N, self.num_heads * self.val_dim))
+
+
+class ProjectedDownsampling(nn.Module):
+    """Likewise for the attention between stages."""
+
+    def __init__(self, attn: AttentionDownsample, mixer: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
+        self.kv, self.q = attn.kv, attn.q
+        height, width = attn.resolution
+        grids = ((height - 1) // attn.stride + 1, (width - 1) // attn.stride + 1), (height, width)
+        # there is no residual between grids
+        options = {name: value for name, value in options.items() if name != "conv_residual"}
+        weight = attn.kv.linear.weight
+        self.core = PROJECTED[mixer](weight, attn.key_dim, attn.val_attn_dim, grids, 0, **options)
+        self.proj = attn.proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, N, _ = x.shape
+        kv = self.kv(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
+        k, v = kv.split([self.key_dim, self.val_dim], dim=3)
+        q = self.q(x).reshape(B, -1, self.num_heads, self.key_dim).transpose(1, 2)
+        return self.proj(self.core(q, k, v).transpose(1, 2).reshape(B, -1, self.num_heads * self.val_dim))
+
+
+PROJECTED_LAYERS = {Attention: ProjectedAttention, AttentionDownsample: ProjectedDownsampling}
+
+
+def levit_arguments(
+    img_size: Union[int, tuple[int, int]],
+    patch_size: int,
+    in_chans: int,
+    stem: Optional[str],
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """What timm's class is to be built with for a stem of ours, which may have a stride of 1."""
+    if stem is None:
+        check_sizes(img_size, 16, True)
+        return dict(img_size=img_size, in_chans=in_chans, **kwargs)
+    check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
+    check_sizes(img_size, patch_size, False)
+    dd = {key: kwargs.get(key) for key in ("device", "dtype")}
+    width = kwargs["embed_dim"][0]
+    backbone = STEMS[stem](
+        img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=width, flatten=False, **dd
+    )
+    # the grid is what counts: timm divides the size by the stride, which it wants to be 2 at least
+    size = tuple(2 * side for side in backbone.grid_size)
+    return dict(img_size=size, in_chans=in_chans, stem_backbone=backbone, stem_stride=2, **kwargs)
+
+
+class LevitXformer(Levit):
+    """timm's ``Levit`` with a token mixer and a stem chosen by name.
+
+    Args:
+        mixer: "softmax" (timm's own attention), "nystrom" or "performer".
+        stem: None: LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``.
+        **kwargs: the mixer's keywords and those of timm's class.
+
+    Raises:
+        ValueError: for an unknown name or wrong value, naming what is allowed.
+        TypeError: for a keyword that neither takes.
+    """
+
+    def __init__(
+        self,
+        img_size: Union[int, tuple[int, int]] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        mixer: str = "softmax",
+        stem: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        options = projected_options(mixer, kwargs)
+        if kwargs.get("use_conv"):
+            raise ValueError("use_conv=True: token mixers work on sequences; allowed is False")
+        super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, kwargs))
+        if stem is not None:
+            self._traits = {"first_conv": "stem.proj.0.conv" if stem == "conv" else "stem.proj.0"}
+            for info in self.feature_info:
+                info["reduction"] = info["reduction"] // 2 * patch_size
+        if mixer != "softmax":
+            for parent in list(self.modules()):
+                for name, attn in list(parent.named_children()):
+                    if type(attn) in PROJECTED_LAYERS:
+                        setattr(parent, name, PROJECTED_LAYERS[type(attn)](attn, mixer, options))
+        # a single stage has nothing to extract but its layers, so they take the stages' place
+        self.shrinks = len(self.stages) > 1
+        if not self.shrinks:
+            (info,) = self.feature_info
+            self.stages: nn.Module = nn.Sequential(*self.stages[0].blocks)
+            self.feature_info: list[dict[str, Any]] = [
+                dict(info, module=f"stages.{i}") for i in range(len(self.stages))
+            ]
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return super().group_matcher(coarse) if self.shrinks else dict(stem=r"^stem", blocks=r"^stages\.(\d+)")
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, list[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps of stages, or of a single stage's layers, as timm's models give them."""
+        if self.shrinks:
+            return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+        check_choice("output_fmt", output_fmt, ("NCHW",))
+        taken, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        shape, maps = x.shape, []
+        x = x.flatten(2).transpose(1, 2)
+        for i, layer in enumerate(self.stages):
+            if i > last and stop_early:
+                break
+            x = layer(x)
+            if i in taken:
+                maps.append(x.transpose(1, 2).reshape(shape))
+        return maps if intermediates_only else (x, maps)
+
+
+class LevitXformerDistilled(LevitXformer, LevitDistilled):
+    """With timm's second classifier, for distillation."""
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dict[str, Any]:
+    """Fit a checkpoint to the model: one of ours as it is, or LeViT's weights without the biases of its logits.
+
+    Raises:
+        ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
+    """
+    state_dict = levit_checkpoint_filter_fn(state_dict, model)
+    target = model.state_dict()
+    dropped = {key for key in state_dict if key.endswith("attention_biases")} - target.keys()
+    fresh = {key: value for key, value in target.items() if ".core." in key and dropped}
+    state_dict = {**fresh, **{key: value for key, value in state_dict.items() if key not in dropped}}
+    return adopt(state_dict, model, not dropped, dropped)
+
+
+def create_levit(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> LevitXformer:
+    """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
+    arguments = {**SIZES[name.split("_")[1]], **architecture, **kwargs}
+    depth = arguments["depth"]
+    outputs = tuple(range(depth[0] if len(depth) == 1 else len(depth)))
+    feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", outputs))
+    model_class = LevitXformerDistilled if arguments.pop("distilled", True) else LevitXformer
+    return build_xformer(model_class, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def _cfgs() -> dict[str, dict[str, Any]]:
+    shared = dict(pool_size=None, interpolation="bicubic", fixed_input_size=True, license="apache-2.0")
+    small = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, classifier="head.linear")
+    small.update(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD, first_conv="stem.proj.0.conv")
+    large = dict(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9, hf_hub_id="timm/levit_128s.fb_dist_in1k")
+    large.update(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="stem.conv1.linear")
+    large.update(classifier=("head.linear", "head_dist.linear"))
+    sizes = {"cifar": dict(shared, **small), "128s.fb_dist_in1k": dict(shared, **large)}
+    return {f"{family}_{size}": cfg for family in ("levin", "levip") for size, cfg in sizes.items()}
+
+
+default_cfgs = generate_default_cfgs(_cfgs())
+
+
+@register_model
+def levin_cifar(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
+    """The paper's LeViT for 32 px (arXiv 2104.01136), Nyström attention (arXiv 2102.03902)."""
+    options = dict(mixer="nystrom", num_landmarks=64, conv_residual=True)
+    return create_levit("levin_cifar", pretrained, kwargs, **options)
+
+
+@register_model
+def levin_128s(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
+    """LeViT-128S (arXiv 2104.01136), Nyström attention (arXiv 2102.03902)."""
+    return create_levit("levin_128s", pretrained, kwargs, mixer="nystrom")
+
+
+@register_model
+def levip_cifar(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
+    """The paper's LeViT for 32 px (arXiv 2104.01136), Performer attention (arXiv 2009.14794)."""
+    return create_levit("levip_cifar", pretrained, kwargs, mixer="performer", num_features=110)
+
+
+@register_model
+def levip_128s(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
+    """LeViT-128S (arXiv 2104.01136), Performer attention (arXiv 2009.14794)."""
+    return create_levit("levip_128s", pretrained, kwargs, mixer="performer")
