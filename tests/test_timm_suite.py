@@ -21,7 +21,7 @@ from timm_vix import models
 
 SIZES = ("tiny", "cifar")
 # modules of models that stand in for another one than the plain ViT: one of timm that has stages and a fixed grid
-HOSTS = {"pin": "pit_ti_224", "cvt": "pit_ti_224", "levin": "levit_128s"}
+HOSTS = {"pin": "pit_ti_224", "cvt": "pit_ti_224", "levin": "levit_128s", "fnet2d": "pit_ti_224"}
 FAMILIES = {name for name in models.__all__ if name not in ("vix", "hybrid")}
 
 
