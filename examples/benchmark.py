@@ -22,7 +22,7 @@ import torch
 
 import timm_vix  # noqa: F401  registers the names
 
-MIXERS = ("softmax", "nystrom", "linformer", "performer", "fnet", "mixer")
+MIXERS = ("softmax", "nystrom", "linformer", "performer", "atrous", "fnet", "mixer")
 COLUMNS = [
     *("mixer", "tokens", "batch", "mode", "dtype", "options"),
     *("ms", "softmax_ms", "ratio", "ratio_low", "ratio_high", "peak_memory_mib"),

@@ -49,12 +49,15 @@ def finetune(
     checkpoint: Optional[str] = None,
     data_dir: Optional[str] = None,
     val_dir: Optional[str] = None,
+    held_out: float = 0.2,
     img_size: Optional[int] = None,
     in_chans: Optional[int] = None,
     batch_size: Optional[int] = None,
     epochs: Optional[int] = None,
     lr: Optional[float] = None,
     warmup: float = 0.1,
+    schedule: str = "cosine",
+    keep: str = "last",
     weight_decay: float = 0.05,
     layer_decay: Optional[float] = None,
     drop_path: float = 0.0,
@@ -81,9 +84,12 @@ def finetune(
         pretrained: Start from the weights that timm knows for the name.
         checkpoint: Start from this .safetensors or .pth file (a state dict; nothing else is unpickled).
         data_dir: Folder of class folders, or of ``train/`` with ``val/``, ``validation/`` or ``test/``; without one of
-            these, a fifth of every class is held out. None: the 1,797 digits of scikit-learn.
+            these, a share of every class is held out. None: the 1,797 digits of scikit-learn.
         val_dir: Validation folder of class folders, where it is elsewhere.
-        warmup: Share of all steps in which the learning rate rises; it then falls to zero as a cosine.
+        held_out: That share.
+        warmup: Share of all steps in which the learning rate rises.
+        schedule: "cosine": it then falls to zero; "constant": it stays.
+        keep: "last", or "best": what ``hub`` and the caller get is the epoch of the highest top-1, the first of equals.
         layer_decay: Factor on the learning rate from each layer to the one below.
         mixup: Alpha of the beta distribution; 0 is off.
         augment: "none"; "light": crop and flip; "rand": crop, flip and RandAugment.
@@ -121,7 +127,7 @@ def finetune(
     if threads:
         torch.set_num_threads(threads)
 
-    train_items, val_items, classes = find_images(run.data_dir, run.val_dir)
+    train_items, val_items, classes = find_images(run.data_dir, run.val_dir, run.held_out)
     torch.manual_seed(seed_of(STEP, run.seed))
     net, config = build_model(run, len(classes))
     resize, augmented, plain = transforms(config, run.augment, run.flip)
@@ -137,6 +143,7 @@ def finetune(
     scheduler = CosineLRScheduler(
         optimizer,
         max(total, 2),  # timm warns at 1
+        lr_min=run.lr if schedule == "constant" else 0.0,
         warmup_t=int(warmup * total),
         warmup_lr_init=run.lr / 100,
         t_in_epochs=False,
@@ -224,6 +231,10 @@ def finetune(
                 timm=timm.__version__,
             )
             history.append(row)
+            if keep == "best" and top1 > max((earlier["top1"] for earlier in history[:-1]), default=-1.0):
+                buffer = io.BytesIO()
+                torch.save(net.state_dict(), buffer)
+                write_whole(folder / "best.pt", buffer.getbuffer())
             write_history(folder / "history.csv", history)
             position.update(epoch=epoch + 1, step=0, loss=0.0, seconds=0.0)
             save()
@@ -234,6 +245,9 @@ def finetune(
             )
     write_curve(folder / "curve.png", history, run.model)
     last = history[-1]
+    if keep == "best":
+        last = max(history, key=lambda row: row["top1"])
+        net.load_state_dict(torch.load(folder / "best.pt", map_location=run.device, weights_only=True))
     weights = f"`{Path(run.checkpoint).name}`" if run.checkpoint else None
     data = f"`{Path(run.data_dir).name}`" if run.data_dir else "scikit-learn's handwritten digits"
     card = model_card(
@@ -243,6 +257,7 @@ def finetune(
         start=weights or ("timm's weights" if run.pretrained else "random weights"),
         data=f"{data} ({len(classes)} classes, {len(train):,} images; validation: {len(val):,})",
         last=last,
+        picked=keep == "best",
         recipe={**settings, "checkpoint": weights, **{key: last[key] for key in ("threads", "torch", "timm")}},
     )
     write_hub(folder / "hub", net.eval(), classes, config, card)
@@ -257,6 +272,9 @@ def check(run: SimpleNamespace, out: Path) -> None:
         ("warmup drop_path label_smoothing", "0 to below 1", lambda v: 0 <= v < 1),
         ("layer_decay", "above 0, at most 1", lambda v: 0 < v <= 1),
         ("flip", "0 to 1", lambda v: 0 <= v <= 1),
+        ("held_out", "above 0, below 1", lambda v: 0 < v < 1),
+        ("schedule", "cosine, constant", lambda v: v in ("cosine", "constant")),
+        ("keep", "last, best", lambda v: v in ("last", "best")),
         ("augment", "none, light, rand", lambda v: v in ("none", "light", "rand")),
         ("amp", "auto, off, bfloat16", lambda v: v in ("auto", "off", "bfloat16")),
     )

@@ -38,11 +38,13 @@ def reseed(*key: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend: 0.2 ms, too slow for each image
 
 
-def find_images(data_dir: Optional[str], val_dir: Optional[str] = None) -> tuple[Items, Items, list[str]]:
+def find_images(
+    data_dir: Optional[str], val_dir: Optional[str] = None, held_out: float = 0.2
+) -> tuple[Items, Items, list[str]]:
     """List training images, validation images and class names; None stands for scikit-learn's digits.
 
     ``data_dir`` holds class folders, or ``train/`` and ``val/``, ``validation/`` or ``test/`` with class folders.
-    Without a validation folder, a fifth of every class is held out, the same in every run.
+    Without a validation folder, a share of every class is held out, the same in every run.
 
     Raises:
         ValueError: for a folder that is not so, naming it.
@@ -56,7 +58,8 @@ def find_images(data_dir: Optional[str], val_dir: Optional[str] = None) -> tuple
             ) from None
         digits = load_digits()
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        return *hold_out(list(zip(pixels, digits.target.tolist()))), [str(name) for name in digits.target_names]
+        items: Items = list(zip(pixels, digits.target.tolist()))
+        return *hold_out(items, held_out), [str(name) for name in digits.target_names]
     root = Path(data_dir)
     splits = [root / name for name in ("val", "validation", "test") if (root / name).is_dir()]
     if splits and not (root / "train").is_dir():
@@ -66,7 +69,7 @@ def find_images(data_dir: Optional[str], val_dir: Optional[str] = None) -> tuple
         raise ValueError(f"data_dir={root} has one class only, {classes[0]!r}; at least two class folders are needed")
     if val_dir or splits:
         return train, list_images(Path(val_dir or splits[0]), classes)[0], classes
-    return *hold_out(train), classes
+    return *hold_out(train, held_out), classes
 
 
 def list_images(folder: Path, known: Optional[list[str]] = None) -> tuple[Items, list[str]]:
@@ -90,14 +93,14 @@ def list_images(folder: Path, known: Optional[list[str]] = None) -> tuple[Items,
     return [(Path(file), known.index(name)) for name in names for file in files[name]], names
 
 
-def hold_out(items: Items) -> tuple[Items, Items]:
-    """Split off a fifth of every class."""
+def hold_out(items: Items, share: float) -> tuple[Items, Items]:
+    """Split off a share of every class."""
     train: Items = []
     val: Items = []
     for label in sorted({label for _, label in items}):
         own = [item for item in items if item[1] == label]
         random.Random(label).shuffle(own)
-        cut = max(1, round(0.2 * len(own))) if len(own) > 1 else 0
+        cut = max(1, round(share * len(own))) if len(own) > 1 else 0
         val += own[:cut]
         train += own[cut:]
     if not val:

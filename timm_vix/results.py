@@ -25,7 +25,7 @@ def clear(out: Path) -> None:
     """Make the folder, and remove what an earlier run left there and nothing else."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pt", "history.csv", "curve.png"):
+        for name in ("checkpoint.pt", "best.pt", "history.csv", "curve.png"):
             (out / name).unlink(missing_ok=True)
         if (out / "hub").exists():
             shutil.rmtree(out / "hub")
@@ -116,9 +116,17 @@ def write_hub(folder: Path, model: nn.Module, label_names: list[str], data_confi
 
 
 def model_card(
-    name: str, license: str, ours: bool, start: str, data: str, last: dict[str, Any], recipe: dict[str, Any]
+    name: str,
+    license: str,
+    ours: bool,
+    start: str,
+    data: str,
+    last: dict[str, Any],
+    recipe: dict[str, Any],
+    picked: bool = False,
 ) -> str:
-    """Model card in the Hub's format; ``last`` is the last row of the history."""
+    """Model card in the Hub's format; ``last`` is the last row of the history, or the one that was picked."""
+    which = "best on these images" if picked else "last epoch, and no epoch was picked"
     settings = "\n".join(f"- {key}: {value}" for key, value in recipe.items() if value is not None)
     return f"""---
 library_name: timm
@@ -137,7 +145,7 @@ tags:
 | top-1 | {last["top1"]:.2f} |
 | top-5 | {last["top5"]:.2f} |
 
-These are the figures of the last epoch, {last["epoch"]}; no epoch was picked.
+These are the figures of epoch {last["epoch"]}, the {which}.
 
 ```python
 import timm{", timm_vix" if ours else ""}

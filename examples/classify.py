@@ -1,0 +1,47 @@
+"""Classify photographs with a trained model, such as the hub/ folder of a run.
+
+python examples/classify.py photo.jpg --model runs/reproduce/modern-100-1/ccn_cifar/hub      # a second
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_model_data_config
+
+import timm_vix  # noqa: F401  registers the names
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", nargs="+", type=Path)
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder with config.json and model.safetensors")
+    parser.add_argument("--top", type=int, default=3, help="classes shown")
+    given = parser.parse_args()
+    try:
+        if not (given.model / "config.json").is_file():
+            raise ValueError(f"model={given.model} holds no config.json; train one with examples/reproduce_vix.py")
+        model = timm.create_model(f"local-dir:{given.model}", pretrained=True).eval()
+        names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
+        transform = create_transform(**resolve_model_data_config(model))
+        for photo in given.photos:
+            with Image.open(photo) as image, torch.inference_mode():
+                shares = model(transform(image.convert("RGB")).unsqueeze(0)).softmax(1)[0]
+            best = shares.topk(min(given.top, len(names)))
+            answers = (
+                f"{names[i]} {100 * share:.0f} %" for share, i in zip(best.values.tolist(), best.indices.tolist())
+            )
+            print(f"{photo}: {', '.join(answers)}")
+    except (ValueError, OSError, UnidentifiedImageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

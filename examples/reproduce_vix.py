@@ -1,0 +1,205 @@
+"""The paper's CIFAR-10 table again: every system by two recipes. Stop it at any time: nothing is trained twice.
+
+    python examples/reproduce_vix.py --data-dir cifar10                       # all systems, both recipes
+    python examples/reproduce_vix.py --data-dir cifar10 --recipes modern --systems ccn_cifar cvn_cifar --epochs 5
+    python examples/reproduce_vix.py --cards hub_cards                        # only the cards of what was trained
+
+``cifar10`` holds train/ and test/ with class folders. A tenth of the training images is held out of training, the
+epoch that is best on it is kept, and the test images are looked at once. ``paper`` is the official code's recipe (AdamW
+at a constant 1e-3, no augmentation, the batch that each system had), ``modern`` is the same for all: warm-up, cosine,
+label smoothing, crop and flip, mixup. With an accelerator every pixel is a token and training lasts 40 and 100 epochs;
+without one, patches are 2 x 2 pixels and there are 2 epochs. Each row of examples/results/reproduce_vix.csv says which
+it was; weights stay in --runs.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+
+import timm_vix  # noqa: F401  registers the names
+from timm_vix.finetune import find_device, finetune
+from timm_vix.hub import write_cards
+from timm_vix.images import Images, list_images, transforms
+from timm_vix.results import write_history
+
+# The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
+# leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.
+SYSTEMS: dict[str, tuple[str, int]] = {
+    "ccn_cifar": ("83.36", 160),
+    "cvn_cifar": ("83.26", 160),
+    "levip_cifar": ("79.50", 192),
+    "hybrid_vit_cifar_rope": ("76.9", 64),
+    "hybrid_vin_cifar": ("75.26", 128),
+    "vix_nystrom_cifar": ("65.06", 128),
+    "vix_performer_cifar": ("53.70 (log)", 128),
+    "vix_linformer_cifar": ("50.65 (log)", 256),
+    "vix_softmax_cifar": ("56.82 (log)", 64),
+    "hybrid_pin_cifar": ("74.0", 128),
+    "hybrid_vit_cifar": ("74.07 (log)", 64),
+    "hybrid_vil_cifar": ("64.77 (log)", 256),
+    "hybrid_vip_cifar": ("", 128),
+    "vix_softmax_cifar_rope": ("69.33 (log)", 64),
+    "vix_linformer_cifar_rope": ("55.89 (log)", 320),
+    "vix_performer_cifar_rope": ("60.74 (log)", 192),
+    "vix_nystrom_cifar_rope": ("68.37 (log)", 192),
+    "hybrid_vil_cifar_rope": ("64.40 (log)", 256),
+    "hybrid_vip_cifar_rope": ("76.55 (log)", 192),
+    "hybrid_vin_cifar_rope": ("72.94 (log)", 192),
+    "ccp_cifar": ("", 160),
+    "cct_cifar": ("", 48),
+    "cvp_cifar": ("", 160),
+    "cvt_cifar": ("", 160),
+    "levin_cifar": ("", 192),
+    "pin_cifar": ("", 128),
+    "pip_cifar": ("", 128),
+    "hybrid_pip_cifar": ("", 128),
+    "fnet2d_cifar": ("", 128),
+    "vix_fnet_cifar": ("", 512),
+    "hybrid_fnet_cifar": ("", 512),
+    "vix_mixer_cifar": ("", 512),
+    "hybrid_mixer_cifar": ("", 512),
+}
+# epochs: with an accelerator, without
+RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "paper": (
+        dict(lr=1e-3, schedule="constant", warmup=0.0, weight_decay=0.01, label_smoothing=0.0, augment="none"),
+        40,
+        2,
+    ),
+    "modern": (
+        dict(lr=1e-3, warmup=0.05, weight_decay=0.05, label_smoothing=0.1, augment="light", mixup=0.2, batch_size=128),
+        100,
+        2,
+    ),
+}
+
+
+def patched(system: str, patch_size: int) -> dict[str, Any]:
+    """The keywords that give a system patches of this size."""
+    if system.startswith("cv"):
+        return dict(embed_strides=(patch_size, 1, 1))
+    if "pin_" in system or "pip_" in system:
+        return dict(patch_size=patch_size, stride=patch_size)
+    return dict(patch_size=patch_size)
+
+
+@torch.inference_mode()
+def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy on the test images, in percent, of the model in ``folder``."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device).eval()
+    config = resolve_model_data_config(model)
+    classes = json.loads((folder / "config.json").read_text())["label_names"]
+    items, _ = list_images(Path(data_dir) / "test", classes)
+    resize, _, plain = transforms(config, "none", 0.0)
+    images = Images(items, classes, config["input_size"][0], resize, plain, seed=0)
+    mean, std = (torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+    top1 = top5 = 0
+    for keys in images.batches(250):
+        pixels, labels = zip(*(images[key] for key in keys))
+        logits = model((torch.stack(pixels).to(device).float() / 255 - mean) / std)
+        ranks = logits.topk(min(5, len(classes))).indices.cpu() == torch.tensor(labels).unsqueeze(1)
+        top1, top5 = top1 + int(ranks[:, 0].sum()), top5 + int(ranks.sum())
+    return 100 * top1 / len(images), 100 * top5 / len(images)
+
+
+def train(system: str, recipe: str, given: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Train or continue one system by one recipe, test it, and return its row."""
+    settings, full, reduced = RECIPES[recipe]
+    cuda = device.startswith("cuda")
+    epochs = given.epochs or (reduced if device == "cpu" else full)
+    patch_size = given.patch_size or (2 if device == "cpu" else 1)
+    out = Path(given.runs) / f"{recipe}-{epochs}-{patch_size}" / system
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    _, history = finetune(
+        system,
+        model_kwargs=patched(system, patch_size),
+        data_dir=str(Path(given.data_dir) / "train"),
+        img_size=None,
+        held_out=0.1,
+        keep="best",
+        epochs=epochs,
+        seed=given.seed,
+        device=given.device,
+        threads=given.threads,
+        workers=given.workers,
+        out=str(out),
+        resume=(out / "checkpoint.pt").exists(),
+        license="apache-2.0",
+        **{"batch_size": SYSTEMS[system][1], **settings},
+    )
+    best = max(history, key=lambda row: row["top1"])
+    top1, top5 = measure(out / "hub", given.data_dir, device)
+    shared = ("parameters", "device", "dtype", "threads", "batch_size", "torch", "timm")
+    return dict(
+        system=system,
+        recipe=recipe,
+        paper=SYSTEMS[system][0],
+        top1=round(top1, 2),
+        top5=round(top5, 2),
+        held_out_top1=round(best["top1"], 2),
+        epoch=best["epoch"],
+        epochs=epochs,
+        patch_size=patch_size,
+        tokens=(32 // patch_size) ** 2,
+        images_per_second=history[-1]["images_per_second"],
+        # a process that was continued has seen its own part only, which needs as much
+        peak_memory_mib=round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else "",
+        seconds=round(sum(row["seconds"] for row in history) or time.perf_counter() - start, 1),
+        seed=given.seed,
+        **{key: best[key] for key in shared},
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", help="folder with train/ and test/; none: only --cards")
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, metavar="SYSTEM")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--epochs", type=int, help="with an accelerator 40 (paper) and 100 (modern), without 2")
+    parser.add_argument("--patch-size", type=int, choices=(1, 2, 4), help="with an accelerator 1, without 2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--runs", default="runs/reproduce", help="folder for checkpoints and models")
+    parser.add_argument("--results", default=str(Path(__file__).parent / "results" / "reproduce_vix.csv"))
+    parser.add_argument("--cards", metavar="DIR", help="write a model card for each row of the results")
+    given = parser.parse_args()
+    path = Path(given.results)
+    rows: list[dict[str, Any]] = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    try:
+        device = find_device(given.device)
+        # system by system, so that a stop leaves whole rows of the table
+        wanted = [(system, recipe) for system in given.systems for recipe in given.recipes] if given.data_dir else []
+        for i, (system, recipe) in enumerate(wanted):
+            if any((row["system"], row["recipe"], int(row["seed"])) == (system, recipe, given.seed) for row in rows):
+                print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}: already in {path}")
+                continue
+            print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}:", flush=True)
+            rows.append(row := train(system, recipe, given, device))
+            write_history(path, rows)
+            print(f"test images: top-1 {row['top1']} %, paper {row['paper'] or 'without a number'}", flush=True)
+        if given.cards:
+            for card in write_cards(path, Path(given.cards)):
+                print(card)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{interrupt or 'interrupted'}; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The paper's table again: epochs that are kept, rows that are right, cards that say what the rows say."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_vix.finetune import finetune
+from timm_vix.hub import write_cards
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"{name}_example", ROOT / "examples" / f"{name}.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    return example
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Six classes of one colour each and noise: 10 training and 4 test images a class."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, number in (("train", 10), ("test", 4)):
+        for label in range(6):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for i in range(number):
+                pixels = random.integers(0, 90, (32, 32, 3)) + 25 * np.array([label, 5 - label, 3])
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / f"class{label}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def run(images, tmp_path, monkeypatch, capsys):
+    """Runs an example in this process; returns exit code, output and errors."""
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        code = load(name).main()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_systems_are_registered_and_take_their_patches():
+    example = load("reproduce_vix")
+    small = {
+        name for name in timm.list_models("*_cifar*") if timm.model_entrypoint(name).__module__.startswith("timm_v")
+    }
+    assert set(example.SYSTEMS) == small
+    for system in example.SYSTEMS:
+        model = timm.create_model(system, device="meta", **example.patched(system, 2))
+        reductions = [info["reduction"] for info in model.feature_info]
+        assert reductions[0] == 2, system
+
+
+def test_the_best_epoch_is_kept_also_after_a_stop(images, tmp_path):
+    settings = dict(
+        model="vix_softmax_cifar",
+        model_kwargs=dict(patch_size=8),
+        data_dir=str(images / "train"),
+        held_out=0.3,
+        keep="best",
+        schedule="constant",
+        warmup=0.0,
+        epochs=5,
+        batch_size=14,
+        lr=3e-3,
+        device="cpu",
+        threads=1,
+    )
+    model, history = finetune(out=str(tmp_path / "whole"), **settings)
+    assert {row["lr"] for row in history} == {3e-3}
+    best = max(history, key=lambda row: row["top1"])
+    card = (tmp_path / "whole" / "hub" / "README.md").read_text()
+    assert f"epoch {best['epoch']}, the best on these images" in card and f"{best['top1']:.2f}" in card
+    if best["epoch"] < 5:
+        last = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)["model"]
+        assert any(not torch.equal(value, last[key]) for key, value in model.state_dict().items())
+    kept = torch.load(tmp_path / "whole" / "best.pt", weights_only=True)
+    assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("timm_vix.finetune.write_curve", stop)
+        with pytest.raises(Stop):
+            finetune(out=str(tmp_path / "stopped"), **settings)
+    again, _ = finetune(out=str(tmp_path / "stopped"), resume=True, **settings)
+    assert all(torch.equal(value, kept[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ({"schedule": "linear"}, ["schedule=linear", "cosine", "constant"]),
+        ({"keep": "first"}, ["keep=first", "last", "best"]),
+        ({"held_out": 1.0}, ["held_out=1.0", "below 1"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_named(setting, words, images, tmp_path):
+    with pytest.raises(ValueError) as error:
+        finetune("vix_softmax_cifar", data_dir=str(images), out=str(tmp_path / "out"), **setting)
+    assert not [word for word in words if word not in str(error.value)]
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_measured_once_and_cards_are_theirs(run, images, tmp_path):
+    arguments = ["--data-dir", images, "--systems", "vix_softmax_cifar", "--recipes", "modern", "--patch-size", 4]
+    arguments += ["--epochs", 2, "--device", "cpu", "--threads", 1, "--runs", tmp_path / "runs"]
+    arguments += ["--results", tmp_path / "r.csv", "--cards", tmp_path / "cards"]
+    code, out, _ = run("reproduce_vix", *arguments)
+    assert code == 0
+    (row,) = csv.DictReader((tmp_path / "r.csv").read_text().splitlines())
+    hub = tmp_path / "runs" / "modern-2-4" / "vix_softmax_cifar" / "hub"
+
+    # the test accuracy, an image at a time
+    model = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
+    names = json.loads((hub / "config.json").read_text())["label_names"]
+    right = 0
+    for label, name in enumerate(names):
+        for path in (images / "test" / name).iterdir():
+            pixels = torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)[None] / 255
+            right += int(model((pixels - 0.5) / 0.5).argmax()) == label
+    assert float(row["top1"]) == pytest.approx(100 * right / 24, abs=0.01)
+    assert (row["epochs"], row["patch_size"], row["tokens"], row["paper"]) == ("2", "4", "64", "56.82 (log)")
+    card = (tmp_path / "cards" / "vix_softmax_cifar-modern.md").read_text()
+    assert f"| top-1, test images | {float(row['top1']):.2f} % |" in card and "56.82" in card and "64 (patches" in card
+
+    code, out, _ = run("reproduce_vix", *arguments)
+    assert code == 0 and "already in" in out
+
+    photo = next((images / "test" / names[0]).iterdir())
+    code, out, _ = run("classify", photo, "--model", hub)
+    assert code == 0 and out.startswith(f"{photo}: class") and out.count("%") == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["absent.jpg", "--model", "absent"], ["model=absent", "config.json", "reproduce_vix.py"]),
+    ],
+)
+def test_classify_says_what_is_missing(arguments, words, run):
+    code, _, errors = run("classify", *arguments)
+    assert code == 2 and not [word for word in words if word not in errors]
+
+
+def test_cards_need_all_columns(tmp_path):
+    (tmp_path / "r.csv").write_text("system,recipe\nccn_cifar,paper\n")
+    with pytest.raises(ValueError, match=r"r.csv lacks the columns paper, top1"):
+        write_cards(tmp_path / "r.csv", tmp_path / "cards")
