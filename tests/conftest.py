@@ -19,8 +19,8 @@ DEIT = DATA / "deit_tiny_patch16_224.fb_in1k.safetensors"
 PHOTOGRAPHS = DATA / "nips17_dev.tar"
 
 OPTIONS: dict[str, list[dict]] = {
-    "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}],
-    "nystrom": [{}, {"conv_residual": True}],
+    "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}, {"window_size": 2}],
+    "nystrom": [{}, {"conv_residual": True}, {"window_size": 3}],
     "performer": [{}, {"redraw_interval": 3}],
 }
 VARIANTS = [
