@@ -31,12 +31,13 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["mixers/_[!_]*.py"], LAYERS),  # what all mixers share; these files may import each other
     (["mixers/[!_]*.py", "stems/[!_]*.py"], LAYERS),
     (["mixers/__init__.py", "stems/__init__.py"], LAYERS),
-    (["swap.py"], LAYERS),
+    (["swap.py"], {*LAYERS, "timm.models.eva"}),  # the attention of EVA is in its model's file
+    (["convert.py"], {*LAYERS, "timm.models"}),  # below the models: one of them is whatever has been converted
     (["models/_[!_]*.py"], MODELS),
     (["models/[!_]*.py"], MODELS),
     (["models/__init__.py"], set()),
     (["images.py", "results.py"], TOOLS),  # what fine-tuning reads and what it writes
-    (["convert.py", "cost.py", "finetune.py", "hub.py", "report.py", "transfer.py"], TOOLS),
+    (["cost.py", "finetune.py", "hub.py", "report.py", "transfer.py"], TOOLS),
     (["__init__.py"], set()),
     (["cli.py"], TOOLS),
     (["__main__.py"], set()),
