@@ -6,7 +6,7 @@ order), h heads of width D, C = h·D.
 
 import math
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.layers import apply_rot_embed_cat, register_notrace_function
@@ -171,9 +171,9 @@ class AttentionMixer(TokenMixer):
         self.head_dim = attn.head_dim
         self.attn_dim = attn.num_heads * attn.head_dim
         self.qkv = attn.qkv
-        self.q_proj = getattr(attn, "q_proj", None)
-        self.k_proj = getattr(attn, "k_proj", None)
-        self.v_proj = getattr(attn, "v_proj", None)
+        self.q_proj: Any = getattr(attn, "q_proj", None)
+        self.k_proj: Any = getattr(attn, "k_proj", None)
+        self.v_proj: Any = getattr(attn, "v_proj", None)
         # EVA's biases of the joint projection; its keys have none
         self.q_bias = getattr(attn, "q_bias", None)
         self.v_bias = getattr(attn, "v_bias", None)

@@ -16,10 +16,10 @@ the pooled values V~ instead, so the rows of the approximation still sum to one.
 patch grid (not over pieces of the raster), each prefix token is a landmark of its own, and c is the log of the number
 of patches in a cell. Nothing is padded. The inverse starts from a bound of its own matrix, so no image depends on its
 batch mates; it takes matrix products only, so it exports. The two attentions are folded into the projections where
-that is cheaper (``_folded.py``). The convolution runs over the grid. With ``window_size`` w
-patches see the w x w tokens around them one by one and the landmarks for the rest (``_windows.py``): it doubles the
-cost and keeps most of a pretrained softmax model's function without training. With rotary positions landmarks are turned by the
-centres of their cells.
+that is cheaper (``_folded.py``). The convolution runs over the grid. With ``window_size`` w patches see the w x w
+tokens around them one by one and the landmarks for the rest (``_windows.py``): it doubles the cost and keeps most of a
+pretrained softmax model's function without training. With rotary positions landmarks are turned by the centres of
+their cells.
 
 *Pays:* with default keywords on two CPU cores, 0.8 times as fast as softmax through SDPA at 197
 tokens, 1.5 times at 577, 8 times at 4,097 (``examples/results/mixers.csv``).

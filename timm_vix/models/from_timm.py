@@ -1,6 +1,6 @@
 """Any timm ViT with another attention, as a model with a name: ``timm_vix.convert`` for timm's scripts and the Hub.
 
-    timm.create_model("vix_from_timm", source="deit_small_patch16_224", mixer="nystrom", layers="last-6", pretrained=True)
+    timm.create_model("vix_from_timm", source="deit_small_patch16_224", mixer="nystrom", layers="last-6")
 
 A model that comes from the Hub or a folder is somebody's: its configuration may name a registered timm model and plain
 values of sane sizes, its weights are read as tensors and nothing else.
