@@ -35,9 +35,11 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["models/_[!_]*.py"], MODELS),
     (["models/[!_]*.py"], MODELS),
     (["models/__init__.py"], set()),
-    (["images.py", "results.py"], TOOLS),  # what fine-tuning reads and what it writes
-    (["convert.py", "cost.py", "finetune.py", "hub.py", "report.py", "transfer.py"], TOOLS),
     (["__init__.py"], set()),
+    # what fine-tuning reads and what it writes; the machine, tables of measurements, the counter of operations
+    (["flops.py", "images.py", "machine.py", "records.py", "results.py"], TOOLS),
+    (["convert.py", "finetune.py", "hub.py", "measure.py", "report.py", "transfer.py"], TOOLS),
+    (["cost.py"], TOOLS),
     (["cli.py"], TOOLS),
     (["__main__.py"], set()),
 ]

@@ -7,7 +7,6 @@ generator. On a CPU this is exact to the last bit; on CUDA up to kernels that ad
 """
 
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -33,6 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .images import STEP, Images, find_images, reseed, seed_of, transforms
+from .machine import check_model, find_device, find_dtype
 from .results import clear, model_card, one_line, restore, write_curve, write_history, write_hub, write_whole
 
 # What stands in for an argument that is None: digits are learnt from scratch, a folder is usually fine-tuned.
@@ -269,9 +269,7 @@ def check(run: SimpleNamespace, out: Path) -> None:
         raise ValueError(f"batch_size={run.batch_size}: mixup pairs images; allowed is an even number")
     if not run.model:
         raise ValueError("model is missing: with data_dir it is a name of timm.list_models(), such as vix_nystrom_tiny")
-    if ":" not in run.model and not timm.is_model(run.model.split(".")[0]):
-        near = ", ".join(difflib.get_close_matches(run.model, timm.list_models(), n=4, cutoff=0.5))
-        raise ValueError(f"model={run.model!r} is not registered in timm; near names: {near or 'none'}")
+    check_model(run.model)
     if run.checkpoint and not Path(run.checkpoint).is_file():
         raise ValueError(f"checkpoint={run.checkpoint} is no file; allowed is a .safetensors or .pth file")
     if run.resume and run.overwrite:
@@ -280,25 +278,6 @@ def check(run: SimpleNamespace, out: Path) -> None:
         raise ValueError(f"resume: {out} holds no checkpoint.pt; start without resume")
     if not (run.resume or run.overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")
-
-
-def find_device(name: str) -> str:
-    """Resolve "auto", and raise ValueError for a device that this machine lacks."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    present = ["cuda"] * bool(count) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    allowed = ["auto", *present, *(f"cuda:{i}" for i in range(count))]
-    if name not in allowed:
-        raise ValueError(f"device={name!r} is not on this machine; allowed are {', '.join(allowed)}")
-    return present[0] if name == "auto" else name
-
-
-def find_dtype(amp: str, device: str) -> torch.dtype:
-    """The dtype of matrix products; where bfloat16 is emulated, it is slower than float32."""
-    if device == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if amp == "bfloat16" or (amp == "auto" and native) else torch.float32
 
 
 def autocast(run: SimpleNamespace) -> torch.autocast:
