@@ -37,9 +37,11 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["models/__init__.py"], set()),
     (["__init__.py"], set()),
     # what fine-tuning reads and what it writes; the machine, tables of measurements, the counter of operations
-    (["flops.py", "images.py", "machine.py", "records.py", "results.py"], TOOLS),
-    (["convert.py", "finetune.py", "hub.py", "measure.py", "report.py", "transfer.py"], TOOLS),
+    (["flops.py", "folders.py", "images.py", "machine.py", "records.py", "results.py", "trends.py"], TOOLS),
+    (["convert.py", "figures.py", "finetune.py", "hub.py", "measure.py", "transfer.py"], TOOLS),
     (["cost.py"], TOOLS),
+    (["advise.py", "compare.py"], TOOLS),
+    (["report.py"], TOOLS),
     (["cli.py"], TOOLS),
     (["__main__.py"], set()),
 ]

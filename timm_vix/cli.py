@@ -10,7 +10,14 @@ import runpy
 import sys
 from collections.abc import Callable
 
-from . import __version__, cost, models
+from . import __version__, advise, compare, cost, models, report
+
+MEASURING = dict(
+    cost=(cost, "latency, memory and FLOPs of any timm models, beside softmax"),
+    advise=(advise, "which mechanism is fastest and smallest here, and from how many tokens"),
+    compare=(compare, "train several models by one recipe: accuracy beside cost"),
+    report=(report, "a page and figures from the tables of cost and compare"),
+)
 
 
 def matching_names(pattern: str) -> list[str]:
@@ -121,7 +128,7 @@ def main() -> None:
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="what the script is given")
     command.set_defaults(function=run_script)
 
-    for name, module, purpose in (("cost", cost, "latency, memory and FLOPs of any timm models, beside softmax"),):
+    for name, (module, purpose) in MEASURING.items():
         command = commands.add_parser(name, help=purpose, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(function=in_one_line(module.main))
