@@ -36,9 +36,16 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["models/_[!_]*.py"], MODELS),
     (["models/[!_]*.py"], MODELS),
     (["models/__init__.py"], set()),
-    (["images.py", "results.py"], TOOLS),  # what fine-tuning reads and what it writes
-    (["cost.py", "finetune.py", "hub.py", "report.py", "transfer.py"], TOOLS),
     (["__init__.py"], set()),
+    # what fine-tuning reads and what it writes; the machine, tables of measurements, the counter of operations
+    (
+        ["flops.py", "folders.py", "images.py", "interrupt.py", "machine.py", "records.py", "results.py", "trends.py"],
+        TOOLS,
+    ),
+    (["figures.py", "finetune.py", "hub.py", "measure.py", "transfer.py"], TOOLS),
+    (["cost.py"], TOOLS),
+    (["advise.py", "compare.py"], TOOLS),
+    (["report.py"], TOOLS),
     (["cli.py"], TOOLS),
     (["__main__.py"], set()),
 ]

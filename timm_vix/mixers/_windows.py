@@ -9,7 +9,6 @@ a landmark stands for beside the window: nothing is counted twice, and a cell th
 Shapes: B images, h heads, D head width, m landmarks (P prefix tokens, then cells), n windows.
 """
 
-
 import torch
 from timm.layers import register_notrace_function
 from torch.nn import functional as F
