@@ -10,12 +10,13 @@ import runpy
 import sys
 from collections.abc import Callable
 
-from . import __version__, advise, compare, cost, models, report
+from . import __version__, advise, compare, cost, models, report, transfer
 
-MEASURING = dict(
+COMMANDS = dict(
     cost=(cost, "latency, memory and FLOPs of any timm models, beside softmax"),
     advise=(advise, "which mechanism is fastest and smallest here, and from how many tokens"),
     compare=(compare, "train several models by one recipe: accuracy beside cost"),
+    transfer=(transfer, "convert a trained ViT and fit it to what it was, without labels"),
     report=(report, "a page and figures from the tables of cost and compare"),
 )
 
@@ -128,7 +129,7 @@ def main() -> None:
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="what the script is given")
     command.set_defaults(function=run_script)
 
-    for name, (module, purpose) in MEASURING.items():
+    for name, (module, purpose) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(function=in_one_line(module.main))

@@ -243,7 +243,7 @@ def finetune(
         last=last,
         recipe={**settings, "checkpoint": weights, **{key: last[key] for key in ("threads", "torch", "timm")}},
     )
-    write_hub(folder / "hub", net.eval(), classes, config, card)
+    write_hub(folder / "hub", net.eval(), config, card, classes)
     return net, history
 
 
