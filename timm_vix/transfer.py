@@ -266,7 +266,9 @@ def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
     if run.img_size:
         arguments["img_size"] = run.img_size
     if run.weights:
-        arguments["pretrained_cfg_overlay"] = dict(file=run.weights, source=None, custom_load=False)
+        # the file's own number of classes, or timm leaves its classifier out
+        classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
+        arguments["pretrained_cfg_overlay"] = dict(file=run.weights, source=None, custom_load=False, **classes)
     try:
         teacher = timm.create_model(run.source, pretrained=True, **arguments)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
