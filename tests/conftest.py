@@ -21,8 +21,8 @@ PHOTOGRAPHS = DATA / "nips17_dev.tar"
 OPTIONS: dict[str, list[dict]] = {
     # small windows, so that the 7x5 grid of most tests has several, with padding
     "atrous": [{"window_size": 2}, {"dilations": (3, 1), "window_size": 3}, {"dilations": 1}],
-    "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}],
-    "nystrom": [{}, {"conv_residual": True}],
+    "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}, {"window_size": 2}],
+    "nystrom": [{}, {"conv_residual": True}, {"window_size": 3}],
     "performer": [{}, {"redraw_interval": 3}],
 }
 VARIANTS = [

@@ -31,14 +31,22 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["mixers/_[!_]*.py", "stems/_[!_]*.py"], LAYERS),  # what mixers, or stems, share; may import each other
     (["mixers/[!_]*.py", "stems/[!_]*.py"], LAYERS),
     (["mixers/__init__.py", "stems/__init__.py"], LAYERS),
-    (["swap.py"], LAYERS),
+    (["swap.py"], {*LAYERS, "timm.models.eva"}),  # the attention of EVA is in its model's file
+    (["convert.py"], {*LAYERS, "timm.models"}),  # below the models: one of them is whatever has been converted
     (["models/_projected.py"], LAYERS),  # mixers for hosts that project their queries, keys and values themselves
     (["models/_[!_]*.py"], MODELS),
     (["models/[!_]*.py"], MODELS),
     (["models/__init__.py"], set()),
-    (["images.py", "results.py"], TOOLS),  # what fine-tuning reads and what it writes
-    (["convert.py", "cost.py", "finetune.py", "hub.py", "report.py", "transfer.py"], TOOLS),
     (["__init__.py"], set()),
+    # what fine-tuning reads and what it writes; the machine, tables of measurements, the counter of operations
+    (
+        ["flops.py", "folders.py", "images.py", "interrupt.py", "machine.py", "records.py", "results.py", "trends.py"],
+        TOOLS,
+    ),
+    (["figures.py", "finetune.py", "hub.py", "measure.py", "transfer.py"], TOOLS),
+    (["cost.py"], TOOLS),
+    (["advise.py", "compare.py"], TOOLS),
+    (["report.py"], TOOLS),
     (["cli.py"], TOOLS),
     (["__main__.py"], set()),
 ]

@@ -5,7 +5,8 @@
 """
 
 from . import models
+from .convert import convert, revert
 from .swap import swap_attention
 
 __version__ = "0.1.0"
-__all__ = ["models", "swap_attention"]
+__all__ = ["convert", "models", "revert", "swap_attention"]

@@ -8,8 +8,17 @@ import difflib
 import os
 import runpy
 import sys
+from collections.abc import Callable
 
-from . import __version__, models
+from . import __version__, advise, compare, cost, models, report, transfer
+
+COMMANDS = dict(
+    cost=(cost, "latency, memory and FLOPs of any timm models, beside softmax"),
+    advise=(advise, "which mechanism is fastest and smallest here, and from how many tokens"),
+    compare=(compare, "train several models by one recipe: accuracy beside cost"),
+    transfer=(transfer, "convert a trained ViT and fit it to what it was, without labels"),
+    report=(report, "a page and figures from the tables of cost and compare"),
+)
 
 
 def matching_names(pattern: str) -> list[str]:
@@ -79,6 +88,22 @@ def run_script(arguments: argparse.Namespace) -> None:
     runpy.run_path(arguments.script, run_name="__main__")
 
 
+def in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """The command, with wrong input and Ctrl-C told in one line; the exit codes are 2 and 130."""
+
+    def call(arguments: argparse.Namespace) -> None:
+        try:
+            command(arguments)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt as interrupt:
+            print(f"{interrupt or 'interrupted'}; the same command continues", file=sys.stderr)
+            sys.exit(130)
+
+    return call
+
+
 def main() -> None:
     """Run the subcommand that the command line names."""
     parser = argparse.ArgumentParser(
@@ -102,6 +127,11 @@ def main() -> None:
     command.add_argument("script", type=script_file, metavar="SCRIPT", help="e.g. validate.py")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="what the script is given")
     command.set_defaults(function=run_script)
+
+    for name, (module, purpose) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(function=in_one_line(module.main))
 
     arguments = parser.parse_args()
     arguments.function(arguments)

@@ -6,16 +6,12 @@ dropout and stochastic depth of (seed, epoch, step). So the checkpoint holds wei
 generator. On a CPU this is exact to the last bit; on CUDA up to kernels that add in no fixed order.
 """
 
-import contextlib
-import difflib
 import io
 import json
 import logging
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -33,6 +29,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .images import STEP, Images, find_images, reseed, seed_of, transforms
+from .interrupt import deferred_interrupt
+from .machine import autocast, check_model, find_device, find_dtype
 from .results import clear, model_card, one_line, restore, write_curve, write_history, write_hub, write_whole
 
 # What stands in for an argument that is None: digits are learnt from scratch, a folder is usually fine-tuned.
@@ -196,7 +194,7 @@ def finetune(
                 inputs, targets = prepare(batch)
                 if mix:
                     inputs, targets = mix(inputs, targets)
-                with autocast(run):
+                with autocast(run.device, run.dtype):
                     logits = net(inputs)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 if not loss.isfinite():
@@ -260,7 +258,7 @@ def finetune(
         picked=keep == "best",
         recipe={**settings, "checkpoint": weights, **{key: last[key] for key in ("threads", "torch", "timm")}},
     )
-    write_hub(folder / "hub", net.eval(), classes, config, card)
+    write_hub(folder / "hub", net.eval(), config, card, classes)
     return net, history
 
 
@@ -287,9 +285,7 @@ def check(run: SimpleNamespace, out: Path) -> None:
         raise ValueError(f"batch_size={run.batch_size}: mixup pairs images; allowed is an even number")
     if not run.model:
         raise ValueError("model is missing: with data_dir it is a name of timm.list_models(), such as vix_nystrom_tiny")
-    if ":" not in run.model and not timm.is_model(run.model.split(".")[0]):
-        near = ", ".join(difflib.get_close_matches(run.model, timm.list_models(), n=4, cutoff=0.5))
-        raise ValueError(f"model={run.model!r} is not registered in timm; near names: {near or 'none'}")
+    check_model(run.model)
     if run.checkpoint and not Path(run.checkpoint).is_file():
         raise ValueError(f"checkpoint={run.checkpoint} is no file; allowed is a .safetensors or .pth file")
     if run.resume and run.overwrite:
@@ -298,29 +294,6 @@ def check(run: SimpleNamespace, out: Path) -> None:
         raise ValueError(f"resume: {out} holds no checkpoint.pt; start without resume")
     if not (run.resume or run.overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")
-
-
-def find_device(name: str) -> str:
-    """Resolve "auto", and raise ValueError for a device that this machine lacks."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    present = ["cuda"] * bool(count) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    allowed = ["auto", *present, *(f"cuda:{i}" for i in range(count))]
-    if name not in allowed:
-        raise ValueError(f"device={name!r} is not on this machine; allowed are {', '.join(allowed)}")
-    return present[0] if name == "auto" else name
-
-
-def find_dtype(amp: str, device: str) -> torch.dtype:
-    """The dtype of matrix products; where bfloat16 is emulated, it is slower than float32."""
-    if device == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if amp == "bfloat16" or (amp == "auto" and native) else torch.float32
-
-
-def autocast(run: SimpleNamespace) -> torch.autocast:
-    return torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
 def build_model(run: SimpleNamespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -370,7 +343,7 @@ def build_model(run: SimpleNamespace, num_classes: int) -> tuple[nn.Module, dict
         config["crop_pct"] = 1.0  # small images have no margin to cut away
     model.to(run.device).eval()
     try:
-        with torch.inference_mode(), autocast(run):
+        with torch.inference_mode(), autocast(run.device, run.dtype):
             model(torch.zeros(1, *config["input_size"], device=run.device))
     except Exception as error:
         raise ValueError(f"model={run.model} fails on {config['input_size']} images: {one_line(error)}") from error
@@ -387,29 +360,9 @@ def evaluate(
     loader = DataLoader(images, batch_sampler=images.batches(run.batch_size), num_workers=run.workers)
     for batch in tqdm(loader, "validate", leave=False, disable=None):
         inputs, labels = prepare(batch)
-        with autocast(run):
+        with autocast(run.device, run.dtype):
             logits = model(inputs)
         for meter, value in zip((top1, top5), accuracy(logits, labels, topk=(1, 5))):
             meter.update(value.item(), len(labels))
         after_batch()
     return top1.avg, top5.avg
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Let Ctrl-C set an event, so that no step is left half done; a second Ctrl-C ends at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Python takes handlers nowhere else
-        yield asked
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def ask(*_: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)

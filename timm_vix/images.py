@@ -93,6 +93,23 @@ def list_images(folder: Path, known: Optional[list[str]] = None) -> tuple[Items,
     return [(Path(file), known.index(name)) for name in names for file in files[name]], names
 
 
+def find_unlabelled(folder: Path) -> Items:
+    """List the images of a folder at any depth, all with label 0.
+
+    Raises:
+        ValueError: for a folder that isn't there or holds no image.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} {'is a file' if folder.exists() else 'does not exist'}; expected a folder of images"
+        )
+    extensions = get_img_extensions(as_set=True)
+    files = sorted((str(path) for path in folder.rglob("*") if path.suffix.lower() in extensions), key=natural_key)
+    if not files:
+        raise ValueError(f"{folder} holds no images; allowed are {', '.join(sorted(extensions))}")
+    return [(Path(file), 0) for file in files]
+
+
 def hold_out(items: Items, share: float) -> tuple[Items, Items]:
     """Split off a share of every class."""
     train: Items = []

@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from timm.models import save_for_hf
@@ -100,12 +100,15 @@ def write_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
     write_whole(path, image.getvalue())
 
 
-def write_hub(folder: Path, model: nn.Module, label_names: list[str], data_config: dict[str, Any], card: str) -> None:
+def write_hub(
+    folder: Path, model: nn.Module, data_config: dict[str, Any], card: str, label_names: Optional[list[str]] = None
+) -> None:
     """Weights, configuration and card, as the Hub and timm's ``local-dir:`` want them."""
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        save_for_hf(model, partial, dict(label_names=label_names), safe_serialization=True, data_config=data_config)
+        names = dict(label_names=label_names) if label_names else None
+        save_for_hf(model, partial, names, safe_serialization=True, data_config=data_config)
         (partial / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)

@@ -1,20 +1,33 @@
 """The primitive: replace the softmax attention of a timm vision transformer by a token mixer.
 
-The registered models, conversions and models that come back from the Hub all go through ``swap_attention``.
+The registered models, conversions and models that come back from the Hub all build their mixers by ``build_mixer``.
 """
 
 import inspect
-from typing import Any, Optional
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Optional
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope
+from timm.models.eva import EvaAttention
 from torch import nn
 
 from .mixers import MIXERS
 from .mixers._rotary import RotaryPositions
-from .mixers._slot import Grid, TokenMixer, check_choice
+from .mixers._slot import AttentionMixer, Grid, TokenMixer, check_choice
 
 SLOT_ARGUMENTS = {"self", "attn", "grid", "num_prefix_tokens", "rope"}
+# whose mathematics the mixers continue: any other class, a subclass too, may do something else
+REPLACEABLE = (Attention, AttentionRope, EvaAttention)
+
+
+class Slot(NamedTuple):
+    """A place in a model that holds attention: ``parent.name``, which is ``path`` in the model."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    attn: nn.Module
 
 
 def mixer_options(mixer: str) -> list[str]:
@@ -27,6 +40,14 @@ def mixer_options(mixer: str) -> list[str]:
     return [name for name in inspect.signature(MIXERS[mixer].__init__).parameters if name not in SLOT_ARGUMENTS]
 
 
+def check_options(mixer: str, options: Iterable[str]) -> None:
+    """Raise ValueError for an unknown mixer, or a keyword that it doesn't take."""
+    allowed = mixer_options(mixer)
+    for name in options:
+        if name not in allowed:
+            raise ValueError(f"mixer={mixer!r} takes no {name}; it takes {', '.join(allowed) or 'no keywords'}")
+
+
 class BeforeForward:
     """Hook of a patch embedding that tells the mixers the grid of the images at hand.
 
@@ -34,10 +55,10 @@ class BeforeForward:
     call backward before the next forward pass if the two have different image sizes. TorchScript takes no such hook.
     """
 
-    def __init__(self, model: nn.Module, dynamic: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.mixers = [module for module in model.modules() if isinstance(module, TokenMixer)]
         self.ropes = [module for module in model.modules() if isinstance(module, RotaryPositions)]
-        self.dynamic = dynamic
+        self.dynamic = getattr(model, "dynamic_img_size", False)
 
     def __call__(self, patch_embed: nn.Module, args: Any, output: torch.Tensor) -> None:
         # a dynamic patch embedding gives (B, H, W, C)
@@ -55,6 +76,55 @@ def set_grid(model: nn.Module, grid: Grid) -> None:
             module.set_grid(grid)
 
 
+def find_attention(model: nn.Module) -> list[Slot]:
+    """The places of a model that hold attention which can be replaced, first block first."""
+    return [
+        Slot(f"{prefix}.{name}".lstrip("."), parent, name, attn)
+        for prefix, parent in model.named_modules()
+        for name, attn in parent.named_children()
+        if type(attn) in REPLACEABLE
+    ]
+
+
+def build_mixer(
+    model: nn.Module,
+    attn: nn.Module,
+    mixer: str,
+    positions: Optional[nn.Module] = None,
+    layout: Optional[tuple[Grid, int]] = None,
+    **options: Any,
+) -> TokenMixer:
+    """A mixer with the weights of ``attn``, for the tokens of ``model``; neither is changed.
+
+    Args:
+        layout: (H, W) and the number of prefix tokens, where they aren't those of the patch embedding.
+
+    Raises:
+        ValueError: for what the mixer can't honour.
+    """
+    if getattr(attn, "num_kv_groups", 1) > 1:
+        raise ValueError(f"grouped queries ({attn.num_heads} heads, {attn.num_kv_heads} of keys) can't be replaced")
+    rotates = type(attn) is not Attention and getattr(model, "rope", None) is not None
+    if rotates and not issubclass(MIXERS[mixer], AttentionMixer):
+        raise ValueError(f"mixer={mixer!r} has no queries and keys for the rotary positions of {type(model).__name__}")
+    grid, num_prefix_tokens = layout or (model.patch_embed.grid_size, model.num_prefix_tokens)
+    built = MIXERS[mixer](attn, grid, num_prefix_tokens, positions, **options)
+    if built.uses_grid and getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
+        raise ValueError(
+            f"patch_drop_rate={model.patch_drop.prob}: mixer={mixer!r} works on the whole patch grid, so no patch can "
+            "be dropped; allowed is 0"
+        )
+    built.given = options
+    return built.train(attn.training)
+
+
+def remove_hook(model: nn.Module) -> None:
+    """Take ``BeforeForward`` away from the patch embedding."""
+    hooks = model.patch_embed._forward_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, BeforeForward)]:
+        del hooks[key]
+
+
 def swap_attention(
     model: nn.Module,
     mixer: str,
@@ -62,12 +132,12 @@ def swap_attention(
     stages: Optional[list[tuple[nn.Module, Grid, int]]] = None,
     **options: Any,
 ) -> None:
-    """Replace every timm ``Attention`` in ``model`` by a mixer that takes over its weights, in place.
+    """Replace every timm attention in ``model`` by a mixer that takes over its weights, in place.
 
     Args:
-        model: timm ``VisionTransformer``.
+        model: timm ``VisionTransformer`` or ``Eva``.
         mixer: a name in ``MIXERS``.
-        rope: None, "axial" or "1d": rotary positions, shared by all blocks.
+        rope: None, "axial" or "1d": rotary positions, shared by all blocks, for a model that has none.
         stages: where the grid shrinks on the way, parts of the model with their (H, W) and number of prefix tokens. A
             part of fewer patches than ``num_landmarks`` or ``num_proj_tokens`` takes as many as it has.
         **options: the mixer's keywords, see ``mixer_options``.
@@ -79,38 +149,31 @@ def swap_attention(
         >>> model = timm.create_model("vit_tiny_patch16_224")
         >>> swap_attention(model, "nystrom", num_landmarks=64)
     """
-    allowed = mixer_options(mixer)
-    for name in options:
-        if name not in allowed:
-            raise ValueError(f"mixer={mixer!r} takes no {name}; it takes {', '.join(allowed) or 'no keywords'}")
+    check_options(mixer, options)
     if rope is not None:
         check_choice("rope", rope, ("axial", "1d"))
-    whole: Any = [(model,)]
-    slots = [
-        (parent, name, attn, *layout)
-        for part, *layout in (stages or whole)
-        for parent in part.modules()
-        for name, attn in parent.named_children()
-        if type(attn) is Attention
-    ]
+    slots: list[tuple[Slot, Optional[tuple[Grid, int]]]] = [(slot, None) for slot in find_attention(model)]
+    if stages is not None:
+        slots = [(slot, (grid, prefix)) for part, grid, prefix in stages for slot in find_attention(part)]
     if not slots:
         raise ValueError(f"{type(model).__name__} has no timm Attention to replace")
     if mixer == "softmax" and rope is None:
         return
+    if rope is not None and getattr(model, "rope", None) is not None:
+        raise ValueError(f"rope={rope!r}: {type(model).__name__} has rotary positions of its own")
     positions: dict[Grid, RotaryPositions] = {}
-    mixers = []
-    for _, _, attn, *layout in slots:
+    built = []
+    for slot, layout in slots:
         grid, num_prefix_tokens = layout or (model.patch_embed.grid_size, model.num_prefix_tokens)
         if rope is not None and grid not in positions:
-            dd = {"device": attn.proj.weight.device, "dtype": attn.proj.weight.dtype}
-            positions[grid] = RotaryPositions(rope, attn.head_dim, grid, num_prefix_tokens, **dd)
-        own = {key: fitting(key, value, grid) if stages else value for key, value in options.items()}
-        mixers.append(MIXERS[mixer](attn, grid, num_prefix_tokens, positions.get(grid), **own))
-    for (parent, name, *_), module in zip(slots, mixers):
-        setattr(parent, name, module)
-    dynamic = getattr(model, "dynamic_img_size", False)
-    if dynamic or options.get("redraw_interval"):
-        model.patch_embed.register_forward_hook(BeforeForward(model, dynamic))
+            dd = {"device": slot.attn.proj.weight.device, "dtype": slot.attn.proj.weight.dtype}
+            positions[grid] = RotaryPositions(rope, slot.attn.head_dim, grid, num_prefix_tokens, **dd)
+        own = {name: fitting(name, value, grid) if layout else value for name, value in options.items()}
+        built.append((slot, build_mixer(model, slot.attn, mixer, positions.get(grid), layout, **own)))
+    for slot, module in built:
+        setattr(slot.parent, slot.name, module)
+    if getattr(model, "dynamic_img_size", False) or options.get("redraw_interval"):
+        model.patch_embed.register_forward_hook(BeforeForward(model))
 
 
 def fitting(name: str, value: Any, grid: Grid) -> Any:

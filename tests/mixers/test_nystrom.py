@@ -111,7 +111,7 @@ def test_a_landmark_meets_queries_by_relative_position(rope):
     """The same query and landmark content, both moved by a whole cell: the same logit."""
     module = small("nystrom", rope, img_size=(16, 12), num_landmarks=12).double().blocks[0].attn
     q, k = (torch.randn(16, dtype=torch.float64).expand(1, 1, n, 16) for n in (49, 13))
-    logits = (module.rotate(q) @ module.rotate(k, module.cells).transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
+    logits = (module.rotate(q) @ module.rotate(k, None, module.cells).transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
     assert (logits[2:, 2:, 1:, 1:] - logits[:-2, :-2, :-1, :-1]).abs().max() < 1e-5
     assert logits.std() > 0.1
 

@@ -13,7 +13,7 @@ import torch
 from timm.layers import freq_bands, register_notrace_function
 from torch import nn
 
-from ._slot import Grid
+from ._resample import Grid
 
 THETA = {"axial": 100.0, "1d": 10000.0}
 

@@ -6,7 +6,7 @@ order), h heads of width D, C = h·D.
 
 import math
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.layers import apply_rot_embed_cat, register_notrace_function
@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._folded import all_ask_few, few_ask_all
-
-Grid = tuple[int, int]
+from ._resample import Grid, table_of_cells
+from ._windows import landmarks_and_windows, window_biases
 
 
 def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None, meaning: str = "") -> None:
@@ -152,11 +152,12 @@ class TokenMixer(nn.Module):
 class AttentionMixer(TokenMixer):
     """A mixer with queries, keys and values, built from the timm attention that it replaces.
 
-    It takes over that attention's sub-modules (``qkv``, ``q_norm``, ``k_norm``, ``norm``, ``gate``, ``proj`` and the
-    dropouts: the same objects under the same names), so a softmax model's state dict fits.
+    It takes over that attention's sub-modules and parameters (``qkv`` or ``q_proj``, ``k_proj`` and ``v_proj``,
+    ``q_norm``, ``k_norm``, ``norm``, ``gate``, ``proj``, the dropouts: the same objects under the same names), so a
+    softmax model's state dict fits.
 
     Args:
-        attn: timm ``Attention``.
+        attn: timm ``Attention``, ``AttentionRope`` or ``EvaAttention``.
         grid: (H, W) of the patch tokens.
         num_prefix_tokens: P.
         rope: rotary positions shared by the blocks of a model, or None.
@@ -170,6 +171,12 @@ class AttentionMixer(TokenMixer):
         self.head_dim = attn.head_dim
         self.attn_dim = attn.num_heads * attn.head_dim
         self.qkv = attn.qkv
+        self.q_proj: Any = getattr(attn, "q_proj", None)
+        self.k_proj: Any = getattr(attn, "k_proj", None)
+        self.v_proj: Any = getattr(attn, "v_proj", None)
+        # EVA's biases of the joint projection; its keys have none
+        self.q_bias = getattr(attn, "q_bias", None)
+        self.v_bias = getattr(attn, "v_bias", None)
         self.q_norm = attn.q_norm
         self.k_norm = attn.k_norm
         self.attn_drop = attn.attn_drop
@@ -178,6 +185,7 @@ class AttentionMixer(TokenMixer):
         self.proj = attn.proj
         self.proj_drop = attn.proj_drop
         self.rope = rope
+        self.rotate_half = getattr(attn, "rotate_half", False)
         # nothing acts on heads between the projections and the attention, so they can be multiplied together
         bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         self.foldable = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
@@ -189,9 +197,15 @@ class AttentionMixer(TokenMixer):
         else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
             return all(type(m) is nn.Linear and not m._forward_hooks for m in (self.qkv, self.proj))
 
-    def folds(self, num_few: int) -> bool:
+    def folds(self, num_few: int, rope: Optional[torch.Tensor]) -> bool:
         """Whether attention with ``num_few`` tokens on one side is to be folded into its projections."""
-        return self.foldable and self.num_heads * num_few < self.attn_dim + num_few and self.plain()
+        return self.foldable and rope is None and self.num_heads * num_few < self.attn_dim + num_few and self.plain()
+
+    def bias_of_qkv(self) -> Optional[torch.Tensor]:
+        """The bias of the joint projection, (3·A)."""
+        if self.q_bias is not None and self.v_bias is not None:
+            return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return self.qkv.bias
 
     def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:
         """Some of queries (0), keys (1), values (2), from ``first`` up to ``last``: (B, N, C) -> list of (B, h, N, D).
@@ -200,11 +214,23 @@ class AttentionMixer(TokenMixer):
         """
         B, N, _ = x.shape
         start, stop = first * self.attn_dim, last * self.attn_dim
-        if last - first < 3 and self.plain():
-            bias = self.qkv.bias
+        if self.qkv is None:
+            apart: list[torch.Tensor] = []
+            if first == 0:
+                apart.append(self.q_proj(x))
+            if first <= 1 < last:
+                apart.append(self.k_proj(x))
+            if last == 3:
+                apart.append(self.v_proj(x))
+            y = torch.cat(apart, dim=2)
+        elif last - first < 3 and self.plain():
+            bias = self.bias_of_qkv()
             y = nn.functional.linear(x, self.qkv.weight[start:stop], None if bias is None else bias[start:stop])
         else:
-            y = self.qkv(x)[..., start:stop]
+            y = self.qkv(x)
+            if self.q_bias is not None:
+                y = y + self.bias_of_qkv()
+            y = y[..., start:stop]
         heads = y.reshape(B, N, last - first, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         out: list[torch.Tensor] = []
         for i in range(first, last):
@@ -220,14 +246,15 @@ class AttentionMixer(TokenMixer):
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
 
-    def ask_all(self, x: torch.Tensor, q: torch.Tensor, m: int) -> torch.Tensor:
+    def ask_all(self, x: torch.Tensor, q: torch.Tensor, m: int, rope: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Attention of m queries (B, h, m, D), already turned, to all tokens: (B, h, m, D)."""
         # m is an argument since a shape is no number while torch.fx traces
-        if not self.folds(m):
+        if not self.folds(m, rope):
             k, v = self.project(x, 1, 3)
-            return scaled_dot_product_attention(q, self.rotate(k), v)
+            return scaled_dot_product_attention(q, self.rotate(k, rope), v)
         A = self.attn_dim
-        bias_v = None if self.qkv.bias is None else self.qkv.bias[2 * A :]
+        bias = self.bias_of_qkv()
+        bias_v = None if bias is None else bias[2 * A :]
         return few_ask_all(x, q, self.qkv.weight[A : 2 * A], self.qkv.weight[2 * A :], bias_v)
 
     def ask_few(
@@ -237,6 +264,7 @@ class AttentionMixer(TokenMixer):
         v: torch.Tensor,
         bias: torch.Tensor,
         m: int,
+        rope: Optional[torch.Tensor] = None,
         local: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """The slot's output (B, N, C): attention of all tokens to m keys and values (B, h, m, D).
@@ -244,18 +272,55 @@ class AttentionMixer(TokenMixer):
         ``bias`` (1, 1, 1, m) is added to the logits, ``local`` (B, h, N, D) to the heads before the output projection.
         """
         dropout = self.attn_drop.p if self.training else 0.0
-        if local is not None or not self.folds(m):
-            q = self.rotate(self.project(x, 0, 1)[0])
+        if local is not None or not self.folds(m, rope):
+            q = self.rotate(self.project(x, 0, 1)[0], rope)
             y = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
             return self.merge(y if local is None else y + local, x)
         A = self.attn_dim
-        bias_q = None if self.qkv.bias is None else self.qkv.bias[:A]
+        qkv_bias = self.bias_of_qkv()
+        bias_q = None if qkv_bias is None else qkv_bias[:A]
         y = all_ask_few(x, k, v, bias, self.qkv.weight[:A], bias_q, self.proj.weight, self.proj.bias, dropout)
         return self.proj_drop(y)
 
-    def rotate(self, x: torch.Tensor, cells: Optional[Grid] = None) -> torch.Tensor:
-        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid."""
-        if self.rope is None:
+    def ask_few_and_near(
+        self,
+        x: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor,
+        cells: Grid,
+        window_size: int,
+        rope: Optional[torch.Tensor] = None,
+        local: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """As ``ask_few``, where patches also see the tokens of their own window of the grid one by one.
+
+        The m keys are the prefix tokens and one for each of ``cells``; ``bias`` is that of the prefix tokens' logits.
+        """
+        dropout = self.attn_drop.p if self.training else 0.0
+        P = self.num_prefix_tokens
+        q, k_all, v_all = self.project(x, 0, 3)
+        q, k_all = self.rotate(q, rope), self.rotate(k_all, rope)
+        biases = window_biases(q, P, self.grid, cells, window_size)
+        y = landmarks_and_windows(
+            q[:, :, P:], k_all[:, :, P:], v_all[:, :, P:], k, v, biases, self.grid, window_size, dropout
+        )
+        if P > 0:
+            first = scaled_dot_product_attention(q[:, :, :P], k, v, attn_mask=bias, dropout_p=dropout)
+            y = torch.cat([first, y], dim=2)
+        return self.merge(y if local is None else y + local, x)
+
+    def rotate(
+        self, x: torch.Tensor, rope: Optional[torch.Tensor] = None, cells: Optional[Grid] = None
+    ) -> torch.Tensor:
+        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid.
+
+        ``rope`` is the table that the host hands on for its patches, (H·W, 2·D) or one for each head, if it has one.
+        """
+        if self.rope is not None:
+            table = self.rope(self.grid if cells is None else cells)
+        elif rope is not None:
+            table = table_of_cells(rope, self.num_prefix_tokens, self.grid, cells)
+        else:
             return x
-        table = self.rope(self.grid if cells is None else cells)
-        return apply_rot_embed_cat(x, table).type_as(x)
+        return apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)

@@ -73,6 +73,10 @@ class FourierMixing(TokenMixer):
         self.drop = attn.proj_drop
 
     def forward(
-        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+        self,
+        x: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+        rope: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         return self.drop(fourier_mix(admit(x, attn_mask, is_causal, -1)))

@@ -75,7 +75,11 @@ class TokenMlp(TokenMixer):
                 trunc_normal_(parameter, std=0.02)
 
     def forward(
-        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+        self,
+        x: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+        rope: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         x = admit(x, attn_mask, is_causal, self.num_tokens)
         read = resample_reading(self.read_patches, self.grid).flatten(1)

@@ -201,7 +201,11 @@ class PerformerAttention(AttentionMixer):
                 self.features = drawn.to(self.features)
 
     def forward(
-        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+        self,
+        x: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+        rope: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         q, k, v = self.project(admit(x, attn_mask, is_causal, self.num_tokens), 0, 3)
-        return self.merge(favor_attention(self.rotate(q), self.rotate(k), v, self.features), x)
+        return self.merge(favor_attention(self.rotate(q, rope), self.rotate(k, rope), v, self.features), x)

@@ -22,12 +22,16 @@ class SoftmaxAttention(AttentionMixer):
     uses_grid = False
 
     def forward(
-        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+        self,
+        x: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+        rope: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         q, k, v = self.project(admit(x, None, False, self.num_tokens), 0, 3)
         y = scaled_dot_product_attention(
-            self.rotate(q),
-            self.rotate(k),
+            self.rotate(q, rope),
+            self.rotate(k, rope),
             v,
             attn_mask=attn_mask,
             dropout_p=self.attn_drop.p if self.training else 0.0,

@@ -118,11 +118,6 @@ class VisionXformer(VisionTransformer):
             self._traits = {"first_conv": first}
         swap_attention(self, mixer, rope, **mine)
         self.record_options()
-        if kwargs.get("patch_drop_rate", 0) > 0 and any(m.uses_grid for m in self.mixers()):
-            raise ValueError(
-                f"patch_drop_rate={kwargs['patch_drop_rate']}: mixer={mixer!r} works on the whole patch grid, "
-                "so no patch can be dropped; allowed is 0"
-            )
 
     @torch.jit.ignore
     def mixers(self) -> list[TokenMixer]:

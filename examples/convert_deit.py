@@ -1,0 +1,180 @@
+"""What conversion keeps of DeiT-Tiny, and what it saves: top-1 on labelled photographs, operations, time and memory.
+
+    python examples/convert_deit.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors
+        --transferred nystrom=runs/nystrom/hub linformer=runs/linformer/hub --plan plan_deit_tiny_224.json
+
+The folder holds labels.csv (file, imagenet_class) and images/. Rows are appended to
+examples/results/convert_deit_tiny.csv as they come; what is there is not measured again.
+"""
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from tqdm import tqdm
+
+import timm_vix
+from timm_vix.flops import counter
+from timm_vix.results import write_whole
+
+SOURCE = "deit_tiny_patch16_224"
+WINDOWS = dict(window_size=2)
+UNTRAINED: dict[str, dict[str, Any]] = {
+    "nystrom, last 6": dict(mixer="nystrom", layers="last-6", num_landmarks=49),
+    "nystrom": dict(mixer="nystrom", num_landmarks=49),
+    "nystrom, 64 landmarks": dict(mixer="nystrom", num_landmarks=64),
+    "nystrom, 2x2 windows": dict(mixer="nystrom", num_landmarks=49, **WINDOWS),
+    "linformer": dict(mixer="linformer", num_proj_tokens=49),
+    "linformer, 2x2 windows": dict(mixer="linformer", num_proj_tokens=49, **WINDOWS),
+    "performer, 256 features": dict(mixer="performer", num_features=256),
+}
+
+
+def softmax(weights: str, img_size: int) -> nn.Module:
+    overlay = dict(file=weights, source=None)
+    return timm.create_model(SOURCE, pretrained=True, pretrained_cfg_overlay=overlay, img_size=img_size).eval()
+
+
+def read_images(folder: Path, count: int, transform: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``count`` photographs with their labels."""
+    with open(folder / "labels.csv") as file:
+        rows = list(csv.DictReader(file))[:count]
+    images = []
+    for row in tqdm(rows, "decode", leave=False, disable=None):
+        with Image.open(folder / "images" / row["file"]) as image:
+            images.append(transform(image.convert("RGB")))
+    return torch.stack(images), torch.tensor([int(row["imagenet_class"]) for row in rows])
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: torch.Tensor, title: str) -> torch.Tensor:
+    parts = tqdm(images.split(20), title, leave=False, disable=None)
+    return torch.cat([model(part).argmax(1) for part in parts])
+
+
+def gigaflops(model: nn.Module, image: torch.Tensor) -> float:
+    with torch.no_grad(), counter() as flops:
+        model(image)
+    return flops.get_total_flops() / 1e9
+
+
+def kept_mib(model: nn.Module, image: torch.Tensor) -> float:
+    """Memory of the tensors that one image's gradient needs besides the weights, each counted once."""
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = model(image)  # alive, so that no storage is given out twice
+    return sum(kept.values()) / 2**20 if y.requires_grad else 0.0
+
+
+@torch.inference_mode()
+def latency(model: nn.Module, baseline: nn.Module, image: torch.Tensor, rounds: int = 9) -> tuple[float, float]:
+    """Median time of one image in ms, and of the ratio baseline / model, timed in turn."""
+    times: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for place, timed in enumerate((model, baseline)):
+            start = time.perf_counter()
+            timed(image)
+            times[place].append(time.perf_counter() - start)
+    ratios = [theirs / mine for mine, theirs in zip(*(series[1:] for series in times))]
+    return 1e3 * statistics.median(times[0][1:]), statistics.median(ratios)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, type=Path)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--transferred", nargs="*", default=[], help="name=folder of timm-vix transfer")
+    parser.add_argument("--plan", type=Path, help="what timm-vix plan wrote")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "convert_deit_tiny.csv")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    size = given.img_size
+    baseline = softmax(given.weights, size)
+    config = resolve_data_config({}, model=baseline)
+    images, labels = read_images(given.images, given.count, create_transform(**config))
+
+    def converted(mixer: str = "nystrom", layers: Any = "all", **options: Any) -> nn.Module:
+        model = softmax(given.weights, size)
+        timm_vix.convert(model, mixer, layers, **options)
+        return model
+
+    def loaded(folder: str) -> nn.Module:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=size).eval()
+
+    jobs: list[tuple[str, str, Callable[[], nn.Module]]] = [("softmax", "none", lambda: baseline)]
+    jobs += [(name, "none", lambda o=options: converted(**o)) for name, options in UNTRAINED.items()]
+    jobs += [
+        (name, "transfer", lambda f=folder: loaded(f)) for name, folder in (t.split("=") for t in given.transferred)
+    ]
+    if given.plan:
+        layers = json.loads(given.plan.read_text())["layers"]
+        jobs.append((f"plan ({given.plan.stem})", "none", lambda: converted(layers=layers)))
+    rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
+    reference = predict(baseline, images, "softmax")
+    accuracy = 100 * float((reference == labels).float().mean())
+    if accuracy < 50:
+        print(f"error: {SOURCE} itself is right on {accuracy:.1f} % of {given.images}: other labels", file=sys.stderr)
+        return 2
+    for name, training, build in jobs:
+        if any((r["model"], r["training"], int(r["img_size"])) == (name, training, size) for r in rows):
+            continue
+        model = build()
+        predicted = predict(model, images, name)
+        top1 = 100 * float((predicted == labels).float().mean())
+        milliseconds, ratio = latency(model, baseline, images[:1])
+        rows.append(
+            dict(
+                model=name,
+                training=training,
+                img_size=size,
+                tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+                images=len(images),
+                top1=round(top1, 2),
+                relative=round(100 * top1 / accuracy, 1),
+                agreement=round(100 * float((predicted == reference).float().mean()), 1),
+                gflops=round(gigaflops(model, images[:1]), 3),
+                latency_ms=round(milliseconds, 1),
+                faster_than_softmax=round(ratio, 2),
+                gradient_memory_mib=round(kept_mib(model, images[:1]), 1),
+                threads=torch.get_num_threads(),
+                torch=torch.__version__,
+                timm=timm.__version__,
+            )
+        )
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_whole(given.out, text.getvalue().encode())
+        print(
+            {key: rows[-1][key] for key in ("model", "training", "img_size", "top1", "relative", "gflops")}, flush=True
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Cost of softmax and of every mixer from 224 to 2,048 px (197 to 16,385 tokens): ``timm-vix cost`` in many parts.
+
+    python examples/cost_over_resolution.py                         # all: many hours on two CPU cores, mostly softmax
+    python examples/cost_over_resolution.py --sizes tiny --img-size 224 512 1024 --dtype float32          # 20 minutes
+    python examples/cost_over_resolution.py --device cuda --compile off on --out cost_cuda.csv
+
+Rows are appended to examples/results/cost_cpu.csv one by one; stopped at any time, the same command continues.
+"""
+
+import argparse
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+MIXERS = ("nystrom", "linformer", "performer", "fnet", "mixer")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"])
+    parser.add_argument("--mixers", nargs="+", default=MIXERS)
+    parser.add_argument("--img-size", type=int, nargs="+", default=[224, 384, 512, 1024, 2048])
+    parser.add_argument("--mode", nargs="+", default=["infer", "train"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compile", nargs="+", default=["off"])
+    parser.add_argument("--batch-size", nargs="+", default=["1"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", default="2")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "cost_cpu.csv"))
+    given = parser.parse_args()
+    parts = itertools.product(given.dtype, given.compile, given.sizes, given.img_size, given.mode)
+    for dtype, compiled, size, img_size, mode in parts:
+        print(f"== {size}, {img_size} px, {mode}, {dtype}, compile {compiled}", flush=True)
+        command = [sys.executable, "-m", "timm_vix", "cost", *(f"vix_{mixer}_{size}" for mixer in given.mixers)]
+        command += ["--img-size", str(img_size), "--mode", mode, "--dtype", dtype, "--compile", compiled]
+        command += ["--batch-size", *given.batch_size, "--device", given.device, "--threads", given.threads]
+        # on a CPU one step of softmax takes a minute at 2,048 px
+        command += ["--rounds", "1", "--seconds", "0"] if given.device == "cpu" and img_size > 1024 else []
+        code = subprocess.run([*command, "--out", given.out], check=False).returncode
+        if code == 130:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

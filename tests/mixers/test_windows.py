@@ -1,0 +1,80 @@
+"""Exact attention inside a window beside pooled tokens, against loops and against softmax."""
+
+import math
+
+import pytest
+import torch
+from conftest import distance, small
+from torch.nn.functional import adaptive_avg_pool2d
+
+from timm_vix.mixers._windows import from_windows, landmarks_and_windows, window_biases, windows
+
+
+@pytest.mark.parametrize("grid, w", [((6, 4), 2), ((7, 5), 3), ((2, 3), 4), ((5, 1), 2)])
+def test_windows_hold_neighbours_and_give_them_back(grid, w):
+    H, W = grid
+    x = torch.arange(H * W).float().reshape(1, 1, H * W, 1) + 1
+    cut = windows(x, grid, w)
+    across = -(-W // w)
+    for row in range(H):
+        for column in range(W):
+            window, inside = (row // w) * across + column // w, (row % w) * w + column % w
+            assert cut[0, 0, window, inside, 0] == row * W + column + 1
+    assert cut.sum() == x.sum()
+    assert torch.equal(from_windows(cut, grid, w), x)
+
+
+def naive(q, k, v, keys, values, grid, cells, P, w):
+    """Query by query: prefix tokens, what of each cell lies outside the window, each token inside it."""
+    H, W = grid
+    share = adaptive_avg_pool2d(torch.eye(H * W, dtype=q.dtype).reshape(H * W, H, W), cells).flatten(1).T  # (cells, HW)
+    y = torch.empty_like(q)
+    for i in range(H * W):
+        row, column = divmod(i, W)
+        window = [r * W + c for r in range(H) for c in range(W) if r // w == row // w and c // w == column // w]
+        scale = q.shape[-1] ** -0.5
+        logits = [(keys[:, :, j] * q[:, :, i]).sum(-1) * scale for j in range(P)]
+        sources = [values[:, :, j] for j in range(P)]
+        for j in range(len(share)):
+            left = float(1 - share[j, window].sum()) * H * W / len(share)
+            if left > 1e-6:
+                logits.append((keys[:, :, P + j] * q[:, :, i]).sum(-1) * scale + math.log(left))
+                sources.append(values[:, :, P + j])
+        for j in window:
+            logits.append((k[:, :, j] * q[:, :, i]).sum(-1) * scale)
+            sources.append(v[:, :, j])
+        weights = torch.stack(logits, dim=-1).softmax(-1)
+        y[:, :, i] = (weights.unsqueeze(-1) * torch.stack(sources, dim=2)).sum(2)
+    return y
+
+
+@pytest.mark.parametrize("P", [0, 1, 5])
+@pytest.mark.parametrize(
+    "grid, cells, w", [((6, 4), (3, 2), 2), ((7, 5), (3, 2), 3), ((7, 5), (7, 5), 2), ((5, 8), (2, 4), 1)]
+)
+def test_against_a_loop(grid, cells, w, P):
+    n, m = grid[0] * grid[1], P + cells[0] * cells[1]
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    keys, values = (torch.randn(2, 3, m, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y = landmarks_and_windows(q, k, v, keys, values, window_biases(q, P, grid, cells, w), grid, w)
+    expected = naive(q, k, v, keys, values, grid, cells, P, w)
+    assert distance(y, expected) < 1e-6
+    tensors = (q, k, v, keys, values)
+    ours, theirs = (torch.autograd.grad(t.sin().sum(), tensors) for t in (y, expected))
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert distance(mine, reference) < 1e-6
+
+
+@pytest.mark.parametrize("layout", [{"class_token": False, "global_pool": "avg"}, {"reg_tokens": 4}], ids=len)
+@pytest.mark.parametrize("rope", [None, "axial"])
+@pytest.mark.parametrize("mixer", ["linformer", "nystrom"])
+def test_a_window_over_the_whole_grid_is_softmax_for_the_patches(mixer, rope, layout):
+    model = small(mixer, rope, window_size=7, **layout).double()
+    softmax = small("softmax", rope, **layout).double()
+    softmax.load_state_dict({k: v for k, v in model.state_dict().items() if k in softmax.state_dict()})
+    if rope is None:
+        softmax.blocks[0].attn.fused_attn = False
+    x = torch.randn(2, 35 + model.num_prefix_tokens, 32, dtype=torch.float64)
+    ours, theirs = model.blocks[0].attn(x), softmax.blocks[0].attn(x)
+    P = model.num_prefix_tokens
+    assert distance(ours[:, P:], theirs[:, P:]) < 1e-6

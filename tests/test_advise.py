@@ -1,0 +1,70 @@
+"""The advice: sizes of the ladder, the words that rows give, and one real measurement."""
+
+import sys
+
+import pytest
+
+from timm_vix import advise, cli
+from timm_vix.mixers import MIXERS
+
+
+def row(mixer: str, side: int, ms: float, memory: float, speedup: float) -> dict:
+    name = "vit_tiny_patch16_224" if mixer == "softmax" else f"vix_{mixer}_tiny"
+    spread = dict(speedup=speedup, speedup_low=speedup / 1.1, speedup_high=speedup * 1.1)
+    return dict(model=f"{name} depth=2", img_size=side, tokens=(side // 16) ** 2 + 1, latency_p50_ms=ms, error=None,
+                peak_memory_mib=memory, difference="none" if 0.91 < speedup < 1.1 else "faster", **spread)  # fmt: skip
+
+
+def test_the_ladder_ends_at_the_size_that_was_asked_for() -> None:
+    assert advise.ladder(1024, 16) == [160, 256, 400, 640, 1024]
+    assert advise.ladder(224, 16) == [160, 176, 192, 208, 224]
+    assert advise.ladder(32, 16) == [32]
+    with pytest.raises(ValueError, match="img_size=1000 is no multiple of patch_size=16"):
+        advise.ladder(1000, 16)
+
+
+def test_every_mixer_is_measured_in_the_same_trunk() -> None:
+    jobs = advise.plan([224], "depth=2 patch_size=16", dict(device="cpu"))
+    assert {job["model"].split()[0] for job in jobs[1:]} == {f"vix_{m}_tiny" for m in MIXERS if m != "softmax"}
+    assert {job["baseline"] for job in jobs} == {jobs[0]["model"]} == {"vit_tiny_patch16_224 depth=2 patch_size=16"}
+
+
+def test_the_advice_names_the_fastest_the_smallest_and_the_crossovers() -> None:
+    rows = [row("softmax", 160, 10, 20, 1), row("nystrom", 160, 12, 25, 0.5), row("fnet", 160, 5, 30, 2)]
+    rows += [row("softmax", 640, 100, 60, 1), row("nystrom", 640, 50, 40, 2), row("fnet", 640, 20, 50, 5)]
+    rows += [dict(row("linformer", 640, 1, 1, 1), error="out of memory")]
+    text = advise.advice(rows)
+    lines = {line.split()[0]: line for line in text.splitlines() if line}
+    # between 101 tokens (0.5) and 1,601 (2) the two cross in the middle of the logarithms, at 402
+    assert "from 402 tokens (333 to 486)" in lines["nystrom"]
+    assert "at all sizes (from 101 tokens)" in lines["fnet"]
+    assert "At 640 px, 1,601 tokens: fastest is fnet, smallest nystrom." in text
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["fnet", "nystrom", "softmax"]
+
+
+def test_it_measures_here(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(advise, "MIXERS", ["softmax", "fnet"])
+    arguments = ["--img-size", "32", "--depth", "1", "--rounds", "3", "--seconds", "0", "--threads", "1"]
+    monkeypatch.setattr(
+        sys, "argv", ["timm-vix", "advise", *arguments, "--device", "cpu", "--out", str(tmp_path / "a.csv")]
+    )
+    cli.main()
+    out = capsys.readouterr().out
+    assert "At 32 px, 5 tokens: fastest is " in out
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--img-size", "100"], "error: img_size=100 is no multiple of patch_size=16"),
+        (["--img-size", "64", "--device", "cuda:7"], "error: device='cuda:7' is not on this machine"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, words, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "advise", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(words)

@@ -1,0 +1,199 @@
+"""The comparison: its runs are those of fine-tuning, a failing one is a row, a killed one continues."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+from timm_vix import cli, compare
+from timm_vix.finetune import finetune
+from timm_vix.folders import as_folder
+from timm_vix.images import find_images
+from timm_vix.records import read_records
+
+ROOT = Path(__file__).parents[1]
+load_digits = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits
+
+MODEL = "vit_tiny_patch16_224 patch_size=8 embed_dim=32 depth=1 num_heads=2"
+OTHER = "vix_nystrom_cifar patch_size=8 embed_dim=32 depth=1 num_heads=2 num_landmarks=4"
+RECIPE = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--lr", "1e-3", "--amp", "off", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """Three digits, 20 PNG files each."""
+    folder = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for label in range(3):
+        (folder / f"digit{label}").mkdir()
+        for i, image in enumerate(data.images[data.target == label][:20]):
+            pixels = Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32))
+            pixels.save(folder / f"digit{label}" / f"{i}.png")
+    return folder
+
+
+def command(digits: Path, folder: Path, *models: str) -> list[str]:
+    start = ["compare", *models, "--data-dir", str(digits), "--device", "cpu", *RECIPE]
+    return [*start, "--runs", str(folder / "runs"), "--out", str(folder / "compare.csv")]
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+
+
+def call(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["timm-vix", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_runs_are_those_of_finetune_and_a_failing_one_is_a_row(digits, tmp_path, monkeypatch, capfd) -> None:
+    broken = f"{MODEL} num_landmarks=3"  # timm's class takes no such keyword
+    arguments = command(digits, tmp_path, broken, MODEL, "--seeds", "0", "1")
+    assert call(monkeypatch, *arguments) == 0
+    records, _ = read_records(tmp_path / "compare.csv", compare.COLUMNS, exact=True)
+    assert [(r["model"], r["seed"], r["error"] is None) for r in records] == [
+        *((broken, 0, False), (MODEL, 0, True), (broken, 1, False), (MODEL, 1, True))
+    ]
+    assert "num_landmarks" in records[0]["error"]
+    good = records[1]
+    name, *keywords = MODEL.split()
+    settings = dict(keyword.split("=") for keyword in keywords)
+    _, history = finetune(
+        name,
+        {key: int(value) for key, value in settings.items()},
+        data_dir=str(digits),
+        img_size=32,
+        batch_size=4,
+        epochs=2,
+        lr=1e-3,
+        amp="off",
+        threads=1,
+        device="cpu",
+        out=str(tmp_path / "direct"),
+    )
+    assert good["top1"] == pytest.approx(history[-1]["top1"], rel=1e-4)
+    assert good["train_s_per_epoch"] + good["infer_s_per_epoch"] > 0
+    backbone = timm.create_model(name, img_size=32, **{key: int(value) for key, value in settings.items()})
+    assert good["params_m"] == pytest.approx(sum(p.numel() for p in backbone.parameters()) / 1e6, rel=1e-4)
+    assert good["gflops"] > 0 and good["latency_p50_ms"] > 0 and good["step_p50_ms"] > good["latency_p50_ms"]
+    # measured once for a model, whatever the seed
+    assert [records[3][key] for key in compare.COSTS] == [good[key] for key in compare.COSTS]
+    assert "2" in next(
+        line for line in capfd.readouterr().out.splitlines() if line.startswith(MODEL) and "scratch" in line
+    )
+    before = (tmp_path / "compare.csv").read_bytes()
+    assert call(monkeypatch, *arguments) == 0
+    assert (tmp_path / "compare.csv").read_bytes() == before, "nothing is trained twice"
+
+
+def test_a_stopped_comparison_continues(digits, tmp_path) -> None:
+    # enough epochs that it is still training when it is stopped
+    arguments = command(digits, tmp_path, OTHER)
+    arguments[arguments.index("--epochs") + 1] = "60"
+    line = [sys.executable, "-m", "timm_vix", *arguments]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(line, env=environment(), **pipes) as process:
+        for text in process.stdout:
+            if "epoch 2/60" in text:
+                break
+        process.send_signal(signal.SIGINT)  # as Ctrl-C; the run in the other process saves its step
+        rest = process.stdout.read()
+    assert process.returncode == 130, rest
+    assert "the same command continues" in rest
+    assert not (tmp_path / "compare.csv").exists()
+    (saved,) = (tmp_path / "runs").glob("*/history.csv")
+    epochs = len(saved.read_text().splitlines()) - 1
+    assert 2 <= epochs < 60
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = int(re.search(r"epoch (\d+)/60:", done.stdout)[1])
+    assert first == epochs + 1, "epochs that were finished are not repeated"
+    (record,), _ = read_records(tmp_path / "compare.csv", compare.COLUMNS)
+    assert record["epochs"] == 60 and record["error"] is None
+
+
+def test_a_killed_comparison_leaves_no_run_behind(digits, tmp_path) -> None:
+    arguments = command(digits, tmp_path, OTHER)
+    arguments[arguments.index("--epochs") + 1] = "500"
+    line = [sys.executable, "-m", "timm_vix", *arguments]
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        for text in process.stdout:
+            if "epoch 1/500" in text:
+                break
+        process.kill()
+    end = time.time() + 20
+    while any(str(tmp_path) in read(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
+        assert time.time() < end, "the run outlived the comparison"
+        time.sleep(0.1)
+
+
+def test_a_data_set_of_timms_factory_becomes_a_folder_once(digits, tmp_path) -> None:
+    for split, numbers in (("train", range(12)), ("val", range(12, 20))):
+        for name in ("digit0", "digit1"):
+            (tmp_path / "own" / split / name).mkdir(parents=True)
+            for i in numbers:
+                (tmp_path / "own" / split / name / f"{i}.png").symlink_to(digits / name / f"{i}.png")
+    folder = Path(as_folder("torch/image_folder", str(tmp_path / "own"), tmp_path / "cache"))
+    train, val, classes = find_images(str(folder))
+    assert (len(train), len(val), classes) == (24, 16, ["digit0", "digit1"])
+    first = sorted((tmp_path / "own" / "train" / "digit1").iterdir())[0]
+    with Image.open(next(path for path, label in train if label == 1)) as mine, Image.open(first) as theirs:
+        assert np.array_equal(np.asarray(mine), np.asarray(theirs.convert("RGB")))
+    # stopped in between: what is there stays, what is missing is written
+    victim = train[3][0]
+    victim.unlink()
+    (folder / "train" / "complete").unlink()
+    kept = train[4][0].stat().st_mtime_ns
+    assert as_folder("torch/image_folder", str(tmp_path / "own"), tmp_path / "cache") == str(folder)
+    assert victim.exists() and train[4][0].stat().st_mtime_ns == kept
+    assert as_folder(str(digits), None, tmp_path) == str(digits)
+    with pytest.raises(ValueError, match="'torch/cifar10' cannot be read by timm's dataset factory"):
+        as_folder("torch/cifar10", str(tmp_path / "absent"), tmp_path / "cache")
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["vix_nistrom_tiny"], "near names: vix_nystrom_tiny"),
+        ([], "no model given"),
+        ([MODEL, "--device", "cuda:9"], "device='cuda:9' is not on this machine"),
+        ([MODEL, "--data-dir", "empty"], "holds no images"),
+        ([MODEL, "--data-dir", "single"], "one class only, 'digit0'"),
+        ([MODEL, "--data-dir", "absent"], "does not exist"),
+        ([MODEL, "--checkpoint", "x.pth", "--pretrained"], "both given"),
+        ([MODEL, "--out", "other.csv"], "another version"),
+    ],
+)
+def test_wrong_input_is_one_line_before_anything_is_trained(
+    change, words, digits, tmp_path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.csv").write_text("model,top1\n")
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "digit0").symlink_to(digits / "digit0")
+    monkeypatch.chdir(tmp_path)
+    models = [change[0]] if change and change[0][0] != "-" else []
+    arguments = [*command(digits, tmp_path, *models), *change[len(models) :]]
+    assert call(monkeypatch, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,454 @@
+"""Conversion of timm's own models: exact where it must be, refused with a reason where it can't be, and saved whole."""
+
+import copy
+import json
+import pickle
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+from conftest import distance
+from timm.layers import Attention
+from timm.models import save_for_hf
+
+import timm_vix
+from timm_vix.convert import attention_slots
+from timm_vix.mixers import MIXERS
+from timm_vix.mixers._slot import AttentionMixer
+
+# 16 landmarks on a 4x4 grid and no ridge: Nyström attention is then softmax attention
+EXACT = dict(num_landmarks=16, ridge=0.0, pinv_iterations=60)
+
+
+def vit(name="vit_tiny_patch16_224", **kwargs):
+    small = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    return timm.create_model(name, **{**small, **kwargs}).eval()
+
+
+def eva(**kwargs):
+    small = dict(img_size=56, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+    return timm.create_model("eva02_tiny_patch14_224", **{**small, **kwargs}).eval()
+
+
+def images(model, batch=2):
+    return torch.randn(batch, 3, *model.patch_embed.img_size)
+
+
+def converted(model):
+    return [i for i, block in enumerate(model.blocks) if not isinstance(block.attn, Attention)]
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [
+        ("all", [0, 1, 2, 3]),
+        ("first-1", [0]),
+        ("last-3", [1, 2, 3]),
+        ("every-2", [1, 3]),
+        ("every-3", [2]),
+        ([2, 0], [0, 2]),
+        ((3,), [3]),
+        ({1: "fnet", "3": {"mixer": "linformer"}}, [1, 3]),
+        ({0: "softmax", 2: "performer"}, [2]),
+    ],
+)
+def test_layers(layers, expected):
+    model = vit()
+    report = timm_vix.convert(model, "nystrom", layers)
+    assert converted(model) == expected
+    assert [row.layer for row in report.rows if row.changed] == expected
+    assert len(report.rows) == 4
+    assert len(report.table().splitlines()) == 5
+
+
+def test_a_mapping_mixes_mechanisms_and_keywords():
+    model = vit()
+    layers = {0: "linformer", 1: {"mixer": "nystrom", "num_landmarks": 4}, 2: "nystrom", 3: {"mixer": "performer"}}
+    report = timm_vix.convert(model, layers=layers, num_landmarks=9, num_features=24)
+    assert [type(block.attn) for block in model.blocks] == [
+        MIXERS[name] for name in ("linformer", "nystrom", "nystrom", "performer")
+    ]
+    assert [row.options.get("num_landmarks") for row in report.rows] == [None, 4, 9, None]
+    assert model.blocks[3].attn.num_features == 24
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(layers="last-0"), ["last-0", "1 to 4"]),
+        (dict(layers="first-5"), ["first-5", "1 to 4"]),
+        (dict(layers="some"), ["'some'", "every-n"]),
+        (dict(layers=[4]), ["4 is no layer", "0 to 3"]),
+        (dict(layers=[-1]), ["-1 is no layer"]),
+        (dict(layers=[True]), ["True is no layer"]),
+        (dict(layers=[]), ["names no layer"]),
+        (dict(layers={}), ["names no layer"]),
+        (dict(layers=3), ["layers=3"]),
+        (dict(layers={0: "windows"}), ["'windows'", "nystrom"]),
+        (dict(layers={0: {"mixer": "fnet", "num_landmarks": 3}}), ["fnet", "num_landmarks"]),
+        (dict(layers={0: 7}), ["layer 0", "7"]),
+        (dict(layers={0: "fnet", "0": "fnet"}), ["layer 0"]),
+        (dict(mixer="windows"), ["'windows'", "nystrom"]),
+        (dict(num_features=8), ["nystrom", "num_features"]),
+        (dict(num_landmarks=17), ["blocks.0.attn", "num_landmarks=17", "16"]),
+        (
+            dict(layers={0: "nystrom", 3: {"mixer": "performer", "num_features": 0}}),
+            ["blocks.3.attn", "num_features=0"],
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_change_nothing(arguments, words):
+    model = vit()
+    before, x = copy.deepcopy(model), images(model)
+    with pytest.raises(ValueError) as error:
+        timm_vix.convert(model, **arguments)
+    assert all(word in str(error.value) for word in words), error.value
+    assert converted(model) == [] and torch.equal(model(x), before(x))
+    assert model._model_args == before._model_args and not model.patch_embed._forward_hooks
+
+
+@pytest.mark.parametrize("host", [vit, eva])
+def test_softmax_is_the_identity(host):
+    model = host()
+    x = images(model)
+    y, keys = model(x), list(model.state_dict())
+    timm_vix.convert(model, "softmax")
+    assert torch.equal(model(x), y) and list(model.state_dict()) == keys
+    assert not model.patch_embed._forward_hooks and "source" not in model._model_args
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_there_and_back(mixer):
+    model = vit()
+    x, weights, args, cfg = images(model), dict(model.named_parameters()), model._model_args, model.pretrained_cfg
+    y = model(x)
+    few = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}}
+    timm_vix.convert(model, mixer, **few.get(mixer, {}))
+    if issubclass(MIXERS[mixer], AttentionMixer):
+        assert all(dict(model.named_parameters())[name] is p for name, p in weights.items()), "weights are shared"
+    if mixer == "softmax":
+        with pytest.raises(ValueError, match="nothing to revert"):
+            timm_vix.revert(model)
+        return
+    assert distance(model(x), y) > 1e-6
+    timm_vix.revert(model)
+    assert torch.equal(model(x), y)
+    assert dict(model.named_parameters()).keys() == weights.keys()
+    assert all(parameter is weights[name] for name, parameter in model.named_parameters())
+    assert (model._model_args, model.pretrained_cfg) == (args, cfg)
+    with pytest.raises(ValueError, match="nothing to revert"):
+        timm_vix.revert(model)
+
+
+@pytest.mark.parametrize("host", [vit, eva])
+def test_back_after_training_moving_and_copying(host):
+    model = host()
+    timm_vix.convert(model, "nystrom", "last-2", num_landmarks=4)
+    model.train()(images(model)).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model))).double().eval()
+    fresh = host().double()
+    fresh.load_state_dict(model.state_dict())
+    x = images(model).double()
+    timm_vix.revert(model)
+    assert torch.equal(model(x), fresh(x))
+
+
+def test_converting_again_starts_from_the_attention():
+    model, direct = vit(), vit()
+    direct.load_state_dict(model.state_dict())
+    timm_vix.convert(model, "performer")
+    timm_vix.convert(model, "nystrom", "first-2", num_landmarks=4)
+    report = timm_vix.convert(model, "softmax", [3])
+    timm_vix.convert(direct, layers={0: "nystrom", 1: "nystrom", 2: "performer"}, num_landmarks=4)
+    x = images(model)
+    assert torch.equal(model(x), direct(x))
+    assert [row.changed for row in report.rows] == [False, False, False, True]
+    assert model._model_args["layers"] == direct._model_args["layers"]
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"qkv_fused": False}, {"num_reg_tokens": 2}, {"qk_norm": True}, {"qkv_bias": False}]
+)
+@pytest.mark.parametrize(
+    "kind", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"]
+)
+def test_rotary_positions_of_the_host_reach_the_mixer(kind, kwargs):
+    patch = 14 if "14" in kind else 16
+    size = (4 * patch, 3 * patch)
+    model = timm.create_model(kind, img_size=size, embed_dim=64, depth=2, num_heads=2, num_classes=5, **kwargs)
+    model = model.double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    y = model(x)
+    timm_vix.convert(model, "nystrom", **{**EXACT, "num_landmarks": 12})
+    assert distance(model(x), y) < 1e-4
+    timm_vix.convert(model, "linformer", num_proj_tokens=12)
+    assert distance(model(x), y) < 1e-8
+    # a table for other positions changes the function
+    attn, rope = model.blocks[0].attn, torch.randn(12, 64, dtype=torch.float64)
+    tokens = torch.randn(1, 12 + model.num_prefix_tokens, 64, dtype=torch.float64)
+    assert distance(attn(tokens, rope=rope), attn(tokens)) > 1e-3
+
+
+def test_pooled_rotary_positions_turn_by_the_centre_of_a_cell():
+    from timm.layers import RotaryEmbeddingCat
+
+    from timm_vix.mixers._resample import table_of_cells
+
+    def table(shape, offset):
+        rope = RotaryEmbeddingCat(16, in_pixels=False, feat_shape=shape, grid_offset=offset, temperature=100.0)
+        return rope.get_embed()
+
+    # cells of 2x2 patches on a 6x4 grid have their centres at 0.5, 2.5, 4.5
+    from timm.layers import freq_bands
+
+    bands = freq_bands(4, 100.0, 1)
+    rows, columns = torch.tensor([0.5, 2.5, 4.5]), torch.tensor([0.5, 2.5])
+    places = torch.cartesian_prod(rows, columns)
+    angles = torch.cat([places[:, :1] * bands, places[:, 1:] * bands], 1).repeat_interleave(2, 1)
+    expected = torch.cat([angles.sin(), angles.cos()], 1)
+    assert distance(table_of_cells(table((6, 4), 0), 0, (6, 4), (3, 2)), expected) < 1e-4
+    with_prefix = table_of_cells(table((6, 4), 0), 2, (6, 4), (3, 2))
+    assert with_prefix.shape == (8, 32) and torch.equal(with_prefix[:2, :16], torch.zeros(2, 16))
+
+
+def test_mechanisms_without_queries_refuse_rotary_hosts():
+    for mixer in ("fnet", "mixer"):
+        with pytest.raises(ValueError, match="rotary positions of Eva"):
+            timm_vix.convert(eva(), mixer)
+
+
+@pytest.mark.parametrize("host, patch", [(vit, 8), (eva, 14)])
+@pytest.mark.parametrize("mixer", ["nystrom", "linformer"])
+def test_other_resolutions(host, patch, mixer):
+    fixed, dynamic = host(), host(dynamic_img_size=True)
+    timm_vix.convert(fixed, mixer)
+    timm_vix.convert(dynamic, mixer)
+    dynamic.load_state_dict(fixed.state_dict())
+    size = (3 * patch, 6 * patch)
+    x = torch.randn(2, 3, *size)
+    y = dynamic(x)
+    fixed.set_input_size(size)
+    # a table of rotary positions that is made anew differs in rounding
+    assert distance(fixed(x), y) < 1e-5
+
+
+def registry():
+    modules = [
+        "vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit", "vision_transformer_sam",
+        "vision_transformer_relpos", "naflexvit", "cait", "xcit", "hiera", "volo", "deepseek_vit", "vitamin", "levit",
+        "crossvit", "pit", "twins", "convit", "tnt", "swin_transformer", "coat", "visformer", "nest", "tiny_vit",
+    ]  # fmt: skip
+    for module in modules:
+        names = timm.list_models(module=module)
+        for start in range(0, len(names), 40):
+            yield pytest.param(names[start : start + 40], id=f"{module}-{start}")
+
+
+REFUSALS = (
+    "relative position bias|subtracts one softmax|joint projections|grouped queries|works in windows|"
+    "none of timm's Attention|not prefix tokens and one patch grid|has no attention"
+)
+
+
+@pytest.mark.parametrize("names", list(registry()))
+def test_every_vit_of_the_registry_is_converted_rightly_or_refused_with_a_reason(names):
+    for name in names:
+        patch = int((re.findall(r"patch(\d+)", name) or [16])[0])
+        small = dict(img_size=4 * patch, embed_dim=128, depth=1, num_heads=2, num_classes=3)
+        try:
+            model = timm.create_model(name, **small)
+        except Exception:  # other classes take other keywords: at full size, without memory
+            with torch.device("meta"):
+                try:
+                    model = timm.create_model(name)
+                except (RuntimeError, NotImplementedError):
+                    continue  # some of timm's models can't be built without values
+        # the layer scale starts too small to show a wrong attention
+        for parameter in model.parameters():
+            if not parameter.is_meta:
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
+        meta = next(model.parameters()).is_meta
+        original = copy.deepcopy(model) if not meta else model
+        try:
+            patches = getattr(getattr(model, "patch_embed", None), "num_patches", 16)
+            timm_vix.convert(model, "nystrom", **({} if meta else {**EXACT, "num_landmarks": patches}))
+            refusal = None
+        except ValueError as error:
+            refusal = str(error)
+        if refusal is not None:
+            assert re.search(REFUSALS, refusal), (name, refusal)
+            assert type(model).__name__ in refusal or "blocks." in refusal, (name, refusal)
+        elif not meta:
+            x = torch.randn(1, 3, *model.patch_embed.img_size, dtype=torch.float64)
+            y, expected = model.double().eval()(x), original.double().eval()(x)
+            assert y.isfinite().all() and distance(y, expected) < 1e-2, name
+
+
+def test_unconvertible_models_name_module_and_reason():
+    for name, words in {
+        "beit_base_patch16_224": ["Beit", "blocks.0.attn", "relative position bias"],
+        "samvit_base_patch16": ["VisionTransformerSAM", "relative position"],
+        "vit_dlittle_patch16_reg1_gap_256": ["blocks.0.attn", "DiffAttention", "subtracts"],
+        "vit_base_patch16_xp_224": ["blocks.0", "ParallelScalingBlock", "joint projections"],
+        "resnet18": ["ResNet", "no attention"],
+        "vix_nystrom_tiny": ["blocks.0.attn", "NystromAttention", "mixer="],
+    }.items():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        with pytest.raises(ValueError) as error:
+            timm_vix.convert(model)
+        assert all(word in str(error.value) for word in words), error.value
+
+
+def test_dropped_patches_are_refused():
+    with pytest.raises(ValueError, match=r"patch_drop_rate=0.5.*nystrom"):
+        timm_vix.convert(vit(patch_drop_rate=0.5), "nystrom")
+
+
+def test_parallel_blocks_and_features():
+    model = vit("vit_small_patch16_18x2_224", depth=2)
+    timm_vix.convert(model, "nystrom", "last-1", num_landmarks=4)
+    slots = attention_slots(model)
+    assert [len(block) for block in slots] == [2, 2]
+    assert [type(getattr(s.parent, s.name)).__name__ for block in slots for s in block] == ["Attention"] * 2 + [
+        "NystromAttention"
+    ] * 2
+    wrapped = timm.create_model("vix_from_timm", features_only=True, img_size=64)
+    assert all(tensor.isfinite().all() for tensor in wrapped(torch.randn(1, 3, 64, 64)))
+
+
+# --- by name, and from a folder
+
+
+def test_by_name_it_is_the_same_model(deit):
+    overlay = dict(file=str(deit))
+    source = dict(img_size=64, pretrained=True, pretrained_cfg_overlay=overlay)
+    named = timm.create_model(
+        "vix_from_timm", source="deit_tiny_patch16_224", mixer="nystrom", layers="last-6", num_landmarks=9, **source
+    ).eval()
+    model = timm.create_model("deit_tiny_patch16_224", **source).eval()
+    timm_vix.convert(model, "nystrom", "last-6", num_landmarks=9)
+    x = images(model)
+    assert torch.equal(named(x), model(x))
+    assert named.pretrained_cfg["architecture"] == model.pretrained_cfg["architecture"] == "vix_from_timm"
+
+
+@pytest.mark.parametrize("safe", [True, False, "both"])
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "softmax"])
+@pytest.mark.parametrize("host", [vit, eva])
+def test_saved_and_loaded_it_is_the_same_function(host, mixer, safe, tmp_path):
+    if host is eva and not issubclass(MIXERS[mixer], AttentionMixer):
+        return
+    model = host()
+    timm_vix.convert(
+        model, layers={0: mixer, 2: {"mixer": mixer}}, **({"feature_seed": 7} if mixer == "performer" else {})
+    )
+    for tensor in model.state_dict().values():
+        tensor.add_(0.05 * torch.randn_like(tensor))
+    save_for_hf(model, tmp_path / "hub", safe_serialization=safe)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(loaded(x), model(x))
+    other = timm.create_model(
+        f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=3, img_size=(56, 70) if host is eva else (32, 40)
+    )
+    assert other(images(other)).isfinite().all()
+    if issubclass(MIXERS[mixer], AttentionMixer):
+        timm_vix.revert(loaded)
+        timm_vix.revert(model)
+        assert torch.equal(loaded(x), model(x))
+    else:
+        with pytest.raises(ValueError, match="without the attention"):
+            timm_vix.revert(loaded)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code of a downloaded file ran')",))
+
+
+def no_weights(folder):
+    pass
+
+
+def pickled(folder):
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
+
+
+def zipped_pickle(folder):
+    torch.save({"blocks.0": Hostile()}, folder / "pytorch_model.bin")
+
+
+def renamed_pickle(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Hostile()))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    model = vit()
+    timm_vix.convert(model, "nystrom", "last-2", num_landmarks=4)
+    save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(mixer="evil"), ["'evil'", "nystrom"]),
+        (dict(layers={"0": {"mixer": "evil"}}), ["'evil'", "nystrom"]),
+        (dict(layers={"99": {"mixer": "nystrom"}}), ["'99' is no layer"]),
+        (dict(layers="first-99"), ["first-99"]),
+        (dict(layers={"0": {"mixer": "nystrom", "num_landmarks": 10**9}}), ["1000000000"]),
+        (dict(layers={"0": {"mixer": "performer", "num_features": 60_000}}), ["don't fit"]),
+        (dict(source="../../etc/passwd"), ["../../etc/passwd", "no model of timm"]),
+        (dict(source="hf-hub:somebody/else"), ["no model of timm"]),
+        (dict(source="vix_from_timm"), ["no model of timm"]),
+        (dict(source=["deit_tiny_patch16_224"]), ["no model of timm"]),
+        (dict(embed_dim=64), ["don't fit"]),
+        (dict(depth=5), ["don't fit"]),
+        (dict(depth=10**6), ["depth=1000000", "1000"]),
+        (dict(embed_dim=10**9), ["embed_dim"]),
+        (dict(embed_dim=65_536, num_heads=64), ["far more than the weights"]),
+        (dict(img_size=[60_000, 60_000]), ["far more than the weights"]),
+        (dict(depth="four"), ["don't build"]),
+        (dict(unknown=3), ["unknown"]),
+        (dict(checkpoint_path="/etc/passwd"), ["checkpoint_path"]),
+    ],
+    ids=str,
+)
+def test_a_hostile_configuration_is_refused(saved, changes, words, tmp_path):
+    config = json.loads((saved / "config.json").read_text())
+    config["model_args"].update(changes)
+    shutil.copy(saved / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert all(re.search(word, str(error.value)) for word in words), error.value
+
+
+@pytest.mark.parametrize("write", [no_weights, pickled, zipped_pickle, renamed_pickle], ids=lambda f: f.__name__)
+def test_only_tensors_are_read(saved, write, tmp_path):
+    shutil.copy(saved / "config.json", tmp_path)
+    write(tmp_path)
+    with pytest.raises(ValueError, match="readable weights"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_a_truncated_file_is_refused(saved, tmp_path):
+    shutil.copy(saved / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="readable weights"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_an_unknown_source_names_near_ones():
+    with pytest.raises(ValueError, match="near names: deit_tiny_patch16_224"):
+        timm.create_model("vix_from_timm", source="deit_tiny_patch16_24")

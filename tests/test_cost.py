@@ -1,0 +1,318 @@
+"""The cost table: operations by formula, memory of a known size, rows that survive a kill, failures that are rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from timm_vix import cli
+from timm_vix.cost import COLUMNS, baseline_of, plan, sweep
+from timm_vix.flops import counter
+from timm_vix.measure import compare_times, run, take_turns
+from timm_vix.mixers._slot import cell_grid
+from timm_vix.records import append_record, read_records
+
+ROOT = Path(__file__).parents[1]
+SMALL = "depth=1 embed_dim=32 num_heads=2 patch_size=8"
+SETTINGS = dict(img_size=[32], dtype=["float32"], compile=["off"], mode=["infer"], batch_size=[2])
+QUICK = dict(device="cpu", threads=1, rounds=3, seconds=0.0)
+
+
+# --- floating-point operations, from the shapes alone; a multiply-add is two
+
+B, P, C, DEPTH, HEADS, CLASSES = 2, 16, 192, 12, 3, 1000
+
+
+def trunk(n: int) -> int:
+    """Everything but the mixers: patch embedding, MLPs of ratio 4, classifier."""
+    return 2 * (n - 1) * 3 * P * P * C + DEPTH * 2 * (2 * n * C * 4 * C) + 2 * C * CLASSES
+
+
+def softmax(n: int) -> float:
+    return 2 * n * C * 3 * C + 2 * (2 * n * n * C) + 2 * n * C * C
+
+
+def few(n: int, m: int) -> float:
+    """N tokens ask m, or m ask N: folded into both projections, or with a projection on the side of N each."""
+    folded = 2 * (2 * n * HEADS * m * C) + 2 * (2 * HEADS * m * (C // HEADS) * C)
+    return folded if HEADS * m < C + m else 2 * (2 * n * m * C) + 2 * (2 * n * C * C)
+
+
+def linformer(n: int) -> float:
+    rows, columns = cell_grid(49, (int((n - 1) ** 0.5),) * 2)
+    k = rows * columns
+    return 2 * k * (n - 1) * C + 2 * (k + 1) * C * 2 * C + few(n, k + 1)
+
+
+def nystrom(n: int) -> float:
+    rows, columns = cell_grid(49, (int((n - 1) ** 0.5),) * 2)
+    m, head = rows * columns + 1, C // HEADS
+    inverse = 1 + 2 * (8 - 1) + 2  # products of (m, m) matrices: A^T A, two a Newton step
+    solve = HEADS * (2 * m * m * head * 4 + inverse * 2 * m**3)  # logits, A V, A^T E, Z E
+    return 2 * m * C * 3 * C + 2 * few(n, m) + solve
+
+
+def fourier(n: int) -> float:
+    return 2.5 * n * C * np.log2(C) + 5 * n * (C // 2 + 1) * np.log2(n)
+
+
+@pytest.mark.parametrize("side", [14, 32], ids=lambda side: f"{16 * side}px")
+@pytest.mark.parametrize(
+    "name, mixer",
+    [
+        ("vit_tiny_patch16_224", softmax),
+        ("vix_linformer_tiny", linformer),
+        ("vix_nystrom_tiny", nystrom),
+        ("vix_fnet_tiny", fourier),
+    ],
+)
+def test_operations_are_those_of_the_formula(name, mixer, side) -> None:
+    model = timm.create_model(name, img_size=16 * side).eval()
+    with torch.inference_mode(), counter() as flops:
+        model(torch.zeros(B, 3, 16 * side, 16 * side))
+    n = side * side + 1
+    assert flops.get_total_flops() == pytest.approx(B * (trunk(n) + DEPTH * mixer(n)), rel=0.02)
+
+
+def test_fused_attention_and_its_backward_count_as_the_products_they_are() -> None:
+    n, c = 65, 32
+    totals = []
+    for fused in (True, False):
+        timm.layers.set_fused_attn(fused)
+        model = timm.create_model("vit_tiny_patch16_224", img_size=128, depth=1, embed_dim=c, num_heads=2)
+        timm.layers.set_fused_attn(True)
+        with counter() as flops:
+            model(torch.zeros(1, 3, 128, 128)).sum().backward()
+        totals.append(flops.get_total_flops())
+    # the fused backward computes the scores once more
+    assert totals[0] - totals[1] == 2 * n * n * c
+
+
+# --- timing
+
+
+def test_a_model_beside_itself_is_no_difference_and_a_slower_one_is() -> None:
+    times = np.array([[1.0, 1.1], [1.0, 0.9], [1.0, 1.0], [1.0, 1.05], [1.0, 0.95]])
+    assert compare_times(times)["difference"] == "none"
+    assert compare_times(times * [1, 2])["difference"] == "faster"
+    slower = compare_times(times * [2, 1])
+    assert slower["difference"] == "slower"
+    assert slower["speedup_low"] < slower["speedup"] == 0.5 < slower["speedup_high"]
+    assert compare_times(times[:2])["difference"] == "unknown"
+    assert "speedup" not in compare_times(times * [1, np.nan])
+
+
+def test_the_two_take_turns_and_change_order() -> None:
+    order = []
+    times = take_turns(lambda: order.append("model"), lambda: order.append("softmax"), dict(QUICK, rounds=4))
+    assert times.shape == (4, 2)
+    assert order[1:] == ["softmax", "model", "model", "softmax"] * 2
+
+
+# --- memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
+def test_peak_memory_is_that_of_the_tensors() -> None:
+    program = """
+import torch
+from timm_vix.measure import PeakMemory, warm_up
+warm_up("cpu")
+torch.ones(100 * 2**18).sum()  # 100 MiB before the start don't count
+memory = PeakMemory("cpu")
+a = torch.ones(64 * 2**18)
+b = a + 1  # 128 MiB live
+del b
+c = torch.ones(16 * 2**18)
+print(memory.read())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) == pytest.approx(128, abs=4)
+
+
+# --- rows
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+
+
+def jobs(models: list[str], **settings) -> list[dict]:
+    planned = plan(models, {**SETTINGS, **settings}, None, [])
+    return [{**job, **QUICK} for job in planned]
+
+
+def test_softmax_of_the_same_trunk_stands_beside_each_model_fused_and_unfused() -> None:
+    planned = plan(["vix_nystrom_small patch_size=8 num_landmarks=64", "swin_tiny_patch4_window7_224"],
+                   {**SETTINGS, "mode": ["infer", "train"]}, None, ["fused", "unfused"])  # fmt: skip
+    rows = [(job["model"], job["attention"], job["baseline"]) for job in planned if job["mode"] == "train"]
+    small, tiny = "vit_small_patch16_224 patch_size=8", "vit_tiny_patch16_224"
+    assert rows == [
+        (small, "fused", small),
+        (small, "unfused", small),
+        (tiny, "fused", tiny),
+        (tiny, "unfused", tiny),
+        ("vix_nystrom_small patch_size=8 num_landmarks=64", "fused", small),
+        ("swin_tiny_patch4_window7_224", "fused", tiny),
+    ]
+    assert len(planned) == 12
+
+
+@pytest.mark.parametrize("prefix", ["vix", "hybrid"])
+def test_the_baseline_of_every_model_of_ours_is_registered(prefix) -> None:
+    for name in timm.list_models(f"{prefix}_*"):
+        baseline = baseline_of(name)
+        assert timm.is_model(baseline)
+        assert any(word in baseline for word in ("vit", "softmax"))
+
+
+def test_a_row_has_what_was_measured() -> None:
+    (job,) = jobs([f"vix_nystrom_cifar {SMALL} num_landmarks=4"], mode=["train"])
+    row = run(job)
+    assert "error" not in row, row
+    assert row["tokens"] == 17
+    model = timm.create_model("vix_nystrom_cifar", depth=1, embed_dim=32, num_heads=2, patch_size=8, num_landmarks=4)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert row["params_m"] == parameters / 1e6
+    assert row["checkpoint_mib"] == pytest.approx(4 * parameters / 2**20)
+    assert row["rounds"] == 3
+    assert 0 < row["latency_p50_ms"] <= row["latency_p90_ms"]
+    assert row["images_per_s"] == pytest.approx(2000 / row["latency_p50_ms"])
+    assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+    assert row["first_call_ms"] > 0 and row["gflops"] > 0 and row["peak_memory_mib"] >= 0
+    assert {"torch", "timm", "timm_vix", "device_name"} <= set(row)
+    assert set(row) | {"epoch_images", "epoch_s", "error"} | set(job) >= set(COLUMNS)
+
+
+def test_what_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(tmp_path, capsys) -> None:
+    models = [f"vix_softmax_cifar {SMALL}", f"vix_nystrom_cifar {SMALL} num_landmarks=300"]
+    planned = [*jobs(models[1:]), *jobs(models[:1], batch_size=[10**8]), *jobs(models[:1])]
+    planned[1]["model"] = "vit_tiny_patch16_224"
+    records = sweep(planned, tmp_path / "cost.csv", epoch_images=1000)
+    assert "num_landmarks=300" in records[0]["error"]
+    assert records[1]["error"].startswith("out of memory")
+    assert records[2]["error"] is None
+    assert records[2]["epoch_s"] == pytest.approx(1000 / records[2]["images_per_s"], rel=0.1)
+    assert len((tmp_path / "cost.csv").read_text().splitlines()) == 4
+    assert capsys.readouterr().out.count("failed: ") == 2
+    # nothing is measured twice
+    before = (tmp_path / "cost.csv").read_bytes()
+    assert sweep(planned, tmp_path / "cost.csv") == records
+    assert (tmp_path / "cost.csv").read_bytes() == before
+
+
+def test_a_killed_sweep_continues_where_it_stopped(tmp_path) -> None:
+    path = tmp_path / "cost.csv"
+    arguments = [f"vix_{mixer}_cifar {SMALL}" for mixer in ("fnet", "performer")]
+    command = [sys.executable, "-m", "timm_vix", "cost", *arguments, "--img-size", "32", "--softmax", "--threads", "1"]
+    command += ["--rounds", "3", "--seconds", "0", "--device", "cpu", "--out", str(path)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    end = time.time() + 300
+    while not (path.exists() and path.read_text().count("\n") == 2):
+        assert time.time() < end and process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)  # the next row's process has started
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    path.write_text(path.read_text() + path.read_text().splitlines()[1][:40])  # killed in the middle of a line
+    header, first, cut = path.read_text().splitlines()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = path.read_text().splitlines()
+    assert lines[:3] == [header, first, cut] and len(lines) == 4
+    assert "1 damaged lines" in done.stdout and "1 of 2 rows are there" in done.stdout
+    records, damaged = read_records(path, COLUMNS)
+    assert [record["model"].split()[0] for record in records] == ["vix_fnet_cifar", "vix_performer_cifar"]
+    assert damaged == 1
+    children = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(SMALL) in read(p)]
+    assert not children, "the process of a row outlived the sweep"
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+# --- tables
+
+
+TABLE = dict(name=str, count=int, value=float)
+
+
+def test_damaged_lines_are_counted_and_the_good_ones_kept(tmp_path) -> None:
+    path = tmp_path / "table.csv"
+    append_record(path, TABLE, dict(name='a, "quoted"\nname', count=1, value=0.5))
+    good = path.read_bytes()
+    path.write_bytes(good + b'x,1\nx,1,2,3\nx,one,2\nx,1,two\n\xff,1,1\n"x,1,1\n\n\0\nb,,\n')
+    append_record(path, TABLE, dict(name="c"))
+    records, damaged = read_records(path, TABLE)
+    assert records == [
+        dict(name='a, "quoted" name', count=1, value=0.5),
+        dict(name="b", count=None, value=None),
+        dict(name="c", count=None, value=None),
+    ]
+    assert damaged == 7
+
+
+@pytest.mark.parametrize(
+    "header, words", [("name,count", "lacks value"), ("", "lacks name"), ("name,count,value,x", "also x")]
+)
+def test_a_table_of_another_version_is_refused(tmp_path, header, words) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(header + "\n")
+    with pytest.raises(ValueError, match=f"another version.*{words}"):
+        read_records(path, TABLE, exact=True)
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["vix_nistrom_tiny"], ["'vix_nistrom_tiny' is not registered", "near names: vix_nystrom_tiny"]),
+        (["vix_nystrom_tiny depth"], ["'depth' is no key=value"]),
+        (["vix_nystrom_tiny", "--device", "cuda:7"], ["device='cuda:7' is not on this machine", "allowed are auto"]),
+        (["vix_nystrom_tiny", "--baseline", "vit_tiny"], ["'vit_tiny' is not registered", "near names"]),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "cost", *arguments, "--out", str(tmp_path / "cost.csv")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+    assert not (tmp_path / "cost.csv").exists()
+
+
+def test_a_file_of_another_version_is_not_appended_to(tmp_path, monkeypatch, capsys) -> None:
+    path = tmp_path / "cost.csv"
+    path.write_text("model,ms\nvit,1\n")
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "cost", "vix_nystrom_tiny", "--out", str(path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "another version" in capsys.readouterr().err
+    assert path.read_text() == "model,ms\nvit,1\n"
+
+
+def test_a_sweep_that_measured_nothing_says_why(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("timm_vix.cost.run", lambda job: json.loads('{"error": "img_size=100 is no multiple"}'))
+    path = str(tmp_path / "cost.csv")
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "cost", "vix_nystrom_tiny", "--img-size", "100", "--out", path])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "no row could be measured: img_size=100" in capsys.readouterr().err
+    assert len(Path(path).read_text().splitlines()) == 4

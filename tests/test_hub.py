@@ -1,0 +1,174 @@
+"""Upload to a Hub and download from it, by the real client, against a server that keeps files in memory."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import timm_vix
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as upload_folder and hf_hub_download speak: small files, one revision."""
+
+    files: dict[str, bytes] = {}
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, code, body=b"", **headers):
+        self.send_response(code)
+        self.send_header("X-Repo-Commit", COMMIT)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer_json(self, content, code=200):
+        self.answer(code, json.dumps(content).encode(), Content_Type="application/json")
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        if "/resolve/" in self.path:
+            repo, _, rest = self.path.lstrip("/").partition("/resolve/")
+            name = f"{repo}/{rest.partition('/')[2].partition('?')[0]}"
+            if name not in self.files:
+                return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="no such file")
+            body = self.files[name]
+            return self.answer(200, body, ETag=f'"{sha1(body).hexdigest()}"', Content_Length=str(len(body)))
+        repo = self.path.split("?")[0].removeprefix("/api/models/").split("/revision")[0].split("/tree")[0]
+        siblings = [{"rfilename": f.removeprefix(f"{repo}/")} for f in self.files if f.startswith(f"{repo}/")]
+        return self.answer_json({"id": repo, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []})
+
+    def do_POST(self):
+        length = self.headers.get("Content-Length")
+        body = self.rfile.read(int(length)) if length else self.read_chunks()
+        if self.path == "/api/repos/create":
+            wanted = json.loads(body)
+            repo = "/".join(filter(None, [wanted.get("organization") or "me", wanted["name"]]))
+            return self.answer_json({"url": f"http://{self.headers['Host']}/{repo}", "id": repo, "name": repo})
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for f in json.loads(body)["files"]
+            ]
+            return self.answer_json({"files": files})
+        if "/commit/" in self.path:
+            repo = self.path.removeprefix("/api/models/").split("/commit/")[0]
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[f"{repo}/{line['value']['path']}"] = base64.b64decode(line["value"]["content"])
+            url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+            return self.answer_json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+        return self.answer_json({"type": "model"})
+
+    def read_chunks(self):
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+
+@pytest.fixture
+def hub():
+    Hub.files = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def program(hub, text, folder):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment.update(
+        HF_ENDPOINT=hub,
+        HF_HOME=str(folder),
+        HF_HUB_DISABLE_XET="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        NO_PROXY="127.0.0.1",
+        no_proxy="127.0.0.1",
+        PYTHONPATH=str(Path(timm_vix.__file__).parents[1]),
+    )
+    head = "import timm, timm_vix, torch\nfrom timm.models import push_to_hf_hub\ntorch.manual_seed(0)\n"
+    command = [sys.executable, "-c", head + text]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+
+MODELS = {
+    "registered": """
+model = timm.create_model("vix_performer_cifar", depth=1, num_classes=5, num_features=24, feature_seed=3).eval()
+""",
+    "converted": """
+model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=32, num_heads=2, num_classes=5).eval()
+timm_vix.convert(model, layers={0: "performer", 2: {"mixer": "linformer", "num_proj_tokens": 4}}, feature_seed=3)
+""",
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_pushed_and_pulled_it_is_the_same_function(hub, kind, tmp_path):
+    done = program(
+        hub,
+        MODELS[kind]
+        + """
+for tensor in model.state_dict().values():
+    tensor.add_(0.1 * torch.randn_like(tensor))
+push_to_hf_hub(model, "me/mine", token="hf_token", safe_serialization=True)
+loaded = timm.create_model("hf-hub:me/mine", pretrained=True).eval()
+assert type(loaded) is type(model)
+x = torch.randn(2, *model.pretrained_cfg["input_size"])
+assert x.shape[-1] == model.patch_embed.img_size[0] or x.shape[-1] == 224
+x = torch.randn(2, 3, *model.patch_embed.img_size)
+assert torch.equal(loaded(x), model(x))
+""",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {name.removeprefix("me/mine/") for name in Hub.files} >= {"config.json", "model.safetensors", "README.md"}
+
+
+def test_a_strangers_pickle_is_not_run(hub, tmp_path):
+    import pickle
+
+    class Hostile:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('code of a downloaded file ran')",))
+
+    first = program(hub, MODELS["converted"] + 'push_to_hf_hub(model, "me/mine", token="hf_token")', tmp_path / "a")
+    assert first.returncode == 0, first.stderr[-3000:]
+    del Hub.files["me/mine/model.safetensors"]
+    Hub.files["me/mine/pytorch_model.bin"] = pickle.dumps(Hostile())
+    load = """
+try:
+    timm.create_model("hf-hub:me/mine", pretrained=True)
+except ValueError as error:
+    assert "readable weights" in str(error), error
+else:
+    raise AssertionError("accepted")
+"""
+    done = program(hub, load, tmp_path / "b")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_repository_that_is_not_there(hub, tmp_path):
+    done = program(hub, 'timm.create_model("hf-hub:me/nothing", pretrained=True)', tmp_path)
+    assert done.returncode != 0 and "nothing" in done.stderr

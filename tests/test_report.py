@@ -1,0 +1,216 @@
+"""The report: figures of known curves, tables with damaged lines, and the page in a real browser."""
+
+import csv
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from timm_vix import cli, compare, cost
+from timm_vix.figures import over_tokens, png, trade_off
+from timm_vix.report import report
+from timm_vix.trends import crossing, crossover, crossover_text, exponent, pareto
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+SIZES = (224, 512, 1024, 2048)
+
+
+def cost_row(model: str, side: int, ms: float, speedup: float, **other) -> dict:
+    row = dict.fromkeys(cost.COLUMNS)
+    row |= dict(model=model, attention="fused", img_size=side, tokens=(side // 16) ** 2 + 1, batch_size=1, mode="infer")
+    row |= dict(dtype="float32", compile="off", params_m=5.7, gflops=2.5, latency_p50_ms=ms, latency_p90_ms=1.1 * ms)
+    row |= dict(images_per_s=1000 / ms, peak_memory_mib=30.0 + side, speedup=speedup, speedup_low=0.9 * speedup)
+    row |= dict(speedup_high=1.1 * speedup, difference="none", rounds=9, baseline="vit_tiny_patch16_224", device="cpu")
+    row |= dict(device_name="a <processor>", threads=2, torch="2", timm="1", timm_vix="0", baseline_p50_ms=ms * speedup)
+    return row | other
+
+
+def costs() -> list[dict]:
+    """Softmax with time N^2 / 1e4, another model with 0.1 N: they cross at 1,000 tokens."""
+    rows = []
+    for side in SIZES:
+        n = (side // 16) ** 2 + 1
+        rows += [cost_row("vit_tiny_patch16_224", side, n * n / 1e4, 1.0), cost_row("vix_x", side, n / 10, n / 1000)]
+    return rows
+
+
+def runs() -> list[dict]:
+    rows = []
+    for model, ms, top1 in (("vit", 10.0, 80.0), ("vix_<x>", 5.0, 75.0), ("bad", 12.0, 70.0)):
+        for seed in (0, 1):
+            row = dict.fromkeys(compare.COLUMNS)
+            row |= dict(
+                model=model, start="scratch", seed=seed, dataset="photos (3 classes)", top1=top1 + seed, top5=90.0
+            )
+            row |= dict(latency_p50_ms=ms, params_m=5.0, gflops=2.0, peak_memory_train_mib=100.0 + ms, epochs=3)
+            row |= dict(
+                recipe="lr=0.1", img_size=224, batch_size=32, device="cpu", threads=2, train_s_per_epoch=5.0 + seed
+            )
+            rows.append(row)
+    return rows
+
+
+def write(path: Path, columns, rows: list[dict]) -> Path:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(columns), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def tables(tmp_path) -> list[Path]:
+    failed = dict(cost_row("huge", 224, 1.0, 1.0), latency_p50_ms=None, error="out of memory: <all>")
+    path = write(tmp_path / "cost.csv", cost.COLUMNS, [*costs(), failed])
+    path.write_text(path.read_text() + "cut,off\nvit,\x00\n")
+    return [path, write(tmp_path / "compare.csv", compare.COLUMNS, runs())]
+
+
+# --- curves
+
+
+def test_exponents_are_those_of_the_curves() -> None:
+    tokens = [197, 785, 3137, 12545]
+    assert exponent(tokens, [n**2 for n in tokens]) == pytest.approx(2)
+    # what doesn't depend on the tokens dominates below, and isn't fitted
+    assert exponent(tokens, [max(n, 1000) for n in tokens]) == pytest.approx(1)
+    assert exponent([197], [1]) is None
+
+
+def test_a_crossover_is_where_the_curves_cross() -> None:
+    tokens = [100, 1000, 10000]
+    ratios = [(n / 2000) ** 0.7 for n in tokens]
+    assert crossing(tokens, ratios) == pytest.approx(2000)
+    found = crossover(tokens[::-1], ratios[::-1], [r / 1.1 for r in ratios[::-1]], [r * 1.1 for r in ratios[::-1]])
+    assert found == pytest.approx((2000, 2000 / 1.1 ** (1 / 0.7), 2000 * 1.1 ** (1 / 0.7)))
+    assert crossover_text(tokens, found) == "from 2,000 tokens (1,745 to 2,292)"
+    assert crossing(tokens, [0.5, 2, 0.9]) is None
+    assert crossing(tokens, [2, 0.5, 2]) == pytest.approx(10**3.5)
+    assert crossover_text(tokens, (None, 9000.0, None)) == "not up to 10,000 tokens"
+    assert crossover_text(tokens, (100.0, 100.0, 100.0)) == "at all sizes (from 100 tokens)"
+    assert crossover_text(tokens, (100.0, 100.0, 500.0)) == "from 100 or fewer tokens (below 100 to 500)"
+    assert crossover_text(tokens, (200.0, 150.0, None)) == "from 200 tokens (150 to above 10,000)"
+
+
+def test_the_front_is_what_no_other_point_beats() -> None:
+    assert pareto([3, 1, 2, 2, 4], [9, 5, 4, 7, 9]) == [1, 3, 0]
+
+
+def test_the_figure_of_cost_has_exponents_and_crossovers() -> None:
+    _, lines = over_tokens(costs(), "latency_p50_ms")
+    assert [line["model"] for line in lines] == ["vit_tiny_patch16_224", "vix_x"]
+    assert [float(line["exponent"]) for line in lines] == [2.0, 1.0]
+    assert lines[0]["crossover"] == ""
+    assert lines[1]["crossover"] == "from 1,000 tokens (909 to 1,111)"
+
+
+def test_the_figure_of_accuracy_draws_the_front() -> None:
+    groups = [runs()[:2], runs()[2:4], runs()[4:]]
+    axes = trade_off(groups, "latency_p50_ms").axes[0]
+    front = next(line for line in axes.lines if line.get_label() == "Pareto front")
+    assert [list(xy) for xy in front.get_xydata()] == [[5.0, 75.5], [10.0, 80.5]]
+    markers = {line.get_marker() for line in axes.lines if line.get_marker() not in ("None", "_")}
+    assert len(markers) == 3
+    assert trade_off([[dict(runs()[0], gflops=None)]], "gflops") is None
+
+
+def test_a_figure_is_the_same_file_again() -> None:
+    assert png(over_tokens(costs(), "latency_p50_ms")[0]) == png(over_tokens(costs(), "latency_p50_ms")[0])
+
+
+# --- the page
+
+
+def test_the_page_stands_alone_and_counts_what_it_leaves_out(tables, tmp_path) -> None:
+    page, *images = report(tables, tmp_path / "out" / "report.html")
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=['\"](?!data:)", text)
+    assert "http" not in text
+    assert "out of memory: &lt;all&gt;" in text and "vix_&lt;x&gt;" in text
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert ["cost.csv", "cost", "8", "1", "2"] in cells
+    assert ["compare.csv", "comparison", "6", "0", "0"] in cells
+    trend = next(row for row in cells if row[:2] == ["vix_x", "1.00"])
+    assert trend[-1] == "from 1,000 tokens (909 to 1,111)"
+    assert "multiply-add as two" in html.unescape(text)
+    assert len(images) == 6
+    for path in images:
+        with Image.open(path) as image:
+            assert image.format == "PNG" and min(image.size) > 300
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a,b\n1,2\n", "another version"),
+        ("", "lacks model"),
+        (",".join(cost.COLUMNS) + "\nx\n", "no good row"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_what_is_no_table_is_one_line(text, words, tmp_path, monkeypatch, capsys) -> None:
+    path = tmp_path / "table.csv"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "report", str(path), "--out", str(tmp_path / "report.html")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line and "table.csv" in line
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command_says_what_it_wrote(tables, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "report.html"
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "report", *map(str, tables), "--out", str(out)])
+    cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "cost.csv: 8 good rows, 1 failed, 2 damaged lines"
+    assert lines[2] == f"{out} and 6 figures beside it"
+
+
+# --- a real browser
+
+PROBE = """<script>
+const head = [...document.querySelectorAll("th button")].filter(b => b.textContent === "latency_p50_ms").pop();
+const table = head.closest("table"), column = [...head.closest("tr").children].indexOf(head.closest("th"));
+const values = () => [...table.tBodies[0].rows].map(row => row.children[column].textContent);
+const before = values(); head.click(); const up = values(); head.click(); const down = values();
+const whole = image => image.complete && image.naturalWidth > 300 && image.clientWidth <= innerWidth && !!image.alt;
+const images = [...document.images].map(whole);
+const page = document.documentElement;
+const told = JSON.stringify({before, up, down, images, width: page.scrollWidth, window: innerWidth,
+  sorted: head.closest("th").getAttribute("aria-sort"), screenfuls: page.scrollHeight / innerHeight});
+const note = document.createElement("pre"); note.id = "probe"; note.textContent = told;
+(parent === window ? document : parent.document).body.append(note);
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium or google-chrome on the PATH")
+@pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
+def test_a_browser_shows_and_sorts_it(width, tables, tmp_path) -> None:
+    page, *images = report(tables, tmp_path / "report.html")
+    inner = page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>")
+    # a window cannot be as narrow as a phone, but a frame can
+    frame = f"<!DOCTYPE html><body><iframe width={width} height=800 srcdoc='{html.escape(inner, quote=True)}'></iframe>"
+    (tmp_path / "frame.html").write_text(frame, encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "frame.html")], capture_output=True, text=True, timeout=120, check=True
+    )
+    told = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)[1]))
+    numbers = sorted(float(value) for value in told["before"])
+    assert [float(value) for value in told["up"]] == numbers
+    assert [float(value) for value in told["down"]] == numbers[::-1]
+    assert told["sorted"] == "descending"
+    assert told["images"] == [True] * len(images)
+    assert told["window"] == pytest.approx(width, abs=20) and told["width"] <= told["window"]

@@ -1,0 +1,240 @@
+"""Attention transfer: its losses against loops, and real runs on real photographs, stopped, resumed and shared."""
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import distance
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import timm_vix
+from timm_vix.matching import BlockMatching, Distillation
+from timm_vix.transfer import parse_layers, transfer
+
+SOURCE = "vit_tiny_patch16_224"
+SMALL = dict(img_size=48, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
+
+
+def model(**kwargs):
+    torch.manual_seed(0)
+    built = timm.create_model(SOURCE, **{**SMALL, **kwargs}).eval()
+    for parameter in built.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return built
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(model().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def unlabelled(photographs, tmp_path_factory):
+    """Sixty photographs, some in a folder of their own, one that can't be read, one text."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    (folder / "more" / "deep").mkdir(parents=True)
+    with tarfile.open(photographs) as archive:
+        names = [name for name in archive.getnames() if name.endswith(".jpg")][:60]
+        for index, name in enumerate(names):
+            with Image.open(io.BytesIO(archive.extractfile(name).read())) as image:
+                image.resize((64, 64)).save(folder / ("more/deep" if index % 3 else ".") / f"{index}.jpg")
+    (folder / "torn.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def arguments(file, unlabelled, out, **changes):
+    settings = dict(
+        source=SOURCE,
+        data_dir=str(unlabelled),
+        mixer="linformer",
+        mixer_kwargs=dict(num_proj_tokens=4),
+        source_kwargs={key: value for key, value in SMALL.items() if key != "img_size"},
+        img_size=48,
+        weights=str(file),
+        block_steps=6,
+        distill_steps=4,
+        batch_size=8,
+        checkpoint_every=2,
+        amp="off",
+        device="cpu",
+        out=str(out),
+    )
+    return {**settings, **changes}
+
+
+def test_block_errors_are_those_of_a_loop_over_blocks():
+    teacher, student = model().double(), model().double()
+    timm_vix.convert(student, layers={0: "linformer", 2: "nystrom"}, num_proj_tokens=4, num_landmarks=4)
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    errors = BlockMatching(teacher, student, [0, 2])(x)
+    tokens, expected = teacher._pos_embed(teacher.patch_embed(x)), []
+    for index, block in enumerate(teacher.blocks):
+        after = block(tokens)
+        if index != 1:
+            expected.append(((student.blocks[index](tokens) - after) ** 2).sum() / ((after - tokens) ** 2).sum())
+        tokens = after
+    assert distance(errors, torch.stack(expected)) < 1e-6
+    assert not any(block._forward_hooks for block in teacher.blocks)
+    # no layer hears of another's error
+    errors[0].backward()
+    assert student.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    assert not student.blocks[2].attn.qkv.weight.grad.any()
+
+
+def test_distillation_is_nothing_for_equals_and_a_divergence_for_others():
+    teacher, student = model(), model()
+    x = torch.randn(3, 3, 48, 48)
+    assert Distillation(teacher, student)(x).abs().max() < 1e-6
+    timm_vix.convert(student, "linformer", num_proj_tokens=4)
+    feature, divergence = Distillation(teacher, student)(x)
+    p, q = teacher(x).softmax(-1), student(x).softmax(-1)
+    assert distance(divergence, (p * (p / q).log()).sum(1).mean()) < 1e-4
+    wanted = teacher.forward_features(x)
+    assert distance(feature, ((student.forward_features(x) - wanted) ** 2).sum() / (wanted**2).sum()) < 1e-5
+
+
+def test_a_run(weights, unlabelled, tmp_path, capsys):
+    settings = arguments(weights, unlabelled, tmp_path / "run", block_steps=60, distill_steps=20)
+    settings.update(block_lr=3e-3, layers="last-2")
+    student, report = transfer(**settings)
+    assert "skipped 1 of" in (told := capsys.readouterr().out) and "torn.jpg" in told
+    assert [row.layer for row in report.rows if row.changed] == [1, 2]
+
+    with open(tmp_path / "run" / "steps.csv") as file:
+        rows = [(int(r["stage"]), [float(v) for v in r["losses"][1:-1].split(",")]) for r in csv.DictReader(file)]
+    blocks = torch.tensor([values for stage, values in rows if stage == 1])
+    assert blocks.shape == (60, 2) and sum(stage == 2 for stage, _ in rows) == 20
+    assert (blocks[-10:].mean(0) < 0.9 * blocks[:5].mean(0)).all(), "each layer comes closer"
+
+    # attention of the replaced layers is all that has changed
+    before, after = load_file(weights), student.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith(("blocks.1.attn.", "blocks.2.attn.")) for key in changed)
+    assert after.keys() - before.keys() == {f"blocks.{i}.attn.token_proj" for i in (1, 2)}
+
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(loaded(x), student(x))
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+    with open(tmp_path / "run" / "result.csv") as file:
+        (row,) = csv.DictReader(file)
+    teacher = model()
+    kept_apart = sorted((str(p) for p in unlabelled.rglob("*.jpg")), key=timm.utils.misc.natural_key)[::20]
+    config = timm.data.resolve_input_data_config(teacher, dict(img_size=48))
+    pixels = timm.data.create_transform(**config)
+    x = torch.stack([pixels(Image.open(p).convert("RGB")) for p in kept_apart if "torn" not in p])
+    same = (teacher(x).argmax(1) == student(x).argmax(1)).float().mean()
+    assert float(row["agreement"]) == pytest.approx(100 * float(same), abs=0.01)
+    with Image.open(tmp_path / "run" / "layers.png") as figure:
+        assert figure.width > 800 and len(figure.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def command(settings):
+    program = f"from timm_vix.transfer import transfer; transfer(**{settings!r})"
+    return [sys.executable, "-c", program]
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_weights(weights, unlabelled, tmp_path):
+    whole, _ = transfer(**arguments(weights, unlabelled, tmp_path / "whole", threads=1))
+    out = tmp_path / "killed"
+    settings = arguments(weights, unlabelled, out, threads=1)
+    for stop_after in (3, 7):
+        process = subprocess.Popen(command(settings), stderr=subprocess.DEVNULL)
+        rows = 0
+        while process.poll() is None and rows < stop_after:
+            time.sleep(0.02)
+            if (out / "steps.csv").exists():
+                rows = len((out / "steps.csv").read_text().splitlines()) - 1
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        settings["resume"] = True
+    resumed, _ = transfer(**settings)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], tensor), key
+
+
+def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):
+    one, _ = transfer(**arguments(weights, unlabelled, tmp_path / "one", mixer="nystrom", mixer_kwargs={}))
+    settings = arguments(weights, unlabelled, tmp_path / "two", mixer="nystrom", mixer_kwargs={})
+    program = tmp_path / "program.py"
+    program.write_text(f"from timm_vix.transfer import transfer; transfer(**{settings!r})")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(timm_vix.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_file(tmp_path / "two" / "hub" / "model.safetensors")
+    # each process normalises the errors of its own half of a batch, so steps differ a little
+    for key, tensor in one.state_dict().items():
+        assert distance(two[key], tensor) < 0.02, key
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(source="vit_tiny_patch16_22"), ["vit_tiny_patch16_22", "near names"]),
+        (dict(source="resnet18", source_kwargs={}, weights=None, pretrained=False), ["random weights", "weights=FILE"]),
+        (dict(weights="nowhere.safetensors"), ["nowhere.safetensors"]),
+        (dict(mixer="windows"), ["'windows'", "nystrom"]),
+        (dict(mixer="softmax", mixer_kwargs={}), ["nothing to transfer"]),
+        (dict(mixer="fnet", mixer_kwargs={}), ["no parameters to fit"]),
+        (dict(layers="last-9"), ["last-9", "1 to 3"]),
+        (dict(layers=[]), ["names no layer"]),
+        (dict(mixer_kwargs=dict(num_landmarks=3)), ["linformer", "num_landmarks"]),
+        (dict(data_dir="nowhere"), ["nowhere does not exist"]),
+        (dict(batch_size=0), ["batch_size=0"]),
+        (dict(batch_size=100), ["batch_size=100"]),
+        (dict(block_steps=-1), ["block_steps=-1"]),
+        (dict(block_lr=1e30), ["loss became", "lower lr"]),
+        (dict(amp="half"), ["amp=half"]),
+        (dict(device="tpu"), ["device='tpu'"]),
+        (dict(resume=True), ["no checkpoint.pt"]),
+        (
+            dict(source_kwargs=dict(patch_size=8, embed_dim=64, depth=3, num_heads=2, num_classes=7)),
+            ["cannot be built"],
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_one_clear_line(weights, unlabelled, changes, words, tmp_path):
+    with pytest.raises(ValueError) as error:
+        transfer(**arguments(weights, unlabelled, tmp_path / "run", **changes))
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_folders_without_pictures_and_of_another_run(weights, unlabelled, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        transfer(**arguments(weights, tmp_path / "empty", tmp_path / "run"))
+    transfer(**arguments(weights, unlabelled, tmp_path / "run"))
+    kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="exists; resume continues"):
+        transfer(**arguments(weights, unlabelled, tmp_path / "run"))
+    with pytest.raises(ValueError, match="settings differ.*block_lr"):
+        transfer(**arguments(weights, unlabelled, tmp_path / "run", resume=True, block_lr=0.5))
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
+
+
+def test_layers_of_the_command_line(tmp_path):
+    assert parse_layers("last-6") == "last-6"
+    assert parse_layers("0,3,5") == [0, 3, 5] and parse_layers("4") == [4]
+    (tmp_path / "plan.json").write_text('{"layers": {"3": {"mixer": "nystrom"}}}')
+    assert parse_layers(str(tmp_path / "plan.json")) == {"3": {"mixer": "nystrom"}}
+    (tmp_path / "torn.json").write_text('{"layers": ')
+    for name in ("torn.json", "none.json"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            parse_layers(str(tmp_path / name))

@@ -1,0 +1,107 @@
+"""Which mechanism is fastest and smallest at a resolution on this machine, and from how many tokens each pays.
+
+Measured, not looked up: ViT-Ti blocks with each mixer, in turn with softmax through ``scaled_dot_product_attention``,
+at growing numbers of tokens up to the one that is asked for. Crossovers are interpolated between them.
+"""
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .cost import add_machine, machine_of, positive, sweep
+from .mixers import MIXERS
+from .records import Record
+from .trends import crossover, crossover_text
+
+RUNGS = 5
+
+
+def ladder(img_size: int, patch_size: int) -> list[int]:
+    """Image sizes, multiples of the patch, from about 100 patches to ``img_size``, evenly spaced on a log scale.
+
+    Raises:
+        ValueError: for an image that the patches don't divide.
+
+    Example:
+        >>> ladder(1024, 16)
+        [160, 256, 400, 640, 1024]
+    """
+    if img_size % patch_size:
+        raise ValueError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
+    side = img_size // patch_size
+    low = min(10, side)
+    sides = {round(low * (side / low) ** (i / (RUNGS - 1))) for i in range(RUNGS)}
+    return [patch_size * s for s in sorted(sides)]
+
+
+def plan(sizes: list[int], trunk: str, settings: dict[str, Any]) -> list[Record]:
+    """The jobs: softmax and each mixer at each image size; blocks are alike, so a few stand for all."""
+    baseline = f"vit_tiny_patch16_224 {trunk}"
+    models = [baseline, *(f"vix_{mixer}_tiny {trunk}" for mixer in MIXERS if mixer != "softmax")]
+    shared = dict(attention="fused", compile="off", baseline=baseline)
+    return [{**settings, **shared, "img_size": size, "model": model} for size in sizes for model in models]
+
+
+def advice(records: list[Record]) -> str:
+    """The answer in words, from the rows of ``plan``."""
+    lines = []
+    good = [record for record in records if record["error"] is None]
+    if not good:
+        raise ValueError(f"nothing could be measured: {records[0]['error']}")
+    largest = max(record["img_size"] for record in good)
+    here = [record for record in good if record["img_size"] == largest]
+    lines.append(f"{'mechanism':10}  {'ms':>9}  {'x softmax (spread)':22}  {'MiB':>7}  overtakes softmax")
+    for record in sorted(here, key=lambda record: record["latency_p50_ms"]):
+        rows = [r for r in good if r["model"] == record["model"] and r["speedup_low"] is not None]
+        tokens = [r["tokens"] for r in rows]
+        name = mechanism(record)
+        if name == "softmax" or not rows:
+            when, spread = "", ""
+        else:
+            ratios = ([r[key] for r in rows] for key in ("speedup", "speedup_low", "speedup_high"))
+            when = crossover_text(tokens, crossover(tokens, *ratios))
+            none = " none" if record["difference"] == "none" else ""
+            spread = f"{record['speedup']:.2f} ({record['speedup_low']:.2f} to {record['speedup_high']:.2f}){none}"
+        memory = record["peak_memory_mib"]
+        size = "" if memory is None else f"{memory:.0f}"
+        lines.append(f"{name:10}  {record['latency_p50_ms']:9.4g}  {spread:22}  {size:>7}  {when}")
+    fastest = min(here, key=lambda record: record["latency_p50_ms"])
+    smallest = min(
+        here, key=lambda record: math.inf if record["peak_memory_mib"] is None else record["peak_memory_mib"]
+    )
+    lines.append(f"\nAt {largest} px, {fastest['tokens']:,} tokens: fastest is {mechanism(fastest)}")
+    if smallest["peak_memory_mib"] is not None:
+        lines[-1] += f", smallest {mechanism(smallest)}"
+    lines[-1] += ". Speed and size only: what each scores, `timm-vix compare` tells."
+    return "\n".join(lines)
+
+
+def mechanism(record: Record) -> str:
+    """The mixer in a model's name."""
+    return record["model"].split("_")[1] if record["model"].startswith("vix_") else "softmax"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--img-size", type=positive, required=True)
+    add("--patch-size", type=positive, default=16)
+    add("--mode", choices=("infer", "train"), default="infer")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--batch-size", type=positive, default=1)
+    add("--depth", type=positive, default=2, help="blocks that are measured: 2")
+    add("--out", type=Path, help="keep the rows here, and continue from them; default: nowhere")
+    add_machine(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measure, and print the advice."""
+    sizes = ladder(arguments.img_size, arguments.patch_size)
+    trunk = f"depth={arguments.depth} patch_size={arguments.patch_size}"
+    settings = {name: getattr(arguments, name) for name in ("mode", "dtype", "batch_size")}
+    jobs = plan(sizes, trunk, settings | machine_of(arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        records = sweep(jobs, arguments.out or Path(folder) / "advise.csv")
+    print(f"\n{arguments.mode}, batch {arguments.batch_size}, {arguments.dtype}, {jobs[0]['device']}, "
+          f"{arguments.depth} blocks of ViT-Ti, patch {arguments.patch_size}\n{advice(records)}")  # fmt: skip

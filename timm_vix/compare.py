@@ -1,0 +1,300 @@
+"""Train several models on one image folder by one recipe and several seeds, and tell what each costs and scores.
+
+Each run is ``finetune`` in a process of its own: one that fails is a row with its reason, one that was stopped
+continues where it was, one that is finished is not repeated. What a model costs is measured as by ``timm-vix cost``.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from .cost import baseline_of, round_off
+from .folders import as_folder
+from .images import find_images
+from .machine import device_name, find_device, find_dtype, parse_model, versions
+from .measure import run
+from .records import Columns, Record, append_record, header_of, read_records
+from .results import one_line
+
+COLUMNS: Columns = dict(
+    model=str,
+    start=str,
+    seed=int,
+    dataset=str,
+    top1=float,
+    top5=float,
+    epochs=int,
+    train_s_per_epoch=float,
+    infer_s_per_epoch=float,
+    params_m=float,
+    gflops=float,
+    latency_p50_ms=float,
+    step_p50_ms=float,
+    peak_memory_infer_mib=float,
+    peak_memory_train_mib=float,
+    speedup_infer=float,
+    speedup_train=float,
+    baseline=str,
+    img_size=int,
+    batch_size=int,
+    recipe=str,
+    dtype=str,
+    device=str,
+    device_name=str,
+    threads=int,
+    torch=str,
+    timm=str,
+    timm_vix=str,
+    error=str,
+)
+COSTS = (
+    *("params_m", "gflops", "latency_p50_ms", "step_p50_ms", "peak_memory_infer_mib", "peak_memory_train_mib"),
+    *("speedup_infer", "speedup_train", "baseline"),
+)
+MEANS = ("top1", "top5", "train_s_per_epoch", "infer_s_per_epoch", *COSTS[:-1])
+# keywords of ``finetune`` that make the recipe, and those that don't change a run
+RECIPE: dict[str, type] = dict(
+    img_size=int,
+    batch_size=int,
+    epochs=int,
+    lr=float,
+    warmup=float,
+    weight_decay=float,
+    layer_decay=float,
+    drop_path=float,
+    mixup=float,
+    label_smoothing=float,
+    augment=str,
+    flip=float,
+    amp=str,
+)
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    """Run ``finetune`` with these keywords, and return what a row takes from it."""
+    from .finetune import finetune
+
+    out = Path(settings["out"])
+    _, history = finetune(**settings, resume=(out / "checkpoint.pt").exists())
+    saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)["settings"]
+    images = int(re.match(r"(\d+) images", saved["images"])[1])  # type: ignore[index]
+    last = history[-1]
+    steps = images // last["batch_size"]
+    train_seconds = [steps * last["batch_size"] / row["images_per_second"] for row in history]
+    infer_seconds = [row["seconds"] - seconds for row, seconds in zip(history, train_seconds)]
+    return dict(
+        top1=last["top1"],
+        top5=last["top5"],
+        epochs=last["epoch"],
+        train_s_per_epoch=statistics.median(train_seconds),
+        infer_s_per_epoch=statistics.median(infer_seconds),
+        img_size=last["img_size"],
+        batch_size=last["batch_size"],
+        dtype=last["dtype"],
+        threads=last["threads"],
+    )
+
+
+def train_apart(settings: dict[str, Any]) -> dict[str, Any]:
+    """``train`` in a fresh process; a failure comes back as ``{"error": reason}``. Ctrl-C lets it save its step."""
+    command = [sys.executable, "-m", "timm_vix.compare", json.dumps(settings)]
+    pipe = subprocess.PIPE
+    line = ""
+    # a session of its own: Ctrl-C reaches it once, through us
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+        try:
+            for line in process.stdout or ():
+                if not line.startswith("{"):
+                    print(f"  {line}", end="", flush=True)
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+        except BaseException:
+            process.kill()
+            raise
+    with contextlib.suppress(json.JSONDecodeError):
+        return json.loads(line)
+    return dict(error=f"killed by signal {-code}, perhaps out of memory" if code < 0 else f"exit {code}")
+
+
+def costs_of(model: str, at: dict[str, Any]) -> dict[str, Any]:
+    """What a model costs: one image in inference, one batch in training."""
+    baseline = baseline_of(model)
+    infer = run({**at, "model": model, "baseline": baseline, "mode": "infer", "batch_size": 1})
+    step = run({**at, "model": model, "baseline": baseline, "mode": "train"})
+    return dict(
+        baseline=baseline,
+        params_m=infer.get("params_m"),
+        gflops=infer.get("gflops"),
+        latency_p50_ms=infer.get("latency_p50_ms"),
+        step_p50_ms=step.get("latency_p50_ms"),
+        peak_memory_infer_mib=infer.get("peak_memory_mib"),
+        peak_memory_train_mib=step.get("peak_memory_mib"),
+        speedup_infer=infer.get("speedup"),
+        speedup_train=step.get("speedup"),
+    )
+
+
+def compare(
+    models: list[tuple[str, Optional[str]]],
+    seeds: list[int],
+    recipe: dict[str, Any],
+    where: dict[str, Any],
+    path: Path,
+    runs: Path,
+) -> list[Record]:
+    """Train what ``path`` has no row of, append a row for each run, and return the rows of all.
+
+    Args:
+        models: "NAME key=value ..." and the file of its initial weights, or "pretrained", or None: from scratch.
+        recipe: Keywords of ``finetune``, the same for all.
+        where: Its ``data_dir``, ``val_dir``, ``workers``, ``device`` and ``threads``.
+        runs: Folder of unfinished runs and trained models.
+
+    Raises:
+        ValueError: for data that cannot be used, or a file of another version; before anything is trained.
+    """
+    _, _, classes = find_images(where["data_dir"], where["val_dir"])
+    dataset = f"{Path(where['data_dir']).name} ({len(classes)} classes)"
+    told = " ".join(f"{name}={value}" for name, value in sorted(recipe.items()))
+    records, damaged = read_records(path, COLUMNS, exact=True) if path.exists() and header_of(path) else ([], 0)
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are ignored")
+    mine = []
+    for seed in seeds:
+        for model, weights in models:
+            start = "scratch" if weights is None else Path(weights).name
+            key = dict(model=model, start=start, seed=seed, dataset=dataset, recipe=told)
+            row = next((r for r in records if all(r[name] == value for name, value in key.items())), None)
+            if row is None:
+                print(f"{model}, seed {seed}, from {start}:", flush=True)
+                row = run_one(model, weights, seed, recipe, where, runs / folder_of(key))
+                if "error" not in row:
+                    same = [r for r in records if r["model"] == model and r["recipe"] == told and r["params_m"]]
+                    names = ("img_size", "batch_size", "dtype", "threads")
+                    at = {"device": where["device"], **{name: row[name] for name in names}}
+                    costs = same[0] if same else costs_of(model, at)
+                    row |= {name: costs[name] for name in COSTS}
+                row = round_off({**key, **row, **versions(), "device": where["device"]})
+                row["device_name"] = device_name(where["device"])
+                append_record(path, COLUMNS, row)
+                row = {name: row.get(name) for name in COLUMNS}
+                records.append(row)
+            told_now = f"failed: {row['error']}" if row["error"] else f"top-1 {row['top1']:.2f} %"
+            print(f"{model}, seed {seed}: {told_now}", flush=True)
+            mine.append(row)
+    return mine
+
+
+def folder_of(key: dict[str, Any]) -> str:
+    """A folder name for a run; another recipe or data set has another."""
+    name = re.sub(r"[^\w.=-]+", "_", key["model"])
+    return f"{name}-seed{key['seed']}-{zlib.crc32(repr(sorted(key.items())).encode()):08x}"
+
+
+def run_one(
+    model: str, weights: Optional[str], seed: int, recipe: dict[str, Any], where: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    name, keywords = parse_model(model)
+    start = dict(pretrained=True) if weights == "pretrained" else dict(checkpoint=weights)
+    return train_apart(
+        {**recipe, **where, **start, "model": name, "model_kwargs": keywords, "seed": seed, "out": str(out)}
+    )
+
+
+def summary(records: list[Record]) -> str:
+    """A table for the terminal: mean and standard deviation over the seeds."""
+    head = ["model", "start", "seeds", *MEANS]
+    lines = [head]
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["model"], record["start"]), []).append(record)
+    for (model, start), group in groups.items():
+        good = [record for record in group if record["error"] is None]
+        if not good:
+            lines.append([model, start, f"failed: {group[0]['error']}"[:100]])
+            continue
+        lines.append([model, start, str(len(good)), *(mean_text([r[name] for r in good]) for name in MEANS)])
+    widths = [max(len(line[i]) for line in lines if i < len(line) and len(line) > 3) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def mean_text(values: list[Optional[float]]) -> str:
+    """The mean, with the standard deviation where there are several values that differ."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):.4g}"
+    return mean if len(set(known)) < 2 else f"{mean} ± {statistics.stdev(known):.2g}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="names of timm.list_models(), or 'NAME key=value ...'")
+    add("--data-dir", required=True, metavar="DIR", help="class folders, train/ and val/ with them, or hfds/NAME etc.")
+    add("--data-root", metavar="DIR", help="where timm's reader of hfds/NAME, torch/NAME etc. has its files")
+    add("--val-dir", metavar="DIR")
+    add("--checkpoint", metavar="FILE", help="initial weights of the MODELs: .safetensors or .pth")
+    add("--pretrained", action="store_true", help="or those that timm knows for each name")
+    add("--from-scratch", nargs="+", default=[], metavar="MODEL", help="further models, from random weights")
+    add("--seeds", type=int, nargs="+", default=[0])
+    for name, kind in RECIPE.items():
+        add(f"--{name.replace('_', '-')}", type=kind, help="as in examples/finetune.py")
+    add("--device", default="auto")
+    add("--threads", type=int)
+    add("--workers", type=int, default=0)
+    add("--runs", type=Path, default=Path("runs/compare"), help="folder of checkpoints and models")
+    add("--out", type=Path, default=Path("compare.csv"), help="rows are appended; finished runs are not repeated")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run the comparison that the command line asks for, and print its table."""
+    if not arguments.models and not arguments.from_scratch:
+        raise ValueError("no model given; expected names of timm.list_models(), such as vix_nystrom_tiny")
+    if arguments.checkpoint and arguments.pretrained:
+        raise ValueError("checkpoint and pretrained were both given; allowed is one of them")
+    recipe = {name: getattr(arguments, name) for name in RECIPE if getattr(arguments, name) is not None}
+    device = find_device(arguments.device)
+    recipe["amp"] = "bfloat16" if find_dtype(recipe.get("amp", "auto"), device) == torch.bfloat16 else "off"
+    for model in [*arguments.models, *arguments.from_scratch]:
+        parse_model(model)  # a wrong name shows before a data set is fetched
+    data_dir = as_folder(arguments.data_dir, arguments.data_root, arguments.runs / "data")
+    where = dict(data_dir=data_dir, val_dir=arguments.val_dir, workers=arguments.workers, device=device)
+    where["threads"] = arguments.threads or torch.get_num_threads()
+    weights = "pretrained" if arguments.pretrained else arguments.checkpoint
+    models = [(model, weights) for model in arguments.models] + [(model, None) for model in arguments.from_scratch]
+    records = compare(models, arguments.seeds, recipe, where, arguments.out, arguments.runs)
+    print(f"\n{summary(records)}\n\n{arguments.out}: {len(records)} runs of this comparison")
+    failed = [record for record in records if record["error"] is not None]
+    if len(failed) == len(records):
+        raise ValueError(f"no model could be trained: {failed[0]['error']}")
+
+
+def end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        result = train(json.loads(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # timm, torch and the file system raise by kind of damage
+        result = dict(error=one_line(error))
+    print(json.dumps(result), flush=True)

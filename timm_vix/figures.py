@@ -1,0 +1,129 @@
+"""The figures of a report, as PNG: cost over tokens on logarithmic axes, accuracy over cost with its Pareto front.
+
+Colours are those of Okabe & Ito, which colour-blind readers tell apart; each model has a marker of its own as well, so
+a black-and-white print can be read too.
+"""
+
+import io
+import statistics
+from typing import Any, Optional
+
+from .records import Record
+from .trends import crossover, crossover_text, exponent, pareto
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
+COSTS = dict(latency_p50_ms="ms per call", peak_memory_mib="peak memory (MiB)")
+AXES = dict(
+    latency_p50_ms="latency, batch 1 (ms)",
+    peak_memory_train_mib="peak memory of a training step (MiB)",
+    gflops="GFLOPs (a multiply-add is two)",
+    params_m="parameters (M)",
+)
+
+
+def series_name(record: Record) -> str:
+    """How a row is called in figures."""
+    return record["model"] if record["attention"] == "fused" else f"{record['model']}, unfused"
+
+
+def is_softmax(record: Record) -> bool:
+    """Whether a row is a softmax baseline."""
+    return record["model"] == record["baseline"]
+
+
+def style(number: int) -> dict[str, str]:
+    return dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
+
+
+def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, str]]]:
+    """Figure of one cost over resolution, and for each model its exponent and crossover.
+
+    A resolution is told by the tokens of its softmax baseline, also for models that have other tokens or none.
+
+    Args:
+        records: Rows of one mode, dtype and so on, with one row for a model and resolution.
+        cost: "latency_p50_ms" or "peak_memory_mib".
+    """
+    figure, axes = canvas()
+    lines = []
+    known = {r["img_size"]: r["tokens"] for r in sorted(records, key=is_softmax) if r["tokens"]}
+    records = [r for r in records if r[cost] and r["img_size"] in known]
+    for number, name in enumerate(dict.fromkeys(map(series_name, sorted(records, key=is_softmax, reverse=True)))):
+        rows = sorted((r for r in records if series_name(r) == name), key=lambda r: r["img_size"])
+        tokens, values = [known[r["img_size"]] for r in rows], [r[cost] for r in rows]
+        power = exponent(tokens, values)
+        label = name if power is None else f"{name}: N^{power:.2f}"
+        axes.plot(tokens, values, label=label, markersize=6, linewidth=1.5, **style(number))
+        line = dict(model=name, exponent="" if power is None else f"{power:.2f}", crossover="")
+        timed = [r for r in rows if r["speedup_low"] is not None]
+        if cost == "latency_p50_ms" and not is_softmax(rows[0]) and timed:
+            tokens = [known[r["img_size"]] for r in timed]
+            ratios = ([r[key] for r in timed] for key in ("speedup", "speedup_low", "speedup_high"))
+            found = crossover(tokens, *ratios)
+            line["crossover"] = crossover_text(tokens, found)
+            if found[0] is not None and found[0] > min(tokens):
+                axes.axvline(found[0], color=style(number)["color"], linestyle=":", linewidth=1)
+        lines.append(line)
+    axes.set(xscale="log", yscale="log", xlabel="tokens N of the softmax baseline (image side)", ylabel=COSTS[cost])
+    sides = sorted({r["img_size"] for r in records})
+    axes.set_xticks([known[side] for side in sides], [f"{known[side]:,}\n{side} px" for side in sides])
+    axes.minorticks_off()
+    plain_numbers(axes.yaxis)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return figure, lines
+
+
+def trade_off(runs: list[list[Record]], cost: str) -> Optional[Any]:
+    """Figure of top-1 over one cost: a point for each model, its mean over seeds, with the Pareto front drawn."""
+    known = [group for group in runs if group[0][cost]]
+    if not known:
+        return None
+    figure, axes = canvas()
+    costs = [group[0][cost] for group in known]
+    means = [statistics.mean(record["top1"] for record in group) for group in known]
+    for number, (group, x, y) in enumerate(zip(known, costs, means)):
+        top1 = [record["top1"] for record in group]
+        spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
+        start = "" if group[0]["start"] != "scratch" else " (scratch)"
+        own = style(number)
+        point = dict(fmt=own["marker"], color=own["color"], markersize=8, capsize=3)
+        axes.errorbar(x, y, yerr=spread or None, label=f"{group[0]['model']}{start}", **point)
+    front = pareto(costs, means)
+    best = [[values[i] for i in front] for values in (costs, means)]
+    axes.plot(*best, color="#7F7F7F", linestyle="--", linewidth=1, zorder=0, label="Pareto front")
+    axes.set(xscale="log", xlabel=AXES[cost], ylabel="validation top-1 (%)")
+    plain_numbers(axes.xaxis)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=9)
+    return figure
+
+
+def plain_numbers(axis: Any) -> None:
+    """20 instead of 2 x 10^1; where the range is small, between the powers of ten as well."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
+def canvas() -> tuple[Any, Any]:
+    """An empty figure with one pair of axes.
+
+    Raises:
+        ValueError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("figures need matplotlib; pip install 'timm-vix[examples]'") from None
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    return figure, figure.subplots()
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a file, the same for the same figure."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
+    return image.getvalue()

@@ -1,0 +1,64 @@
+"""Floating-point operations of what really runs, by torch's own counter; a multiply-add is two.
+
+torch counts matrix products, convolutions and fused attention. Added here: Fourier transforms, at the customary
+5 n log2 n operations for n complex and half of that for n real numbers (a transform over several axes: n is their
+product), and the fused attention of a CPU where torch is too old to count it. Element-wise operations and
+normalisations count nothing.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+
+
+def transform_flops(shape: tuple[int, ...], dims: list[int], scale: float) -> int:
+    return round(scale * math.prod(shape) * math.log2(max(1, math.prod(shape[dim] for dim in dims))))
+
+
+# torch's counter hands over shapes instead of tensors
+def complex_transform(x: Any, dim: list[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return transform_flops(x, dim, 5.0)
+
+
+def transform_of_real(x: Any, dim: list[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return transform_flops(x, dim, 2.5)
+
+
+def transform_to_real(x: Any, dim: list[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return transform_flops(out_shape, dim, 2.5)
+
+
+def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    aten._fft_c2c: complex_transform,
+    aten._fft_r2c: transform_of_real,
+    aten._fft_c2r: transform_to_real,
+    aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
+def counter() -> FlopCounterMode:
+    """Context in which everything is counted; then ask its ``get_total_flops()``.
+
+    Example:
+        >>> with counter() as flops:
+        ...     model(images)
+        >>> flops.get_total_flops()
+    """
+    ours = {operator: formula for operator, formula in FORMULAS.items() if operator not in flop_registry}
+    return FlopCounterMode(display=False, custom_mapping=ours)

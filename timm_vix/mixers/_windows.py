@@ -1,0 +1,77 @@
+"""A few far tokens and the exact near ones in one softmax: attention to landmarks outside, to tokens inside a window.
+
+    P_i = softmax(Q_i K~^T / sqrt(D) + c_i  |  Q_i K_w^T / sqrt(D))        landmarks | tokens of the window of i
+    Y_i = P_i [X | V_w]
+
+The patch grid is cut into windows of w x w tokens, the last ones cut short. c_i is the log of the number of tokens that
+a landmark stands for beside the window: nothing is counted twice, and a cell that lies in the window is left out.
+
+Shapes: B images, h heads, D head width, m landmarks (P prefix tokens, then cells), n windows.
+"""
+
+import torch
+from timm.layers import register_notrace_function
+from torch.nn import functional as F
+
+from ._resample import Grid
+
+
+def windows(x: torch.Tensor, grid: Grid, w: int) -> torch.Tensor:
+    """Cut patches into windows, zeros beyond the border: (B, h, H·W, D) -> (B, h, n, w·w, D)."""
+    B, h, _, D = x.shape
+    rows, columns = -(-grid[0] // w), -(-grid[1] // w)
+    x = x.reshape(B, h, grid[0], grid[1], D)
+    if rows * w != grid[0] or columns * w != grid[1]:
+        x = F.pad(x, [0, 0, 0, columns * w - grid[1], 0, rows * w - grid[0]])
+    return x.reshape(B, h, rows, w, columns, w, D).transpose(3, 4).reshape(B, h, rows * columns, w * w, D)
+
+
+def from_windows(x: torch.Tensor, grid: Grid, w: int) -> torch.Tensor:
+    """The inverse of ``windows``, what lies beyond the border left out: (B, h, n, w·w, D) -> (B, h, H·W, D)."""
+    B, h, _, _, D = x.shape
+    rows, columns = -(-grid[0] // w), -(-grid[1] // w)
+    x = x.reshape(B, h, rows, columns, w, w, D).transpose(3, 4).reshape(B, h, rows * w, columns * w, D)
+    return x[:, :, : grid[0], : grid[1]].reshape(B, h, grid[0] * grid[1], D)
+
+
+def shares(length: int, cells: int, w: int) -> torch.Tensor:
+    """What share of each cell lies in each window, along one axis: (windows, cells)."""
+    pooled = F.adaptive_avg_pool1d(torch.eye(length).unsqueeze(0), cells)[0]
+    return F.pad(pooled, [0, 0, 0, -length % w]).reshape(-1, w, cells).sum(1)
+
+
+# A leaf for torch.fx: tensors are made here on the device of ``like``.
+@torch.fx.wrap
+@register_notrace_function
+def window_biases(like: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid, w: int) -> torch.Tensor:
+    """c for landmarks and the mask of each window's tokens, (n, 1, P + m + w·w)."""
+    rows, columns = shares(grid[0], cells[0], w), shares(grid[1], cells[1], w)
+    inside = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
+    beside = (1.0 - inside).clamp(min=0.0) * (grid[0] * grid[1] / (cells[0] * cells[1]))
+    beside = torch.where(beside < 1e-4, 0.0, beside).log()
+    here = windows(torch.ones(1, 1, grid[0] * grid[1], 1), grid, w)[0, 0, :, :, 0].log()
+    biases = torch.cat([torch.zeros(len(here), num_prefix_tokens), beside, here], dim=1)
+    return biases.unsqueeze(1).to(device=like.device, dtype=like.dtype)
+
+
+def landmarks_and_windows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    landmark_keys: torch.Tensor,
+    landmark_values: torch.Tensor,
+    biases: torch.Tensor,
+    grid: Grid,
+    w: int,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Y of the module's docstring: q, k, v of the patches (B, h, H·W, D), landmarks (B, h, m, D) -> (B, h, H·W, D)."""
+    B, h, _, D = q.shape
+    m = landmark_keys.shape[2]
+    q, k, v = windows(q * D**-0.5, grid, w), windows(k, grid, w), windows(v, grid, w)
+    n = q.shape[2]
+    far = torch.matmul(q.flatten(2, 3), landmark_keys.transpose(2, 3)).reshape(B, h, n, w * w, m)
+    near = torch.matmul(q, k.transpose(3, 4))
+    weights = F.dropout((torch.cat([far, near], dim=4) + biases).softmax(4), dropout, dropout > 0.0)
+    y = torch.matmul(weights[..., :m].flatten(2, 3), landmark_values).reshape(B, h, n, w * w, D)
+    return from_windows(y + torch.matmul(weights[..., m:], v), grid, w)

@@ -1,0 +1,174 @@
+"""Any timm ViT with another attention, as a model with a name: ``timm_vix.convert`` for timm's scripts and the Hub.
+
+    timm.create_model("vix_from_timm", source="deit_small_patch16_224", mixer="nystrom", layers="last-6")
+
+A model that comes from the Hub or a folder is somebody's: its configuration may name a registered timm model and plain
+values of sane sizes, its weights are read as tensors and nothing else.
+"""
+
+import difflib
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from timm.models import (
+    create_model,
+    generate_default_cfgs,
+    is_model,
+    list_models,
+    load_pretrained,
+    load_state_dict_from_hf,
+    register_model,
+)
+from timm.models._hub import load_state_dict_from_path
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as eva_checkpoint_filter_fn
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from ..convert import NAME, Layers, convert
+from ..mixers import MIXERS
+from ..mixers._slot import TokenMixer
+from ..swap import mixer_options
+
+# far beyond every published model, and small enough to be counted before memory is taken
+LARGEST = {"depth": 1000, "num_classes": 10_000_000}
+LARGEST_OTHERWISE = 65_536
+
+default_cfgs = generate_default_cfgs({NAME: dict(num_classes=1000, input_size=(3, 224, 224), classifier="head")})
+
+
+def check_source(source: Any) -> None:
+    """Raise ValueError unless ``source`` is the name of a timm model."""
+    if not isinstance(source, str) or not is_model(source.partition(".")[0]) or source.partition(".")[0] == NAME:
+        near = difflib.get_close_matches(str(source), list_models(), n=5)
+        raise ValueError(f"source={source!r} is no model of timm; near names: {', '.join(near) or 'none'}")
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Raise ValueError unless a saved argument is a plain value of a sane size."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            check_plain(name, part)
+    elif not isinstance(value, (bool, int, float, str, type(None))):
+        raise ValueError(f"{name}={value!r}: a saved configuration holds plain values only")
+    elif isinstance(value, (int, float)) and not abs(value) <= LARGEST.get(name, LARGEST_OTHERWISE):
+        raise ValueError(f"{name}={value}: a saved configuration may go up to {LARGEST.get(name, LARGEST_OTHERWISE)}")
+
+
+def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model that ``save_for_hf`` or ``push_to_hf_hub`` stored.
+
+    Raises:
+        ValueError: for anything but tensors.
+    """
+    place = cfg["file"] if cfg["source"] == "local-dir" else cfg["hf_hub_id"]
+    try:
+        if cfg["source"] == "local-dir":
+            tensors = load_state_dict_from_path(Path(place), weights_only=True)
+        else:
+            tensors = load_state_dict_from_hf(place, weights_only=True, cache_dir=cache_dir)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{place} holds no readable weights; expected model.safetensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{place} holds something else than tensors; expected model.safetensors")
+    return tensors
+
+
+def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Fit the weights of a converted model to its grid."""
+    grids = {}
+    for prefix, module in model.named_modules():
+        for name, resample in getattr(module, "grid_parameters", {}).items():
+            key = f"{prefix}.{name}"
+            if key in state_dict:
+                grids[key] = resample(state_dict[key], model.patch_embed.grid_size)
+    filter_fn = eva_checkpoint_filter_fn if isinstance(model, Eva) else vit_checkpoint_filter_fn
+    return {**filter_fn(state_dict, model), **grids}
+
+
+def build(source: str, mixer: str, layers: Layers, options: dict[str, Any], **kwargs: Any) -> nn.Module:
+    model = create_model(source, **kwargs)
+    # features_only wraps the model
+    convert(getattr(model, "model", model), mixer, layers, **options)
+    return model
+
+
+@register_model
+def vix_from_timm(
+    pretrained: bool = False,
+    source: str = "deit_tiny_patch16_224",
+    mixer: str = "nystrom",
+    layers: Layers = "all",
+    **kwargs: Any,
+) -> nn.Module:
+    """timm's ``source`` with a token mixer in some layers, see ``timm_vix.convert``.
+
+    Args:
+        pretrained: load the weights of ``source``, or those of the folder or repository that the name came from.
+        source: a timm model with a tag if wanted, a ``VisionTransformer`` or ``Eva``.
+        mixer: a name in ``timm_vix.mixers.MIXERS``.
+        layers: "all", "first-n", "last-n", "every-n", indices, or a mapping from index to mixer.
+        **kwargs: the mixer's keywords, and those of ``source``.
+
+    Raises:
+        ValueError: for a source, mixer, layer or keyword that isn't there, attention that can't be replaced, and a
+            saved model that is broken or not what it says.
+    """
+    check_source(source)
+    cfg = kwargs.pop("pretrained_cfg", None)
+    cache_dir = kwargs.pop("cache_dir", None)
+    options = {name: kwargs.pop(name) for each in MIXERS for name in mixer_options(each) if name in kwargs}
+    if not isinstance(cfg, dict) or cfg.get("source") not in ("local-dir", "hf-hub"):
+        return build(source, mixer, layers, options, pretrained=pretrained, cache_dir=cache_dir, **kwargs)
+
+    caller = ("pretrained_cfg_overlay", "pretrained_model_args", "device", "dtype")
+    arguments = {name: value for name, value in kwargs.items() if name not in caller}
+    arguments.update(options, mixer=mixer, layers=layers)
+    for name, value in arguments.items():
+        if name in inspect.signature(create_model).parameters:
+            raise ValueError(f"{name}={value!r}: a saved configuration may not say how to load another model")
+        check_plain(name, value)
+    # what a stranger's configuration says about where to load from is not for the source's loader
+    plain = {
+        name: cfg[name] for name in ("num_classes", "input_size", "fixed_input_size", "mean", "std") if name in cfg
+    }
+    check_plain("num_classes", plain.get("num_classes"))
+    check_plain("input_size", plain.get("input_size"))
+    plain.update({name: cfg[name] for name in ("interpolation", "crop_pct", "first_conv", "classifier") if name in cfg})
+    kwargs["pretrained_cfg"] = {**plain, "architecture": source.partition(".")[0]}
+    weights = read_weights(cfg, cache_dir) if pretrained else {}
+    try:
+        with torch.device("meta"):
+            size = sum(t.numel() for t in build(source, mixer, layers, options, **kwargs).state_dict().values())
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"the saved arguments {arguments} don't build {source}: {error}") from error
+    if weights and size > 2 * sum(tensor.numel() for tensor in weights.values()) + 10_000_000:
+        raise ValueError(f"the saved configuration asks for {size} numbers, far more than the weights beside it hold")
+    model = build(source, mixer, layers, options, **kwargs)
+    if pretrained:
+        host = getattr(model, "model", model)
+        try:
+            load_pretrained(
+                host,
+                {**kwargs["pretrained_cfg"], "state_dict": weights},
+                num_classes=host.num_classes,
+                in_chans=kwargs.get("in_chans", 3),
+                filter_fn=fit_weights,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"the weights don't fit {source} with this configuration: {error}") from error
+        forget_unsaved(host)
+    return model
+
+
+def forget_unsaved(model: nn.Module) -> None:
+    """A mixer without queries, keys and values was saved without them: it has no attention to go back to."""
+    for module in model.modules():
+        if isinstance(module, TokenMixer) and not hasattr(module, "qkv"):
+            del module.replaced

@@ -1,0 +1,434 @@
+"""Attention transfer: a converted model learns from the softmax model that it was, without labels.
+
+    stage 1   sum over layers l of  |B'_l(x_l) - B_l(x_l)|^2 / |B_l(x_l) - x_l|^2     x_l: the teacher's own tokens
+    stage 2   |z' - z|^2 / |z|^2  +  KL(softmax(y) || softmax(y'))                     z: last tokens, y: logits
+
+B is a block of the frozen original and B' the same block with another attention. In stage 1 all layers learn at once
+and none hears of another's errors; stage 2 trains the whole model, gently. Both train the parameters of the replaced
+attention alone. Stage 3, with labels, is ordinary fine-tuning of the folder that is written.
+
+The idea of stage 1 is that of Zhang et al. 2024, "LoLCATs" (arXiv 2410.10254, section 3.1), on blocks' outputs.
+"""
+
+import argparse
+import copy
+import csv
+import io
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ParseKwargs
+from timm.utils.distributed import init_distributed_device_so
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .convert import Conversion, Layers, convert
+from .images import Images, find_unlabelled, transforms
+from .interrupt import deferred_interrupt
+from .machine import autocast, check_model, find_device, find_dtype, versions
+from .matching import BlockMatching, Distillation
+from .results import one_line, restore, write_hub, write_whole
+
+# What may change between a run and its continuation; the images are recognised by their names instead.
+FREE = {"data_dir", "workers", "out", "checkpoint_every", "resume", "overwrite", "weights", "pretrained"}
+FILES = ("checkpoint.pt", "steps.csv", "result.csv", "layers.png")
+
+
+def transfer(
+    source: str,
+    data_dir: str,
+    mixer: str = "nystrom",
+    layers: Layers = "all",
+    mixer_kwargs: Optional[dict[str, Any]] = None,
+    source_kwargs: Optional[dict[str, Any]] = None,
+    weights: Optional[str] = None,
+    pretrained: bool = False,
+    img_size: Optional[int] = None,
+    block_steps: int = 300,
+    distill_steps: int = 100,
+    block_lr: float = 1e-3,
+    distill_lr: float = 5e-5,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    amp: str = "auto",
+    threads: Optional[int] = None,
+    workers: int = 0,
+    out: str = "transferred",
+    checkpoint_every: int = 50,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> tuple[nn.Module, Conversion]:
+    """Convert ``source`` and fit it to what it was; leave a folder for the Hub, ``hub``, a row and a figure in ``out``.
+
+    Under ``torchrun`` the processes share each batch, and the first of them writes.
+
+    Args:
+        source: A name of timm's, a ``VisionTransformer`` or ``Eva``.
+        data_dir: Folder of images of any depth; labels are not wanted.
+        mixer, layers, mixer_kwargs: See ``timm_vix.convert``.
+        source_kwargs: Further keywords of the source, plain values.
+        weights: File with the source's weights, .safetensors or .pth (a state dict; nothing else is unpickled).
+        pretrained: Take timm's weights of the source instead.
+        img_size: Side of the images in pixels; None: the source's own.
+        block_steps, distill_steps: Steps of stage 1 and 2; 0 leaves the stage out.
+        block_lr, distill_lr: Highest learning rates of AdamW; both follow a cosine to zero.
+        batch_size: Images a step, over all processes.
+        seed: Order and cropping of the images.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        amp: "auto" (bfloat16 where the processor has it), "off" or "bfloat16".
+        threads: Of PyTorch on a CPU.
+        workers: Processes that load images.
+        out: Folder for the results.
+        checkpoint_every: Steps between checkpoints.
+        resume: Continue the run in ``out``.
+        overwrite: Replace the run in ``out``.
+
+    Returns:
+        The converted model in eval mode, and what became of its layers.
+
+    Raises:
+        ValueError: for a wrong argument, weights or images that don't fit, a loss that isn't finite.
+        OSError: for a file that cannot be written; the previous checkpoint is intact.
+        KeyboardInterrupt: for Ctrl-C, after the step was finished and a checkpoint saved.
+
+    Example:
+        >>> model, report = transfer("deit_tiny_patch16_224", "photos", "nystrom", pretrained=True, out="runs/nystrom")
+    """
+    run = SimpleNamespace(**locals())
+    folder = Path(out)
+    check(run, folder)
+    settings = dict(vars(run), device=find_device(device), layers=str(layers))
+    if threads:
+        torch.set_num_threads(threads)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = init_distributed_device_so(device=settings["device"])["global_rank"] if world > 1 else 0
+    if world > 1 and settings["device"] == "cuda":
+        settings["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    run.device, run.dtype = settings["device"], find_dtype(amp, settings["device"])
+
+    teacher, config = build_teacher(run)
+    student = copy.deepcopy(teacher)
+    report = convert(student, mixer, layers, **(mixer_kwargs or {}))
+    converted = sorted({row.layer for row in report.rows if row.changed})
+    if not converted:
+        raise ValueError(f"mixer={mixer!r}, layers={layers!r} leave every layer as it is: nothing to transfer")
+    trained = [p for row in report.rows if row.changed for p in student.get_submodule(row.path).parameters()]
+    if not trained:
+        raise ValueError(f"mixer={mixer!r} has no parameters to fit")
+    student.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+    resize, augmented, plain = transforms(config, "light", 0.5)
+    # every twentieth image is kept apart, to say what was lost
+    found = find_unlabelled(Path(data_dir))
+    images, apart = (
+        Images(part, ["image"], config["input_size"][0], resize, transform, seed)
+        for part, transform in (([item for i, item in enumerate(found) if i % 20], augmented), (found[::20], plain))
+    )
+    if len(images) < batch_size:
+        raise ValueError(
+            f"data_dir={data_dir} has {len(images)} images to learn from, fewer than batch_size={batch_size}"
+        )
+    settings = json.loads(json.dumps({k: v for k, v in settings.items() if k not in FREE}, default=str))
+    settings.update(images=images.digest(), dtype=str(run.dtype))
+
+    position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[])
+    optimizer = create_optimizer_v2(trained, "adamw", lr=block_lr, weight_decay=0.0)
+    if resume:
+        position = restore(folder / "checkpoint.pt", settings, student, optimizer)
+    elif rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+
+    def save() -> None:
+        if rank == 0:
+            buffer = io.BytesIO()
+            state = dict(settings=settings, model=student.state_dict(), optimizer=optimizer.state_dict())
+            torch.save(dict(state, position=position), buffer)
+            write_whole(folder / "checkpoint.pt", buffer.getbuffer())
+            write_table(folder / "steps.csv", ["stage", "step", "losses"], position["rows"])
+
+    mean, std = (torch.tensor(config[key], device=run.device).view(-1, 1, 1) for key in ("mean", "std"))
+
+    def prepare(pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.to(run.device).float() / 255 - mean) / std
+
+    stages: dict[int, tuple[str, nn.Module, int, float]] = {
+        1: ("blocks", BlockMatching(teacher, student, converted), block_steps, block_lr),
+        2: ("distillation", Distillation(teacher, student), distill_steps, distill_lr),
+    }
+    if not resume:
+        save()  # a full disk shows now and not after an hour
+    with deferred_interrupt() as asked:
+        for stage in range(position["stage"], 3):
+            name, losses_of, steps, lr = stages[stage]
+            if position["stage"] != stage:
+                position.update(stage=stage, step=0)
+                optimizer = create_optimizer_v2(trained, "adamw", lr=lr, weight_decay=0.0)
+            if world > 1 and steps:
+                losses_of = DistributedDataParallel(losses_of)
+            scheduler = CosineLRScheduler(
+                optimizer, max(steps, 2), warmup_t=steps // 20, warmup_lr_init=lr / 100, t_in_epochs=False
+            )
+            keys = batches(images, batch_size, steps, stage)[position["step"] :]
+            loader = DataLoader(images, batch_sampler=[batch[rank::world] for batch in keys], num_workers=workers)
+            bar = tqdm(loader, name, steps, False, initial=position["step"], disable=None if rank == 0 else True)
+            start = time.perf_counter() - position["seconds"]
+            for pixels, _ in bar:
+                scheduler.step_update(position["step"])
+                with autocast(run.device, run.dtype):
+                    losses = losses_of(prepare(pixels))
+                loss = losses.mean() if stage == 1 else losses.sum()
+                if not loss.isfinite():
+                    raise ValueError(
+                        f"the loss became {loss.item()} in {name}, step {position['step'] + 1}; lower lr={lr}"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                position["step"] += 1
+                values = [round(value, 6) for value in losses.tolist()]
+                position["rows"].append([stage, position["step"], values])
+                bar.set_postfix_str(" ".join(f"{value:.3f}" for value in values), refresh=False)
+                position["seconds"] = time.perf_counter() - start
+                if asked.is_set() or position["step"] % checkpoint_every == 0:
+                    save()
+                if asked.is_set():
+                    raise KeyboardInterrupt(
+                        f"interrupted in {name} after {position['step']} of {steps} steps; resume continues from there"
+                    )
+            if steps and rank == 0:
+                last = ", ".join(f"{value:.4f}" for value in position["rows"][-1][2])
+                print(f"{name}: {steps} steps, losses {last}; {position['seconds']:.0f} s")
+    save()
+    student.requires_grad_(True).eval()
+    if rank == 0:
+        row = result_row(run, report, position, len(images), *compare(teacher, student, apart, prepare, run))
+        write_table(folder / "result.csv", list(row), [list(row.values())])
+        write_figure(folder / "layers.png", position["rows"], converted, f"{source} -> {mixer}")
+        write_hub(folder / "hub", student, config, card(row, report))
+        print(f"agrees with {source} on {row['agreement']} % of {len(apart)} images kept apart; wrote {folder / 'hub'}")
+    return student, report
+
+
+def batches(images: Images, batch_size: int, steps: int, stage: int) -> list[list[tuple[int, int]]]:
+    """Keys of a stage's steps, epoch after epoch, in an order of its own."""
+    found: list[list[tuple[int, int]]] = []
+    epoch = stage * 1000
+    while len(found) < steps:
+        found += images.batches(batch_size, epoch)
+        epoch += 1
+    return found[:steps]
+
+
+def check(run: SimpleNamespace, out: Path) -> None:
+    """Raise ValueError for a setting that is wrong whatever the data is."""
+    ranges = (
+        ("batch_size checkpoint_every block_lr distill_lr img_size threads", "above 0", lambda v: v > 0),
+        ("block_steps distill_steps seed workers", "0 or more", lambda v: v >= 0),
+        ("amp", "auto, off, bfloat16", lambda v: v in ("auto", "off", "bfloat16")),
+    )
+    for names, allowed, holds in ranges:
+        for name in names.split():
+            value = getattr(run, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name}={value}: allowed is {allowed}")
+    check_model(run.source)
+    if run.weights and not Path(run.weights).is_file():
+        raise ValueError(f"weights={run.weights} is no file; allowed is a .safetensors or .pth file")
+    if not run.weights and not run.pretrained and ":" not in run.source:
+        raise ValueError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
+    if run.resume and run.overwrite:
+        raise ValueError("resume and overwrite were both given; allowed is one of them")
+    if run.resume and not (out / "checkpoint.pt").is_file():
+        raise ValueError(f"resume: {out} holds no checkpoint.pt; start without resume")
+    if not (run.resume or run.overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")
+
+
+def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The frozen original, and timm's data configuration for it."""
+    arguments = dict(run.source_kwargs or {})
+    if run.img_size:
+        arguments["img_size"] = run.img_size
+    if run.weights:
+        # the file's own number of classes, or timm leaves its classifier out
+        classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
+        arguments["pretrained_cfg_overlay"] = dict(file=run.weights, source=None, custom_load=False, **classes)
+    try:
+        teacher = timm.create_model(run.source, pretrained=True, **arguments)
+    except Exception as error:  # timm, torch and safetensors raise by kind of damage
+        weights = f" with weights={run.weights}" if run.weights else ""
+        raise ValueError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
+    wish = dict(img_size=run.img_size) if run.img_size else {}
+    return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, wish)
+
+
+@torch.inference_mode()
+def compare(
+    teacher: nn.Module, student: nn.Module, images: Images, prepare: Any, run: SimpleNamespace
+) -> tuple[float, float]:
+    """Percent of images on which both predict the same, and the relative distance of their last tokens."""
+    same, apart, size = 0, 0.0, 0.0
+    loader = DataLoader(images, batch_sampler=images.batches(run.batch_size), num_workers=run.workers)
+    for pixels, _ in tqdm(loader, "compare", leave=False, disable=None):
+        with autocast(run.device, run.dtype):
+            wanted, mine = (model.forward_features(prepare(pixels)) for model in (teacher, student))
+            predicted = [model.forward_head(t).argmax(-1) for model, t in ((teacher, wanted), (student, mine))]
+        same += int((predicted[0] == predicted[1]).sum())
+        apart += float((mine.float() - wanted.float()).square().sum())
+        size += float(wanted.float().square().sum())
+    return 100 * same / len(images), (apart / size) ** 0.5
+
+
+def result_row(
+    run: SimpleNamespace, report: Conversion, position: dict, images: int, agreement: float, distance: float
+) -> dict[str, Any]:
+    """What was done and what came of it."""
+    first = next((row.options for row in report.rows if row.changed), {})
+    return dict(
+        source=run.source,
+        mixer=run.mixer,
+        layers=" ".join(str(row.layer) for row in report.rows if row.changed),
+        keywords=" ".join(f"{name}={value}" for name, value in first.items()),
+        tokens=report.tokens,
+        images=images,
+        block_steps=run.block_steps,
+        distill_steps=run.distill_steps,
+        batch_size=run.batch_size,
+        agreement=round(agreement, 2),
+        feature_distance=round(distance, 4),
+        seconds=round(position["seconds"]),
+        device=run.device,
+        dtype=str(run.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        **versions(),
+    )
+
+
+def write_table(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    """A CSV, as a whole."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_whole(path, text.getvalue().encode())
+
+
+def write_figure(path: Path, rows: list[list[Any]], layers: list[int], title: str) -> None:
+    """Each layer's error at the start and the end of stage 1, means of ten steps."""
+    errors = [values for stage, _, values in rows if stage == 1]
+    if not errors:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    # orange and blue of Okabe & Ito, hatched apart for print
+    for part, label, color, hatch, shift in (
+        (errors[:10], "start", "#E69F00", "//", -0.2),
+        (errors[-10:], "end", "#0072B2", "", 0.2),
+    ):
+        means = torch.tensor(part).mean(0).tolist()
+        axes.bar([layer + shift for layer in layers], means, 0.4, label=label, color=color, hatch=hatch)
+    axes.set(xlabel="layer", ylabel="relative squared error of the block", yscale="log", title=title, xticks=layers)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())
+
+
+def card(row: dict[str, Any], report: Conversion) -> str:
+    """Model card in the Hub's format."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in row.items())
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+license: other
+tags:
+- image-classification
+- timm
+- timm_vix
+---
+# {row["source"]} with {row["mixer"]} attention
+
+The attention of `{row["source"]}` was replaced and fitted to the original without labels. On images that were kept
+apart it predicts what the original predicts in {row["agreement"]} % of the cases.
+
+```python
+import timm, timm_vix
+model = timm.create_model("local-dir:THIS/FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
+```
+
+```
+{report.table()}
+```
+
+## How it was made
+
+{facts}
+
+## Limits
+
+Agreement was measured on one kind of images and says nothing about labels. The terms of the original weights apply.
+"""
+
+
+def parse_layers(text: str) -> Layers:
+    """ "all", "last-6" and so on; "0,3,5"; or a .json file with a mapping, such as ``timm-vix plan`` writes."""
+    if text.endswith(".json"):
+        try:
+            content = json.loads(Path(text).read_text())
+            return content.get("layers", content)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"layers={text} cannot be read: {error}") from error
+    if text.replace(",", "").isdigit():
+        return [int(part) for part in text.split(",") if part]
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, help="timm model, e.g. deit_tiny_patch16_224")
+    parser.add_argument("--data-dir", required=True, help="folder of images, labels not wanted")
+    parser.add_argument("--out", default="transferred", help="folder for the results")
+    parser.add_argument("--weights", help="file with the source's weights")
+    parser.add_argument("--pretrained", action="store_true", help="take timm's weights of the source")
+    parser.add_argument("--mixer", default="nystrom")
+    parser.add_argument("--layers", default="all", type=parse_layers, help="all, last-6, every-2, 0,3,5 or a plan.json")
+    parser.add_argument("--mixer-kwargs", nargs="*", default={}, action=ParseKwargs, help="e.g. num_landmarks=64")
+    parser.add_argument("--source-kwargs", nargs="*", default={}, action=ParseKwargs)
+    parser.add_argument("--img-size", type=int)
+    for name, value in (("block-steps", 300), ("distill-steps", 100), ("batch-size", 16), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--block-lr", type=float, default=1e-3)
+    parser.add_argument("--distill-lr", type=float, default=5e-5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="auto", help="auto, off or bfloat16")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--checkpoint-every", type=int, default=50)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    names = transfer.__code__.co_varnames[: transfer.__code__.co_argcount]
+    _, report = transfer(**{name: getattr(arguments, name) for name in names})
+    print(report.table())

@@ -1,0 +1,72 @@
+"""What lies between and behind measured points: exponents, crossovers, Pareto fronts."""
+
+from collections.abc import Sequence
+from typing import Optional
+
+import numpy as np
+
+
+def exponent(tokens: Sequence[float], costs: Sequence[float]) -> Optional[float]:
+    """The b of cost = a · tokens^b, by least squares of logarithms; None for fewer than two sizes.
+
+    Fitted where the tokens are above the geometric middle of their range: below, what doesn't depend on them dominates.
+
+    Example:
+        >>> exponent([100, 1000, 10000], [1, 10, 1000])
+        2.0
+    """
+    points = [(n, cost) for n, cost in zip(tokens, costs) if n >= (min(tokens) * max(tokens)) ** 0.5 * 0.999]
+    if len({n for n, _ in points}) < 2:
+        points = list(zip(tokens, costs))
+    if len({n for n, _ in points}) < 2:
+        return None
+    x, y = np.log(np.array(points, dtype=float)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def crossing(tokens: Sequence[float], ratios: Sequence[float]) -> Optional[float]:
+    """The number of tokens from which the ratio stays above 1, by interpolation of logarithms.
+
+    The smallest number of tokens, if the ratio is above 1 throughout; None, if it isn't above 1 at the largest.
+    """
+    below = [i for i, ratio in enumerate(ratios) if ratio <= 1]
+    if not below:
+        return float(tokens[0])
+    if below[-1] == len(ratios) - 1:
+        return None
+    i = below[-1]
+    (x0, x1), (y0, y1) = np.log(tokens[i : i + 2]), np.log(ratios[i : i + 2])
+    return float(np.exp(x0 - y0 * (x1 - x0) / (y1 - y0)))
+
+
+def crossover(
+    tokens: Sequence[float], ratios: Sequence[float], lows: Sequence[float], highs: Sequence[float]
+) -> tuple[Optional[float], Optional[float], Optional[float]]:
+    """Where a mechanism overtakes: by its ratios, and the earliest and latest tokens that their spread allows."""
+    order = sorted(range(len(tokens)), key=lambda i: tokens[i])
+    sizes = [tokens[i] for i in order]
+    median, earliest, latest = (crossing(sizes, [r[i] for i in order]) for r in (ratios, highs, lows))
+    return median, earliest, latest
+
+
+def crossover_text(tokens: Sequence[float], found: tuple[Optional[float], Optional[float], Optional[float]]) -> str:
+    """E.g. "from 430 tokens (380 to 510)", "at all sizes (from 197 tokens)", "not up to 4,097 tokens"."""
+    median, earliest, latest = found
+    first, last = min(tokens), max(tokens)
+    if median is None:
+        return f"not up to {last:,.0f} tokens"
+    if latest is not None and latest == first:
+        return f"at all sizes (from {first:,.0f} tokens)"
+    low = f"below {first:,.0f}" if earliest is None or earliest == first else f"{earliest:,.0f}"
+    high = f"above {last:,.0f}" if latest is None else f"{latest:,.0f}"
+    start = f"{first:,.0f} or fewer" if median == first else f"{median:,.0f}"
+    return f"from {start} tokens ({low} to {high})"
+
+
+def pareto(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
+    """Indices of the points that no other beats in both, cheapest first: less cost, more gain."""
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i])):
+        if not front or gains[i] > gains[front[-1]]:
+            front.append(i)
+    return front
