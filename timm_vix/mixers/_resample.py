@@ -48,12 +48,13 @@ def table_of_cells(table: torch.Tensor, num_prefix_tokens: int, grid: Grid, cell
     """
     width = table.shape[-1]
     if cells is not None and cells != grid:
-        leading = list(table.shape[:-2])
+        shape = list(table.shape[:-2])
+        shape += [cells[0] * cells[1], width]  # TorchScript unpacks no list
         waves = table.reshape(-1, grid[0] * grid[1], width).transpose(1, 2).reshape(-1, width, grid[0], grid[1])
         waves = F.adaptive_avg_pool2d(waves, cells).flatten(2).transpose(1, 2)
         sine, cosine = waves.chunk(2, dim=2)
         length = torch.sqrt(sine.square() + cosine.square()).clamp(min=1e-6)
-        table = torch.cat([sine / length, cosine / length], dim=2).reshape([*leading, cells[0] * cells[1], width])
+        table = torch.cat([sine / length, cosine / length], dim=2).reshape(shape)
     unturned = torch.zeros_like(table[..., :1, :]).repeat_interleave(num_prefix_tokens, dim=-2)
     unturned[..., width // 2 :] = 1.0
     return torch.cat([unturned, table], dim=-2)
