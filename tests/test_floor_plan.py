@@ -39,10 +39,8 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["models/__init__.py"], set()),
     (["__init__.py"], set()),
     # what fine-tuning reads and what it writes; the machine, tables of measurements, the counter of operations
-    (
-        ["flops.py", "folders.py", "images.py", "interrupt.py", "machine.py", "records.py", "results.py", "trends.py"],
-        TOOLS,
-    ),
+    (["flops.py", "folders.py", "images.py", "interrupt.py", "machine.py", "matching.py"], TOOLS),
+    (["records.py", "results.py", "trends.py"], TOOLS),
     (["figures.py", "finetune.py", "hub.py", "measure.py", "transfer.py"], TOOLS),
     (["cost.py"], TOOLS),
     (["advise.py", "compare.py"], TOOLS),

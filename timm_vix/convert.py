@@ -247,7 +247,7 @@ def note_conversion(model: nn.Module, slots: list[list[Slot]], mixer: str) -> No
     forget_conversion(model)
     cfg = getattr(model, "pretrained_cfg", None)
     if layers:
-        model.patch_embed.register_forward_hook(BeforeForward(model))
+        model.patch_embed.register_forward_hook(BeforeForward(model, follow=True))
         # a model that was built from its class has no name, and timm can't save it either
         if cfg and cfg.get("architecture"):
             source = model.pretrained_cfg["architecture"]

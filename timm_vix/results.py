@@ -100,6 +100,40 @@ def write_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
     write_whole(path, image.getvalue())
 
 
+def write_table(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    """A CSV, as a whole."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_whole(path, text.getvalue().encode())
+
+
+def write_layer_errors(path: Path, rows: list[list[Any]], layers: list[int], title: str) -> None:
+    """Each layer's error at the start and the end of attention transfer's first stage, means of ten steps."""
+    errors = [values for stage, _, values in rows if stage == 1]
+    if not errors:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    # orange and blue of Okabe & Ito, hatched apart for print
+    for part, label, color, hatch, shift in (
+        (errors[:10], "start", "#E69F00", "//", -0.2),
+        (errors[-10:], "end", "#0072B2", "", 0.2),
+    ):
+        means = torch.tensor(part).mean(0).tolist()
+        axes.bar([layer + shift for layer in layers], means, 0.4, label=label, color=color, hatch=hatch)
+    axes.set(xlabel="layer", ylabel="relative squared error of the block", yscale="log", title=title, xticks=layers)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())
+
+
 def write_hub(
     folder: Path, model: nn.Module, data_config: dict[str, Any], card: str, label_names: Optional[list[str]] = None
 ) -> None:

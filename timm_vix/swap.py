@@ -53,16 +53,19 @@ class BeforeForward:
 
     It runs once for each forward pass and not again when gradient checkpointing repeats the blocks. With checkpointing,
     call backward before the next forward pass if the two have different image sizes. TorchScript takes no such hook.
+    With ``follow`` the mixers take the patch embedding's grid even where all images have one size: a host's own
+    ``set_input_size`` doesn't know them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, follow: bool = False) -> None:
         self.mixers = [module for module in model.modules() if isinstance(module, TokenMixer)]
         self.ropes = [module for module in model.modules() if isinstance(module, RotaryPositions)]
         self.dynamic = getattr(model, "dynamic_img_size", False)
+        self.follow = follow
 
     def __call__(self, patch_embed: nn.Module, args: Any, output: torch.Tensor) -> None:
         # a dynamic patch embedding gives (B, H, W, C)
-        grid = (output.shape[1], output.shape[2]) if self.dynamic else None
+        grid = (output.shape[1], output.shape[2]) if self.dynamic else patch_embed.grid_size if self.follow else None
         for module in self.ropes:
             module.set_grid(grid or module.grid)
         for module in self.mixers:

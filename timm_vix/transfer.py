@@ -12,7 +12,6 @@ The idea of stage 1 is that of Zhang et al. 2024, "LoLCATs" (arXiv 2410.10254, s
 
 import argparse
 import copy
-import csv
 import io
 import json
 import os
@@ -38,7 +37,7 @@ from .images import Images, find_unlabelled, transforms
 from .interrupt import deferred_interrupt
 from .machine import autocast, check_model, find_device, find_dtype, versions
 from .matching import BlockMatching, Distillation
-from .results import one_line, restore, write_hub, write_whole
+from .results import one_line, restore, write_hub, write_layer_errors, write_table, write_whole
 
 # What may change between a run and its continuation; the images are recognised by their names instead.
 FREE = {"data_dir", "workers", "out", "checkpoint_every", "resume", "overwrite", "weights", "pretrained"}
@@ -219,7 +218,7 @@ def transfer(
     if rank == 0:
         row = result_row(run, report, position, len(images), *compare(teacher, student, apart, prepare, run))
         write_table(folder / "result.csv", list(row), [list(row.values())])
-        write_figure(folder / "layers.png", position["rows"], converted, f"{source} -> {mixer}")
+        write_layer_errors(folder / "layers.png", position["rows"], converted, f"{source} -> {mixer}")
         write_hub(folder / "hub", student, config, card(row, report))
         print(f"agrees with {source} on {row['agreement']} % of {len(apart)} images kept apart; wrote {folder / 'hub'}")
     return student, report
@@ -319,40 +318,6 @@ def result_row(
         processes=int(os.environ.get("WORLD_SIZE", 1)),
         **versions(),
     )
-
-
-def write_table(path: Path, header: list[str], rows: list[list[Any]]) -> None:
-    """A CSV, as a whole."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_whole(path, text.getvalue().encode())
-
-
-def write_figure(path: Path, rows: list[list[Any]], layers: list[int], title: str) -> None:
-    """Each layer's error at the start and the end of stage 1, means of ten steps."""
-    errors = [values for stage, _, values in rows if stage == 1]
-    if not errors:
-        return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no {path.name}: matplotlib is not installed")
-        return
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots()
-    # orange and blue of Okabe & Ito, hatched apart for print
-    for part, label, color, hatch, shift in (
-        (errors[:10], "start", "#E69F00", "//", -0.2),
-        (errors[-10:], "end", "#0072B2", "", 0.2),
-    ):
-        means = torch.tensor(part).mean(0).tolist()
-        axes.bar([layer + shift for layer in layers], means, 0.4, label=label, color=color, hatch=hatch)
-    axes.set(xlabel="layer", ylabel="relative squared error of the block", yscale="log", title=title, xticks=layers)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_whole(path, image.getvalue())
 
 
 def card(row: dict[str, Any], report: Conversion) -> str:
