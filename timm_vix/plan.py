@@ -21,7 +21,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from .convert import attention_slots, layer_mixers
-from .figures import canvas, png
+from .figures import agreement_over_cost, png
 from .freeze import architecture, fingerprint
 from .images import Images, find_unlabelled, transforms
 from .machine import check_model, find_device, versions
@@ -140,7 +140,7 @@ def plan_layers(
         model, batches, path.with_suffix(".csv"), f"{architecture(model)} {state} {size} px {data.digest()}"
     )
     costs, rest = block_costs(model, batches[0][:1])
-    softmax = Measured(1.0, 0.0, round(sum(costs) + rest, 6))
+    softmax = Measured(1.0, 0.0, round(sum(costs) + rest, 9))
     print(f"{source}: {len(costs)} layers, {softmax.gflops:.3f} GFLOPs at {size} px; {len(data)} images", flush=True)
     options = look_at_layers(sensitivity, costs, rest, mixer, candidates or CANDIDATES)
     steps = in_order(options)
@@ -263,27 +263,29 @@ def verify(sensitivity: Sensitivity, plan: Plan, curve: dict[str, Measured]) -> 
 
 def cheapest(sensitivity: Sensitivity, options: list[list[Option]], keep: float, curve: dict[str, Measured]) -> Plan:
     """The plan of least cost found with an agreement of at least ``keep``."""
-    # what is too much alone is left out from the start
-    steps = in_order([[option for option in own if option.agreement >= keep] for own in options])
-    good, bad = 0, len(steps) + 1
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if verify(sensitivity, after(steps[:middle]), curve).agreement >= keep:
-            good = middle
-        else:
-            bad = middle
-    plan = after(steps[:good])
+    # one chance for all, and one without what is too much alone
+    likely = in_order([[option for option in own if option.agreement >= keep] for own in options])
+    for steps in (in_order(options), likely):
+        good, bad = 0, len(steps) + 1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if verify(sensitivity, after(steps[:middle]), curve).agreement >= keep:
+                good = middle
+            else:
+                bad = middle
+    feasible = [text for text, found in curve.items() if found.agreement >= keep]
+    plan = plan_of(min(feasible, key=lambda text: (curve[text].gflops, curve[text].distance)))
     refused: set[int] = set()
-    for step in steps[good:]:
+    for step in likely:
+        here = next(option for option in options[step.layer] if option.entry == plan.get(step.layer))
         # a layer's later steps go further than the one that went too far
-        if step.layer not in refused:
+        if step.layer not in refused and step.option.cost < here.cost:
             further = {**plan, **after([step])}
             if verify(sensitivity, further, curve).agreement >= keep:
                 plan = further
             else:
                 refused.add(step.layer)
-    feasible = [text for text, found in curve.items() if found.agreement >= keep]
-    return plan_of(min(feasible, key=lambda text: (curve[text].gflops, curve[text].distance)))
+    return plan
 
 
 def check_budget(budget: float, least: float) -> None:
@@ -344,26 +346,11 @@ def table_of(result: dict[str, Any]) -> str:
 
 
 def write_figure(path: Path, result: dict[str, Any]) -> None:
-    """Agreement over cost of the models that were measured as a whole."""
+    """The curve as PNG, if it can be drawn."""
     try:
-        figure, axes = canvas()
+        write_whole(path, png(agreement_over_cost(result)))
     except ValueError as error:
         print(f"no {path.name}: {error}")
-        return
-    rows = result["curve"]
-    # blue, vermilion and black of Okabe & Ito, with markers of their own for print
-    axes.plot([r["gflops"] for r in rows], [100 * r["agreement"] for r in rows], "o", color="#0072B2", label="measured")
-    for row in (row for row in rows if row["chosen"]):
-        axes.plot(row["gflops"], 100 * row["agreement"], "*", markersize=16, color="#D55E00", label="chosen")
-    if result["keep"]:
-        axes.axhline(100 * result["keep"], color="#000000", linestyle="--", linewidth=1, label="wanted")
-    if result["budget_gflops"]:
-        axes.axvline(result["budget_gflops"], color="#000000", linestyle="--", linewidth=1, label="budget")
-    axes.set(xlabel="GFLOPs (a multiply-add is two)", ylabel="predictions that stay the same (%)")
-    axes.set_title(f"{result['source']}, {result['img_size']} px, {result['images']} images")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    write_whole(path, png(figure))
 
 
 def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:

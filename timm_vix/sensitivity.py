@@ -148,7 +148,7 @@ class Sensitivity:
                     apart += float((mine - features).square().sum())
                     size += float(features.square().sum())
         number = sum(len(images) for images in self.batches)
-        found = Measured(round(same / number, 6), round((apart / size) ** 0.5, 6), round(sum(blocks) + rest, 6))
+        found = Measured(round(same / number, 6), round((apart / size) ** 0.5, 6), round(sum(blocks) + rest, 9))
         append_record(self.table, COLUMNS, dict(run=self.run, layers=text_of(plan), **found._asdict()))
         self.known[text_of(plan)] = found
         return found
