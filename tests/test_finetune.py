@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
+import timm_vix
 from timm_vix.finetune import build_model, finetune
 from timm_vix.images import Images, find_images, transforms
 
@@ -469,6 +470,21 @@ def test_fewer_tensors_than_the_model_are_named(tmp_path, capsys):
     )
     build_model(SimpleNamespace(**vars(run) | dict(drop_path=0, device="cpu", dtype=torch.float32)), 4)
     assert "new in vit_tiny_patch16_224: blocks.1." in capsys.readouterr().out
+
+
+def test_a_part_trains_and_is_kept_apart(digits, tmp_path, script, capsys):
+    out = tmp_path / "out"
+    settings = dict(TINY, epochs=1, lr=1e-3, train_only="attention")
+    net, _ = finetune(data_dir=str(digits), out=str(out), **settings)
+    assert "training attention only: 0.0" in capsys.readouterr().out
+    start = tmp_path / "start"
+    fresh, _ = finetune(data_dir=str(digits), out=str(start), **settings | dict(lr=1e-30, weight_decay=0.0))
+    assert not torch.equal(net.blocks[0].attn.qkv.weight, fresh.blocks[0].attn.qkv.weight)
+    assert torch.equal(net.blocks[0].mlp.fc1.weight, fresh.blocks[0].mlp.fc1.weight)
+    timm_vix.load_delta(fresh, out / "delta.safetensors")
+    torch.testing.assert_close(fresh.state_dict(), net.state_dict(), rtol=0, atol=0)
+    result = script(*command(digits, tmp_path / "wrong", **TINY), "--train-only", "mlp")
+    assert_one_clear_line(result, ["train_only=mlp", "attention, mixer, head"])
 
 
 @pytest.mark.slow

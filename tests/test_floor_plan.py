@@ -33,6 +33,8 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["mixers/__init__.py", "stems/__init__.py"], LAYERS),
     (["swap.py"], {*LAYERS, "timm.models.eva"}),  # the attention of EVA is in its model's file
     (["convert.py"], {*LAYERS, "timm.models"}),  # below the models: one of them is whatever has been converted
+    (["results.py"], TOOLS),  # how files are written
+    (["freeze.py"], MODELS),
     (["models/_projected.py"], LAYERS),  # mixers for hosts that project their queries, keys and values themselves
     (["models/_[!_]*.py"], MODELS),
     (["models/[!_]*.py"], MODELS),
@@ -40,9 +42,9 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["__init__.py"], set()),
     # what fine-tuning reads and what it writes; the machine, tables of measurements, the counter of operations
     (["flops.py", "folders.py", "images.py", "interrupt.py", "machine.py", "matching.py"], TOOLS),
-    (["records.py", "results.py", "trends.py"], TOOLS),
-    (["figures.py", "finetune.py", "hub.py", "measure.py", "transfer.py"], TOOLS),
-    (["cost.py"], TOOLS),
+    (["records.py", "trends.py"], TOOLS),
+    (["figures.py", "finetune.py", "hub.py", "measure.py", "sensitivity.py", "transfer.py"], TOOLS),
+    (["cost.py", "plan.py"], TOOLS),
     (["advise.py", "compare.py"], TOOLS),
     (["report.py"], TOOLS),
     (["cli.py"], TOOLS),

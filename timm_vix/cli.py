@@ -10,12 +10,13 @@ import runpy
 import sys
 from collections.abc import Callable
 
-from . import __version__, advise, compare, cost, models, report, transfer
+from . import __version__, advise, compare, cost, models, plan, report, transfer
 
 COMMANDS = dict(
     cost=(cost, "latency, memory and FLOPs of any timm models, beside softmax"),
     advise=(advise, "which mechanism is fastest and smallest here, and from how many tokens"),
     compare=(compare, "train several models by one recipe: accuracy beside cost"),
+    plan=(plan, "which layers of a trained ViT to convert, and to what, for a wanted agreement or cost"),
     transfer=(transfer, "convert a trained ViT and fit it to what it was, without labels"),
     report=(report, "a page and figures from the tables of cost and compare"),
 )

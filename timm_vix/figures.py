@@ -100,6 +100,27 @@ def trade_off(runs: list[list[Record]], cost: str) -> Optional[Any]:
     return figure
 
 
+def agreement_over_cost(plan: dict[str, Any]) -> Any:
+    """Figure of a plan (``timm-vix plan``): what stays the same over the cost, of all that was measured on the way."""
+    figure, axes = canvas()
+    for marker, colour, size, label, chosen in (
+        ("o", COLOURS[1], 6, "measured", False),
+        ("*", COLOURS[2], 16, "chosen", True),
+    ):
+        rows = [row for row in plan["curve"] if row["chosen"] == chosen]
+        costs, agreements = [row["gflops"] for row in rows], [100 * row["agreement"] for row in rows]
+        axes.plot(costs, agreements, marker, color=colour, markersize=size, label=label)
+    if plan["keep"]:
+        axes.axhline(100 * plan["keep"], color=COLOURS[0], linestyle="--", linewidth=1, label="wanted")
+    if plan["budget_gflops"]:
+        axes.axvline(plan["budget_gflops"], color=COLOURS[0], linestyle="--", linewidth=1, label="budget")
+    axes.set(xlabel=AXES["gflops"], ylabel="predictions that stay the same (%)")
+    axes.set_title(f"{plan['source']}, {plan['img_size']} px, {plan['images']} images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return figure
+
+
 def plain_numbers(axis: Any) -> None:
     """20 instead of 2 x 10^1; where the range is small, between the powers of ten as well."""
     from matplotlib.ticker import LogFormatter

@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .freeze import PARTS, freeze_except, save_delta
 from .images import STEP, Images, find_images, reseed, seed_of, transforms
 from .interrupt import deferred_interrupt
 from .machine import autocast, check_model, find_device, find_dtype
@@ -45,6 +46,7 @@ def finetune(
     model_kwargs: Optional[dict[str, Any]] = None,
     pretrained: bool = False,
     checkpoint: Optional[str] = None,
+    train_only: Optional[str] = None,
     data_dir: Optional[str] = None,
     val_dir: Optional[str] = None,
     held_out: float = 0.2,
@@ -81,6 +83,8 @@ def finetune(
         model_kwargs: Further keywords of the model, plain values.
         pretrained: Start from the weights that timm knows for the name.
         checkpoint: Start from this .safetensors or .pth file (a state dict; nothing else is unpickled).
+        train_only: "attention", "mixer" or "head": all else is frozen (``freeze_except``), and ``delta.safetensors`` in
+            ``out`` is what changed; None: everything trains.
         data_dir: Folder of class folders, or of ``train/`` with ``val/``, ``validation/`` or ``test/``; without one of
             these, a share of every class is held out. None: the 1,797 digits of scikit-learn.
         val_dir: Validation folder of class folders, where it is elsewhere.
@@ -128,6 +132,8 @@ def finetune(
     train_items, val_items, classes = find_images(run.data_dir, run.val_dir, run.held_out)
     torch.manual_seed(seed_of(STEP, run.seed))
     net, config = build_model(run, len(classes))
+    if run.train_only:
+        print(freeze_except(net, run.train_only))
     resize, augmented, plain = transforms(config, run.augment, run.flip)
     train = Images(train_items, classes, config["input_size"][0], resize, augmented, run.seed)
     val = Images(val_items, classes, config["input_size"][0], resize, plain, run.seed)
@@ -242,6 +248,8 @@ def finetune(
                 flush=True,
             )
     write_curve(folder / "curve.png", history, run.model)
+    if run.train_only:
+        save_delta(net, folder / "delta.safetensors")
     last = history[-1]
     if keep == "best":
         last = max(history, key=lambda row: row["top1"])
@@ -274,6 +282,7 @@ def check(run: SimpleNamespace, out: Path) -> None:
         ("schedule", "cosine, constant", lambda v: v in ("cosine", "constant")),
         ("keep", "last, best", lambda v: v in ("last", "best")),
         ("augment", "none, light, rand", lambda v: v in ("none", "light", "rand")),
+        ("train_only", ", ".join(PARTS), lambda v: v in PARTS),
         ("amp", "auto, off, bfloat16", lambda v: v in ("auto", "off", "bfloat16")),
     )
     for names, allowed, holds in ranges:

@@ -25,7 +25,7 @@ def clear(out: Path) -> None:
     """Make the folder, and remove what an earlier run left there and nothing else."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pt", "best.pt", "history.csv", "curve.png"):
+        for name in ("checkpoint.pt", "best.pt", "history.csv", "curve.png", "delta.safetensors"):
             (out / name).unlink(missing_ok=True)
         if (out / "hub").exists():
             shutil.rmtree(out / "hub")

@@ -1,0 +1,431 @@
+"""Planning: its figures are recomputed, its choice is compared with all choices, and a stopped run goes on."""
+
+import copy
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import DEIT, PHOTOGRAPHS, lively
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_vix
+from timm_vix import cli
+from timm_vix.plan import Option, after, in_order, load_plan, plan_layers
+from timm_vix.sensitivity import Sensitivity, block_costs, text_of
+
+NAME, SIDE = "deit_tiny_patch16_224", 96
+# the cheapest change most
+CANDIDATES = {
+    "nystrom": [dict(num_landmarks=4), dict(num_landmarks=9)],
+    "linformer": [dict(num_proj_tokens=4)],
+}
+pytestmark = pytest.mark.skipif(
+    not (DEIT.exists() and PHOTOGRAPHS.exists()), reason="needs the DeiT-Tiny weights and the photographs"
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Sixteen photographs, some in folders of folders, and one file that is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, (name, data) in enumerate(photographs(0, 16).items()):
+        place = folder / ("deep/er" if number % 3 == 0 else "") / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+    (folder / "broken.jpg").write_bytes((folder / "01.jpg").read_bytes()[:300])
+    return folder
+
+
+def photographs(first: int, last: int) -> dict[str, bytes]:
+    """Some of the archive's JPEG files."""
+    with tarfile.open(PHOTOGRAPHS) as tar:
+        members = [member for member in tar.getmembers() if member.name.endswith(".jpg")][first:last]
+        return {f"{number:02}.jpg": tar.extractfile(member).read() for number, member in enumerate(members)}
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def weights(tmp_path_factory) -> Path:
+    """The first three blocks of DeiT-Tiny, which tell to which of 40 other photographs an image is nearest."""
+    path = tmp_path_factory.mktemp("weights") / "three.safetensors"
+    state = {k: v for k, v in load_file(DEIT).items() if not k.startswith("blocks.") or int(k.split(".")[1]) < 3}
+    model = timm.create_model(NAME, depth=3, img_size=SIDE).eval()
+    model.load_state_dict(checkpoint_filter_fn(state, model))
+    others = prepared(model, [Image.open(io.BytesIO(data)) for data in photographs(16, 56).values()])
+    features = model.forward_features(others)[:, 0]
+    # the other classes are never the nearest
+    state["head.weight"] = torch.zeros(1000, 192)
+    state["head.bias"] = torch.full([1000], -1e6)
+    state["head.weight"][:40], state["head.bias"][:40] = features, -features.square().sum(1) / 2
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
+
+
+def prepared(model: torch.nn.Module, files: list[Image.Image]) -> torch.Tensor:
+    """Images as timm's own evaluation prepares them."""
+    transform = create_transform(**resolve_data_config(dict(img_size=SIDE), model=model))
+    return torch.stack([transform(file.convert("RGB")) for file in files])
+
+
+def arguments(photos: Path, weights: Path, out: Path, **more) -> dict:
+    return dict(
+        source="deit_tiny_patch16_224",
+        source_kwargs=dict(depth=3),
+        data_dir=str(photos),
+        weights=str(weights),
+        mixer=["nystrom", "linformer"],
+        candidates=CANDIDATES,
+        img_size=SIDE,
+        out=str(out),
+        **more,
+    )
+
+
+def build(weights: Path) -> torch.nn.Module:
+    overlay = dict(file=str(weights), source=None)
+    return timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, depth=3, img_size=SIDE).eval()
+
+
+@pytest.fixture(scope="module")
+def images(photos: Path, weights: Path) -> torch.Tensor:
+    """The photographs as timm's own evaluation sees them."""
+    files = sorted(path for path in photos.rglob("*.jpg") if path.name != "broken.jpg")
+    return prepared(build(weights), [Image.open(file) for file in files])
+
+
+@torch.no_grad()
+def figures(original: torch.nn.Module, images: torch.Tensor, layers: dict) -> tuple[float, float, float]:
+    """Agreement, distance and GFLOPs without a line of what is tested."""
+    features, classes = original.forward_features(images)[:, 0], original(images).argmax(1)
+    model = copy.deepcopy(original)
+    if layers:
+        timm_vix.convert(model, layers=layers)
+    mine = model.forward_features(images)[:, 0]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images[:1])
+    agreement = (model(images).argmax(1) == classes).double().mean().item()
+    return agreement, ((mine - features).norm() / features.norm()).item(), counter.get_total_flops() / 1e9
+
+
+@pytest.fixture(scope="module")
+def everything(weights: Path, images: torch.Tensor) -> dict[str, tuple[float, float, float]]:
+    """The figures of all 64 plans."""
+    entries = [None, *({"mixer": mixer, **own} for mixer, all_own in CANDIDATES.items() for own in all_own)]
+    found, original = {}, build(weights)
+    for choice in itertools.product(entries, repeat=3):
+        plan = {layer: entry for layer, entry in enumerate(choice) if entry}
+        found[text_of(plan)] = figures(original, images, plan)
+    return found
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.75])
+def test_the_chosen_plan_keeps_what_was_wanted_and_is_nearly_the_best(
+    keep: float, photos: Path, weights: Path, images: torch.Tensor, everything: dict, tmp_path: Path
+) -> None:
+    plan = plan_layers(**arguments(photos, weights, tmp_path / "plan.json", keep=keep))
+    agreement, distance, gflops = figures(build(weights), images, plan["layers"])
+    assert plan["agreement"] == pytest.approx(agreement, abs=1e-6)
+    assert plan["distance"] == pytest.approx(distance, abs=1e-4)
+    assert plan["gflops"] == pytest.approx(gflops, abs=1e-6)
+    assert agreement >= keep
+    softmax = everything["{}"][2]
+    least = min(gflops for agreement, _, gflops in everything.values() if agreement >= keep)
+    assert least <= gflops
+    # a good part of what the best of all choices saves; with 16 images agreement jumps, and greed stops early
+    assert softmax - gflops >= 0.4 * (softmax - least)
+    # nothing that was found feasible on the way is cheaper
+    assert all(row["gflops"] >= plan["gflops"] - 1e-6 for row in plan["curve"] if row["agreement"] >= keep)
+
+
+def test_every_row_of_the_table_is_true(photos: Path, weights: Path, everything: dict, tmp_path: Path) -> None:
+    plan_layers(**arguments(photos, weights, tmp_path / "plan.json", keep=0.75))
+    rows = timm_vix.sensitivity.read_records(tmp_path / "plan.csv", timm_vix.sensitivity.COLUMNS)[0]
+    assert len(rows) >= 9
+    for row in rows:
+        measured = (row["agreement"], row["distance"], row["gflops"])
+        assert measured == pytest.approx(everything[row["layers"]], abs=1e-4)
+
+
+def test_all_is_kept_where_nothing_is_lossless(photos: Path, weights: Path, tmp_path: Path) -> None:
+    crude = {"linformer": [dict(num_proj_tokens=1)]}
+    given = arguments(photos, weights, tmp_path / "plan.json", keep=1.0) | dict(mixer=["linformer"], candidates=crude)
+    plan = plan_layers(**given)
+    assert plan["layers"] == {}
+    assert (plan["agreement"], plan["gflops"]) == (1.0, plan["softmax_gflops"])
+    assert load_plan(tmp_path / "plan.json", build(weights)) == {}
+
+
+def test_a_layer_that_does_nothing_is_converted_even_if_all_is_to_be_kept(
+    photos: Path, weights: Path, tmp_path: Path
+) -> None:
+    state = load_file(weights)
+    for name in ("weight", "bias"):
+        state[f"blocks.1.attn.proj.{name}"].zero_()
+    save_file(state, tmp_path / "idle.safetensors")
+    crude = {"linformer": [dict(num_proj_tokens=4), dict(num_proj_tokens=1)]}
+    given = arguments(photos, tmp_path / "idle.safetensors", tmp_path / "plan.json", keep=1.0)
+    plan = plan_layers(**given | dict(mixer=["linformer"], candidates=crude))
+    assert plan["layers"]["1"] == {"mixer": "linformer", "num_proj_tokens": 1}
+    assert plan["agreement"] == 1.0
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_a_budget_is_met_by_nearly_the_most_faithful(
+    share: float, photos: Path, weights: Path, images: torch.Tensor, everything: dict, tmp_path: Path
+) -> None:
+    least, most = (pick(gflops for _, _, gflops in everything.values()) for pick in (min, max))
+    budget = least + share * (most - least) + 1e-9
+    plan = plan_layers(**arguments(photos, weights, tmp_path / "plan.json", budget_gflops=budget))
+    agreement, distance, gflops = figures(build(weights), images, plan["layers"])
+    assert gflops <= budget
+    assert (plan["agreement"], plan["distance"]) == (pytest.approx(agreement), pytest.approx(distance, abs=1e-4))
+    assert bool(plan["layers"]) == (share < 1)
+    best = min(distance for _, distance, gflops in everything.values() if gflops <= budget)
+    assert distance <= 1.3 * best + 1e-6
+
+
+def test_a_budget_that_nothing_meets(photos: Path, weights: Path, everything: dict, tmp_path: Path) -> None:
+    least = min(gflops for _, _, gflops in everything.values())
+    with pytest.raises(ValueError, match=f"is below the {least:.3f} GFLOPs"):
+        plan_layers(**arguments(photos, weights, tmp_path / "plan.json", budget_gflops=0.9 * least))
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_steps_follow_the_hull() -> None:
+    softmax, dear, dominated, cheap = (
+        Option(None, 10.0, 0.0, 1.0),
+        Option({"mixer": "a"}, 8.0, 1.0, 0.9),
+        Option({"mixer": "b"}, 7.0, 4.0, 0.8),
+        Option({"mixer": "c"}, 4.0, 5.0, 0.7),
+    )
+    other = Option({"mixer": "c"}, 4.0, 4.5, 0.7)
+    steps = in_order([[softmax, dear, dominated, cheap], [softmax, other, dominated]])
+    assert [(step.layer, step.slope, step.option) for step in steps] == [
+        (0, 0.5, dear),
+        (1, 0.75, other),
+        (0, 1.0, cheap),
+    ]
+    assert after(steps) == {0: {"mixer": "c"}, 1: {"mixer": "c"}}
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vit_tiny_patch16_224", dict(patch_size=8)),
+        ("vit_tiny_patch16_224", dict(patch_size=8, class_token=False, global_pool="map", reg_tokens=2)),
+        ("deit_tiny_distilled_patch16_224", dict(patch_size=8)),
+        ("eva02_tiny_patch14_224", dict(patch_size=8)),
+        ("vit_small_patch16_rope_mixed_224", dict(patch_size=8)),
+    ],
+)
+@torch.no_grad()
+def test_a_layer_alone_is_measured_as_in_a_whole_pass(name: str, options: dict, tmp_path: Path) -> None:
+    model = timm.create_model(name, img_size=32, embed_dim=32, num_heads=2, depth=4, num_classes=9, **options).eval()
+    lively(model).requires_grad_(False)
+    batches = list(torch.randn(5, 3, 32, 32).split(2))
+    before = model(batches[0])
+    plans = [{layer: {"mixer": "nystrom", "num_landmarks": 4}} for layer in (0, 1, 3)]
+    alone = Sensitivity(model, batches, tmp_path / "alone.csv", "run")
+    alone.scan(plans)
+    whole = Sensitivity(model, batches, tmp_path / "whole.csv", "run")
+    for plan in plans:
+        assert alone.measure(plan) == whole.measure(plan)
+        assert alone.measure(plan).distance > 0
+    assert torch.equal(model(batches[0]), before)
+    blocks, rest = block_costs(model, batches[0][:1])
+    saved = alone.measure(plans[1]).gflops - sum(blocks) - rest
+    assert len(set(blocks)) == 1
+    assert saved != 0
+
+
+def test_a_killed_run_goes_on(photos: Path, weights: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "timm_vix", "plan", "--source", "deit_tiny_patch16_224", "--keep", "0.75"]
+    command += ["--source-kwargs", "depth=3", "--weights", str(weights), "--data-dir", str(photos), "--threads", "1"]
+    command += ["--img-size", str(SIDE), "--mixer", "linformer", "--out", "plan.json"]
+    table = tmp_path / "plan.csv"
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(Path(timm_vix.__file__).parents[1]))
+    )
+    end = time.time() + 120
+    while not (table.exists() and table.read_text().count("\n") > 4):
+        assert process.poll() is None
+        assert time.time() < end
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "plan.json").exists()
+    kept = table.read_text().splitlines()[1:4]
+    table.write_text(table.read_text()[:-20])
+    given = dict(keep=0.75, mixer=["linformer"], candidates=None, threads=1)
+    plan = plan_layers(**arguments(photos, weights, tmp_path / "plan.json") | given)
+    assert table.read_text().splitlines()[1:4] == kept
+    fresh = plan_layers(**arguments(photos, weights, tmp_path / "fresh.json") | given)
+    assert plan == fresh
+    # a third time nothing is measured
+    before = table.read_bytes()
+    assert plan_layers(**arguments(photos, weights, tmp_path / "plan.json") | given) == plan
+    assert table.read_bytes() == before
+
+
+def test_other_weights_and_images_share_no_rows(photos: Path, weights: Path, tmp_path: Path) -> None:
+    given = arguments(photos, weights, tmp_path / "plan.json", keep=0.75)
+    plan_layers(**given)
+    first = (tmp_path / "plan.csv").read_text()
+    plan_layers(**given | dict(images=10))
+    text = (tmp_path / "plan.csv").read_text()
+    assert text.startswith(first)
+    assert len({line.split('","')[0] for line in text.splitlines()[1:]}) == 2
+
+
+def test_what_stops_a_measurement_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=9).eval()
+    sensitivity = Sensitivity(model, [torch.randn(2, 3, 32, 32)], tmp_path / "plan.csv", "run")
+    blocks = list(model.blocks)
+    looks = iter(range(2))
+    look = sensitivity.look
+
+    def interrupted(images: torch.Tensor):
+        if next(looks, None) is None:
+            raise KeyboardInterrupt
+        return look(images)
+
+    monkeypatch.setattr(sensitivity, "look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity.scan([{layer: {"mixer": "linformer", "num_proj_tokens": 4}} for layer in range(3)])
+    assert list(model.blocks) == blocks
+    assert {type(block.attn).__name__ for block in blocks} == {"Attention"}
+    assert len((tmp_path / "plan.csv").read_text().splitlines()) == 2
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "plan", *arguments])
+    cli.main()
+
+
+def test_the_command(photos: Path, weights: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    call(
+        monkeypatch,
+        *("--source", "deit_tiny_patch16_224", "--source-kwargs", "depth=3", "--weights", str(weights)),
+        *("--mixer", "linformer", "--data-dir", str(photos), "--keep", "0.4", "--img-size", str(SIDE)),
+    )
+    printed = capsys.readouterr().out
+    assert "skipped 1 of 17 images that cannot be read" in printed and "broken.jpg" in printed
+    assert "3 layers, " in printed and "<- chosen" in printed
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert printed.count("<- chosen") == 1
+    assert len(content["curve"]) > 3 and content["curve"][0]["gflops"] == content["softmax_gflops"]
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.glob("*.partial"))
+    model = build(weights)
+    layers = load_plan("plan.json", model)
+    rows = timm_vix.convert(model, layers=layers).rows
+    assert [row.layer for row in rows if row.changed] == list(layers) == [int(layer) for layer in content["layers"]]
+    assert layers
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"--source": "deit_tinny_patch16_224"}, "near names: deit_tiny"),
+        ({"--source": "resnet18"}, "ResNet has no attention to replace"),
+        ({"--source": "swin_tiny_patch4_window7_224"}, "SwinTransformer can't be converted"),
+        ({"--source": "vix_nystrom_tiny"}, "has mixers already"),
+        ({"--mixer": "nistrom"}, "mixer='nistrom': expected one of 'nystrom', 'linformer', 'performer'"),
+        ({"--keep": "1.5"}, "keep=1.5: allowed is above 0, at most 1"),
+        ({"--keep": "0"}, "keep=0.0: allowed"),
+        ({"--budget-gflops": "-1"}, "budget_gflops=-1.0: allowed is above 0"),
+        ({"--budget-gflops": "1", "--keep": "0.9"}, "allowed is one of them"),
+        ({"--images": "0"}, "images=0: allowed is above 0"),
+        ({"--out": "plan.txt"}, "out=plan.txt: expected a name that ends in .json"),
+        ({"--weights": "absent.safetensors"}, "weights=absent.safetensors is no file"),
+        ({"--weights": None}, "would have random weights; give weights=FILE or pretrained=True"),
+        ({"--data-dir": "absent"}, "absent does not exist; expected a folder of images"),
+        ({"--data-dir": "empty"}, "empty holds no images"),
+        ({"--data-dir": "bad"}, "none of its 1 images can be read, such as bad/a.jpg"),
+        ({"--img-size": "100"}, "no candidate is cheaper than softmax attention at 36 patches"),
+    ],
+)
+def test_wrong_calls_are_one_line(
+    change: dict, words: str, photos: Path, weights: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_text("no image")
+    given = {"--source": "deit_tiny_patch16_224", "--weights": str(DEIT), "--data-dir": str(photos)}
+    if change.get("--source") in ("resnet18", "swin_tiny_patch4_window7_224", "vix_nystrom_tiny"):
+        save_file(timm.create_model(change["--source"]).state_dict(), tmp_path / "own.safetensors")
+        given["--weights"] = "own.safetensors"
+    given |= change
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *(part for pair in given.items() if pair[1] is not None for part in pair))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_model_without_classes_has_nothing_to_agree_on(photos: Path, weights: Path, tmp_path: Path) -> None:
+    given = arguments(photos, weights, tmp_path / "plan.json", keep=0.9)
+    state = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("head")}
+    save_file(state, tmp_path / "headless.safetensors")
+    given |= dict(weights=str(tmp_path / "headless.safetensors"), source_kwargs=dict(depth=3, num_classes=0))
+    with pytest.raises(ValueError, match="has no classifier"):
+        plan_layers(**given)
+
+
+def test_a_table_of_another_program_is_left_alone(photos: Path, weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.csv").write_text("epoch,loss\n1,2.0\n")
+    with pytest.raises(ValueError, match="plan.csv was written by another version or program"):
+        plan_layers(**arguments(photos, weights, tmp_path / "plan.json", keep=0.9))
+    assert (tmp_path / "plan.csv").read_text() == "epoch,loss\n1,2.0\n"
+
+
+def test_plans_of_other_models_and_broken_ones_are_refused(weights: Path, tmp_path: Path) -> None:
+    good = dict(
+        format="timm_vix plan 1",
+        architecture="deit_tiny_patch16_224",
+        depth=3,
+        layers={"1": {"mixer": "nystrom", "num_landmarks": 4}},
+    )
+    path = tmp_path / "plan.json"
+    model = build(weights)
+    path.write_text(json.dumps(good))
+    assert load_plan(path, model) == {1: {"mixer": "nystrom", "num_landmarks": 4}}
+    converted = build(weights)
+    timm_vix.convert(converted, "linformer")
+    assert load_plan(path, converted) == load_plan(path, model)
+    broken = {
+        "cannot be read as a plan": path.read_text()[:-5],
+        "is no plan; expected a file of timm-vix plan": "[1, 2]",
+        "expected a file": json.dumps(good | dict(format="other")),
+        "is no plan": json.dumps(good | dict(layers=["nystrom"])),
+        "is a plan for vit_base_patch16_224 with 3": json.dumps(good | dict(architecture="vit_base_patch16_224")),
+        "with 12 layers; this model is deit_tiny_patch16_224 with 3": json.dumps(good | dict(depth=12)),
+        "is damaged: .*'7' is no layer": json.dumps(good | dict(layers={"7": "nystrom"})),
+        "is damaged: .*'nistrom'": json.dumps(good | dict(layers={"1": "nistrom"})),
+        "takes no num_features": json.dumps(good | dict(layers={"1": {"mixer": "nystrom", "num_features": 3}})),
+    }
+    for words, text in broken.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words) as error:
+            load_plan(path, model)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot be read as a plan"):
+        load_plan(tmp_path / "absent.json", model)

@@ -1,0 +1,245 @@
+"""Train a small part of a model and keep only that: many tasks share one backbone.
+
+Touvron et al. 2022, "Three things everyone should know about Vision Transformers" (arXiv 2203.09795), section 4:
+fine-tuning the attention alone loses little or nothing, and needs a third of the optimizer's memory and of the storage.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from .convert import recorded_options
+from .mixers._slot import AttentionMixer, TokenMixer, check_choice
+from .results import one_line, write_whole
+from .swap import REPLACEABLE
+
+PARTS = ("attention", "mixer", "head")
+# what a mixer takes over from the attention that it replaces
+INHERITED = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias", "q_norm", "k_norm", "norm", "gate", "proj")
+MOMENTS_BYTES = 8  # AdamW keeps two float32 numbers for each parameter that trains
+FORMAT = "timm_vix delta 1"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What trains after ``freeze_except``: numbers of parameters, and bytes.
+
+    ``optimizer_bytes`` are AdamW's two float32 moments, ``delta_bytes`` the tensors that ``save_delta`` writes,
+    ``full_bytes`` those of the whole state dict.
+    """
+
+    part: str
+    trainable: int
+    total: int
+    optimizer_bytes: int
+    delta_bytes: int
+    full_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"training {self.part} only: {self.trainable / 1e6:.2f} of {self.total / 1e6:.2f} M parameters "
+            f"({100 * self.trainable / self.total:.1f} %); AdamW's moments {self.optimizer_bytes / 1e6:.1f} of "
+            f"{MOMENTS_BYTES * self.total / 1e6:.1f} MB, a delta {self.delta_bytes / 1e6:.1f} of "
+            f"{self.full_bytes / 1e6:.1f} MB"
+        )
+
+
+def freeze_except(model: nn.Module, part: str) -> Frozen:
+    """Leave one part of a model to train and freeze the rest, in place.
+
+    Args:
+        model: timm model, converted or not, or one of ours.
+        part: "attention": all weights of attention and mixers, and the classifier, since a task has classes of its
+            own; "mixer": only what mixers add to the softmax attention that they replace (Linformer's projections, a
+            convolution of Nyström's), classifier frozen; "head": only the classifier.
+
+    Returns:
+        What trains, and what it costs; ``print`` shows it as one line.
+
+    Raises:
+        ValueError: for another part, or one that the model lacks; the model is then as it was.
+
+    Example:
+        >>> model = timm.create_model("deit_tiny_patch16_224", pretrained=True, num_classes=101)
+        >>> print(timm_vix.freeze_except(model, "attention"))
+    """
+    check_choice("part", part, PARTS)
+    chosen = {id(parameter) for parameter in parameters_of(model, part)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Frozen(
+        part,
+        trainable,
+        sum(p.numel() for p in model.parameters()),
+        MOMENTS_BYTES * trainable,
+        size(delta_of(model)),
+        size(model.state_dict()),
+    )
+
+
+def parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
+    """The parameters of a part, see ``freeze_except``."""
+    head = [p for classifier in classifiers(model).values() for p in classifier.parameters()]
+    if part == "head":
+        if not head:
+            raise ValueError(f"part='head': {type(model).__name__} has no classifier; create it with num_classes=")
+        return head
+    mixers = [m for m in model.modules() if isinstance(m, TokenMixer)]
+    if part == "attention":
+        attention = [p for m in model.modules() if isinstance(m, (TokenMixer, *REPLACEABLE)) for p in m.parameters()]
+        if not attention:
+            raise ValueError(f"part='attention': {type(model).__name__} has no attention that timm_vix knows")
+        return attention + head
+    added = [
+        parameter
+        for mixer in mixers
+        for name, parameter in mixer.named_parameters()
+        if not (isinstance(mixer, AttentionMixer) and name.split(".")[0] in INHERITED)
+    ]
+    if not added:
+        names = ", ".join(sorted({type(m).__name__ for m in mixers})) or "no mixer"
+        raise ValueError(
+            f"part='mixer': {type(model).__name__} has {names}, so nothing was added to its softmax attention; "
+            "allowed here: 'attention', 'head'"
+        )
+    return added
+
+
+def classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """The classifiers of a timm model by path; a distilled one has two, one without classes none."""
+    found = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    heads = {id(head) for head in (found if isinstance(found, (tuple, list)) else (found,))}
+    return {path: module for path, module in model.named_modules() if id(module) in heads and module is not model}
+
+
+def delta_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What may differ from the backbone: parameters that train, and buffers, which change without a gradient.
+
+    Such buffers are redrawn random features and the statistics of a batch normalisation.
+    """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def size(tensors: dict[str, torch.Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """Sixteen hexadecimal digits that stand for names, shapes, dtypes and every bit of some tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def architecture(model: nn.Module) -> str:
+    """timm's name of a model, of the source where it is converted; the class where it has none."""
+    arguments = getattr(model, "_model_args", {})
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if "source" in arguments and "layers" in arguments:
+        name = arguments["source"]
+    return name or type(model).__name__
+
+
+def mixers_of(model: nn.Module) -> dict[str, Any]:
+    """Class and keywords of each mixer, by path: two models may have the same weights and another function."""
+    mixers = {path: module for path, module in model.named_modules() if isinstance(module, TokenMixer)}
+    return {path: [type(mixer).__name__, recorded_options(mixer)] for path, mixer in mixers.items()}
+
+
+def save_delta(model: nn.Module, path: Union[str, Path]) -> None:
+    """Write what ``freeze_except`` left to train as safetensors, with a fingerprint of the rest, the backbone.
+
+    Raises:
+        ValueError: for a model in which all or nothing is frozen.
+        OSError: for a file that can't be written; a previous one is then intact.
+
+    Example:
+        >>> timm_vix.freeze_except(model, "attention")
+        >>> train(model)
+        >>> timm_vix.save_delta(model, "flowers.safetensors")
+    """
+    trains = {parameter.requires_grad for parameter in model.parameters()}
+    if trains != {True, False}:
+        raise ValueError(
+            f"{type(model).__name__} has {'no frozen' if True in trains else 'only frozen'} parameters, and a delta is "
+            f"what was trained on a frozen backbone; call freeze_except(model, part) first, with part in {PARTS}"
+        )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in delta_of(model).items()}
+    metadata = {
+        "format": FORMAT,
+        "architecture": architecture(model),
+        "mixers": json.dumps(mixers_of(model)),
+        "backbone": fingerprint(backbone(model, tensors)),
+    }
+    write_whole(Path(path), save(tensors, metadata))
+
+
+def backbone(model: nn.Module, delta: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The parameters that a delta leaves alone."""
+    return {name: parameter for name, parameter in model.named_parameters() if name not in delta}
+
+
+def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
+    """Put a saved delta onto its backbone, in place; the classifier takes the delta's number of classes.
+
+    One model in memory serves many tasks: load one delta after the other. Its parts train or stay frozen as before.
+
+    Args:
+        model: as when the delta was saved: same architecture, mixers and backbone weights, any number of classes.
+        path: file of ``save_delta``.
+
+    Raises:
+        ValueError: for a file that is no delta, or one of another model; the model is then as it was.
+
+    Example:
+        >>> timm_vix.load_delta(model, "flowers.safetensors")
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a delta: {one_line(error)}") from error
+    if told.get("format") != FORMAT:
+        raise ValueError(f"{path} is no delta; expected a file of timm_vix.save_delta")
+    other = f"{path} is a delta of another model: "
+    if told.get("architecture") != architecture(model):
+        raise ValueError(f"{other}of {told.get('architecture')}; this one is {architecture(model)}")
+    if told.get("mixers") != json.dumps(mixers_of(model)):
+        raise ValueError(f"{other}its mixers are {told.get('mixers')}; here they are {json.dumps(mixers_of(model))}")
+    if told.get("backbone") != fingerprint(backbone(model, tensors)):
+        raise ValueError(
+            f"{other}the frozen weights of its {architecture(model)} differ from those here; load the weights from "
+            "which it was fine-tuned"
+        )
+    heads = {f"{path}.{name}" for path in classifiers(model) for name in ("weight", "bias")}
+    classes = {len(tensor) for name, tensor in tensors.items() if name in heads}
+    target = model.state_dict()
+    # the rows of a classifier are a task's own
+    fits = {
+        name: name in heads
+        if name not in target
+        else tensor.shape[name in heads :] == target[name].shape[name in heads :]
+        for name, tensor in tensors.items()
+    }
+    if not all(fits.values()) or len(classes) > 1:
+        names = ", ".join(name for name, fit in fits.items() if not fit)
+        raise ValueError(f"{other}{one_line(names) if names else 'classifiers'} are of another shape, or not here")
+    if classes and classes != {model.num_classes}:
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        model.reset_classifier(*classes)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+    model.load_state_dict(tensors, strict=False)
