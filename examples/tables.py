@@ -99,14 +99,14 @@ def trade_off() -> str:
 
 
 def figures() -> None:
-    """Time of inference and memory of training over resolution, with exponents and crossovers."""
+    """Speed of inference beside softmax, and memory of training, over resolution."""
     from timm_vix.cost import COLUMNS
     from timm_vix.figures import over_tokens, png
     from timm_vix.records import read_records
 
     records, _ = read_records(RESULTS / "cost_cpu.csv", COLUMNS)
     wanted = [r for r in records if r["dtype"] == "float32" and r["baseline"] == "vit_tiny_patch16_224"]
-    for name, mode, cost in (("time", "infer", "latency_p50_ms"), ("memory", "train", "peak_memory_mib")):
+    for name, mode, cost in (("speed", "infer", "speedup"), ("memory", "train", "peak_memory_mib")):
         figure, _ = over_tokens([r for r in wanted if r["mode"] == mode and r["batch_size"] == 1], cost)
         (RESULTS / f"cost_{name}.png").write_bytes(png(figure))
 

@@ -141,7 +141,7 @@ def test_the_page_stands_alone_and_counts_what_it_leaves_out(tables, tmp_path) -
     assert trend[-1] == "from 1,000 tokens (909 to 1,111)"
     assert next(row[-2:] for row in cells if row[:1] == ["vix_x"] and len(row) > 20) == [f"{1000 / 19.7}", "1"]
     assert "multiply-add as two" in html.unescape(text)
-    assert len(images) == 6
+    assert len(images) == 7
     for path in images:
         with Image.open(path) as image:
             assert image.format == "PNG" and min(image.size) > 300
@@ -185,7 +185,7 @@ def test_the_command_says_what_it_wrote(tables, tmp_path, monkeypatch, capsys) -
     cli.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "cost.csv: 8 good rows, 1 failed, 2 damaged lines"
-    assert lines[2] == f"{out} and 6 figures beside it"
+    assert lines[2] == f"{out} and 7 figures beside it"
 
 
 # --- a real browser

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import compare, cost
-from .figures import AXES, COSTS, over_tokens, png, trade_off
+from .figures import AXES, COSTS, SPEEDUP, over_tokens, png, trade_off
 from .records import Record, header_of, read_records
 from .results import write_whole
 
@@ -151,7 +151,7 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
         what = f"{mode}, {dtype}, batch {batch}, {device}, {threads} threads{', compiled' * (compiled == 'on')}"
         images = []
         trends: dict[str, dict[str, str]] = {}
-        for name, label in COSTS.items():
+        for name, label in (COSTS | SPEEDUP).items():
             if not any(record[name] for record in group):
                 continue
             drawn, lines = over_tokens(group, name)
