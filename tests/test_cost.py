@@ -194,6 +194,15 @@ def test_a_row_has_what_was_measured() -> None:
     assert set(row) | {"epoch_images", "epoch_s", "error"} | set(job) >= set(COLUMNS)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_measured_beside_a_compiled_baseline() -> None:
+    (eager,) = jobs([f"vix_softmax_cifar {SMALL}"])
+    row, expected = run(dict(eager, compile="on")), run(eager)
+    assert "error" not in row, row
+    assert row["gflops"] == expected["gflops"]
+    assert row["first_call_ms"] > expected["first_call_ms"] and row["speedup"] > 0
+
+
 def test_what_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(tmp_path, capsys) -> None:
     models = [f"vix_softmax_cifar {SMALL}", f"vix_nystrom_cifar {SMALL} num_landmarks=300"]
     planned = [*jobs(models[1:]), *jobs(models[:1], batch_size=[10**8]), *jobs(models[:1])]

@@ -67,7 +67,7 @@ def build(spec: str, attention: str, job: dict[str, Any]) -> nn.Module:
 
 def make_call(model: nn.Module, job: dict[str, Any], forward: Optional[Callable] = None) -> Callable[[], None]:
     """What is timed; ``forward`` is the model itself or its compiled twin."""
-    forward = forward or model
+    forward = model if forward is None else forward  # a compiled module has no truth value
     weight = next(model.parameters())
     channels = model.pretrained_cfg["input_size"][0]
     size = (job["batch_size"], channels, job["img_size"], job["img_size"])
