@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--batch-size", nargs="+", default=["1"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", default="2")
+    parser.add_argument("--rounds", default="9", help="least number of paired rounds")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "cost_cpu.csv"))
     given = parser.parse_args()
     parts = itertools.product(given.dtype, given.compile, given.sizes, given.img_size, given.mode)
@@ -36,7 +37,8 @@ def main() -> int:
         command += ["--img-size", str(img_size), "--mode", mode, "--dtype", dtype, "--compile", compiled]
         command += ["--batch-size", *given.batch_size, "--device", given.device, "--threads", given.threads]
         # on a CPU one step of softmax takes a minute at 2,048 px
-        command += ["--rounds", "1", "--seconds", "0"] if given.device == "cpu" and img_size > 1024 else []
+        slow = given.device == "cpu" and img_size > 1024
+        command += ["--rounds", "1", "--seconds", "0"] if slow else ["--rounds", given.rounds]
         code = subprocess.run([*command, "--out", given.out], check=False).returncode
         if code == 130:
             return code

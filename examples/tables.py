@@ -1,7 +1,8 @@
-"""Write the measured tables of the README from the files in examples/results.
+"""Write the measured tables and figures of the README from the files in examples/results.
 
 python examples/tables.py            # rewrites README.md between its <!-- table: NAME --> marks
 python examples/tables.py --check    # fails if README.md differs from the results
+python examples/tables.py --figures  # draws examples/results/cost_*.png anew
 """
 
 import argparse
@@ -52,6 +53,64 @@ def memory() -> str:
     return markdown(["", *(f"{n:,} tokens" for n in tokens), "exponent"], body)
 
 
+def whole_models() -> dict[tuple[str, bool, int, str], dict[str, str]]:
+    """Rows of cost_cpu.csv for models of ViT-Ti's size in float32, by model, fused, image size and mode."""
+    table = [row for row in rows("cost_cpu.csv") if row["dtype"] == "float32" and not row["error"]]
+    return {
+        (row["model"], row["attention"] == "fused", int(row["img_size"]), row["mode"]): row
+        for row in table
+        if row["baseline"] == "vit_tiny_patch16_224" and row["batch_size"] == "1"
+    }
+
+
+def ratio(row: dict[str, str] | None) -> str:
+    """Speed over softmax through SDPA with its spread; a spread that holds 1 is no difference."""
+    if row is None or not row["speedup"]:
+        return ""
+    spread = f" ({float(row['speedup_low']):.2f} to {float(row['speedup_high']):.2f})" if row["speedup_low"] else ""
+    return f"{float(row['speedup']):.2f}{spread}" if row["difference"] != "none" else f"none{spread}"
+
+
+def trade_off() -> str:
+    """What each mixer costs in a whole model at 512 and 1,024 px, beside softmax, fused and unfused."""
+    cells = whole_models()
+    top1 = {}
+    if (RESULTS / "compare_caltech101.csv").exists():
+        for row in rows("compare_caltech101.csv"):
+            top1.setdefault(row["model"].split(".")[0].split()[0], []).append(row["top1"])
+    memory = {key[:2]: float(row["peak_memory_mib"]) for key, row in cells.items() if key[2:] == (1024, "train")}
+    head = ["model", "GFLOPs, 1,024 px", "inference, 512 px", "inference, 1,024 px", "training, 512 px"]
+    head += ["training, 1,024 px", "training memory, 1,024 px"] + ["top-1 %"] * bool(top1)
+    body = []
+    for model, fused in dict.fromkeys(key[:2] for key in cells):
+        at = [cells.get((model, fused, *place)) for place in ((512, "infer"), (1024, "infer"), (512, "train"))]
+        at.append(cells.get((model, fused, 1024, "train")))
+        flops = f"{float(at[1]['gflops']):.1f}" if at[1] else ""
+        size = f"{memory[model, fused]:.0f} MiB" if (model, fused) in memory else ""
+        name = f"`{model}`" if fused else f"`{model}`, unfused"
+        if model == "vit_tiny_patch16_224" and fused:
+            times = [f"{float(row['latency_p50_ms']):.0f} ms" if row else "" for row in at]
+        else:
+            times = [ratio(row) for row in at]
+        scores = [float(value) for value in top1.get(model.replace("vit_", "deit_"), top1.get(model, [])) if value]
+        score = [f"{sum(scores) / len(scores):.1f}" if scores else ""] * bool(top1)
+        body.append([name, flops, *times, size, *score])
+    return markdown(head, body)
+
+
+def figures() -> None:
+    """Speed of inference beside softmax, and memory of training, over resolution."""
+    from timm_vix.cost import COLUMNS
+    from timm_vix.figures import over_tokens, png
+    from timm_vix.records import read_records
+
+    records, _ = read_records(RESULTS / "cost_cpu.csv", COLUMNS)
+    wanted = [r for r in records if r["dtype"] == "float32" and r["baseline"] == "vit_tiny_patch16_224"]
+    for name, mode, cost in (("speed", "infer", "speedup"), ("memory", "train", "peak_memory_mib")):
+        figure, _ = over_tokens([r for r in wanted if r["mode"] == mode and r["batch_size"] == 1], cost)
+        (RESULTS / f"cost_{name}.png").write_bytes(png(figure))
+
+
 def finetuned(table: str) -> str:
     """Accuracy and time of the last epoch of each model."""
     last = {row["model"]: row for row in rows(f"finetune_{table}.csv")}
@@ -72,6 +131,7 @@ TABLES = {
     "inference": lambda: cost("infer"),
     "training": lambda: cost("train"),
     "memory": memory,
+    "whole models": trade_off,
     "caltech101": lambda: finetuned("caltech101"),
     "claims": lambda: finetuned("claims"),
 }
@@ -80,9 +140,12 @@ TABLES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--figures", action="store_true")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     given = parser.parse_args()
     check, path = given.check, given.readme
+    if given.figures:
+        figures()
     before = text = path.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         start, end = f"<!-- table: {name} -->\n", "\n<!-- end -->"

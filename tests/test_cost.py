@@ -114,7 +114,7 @@ def test_the_two_take_turns_and_change_order() -> None:
     order = []
     times = take_turns(lambda: order.append("model"), lambda: order.append("softmax"), dict(QUICK, rounds=4))
     assert times.shape == (4, 2)
-    assert order[1:] == ["softmax", "model", "model", "softmax"] * 2
+    assert order[2:] == ["softmax", "model", "model", "softmax"] * 2
 
 
 # --- memory
@@ -192,6 +192,15 @@ def test_a_row_has_what_was_measured() -> None:
     assert row["first_call_ms"] > 0 and row["gflops"] > 0 and row["peak_memory_mib"] >= 0
     assert {"torch", "timm", "timm_vix", "device_name"} <= set(row)
     assert set(row) | {"epoch_images", "epoch_s", "error"} | set(job) >= set(COLUMNS)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_measured_beside_a_compiled_baseline() -> None:
+    (eager,) = jobs([f"vix_softmax_cifar {SMALL}"])
+    row, expected = run(dict(eager, compile="on")), run(eager)
+    assert "error" not in row, row
+    assert row["gflops"] == expected["gflops"]
+    assert row["first_call_ms"] > expected["first_call_ms"] and row["speedup"] > 0
 
 
 def test_what_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(tmp_path, capsys) -> None:

@@ -139,8 +139,9 @@ def test_the_page_stands_alone_and_counts_what_it_leaves_out(tables, tmp_path) -
     assert ["compare.csv", "comparison", "6", "0", "0"] in cells
     trend = next(row for row in cells if row[:2] == ["vix_x", "1.00"])
     assert trend[-1] == "from 1,000 tokens (909 to 1,111)"
+    assert next(row[-2:] for row in cells if row[:1] == ["vix_x"] and len(row) > 20) == [f"{1000 / 19.7}", "1"]
     assert "multiply-add as two" in html.unescape(text)
-    assert len(images) == 6
+    assert len(images) == 7
     for path in images:
         with Image.open(path) as image:
             assert image.format == "PNG" and min(image.size) > 300
@@ -168,13 +169,23 @@ def test_what_is_no_table_is_one_line(text, words, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "report.html").exists()
 
 
+def test_images_per_second_are_those_of_the_best_batch(tmp_path) -> None:
+    rows = [
+        dict(cost_row("x", 224, 10.0 * batch**0.5, 1.0), batch_size=batch, images_per_s=100.0 * batch**0.5)
+        for batch in (1, 4)
+    ]
+    page, *_ = report([write(tmp_path / "cost.csv", cost.COLUMNS, rows)], tmp_path / "report.html")
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    assert [row[-2:] for row in cells if row and row[0] == "x"] == [["200.0", "4"]] * 2
+
+
 def test_the_command_says_what_it_wrote(tables, tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "report.html"
     monkeypatch.setattr(sys, "argv", ["timm-vix", "report", *map(str, tables), "--out", str(out)])
     cli.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "cost.csv: 8 good rows, 1 failed, 2 damaged lines"
-    assert lines[2] == f"{out} and 6 figures beside it"
+    assert lines[2] == f"{out} and 7 figures beside it"
 
 
 # --- a real browser

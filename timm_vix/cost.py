@@ -220,7 +220,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     """The arguments about where and how long is measured."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's number")
-    parser.add_argument("--rounds", type=positive, default=JOB["rounds"], help="least number of paired rounds: 5")
+    parser.add_argument("--rounds", type=positive, default=JOB["rounds"], help="least number of paired rounds: 9")
     parser.add_argument("--seconds", type=float, default=JOB["seconds"], help="that a row's further rounds may take: 5")
 
 

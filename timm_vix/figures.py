@@ -14,6 +14,8 @@ from .trends import crossover, crossover_text, exponent, pareto
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
 COSTS = dict(latency_p50_ms="ms per call", peak_memory_mib="peak memory (MiB)")
+# timed in turn: other programmes on the machine slow both, so this is steadier than the times themselves
+SPEEDUP = dict(speedup="times softmax's speed")
 AXES = dict(
     latency_p50_ms="latency, batch 1 (ms)",
     peak_memory_train_mib="peak memory of a training step (MiB)",
@@ -43,7 +45,7 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
 
     Args:
         records: Rows of one mode, dtype and so on, with one row for a model and resolution.
-        cost: "latency_p50_ms" or "peak_memory_mib".
+        cost: "latency_p50_ms", "peak_memory_mib", or "speedup": with its spread, and without an exponent.
     """
     figure, axes = canvas()
     lines = []
@@ -52,9 +54,12 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
     for number, name in enumerate(dict.fromkeys(map(series_name, sorted(records, key=is_softmax, reverse=True)))):
         rows = sorted((r for r in records if series_name(r) == name), key=lambda r: r["img_size"])
         tokens, values = [known[r["img_size"]] for r in rows], [r[cost] for r in rows]
-        power = exponent(tokens, values)
+        power = None if cost == "speedup" else exponent(tokens, values)
         label = name if power is None else f"{name}: N^{power:.2f}"
         axes.plot(tokens, values, label=label, markersize=6, linewidth=1.5, **style(number))
+        if cost == "speedup":
+            spread = [[r["speedup_low"] or r[cost] for r in rows], [r["speedup_high"] or r[cost] for r in rows]]
+            axes.vlines(tokens, *spread, color=style(number)["color"], linewidth=1)
         line = dict(model=name, exponent="" if power is None else f"{power:.2f}", crossover="")
         timed = [r for r in rows if r["speedup_low"] is not None]
         if cost == "latency_p50_ms" and not is_softmax(rows[0]) and timed:
@@ -65,10 +70,15 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
             if found[0] is not None and found[0] > min(tokens):
                 axes.axvline(found[0], color=style(number)["color"], linestyle=":", linewidth=1)
         lines.append(line)
-    axes.set(xscale="log", yscale="log", xlabel="tokens N of the softmax baseline (image side)", ylabel=COSTS[cost])
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens N of the softmax baseline (image side)",
+        ylabel=(COSTS | SPEEDUP)[cost],
+    )
     sides = sorted({r["img_size"] for r in records})
     axes.set_xticks([known[side] for side in sides], [f"{known[side]:,}\n{side} px" for side in sides])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)

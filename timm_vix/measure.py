@@ -2,8 +2,8 @@
 
     python -m timm_vix.measure '{"model": "vix_nystrom_tiny", ...}'     # prints the row as JSON; ``run`` calls it
 
-Order of events: build the model, call it twice and read the peak memory, build the baseline, then time the two in
-turn, each first in every other round, so that a machine that slows down slows both. A call is a forward pass in
+Order of events: build the model, call it twice and read the peak memory, build it again and the baseline, then time the
+two in turn, each first in every other round, so that a machine that slows down slows both. A call is a forward pass in
 inference mode ("infer"), or forward, backward and a step of AdamW ("train"; bfloat16 as autocast).
 """
 
@@ -41,7 +41,7 @@ JOB: dict[str, Any] = dict(
     device="cpu",
     threads=1,
     baseline="vit_tiny_patch16_224",
-    rounds=5,
+    rounds=9,
     seconds=5.0,
 )
 MOST_ROUNDS = 200
@@ -67,7 +67,7 @@ def build(spec: str, attention: str, job: dict[str, Any]) -> nn.Module:
 
 def make_call(model: nn.Module, job: dict[str, Any], forward: Optional[Callable] = None) -> Callable[[], None]:
     """What is timed; ``forward`` is the model itself or its compiled twin."""
-    forward = forward or model
+    forward = model if forward is None else forward  # a compiled module has no truth value
     weight = next(model.parameters())
     channels = model.pretrained_cfg["input_size"][0]
     size = (job["batch_size"], channels, job["img_size"], job["img_size"])
@@ -179,8 +179,9 @@ def take_turns(call: Callable, reference: Optional[Callable], job: dict[str, Any
     """Seconds of (call, reference) for each round: (rounds, 2); a reference that is None takes nan."""
     device = job["device"]
     times: list[tuple[float, float]] = []
-    if reference is not None:
-        timed(reference, device)  # the model is warm already
+    for other in (call, reference):
+        if other is not None:
+            timed(other, device)  # both are warm
     end = time.perf_counter() + job["seconds"]
     while len(times) < job["rounds"] or (time.perf_counter() < end and len(times) < MOST_ROUNDS):
         round_times = {}
@@ -246,6 +247,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         gflops=flops.get_total_flops() / job["batch_size"] / 1e9,
         checkpoint_mib=sum(tensor.numel() * size for tensor, size in zip(weights, elements)) / 2**20,
     )
+    if forward is model:
+        # built again, so that its weights lie in memory as the baseline's will
+        model = forward = build(job["model"], job["attention"], job)
+        call = make_call(model, job)
     try:
         baseline = build(job["baseline"], "fused", job)
         reference = make_call(baseline, job, torch.compile(baseline) if job["compile"] == "on" else None)

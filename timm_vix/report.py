@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import compare, cost
-from .figures import AXES, COSTS, over_tokens, png, trade_off
+from .figures import AXES, COSTS, SPEEDUP, over_tokens, png, trade_off
 from .records import Record, header_of, read_records
 from .results import write_whole
 
@@ -23,6 +23,7 @@ COST_COLUMNS = (
     *("latency_p50_ms", "latency_p90_ms", "speedup", "speedup_low", "speedup_high", "difference", "images_per_s"),
     *("epoch_s", "peak_memory_mib", "checkpoint_mib", "first_call_ms", "rounds", "device_name", "threads"),
 )
+BEST = ("best_images_per_s", "best_batch_size")
 COMPARE_COLUMNS = ("model", "start", "seeds", *compare.MEANS, "epochs", "img_size", "batch_size")
 NOTES = (
     "GFLOPs count a multiply-add as two operations, for one image; with mode train they are those of a training "
@@ -150,7 +151,7 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
         what = f"{mode}, {dtype}, batch {batch}, {device}, {threads} threads{', compiled' * (compiled == 'on')}"
         images = []
         trends: dict[str, dict[str, str]] = {}
-        for name, label in COSTS.items():
+        for name, label in (COSTS | SPEEDUP).items():
             if not any(record[name] for record in group):
                 continue
             drawn, lines = over_tokens(group, name)
@@ -167,9 +168,22 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
         columns = [f"exponent of {label}" for label in COSTS.values()]
         slopes = [[model, *(t.get(label, "") for label in COSTS.values()), t["faster"]] for model, t in trends.items()]
         parts.append(table(("model", *columns, "faster than softmax"), slopes))
-    rows = [[record[name] for name in COST_COLUMNS] for record in costs]
-    parts.append(f"<h2>All costs</h2><p>A click on a column's name sorts by it.</p>{table(COST_COLUMNS, rows)}")
+    best: dict[tuple, Record] = {}
+    for record in sorted(costs, key=lambda record: record["images_per_s"] or 0):
+        best[setting_of(record)] = record
+    rows = []
+    for record in costs:
+        top = best[setting_of(record)]
+        rows.append([*(record[name] for name in COST_COLUMNS), top["images_per_s"], top["batch_size"]])
+    parts.append(
+        f"<h2>All costs</h2><p>A click on a column's name sorts by it.</p>{table((*COST_COLUMNS, *BEST), rows)}"
+    )
     return "\n".join(parts)
+
+
+def setting_of(record: Record) -> tuple:
+    """All that tells rows apart but the batch size."""
+    return tuple(record[name] for name in cost.KEY if name != "batch_size")
 
 
 def slug(text: str) -> str:
