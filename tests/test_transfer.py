@@ -230,11 +230,14 @@ def test_folders_without_pictures_and_of_another_run(weights, unlabelled, tmp_pa
 
 
 def test_layers_of_the_command_line(tmp_path):
-    assert parse_layers("last-6") == "last-6"
-    assert parse_layers("0,3,5") == [0, 3, 5] and parse_layers("4") == [4]
-    (tmp_path / "plan.json").write_text('{"layers": {"3": {"mixer": "nystrom"}}}')
-    assert parse_layers(str(tmp_path / "plan.json")) == {"3": {"mixer": "nystrom"}}
+    assert parse_layers("last-6", SOURCE) == "last-6"
+    assert parse_layers("0,3,5", SOURCE) == [0, 3, 5] and parse_layers("4", SOURCE) == [4]
+    plan = tmp_path / "plan.json"
+    plan.write_text(f'{{"source": "{SOURCE}", "layers": {{"3": {{"mixer": "nystrom"}}}}}}')
+    assert parse_layers(str(plan), SOURCE) == {"3": {"mixer": "nystrom"}}
+    with pytest.raises(ValueError, match="plan for vit_tiny_patch16_224, not for deit"):
+        parse_layers(str(plan), "deit_tiny_patch16_224")
     (tmp_path / "torn.json").write_text('{"layers": ')
     for name in ("torn.json", "none.json"):
         with pytest.raises(ValueError, match="cannot be read"):
-            parse_layers(str(tmp_path / name))
+            parse_layers(str(tmp_path / name), SOURCE)

@@ -356,14 +356,17 @@ Agreement was measured on one kind of images and says nothing about labels. The 
 """
 
 
-def parse_layers(text: str) -> Layers:
-    """ "all", "last-6" and so on; "0,3,5"; or a .json file with a mapping, such as ``timm-vix plan`` writes."""
+def parse_layers(text: str, source: str) -> Layers:
+    """Layers from a command line: "all", "last-6" and so on; "0,3,5"; or a .json file that ``timm-vix plan`` wrote."""
     if text.endswith(".json"):
         try:
             content = json.loads(Path(text).read_text())
-            return content.get("layers", content)
+            layers = content.get("layers", content)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"layers={text} cannot be read: {error}") from error
+        if content.get("source", source) != source:
+            raise ValueError(f"layers={text} is a plan for {content['source']}, not for {source}")
+        return layers
     if text.replace(",", "").isdigit():
         return [int(part) for part in text.split(",") if part]
     return text
@@ -376,7 +379,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="file with the source's weights")
     parser.add_argument("--pretrained", action="store_true", help="take timm's weights of the source")
     parser.add_argument("--mixer", default="nystrom")
-    parser.add_argument("--layers", default="all", type=parse_layers, help="all, last-6, every-2, 0,3,5 or a plan.json")
+    parser.add_argument("--layers", default="all", help="all, last-6, every-2, 0,3,5 or a plan.json")
     parser.add_argument("--mixer-kwargs", nargs="*", default={}, action=ParseKwargs, help="e.g. num_landmarks=64")
     parser.add_argument("--source-kwargs", nargs="*", default={}, action=ParseKwargs)
     parser.add_argument("--img-size", type=int)
@@ -395,5 +398,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     names = transfer.__code__.co_varnames[: transfer.__code__.co_argcount]
-    _, report = transfer(**{name: getattr(arguments, name) for name in names})
+    given = {name: getattr(arguments, name) for name in names}
+    _, report = transfer(**{**given, "layers": parse_layers(arguments.layers, arguments.source)})
     print(report.table())
