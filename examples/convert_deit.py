@@ -21,7 +21,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform, resolve_input_data_config
 from torch import nn
 from tqdm import tqdm
 
@@ -114,7 +114,7 @@ def main() -> int:
         torch.set_num_threads(given.threads)
     size = given.img_size
     baseline = softmax(given.weights, size)
-    config = resolve_data_config({}, model=baseline)
+    config = resolve_input_data_config(baseline, dict(img_size=size))
     images, labels = read_images(given.images, given.count, create_transform(**config))
 
     def converted(mixer: str = "nystrom", layers: Any = "all", **options: Any) -> nn.Module:
