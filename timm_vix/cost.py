@@ -67,6 +67,8 @@ def baseline_of(spec: str, given: Optional[str] = None) -> str:
     if given:
         parse_model(given)
         return given
+    if name == "vix_from_timm":
+        return str(keywords.get("source", "deit_tiny_patch16_224"))
     ours = name.startswith(("vix_", "hybrid_"))
     return " ".join([softmax_of(name), *(f"{k}={v}" for k, v in keywords.items() if ours and k in TRUNK)])
 

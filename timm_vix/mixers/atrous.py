@@ -195,12 +195,16 @@ class AtrousAttention(AttentionMixer):
             nn.init.zeros_(self.gate_bias)
 
     def forward(
-        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+        self,
+        x: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+        rope: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         x = admit(x, attn_mask, is_causal, self.num_tokens)
         P = self.num_prefix_tokens
         q, k, v = self.project(x, 0, 3)
-        q, k = self.rotate(q), self.rotate(k)
+        q, k = self.rotate(q, rope), self.rotate(k, rope)
         gates = None
         if self.gate_weight is not None:
             gates = linear(x[:, P:], self.gate_weight, self.gate_bias)
