@@ -38,7 +38,10 @@ from ..swap import mixer_options
 LARGEST = {"depth": 1000, "num_classes": 10_000_000}
 LARGEST_OTHERWISE = 65_536
 
-default_cfgs = generate_default_cfgs({NAME: dict(num_classes=1000, input_size=(3, 224, 224), classifier="head")})
+# a fixed size, so that timm's scripts hand their --img-size to the source
+default_cfgs = generate_default_cfgs(
+    {NAME: dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True, classifier="head")}
+)
 
 
 def check_source(source: Any) -> None:
