@@ -3,6 +3,7 @@
 A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds keywords that deserve a run of their own.
 """
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ LAYOUTS = {
 }
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has Ctrl-C ignored, and programs that the tests start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def small(mixer: str, rope: str | None = None, **kwargs) -> nn.Module:

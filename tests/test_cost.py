@@ -212,7 +212,7 @@ def test_what_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(tmp_path, cap
     assert "num_landmarks=300" in records[0]["error"]
     assert records[1]["error"].startswith("out of memory")
     assert records[2]["error"] is None
-    assert records[2]["epoch_s"] == pytest.approx(1000 / records[2]["images_per_s"], rel=0.1)
+    assert records[2]["epoch_s"] == pytest.approx(1000 / records[2]["images_per_s"], abs=0.051)
     assert len((tmp_path / "cost.csv").read_text().splitlines()) == 4
     assert capsys.readouterr().out.count("failed: ") == 2
     # nothing is measured twice
