@@ -38,6 +38,8 @@ UNTRAINED: dict[str, dict[str, Any]] = {
     "nystrom, 2x2 windows": dict(mixer="nystrom", num_landmarks=49, **WINDOWS),
     "linformer": dict(mixer="linformer", num_proj_tokens=49),
     "linformer, 2x2 windows": dict(mixer="linformer", num_proj_tokens=49, **WINDOWS),
+    "nystrom, 4x4 windows": dict(mixer="nystrom", num_landmarks=49, window_size=4),
+    "linformer, 4x4 windows": dict(mixer="linformer", num_proj_tokens=49, window_size=4),
     "performer, 256 features": dict(mixer="performer", num_features=256),
 }
 
