@@ -9,7 +9,6 @@ examples/results/convert_deit_tiny.csv as they come; what is there is not measur
 
 import argparse
 import csv
-import io
 import json
 import statistics
 import sys
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 import timm_vix
 from timm_vix.flops import counter
-from timm_vix.results import write_whole
+from timm_vix.results import write_history
 
 SOURCE = "deit_tiny_patch16_224"
 WINDOWS = dict(window_size=2)
@@ -114,14 +113,6 @@ def costs(model: nn.Module, baseline: nn.Module, image: torch.Tensor) -> dict[st
     )
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_whole(path, text.getvalue().encode())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path)
@@ -187,7 +178,7 @@ def main() -> int:
             )
             rows.append({**row, **costs(model, baseline, image)})
             print(row, flush=True)
-        write_rows(given.out, rows)
+        write_history(given.out, rows)
     return 0
 
 

@@ -27,7 +27,7 @@ from timm.data import resolve_model_data_config
 import timm_vix  # noqa: F401  registers the names
 from timm_vix.finetune import find_device, finetune
 from timm_vix.hub import write_cards
-from timm_vix.images import Images, list_images, transforms
+from timm_vix.images import Images, list_images, normaliser, transforms
 from timm_vix.results import write_history
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
@@ -100,11 +100,11 @@ def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
     items, _ = list_images(Path(data_dir) / "test", classes)
     resize, _, plain = transforms(config, "none", 0.0)
     images = Images(items, classes, config["input_size"][0], resize, plain, seed=0)
-    mean, std = (torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+    normalise = normaliser(config, device)
     top1 = top5 = 0
     for keys in images.batches(250):
         pixels, labels = zip(*(images[key] for key in keys))
-        logits = model((torch.stack(pixels).to(device).float() / 255 - mean) / std)
+        logits = model(normalise(torch.stack(pixels)))
         ranks = logits.topk(min(5, len(classes))).indices.cpu() == torch.tensor(labels).unsqueeze(1)
         top1, top5 = top1 + int(ranks[:, 0].sum()), top5 + int(ranks.sum())
     return 100 * top1 / len(images), 100 * top5 / len(images)

@@ -42,7 +42,7 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["__init__.py"], set()),
     # what fine-tuning reads and what it writes; the machine, tables of measurements, the counter of operations
     (["flops.py", "folders.py", "images.py", "interrupt.py", "machine.py", "matching.py"], TOOLS),
-    (["records.py", "trends.py"], TOOLS),
+    (["records.py", "settings.py", "trends.py"], TOOLS),
     (["figures.py", "finetune.py", "hub.py", "measure.py", "sensitivity.py", "transfer.py"], TOOLS),
     (["cost.py", "plan.py"], TOOLS),
     (["advise.py", "compare.py"], TOOLS),

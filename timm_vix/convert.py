@@ -6,7 +6,7 @@ among timm's arguments, under the name ``vix_from_timm``, so that ``save_for_hf`
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -91,10 +91,10 @@ def attention_slots(model: nn.Module) -> list[list[Slot]]:
     found: list[list[Slot]] = []
     for index, block in enumerate(model.blocks):
         slots = [
-            Slot(f"blocks.{index}.{prefix}{'.' if prefix else ''}{name}", parent, name, original_attention(module))
+            Slot(f"blocks.{index}.{prefix}{'.' if prefix else ''}{name}", parent, name, attn)
             for prefix, parent in block.named_modules()
             for name, module in parent.named_children()
-            if type(original_attention(module)) in REPLACEABLE
+            if type(attn := original_attention(module)) in REPLACEABLE
         ]
         if not slots:
             attn = getattr(block, "attn", block)
@@ -260,14 +260,20 @@ def note_conversion(model: nn.Module, slots: list[list[Slot]], mixer: str) -> No
             }
 
 
+def source_of(model: nn.Module) -> Optional[str]:
+    """The name of the model that a converted one was, if it had one; None for one that isn't converted."""
+    arguments = getattr(model, "_model_args", {})
+    return arguments["source"] if "source" in arguments and "layers" in arguments else None
+
+
 def forget_conversion(model: nn.Module) -> None:
     """Undo ``note_conversion``, and take the hook away."""
     remove_hook(model)
-    arguments = getattr(model, "_model_args", {})
-    if "source" in arguments and "layers" in arguments:
-        model.pretrained_cfg = {**model.pretrained_cfg, "architecture": arguments["source"]}
+    source = source_of(model)
+    if source is not None:
+        model.pretrained_cfg = {**model.pretrained_cfg, "architecture": source}
         ours = {"source", "mixer", "layers", *(option for name in MIXERS for option in mixer_options(name))}
-        model._model_args = {name: value for name, value in arguments.items() if name not in ours}
+        model._model_args = {name: value for name, value in model._model_args.items() if name not in ours}
 
 
 def revert(model: nn.Module) -> None:

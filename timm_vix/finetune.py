@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .freeze import PARTS, freeze_except, save_delta
-from .images import STEP, Images, find_images, reseed, seed_of, transforms
+from .images import STEP, Images, find_images, normaliser, reseed, seed_of, transforms
 from .interrupt import deferred_interrupt
 from .machine import autocast, check_model, find_device, find_dtype
 from .results import clear, model_card, one_line, restore, write_curve, write_history, write_hub, write_whole
+from .settings import check_folder, check_ranges, check_weights
 
 # What stands in for an argument that is None: digits are learnt from scratch, a folder is usually fine-tuned.
 DIGITS = dict(model="vix_nystrom_cifar", img_size=32, batch_size=16, epochs=9, lr=1e-3, flip=0.0)
@@ -154,7 +155,7 @@ def finetune(
     )
     mix = Mixup(mixup, label_smoothing=label_smoothing, num_classes=len(classes)) if mixup else None
     smoothing = 0.0 if mix else label_smoothing
-    mean, std = (torch.tensor(config[key], device=run.device).view(-1, 1, 1) for key in ("mean", "std"))
+    normalise = normaliser(config, run.device)
     position: dict[str, Any] = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
     if resume:
         position = restore(folder / "checkpoint.pt", settings, net, optimizer)
@@ -164,7 +165,7 @@ def finetune(
 
     def prepare(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         pixels, labels = (tensor.to(run.device) for tensor in batch)
-        return (pixels.float() / 255 - mean) / std, labels
+        return normalise(pixels), labels
 
     def save() -> None:
         buffer = io.BytesIO()
@@ -285,24 +286,14 @@ def check(run: SimpleNamespace, out: Path) -> None:
         ("train_only", ", ".join(PARTS), lambda v: v in PARTS),
         ("amp", "auto, off, bfloat16", lambda v: v in ("auto", "off", "bfloat16")),
     )
-    for names, allowed, holds in ranges:
-        for name in names.split():
-            value = getattr(run, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name}={value}: allowed is {allowed}")
+    check_ranges(run, ranges)
     if run.mixup and run.batch_size % 2:
         raise ValueError(f"batch_size={run.batch_size}: mixup pairs images; allowed is an even number")
     if not run.model:
         raise ValueError("model is missing: with data_dir it is a name of timm.list_models(), such as vix_nystrom_tiny")
     check_model(run.model)
-    if run.checkpoint and not Path(run.checkpoint).is_file():
-        raise ValueError(f"checkpoint={run.checkpoint} is no file; allowed is a .safetensors or .pth file")
-    if run.resume and run.overwrite:
-        raise ValueError("resume and overwrite were both given; allowed is one of them")
-    if run.resume and not (out / "checkpoint.pt").is_file():
-        raise ValueError(f"resume: {out} holds no checkpoint.pt; start without resume")
-    if not (run.resume or run.overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")
+    check_weights("checkpoint", run.checkpoint)
+    check_folder(out, run.resume, run.overwrite)
 
 
 def build_model(run: SimpleNamespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:

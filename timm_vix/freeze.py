@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .convert import recorded_options
+from .convert import recorded_options, source_of
 from .mixers._slot import AttentionMixer, TokenMixer, check_choice
 from .results import one_line, write_whole
 from .swap import REPLACEABLE
@@ -145,11 +145,8 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 def architecture(model: nn.Module) -> str:
     """timm's name of a model, of the source where it is converted; the class where it has none."""
-    arguments = getattr(model, "_model_args", {})
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if "source" in arguments and "layers" in arguments:
-        name = arguments["source"]
-    return name or type(model).__name__
+    return source_of(model) or name or type(model).__name__
 
 
 def mixers_of(model: nn.Module) -> dict[str, Any]:

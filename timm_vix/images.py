@@ -7,6 +7,7 @@ that stops in mid-epoch is continued by skipping batches, and the number of work
 import os
 import random
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -144,6 +145,12 @@ def transforms(data_config: dict[str, Any], augment: str, flip: float) -> tuple[
     if min(size) <= 64:  # zooming costs small images too much detail: shift them, as is usual for CIFAR
         train.transforms[0] = RandomCrop(size, padding=min(size) // 8, pad_if_needed=True)
     return resize, train, evaluate
+
+
+def normaliser(data_config: dict[str, Any], device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From uint8 pixels (.., C, H, W), as ``transforms`` gives them, to what the model expects, on its device."""
+    mean, std = (torch.tensor(data_config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+    return lambda pixels: (pixels.to(device).float() / 255 - mean) / std
 
 
 class Images(Dataset):

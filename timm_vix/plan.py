@@ -23,13 +23,14 @@ from torch import nn
 from .convert import attention_slots, layer_mixers
 from .figures import agreement_over_cost, png
 from .freeze import architecture, fingerprint
-from .images import Images, find_unlabelled, transforms
-from .machine import check_model, find_device, versions
+from .images import Images, find_unlabelled, normaliser, transforms
+from .machine import find_device, versions
 from .mixers import MIXERS
 from .mixers._slot import TokenMixer, check_choice
 from .results import one_line, write_whole
 from .sensitivity import Measured, Plan, Sensitivity, block_costs, converted, plan_of, text_of
-from .transfer import build_teacher
+from .settings import check_ranges
+from .transfer import build_teacher, check_teacher
 
 FORMAT = "timm_vix plan 1"
 SIZES = (16, 25, 49, 64)  # cells of a square grid
@@ -130,11 +131,8 @@ def plan_layers(
     spread = [found[i * len(found) // min(images, len(found))] for i in range(min(images, len(found)))]
     resize, _, plain = transforms(config, "none", 0.0)
     data = Images(spread, [data_dir], config["input_size"][0], resize, plain, 0)
-    mean, std = (torch.tensor(config[key], device=run.device).view(-1, 1, 1) for key in ("mean", "std"))
-    batches = [
-        (torch.stack([data[key][0] for key in keys]).to(run.device).float() / 255 - mean) / std
-        for keys in data.batches(batch_size)
-    ]
+    normalise = normaliser(config, run.device)
+    batches = [normalise(torch.stack([data[key][0] for key in keys])) for keys in data.batches(batch_size)]
     size, state = config["input_size"][-1], fingerprint(model.state_dict())
     sensitivity = Sensitivity(
         model, batches, path.with_suffix(".csv"), f"{architecture(model)} {state} {size} px {data.digest()}"
@@ -182,22 +180,14 @@ def check(run: SimpleNamespace, out: Path) -> None:
         ("keep", "above 0, at most 1", lambda v: 0 < v <= 1),
         ("budget_gflops img_size images batch_size threads", "above 0", lambda v: v > 0),
     )
-    for names, allowed, holds in ranges:
-        for name in names.split():
-            value = getattr(run, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name}={value}: allowed is {allowed}")
+    check_ranges(run, ranges)
     if run.keep is not None and run.budget_gflops is not None:
         raise ValueError("keep and budget_gflops were both given; allowed is one of them")
     if isinstance(run.mixer, str) or not run.mixer:
         raise ValueError(f"mixer={run.mixer!r}: expected a list of names, such as ['nystrom']")
     for name in run.mixer:
         check_choice("mixer", name, tuple(mixer for mixer in run.candidates or CANDIDATES if mixer in MIXERS))
-    check_model(run.source)
-    if run.weights and not Path(run.weights).is_file():
-        raise ValueError(f"weights={run.weights} is no file; allowed is a .safetensors or .pth file")
-    if not run.weights and not run.pretrained and ":" not in run.source:
-        raise ValueError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
+    check_teacher(run)
     if out.suffix != ".json":
         raise ValueError(f"out={out}: expected a name that ends in .json")
 

@@ -79,6 +79,13 @@ def write_history(path: Path, history: list[dict[str, Any]]) -> None:
     write_whole(path, text.getvalue().encode())
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """A figure of matplotlib as PNG, as a whole."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())
+
+
 def write_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
     """Training loss and validation top-1 over the epochs."""
     try:
@@ -95,9 +102,7 @@ def write_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_whole(path, image.getvalue())
+    write_figure(path, figure)
 
 
 def write_table(path: Path, header: list[str], rows: list[list[Any]]) -> None:
@@ -129,9 +134,7 @@ def write_layer_errors(path: Path, rows: list[list[Any]], layers: list[int], tit
     axes.set(xlabel="layer", ylabel="relative squared error of the block", yscale="log", title=title, xticks=layers)
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_whole(path, image.getvalue())
+    write_figure(path, figure)
 
 
 def write_hub(

@@ -79,6 +79,16 @@ def set_grid(model: nn.Module, grid: Grid) -> None:
             module.set_grid(grid)
 
 
+def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Move what a checkpoint has of the mixers' grid-bound weights to the grids of ``model``, in place."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, TokenMixer):
+            for name, resample in module.grid_parameters.items():
+                key = f"{prefix}.{name}"
+                if key in state_dict:
+                    state_dict[key] = resample(state_dict[key], module.grid)
+
+
 def find_attention(model: nn.Module) -> list[Slot]:
     """The places of a model that hold attention which can be replaced, first block first."""
     return [
@@ -155,9 +165,10 @@ def swap_attention(
     check_options(mixer, options)
     if rope is not None:
         check_choice("rope", rope, ("axial", "1d"))
-    slots: list[tuple[Slot, Optional[tuple[Grid, int]]]] = [(slot, None) for slot in find_attention(model)]
+    parts: list[tuple[nn.Module, Optional[tuple[Grid, int]]]] = [(model, None)]
     if stages is not None:
-        slots = [(slot, (grid, prefix)) for part, grid, prefix in stages for slot in find_attention(part)]
+        parts = [(part, (grid, num_prefix_tokens)) for part, grid, num_prefix_tokens in stages]
+    slots = [(slot, layout) for part, layout in parts for slot in find_attention(part)]
     if not slots:
         raise ValueError(f"{type(model).__name__} has no timm Attention to replace")
     if mixer == "softmax" and rope is None:

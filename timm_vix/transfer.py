@@ -16,6 +16,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -33,11 +34,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .convert import Conversion, Layers, convert
-from .images import Images, find_unlabelled, transforms
+from .images import Images, find_unlabelled, normaliser, transforms
 from .interrupt import deferred_interrupt
 from .machine import autocast, check_model, find_device, find_dtype, versions
 from .matching import BlockMatching, Distillation
-from .results import one_line, restore, write_hub, write_layer_errors, write_table, write_whole
+from .results import one_line, restore, write_history, write_hub, write_layer_errors, write_table, write_whole
+from .settings import check_folder, check_ranges, check_weights
 
 # What may change between a run and its continuation; the images are recognised by their names instead.
 FREE = {"data_dir", "workers", "out", "checkpoint_every", "resume", "overwrite", "weights", "pretrained"}
@@ -161,11 +163,7 @@ def transfer(
             write_whole(folder / "checkpoint.pt", buffer.getbuffer())
             write_table(folder / "steps.csv", ["stage", "step", "losses"], position["rows"])
 
-    mean, std = (torch.tensor(config[key], device=run.device).view(-1, 1, 1) for key in ("mean", "std"))
-
-    def prepare(pixels: torch.Tensor) -> torch.Tensor:
-        return (pixels.to(run.device).float() / 255 - mean) / std
-
+    normalise = normaliser(config, run.device)
     stages: dict[int, tuple[str, nn.Module, int, float]] = {
         1: ("blocks", BlockMatching(teacher, student, converted), block_steps, block_lr),
         2: ("distillation", Distillation(teacher, student), distill_steps, distill_lr),
@@ -190,7 +188,7 @@ def transfer(
             for pixels, _ in bar:
                 scheduler.step_update(position["step"])
                 with autocast(run.device, run.dtype):
-                    losses = losses_of(prepare(pixels))
+                    losses = losses_of(normalise(pixels))
                 loss = losses.mean() if stage == 1 else losses.sum()
                 if not loss.isfinite():
                     raise ValueError(
@@ -216,8 +214,8 @@ def transfer(
     save()
     student.requires_grad_(True).eval()
     if rank == 0:
-        row = result_row(run, report, position, len(images), *compare(teacher, student, apart, prepare, run))
-        write_table(folder / "result.csv", list(row), [list(row.values())])
+        row = result_row(run, report, position, len(images), *compare(teacher, student, apart, normalise, run))
+        write_history(folder / "result.csv", [row])
         write_layer_errors(folder / "layers.png", position["rows"], converted, f"{source} -> {mixer}")
         write_hub(folder / "hub", student, config, card(row, report))
         print(f"agrees with {source} on {row['agreement']} % of {len(apart)} images kept apart; wrote {folder / 'hub'}")
@@ -241,22 +239,17 @@ def check(run: SimpleNamespace, out: Path) -> None:
         ("block_steps distill_steps seed workers", "0 or more", lambda v: v >= 0),
         ("amp", "auto, off, bfloat16", lambda v: v in ("auto", "off", "bfloat16")),
     )
-    for names, allowed, holds in ranges:
-        for name in names.split():
-            value = getattr(run, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name}={value}: allowed is {allowed}")
+    check_ranges(run, ranges)
+    check_teacher(run)
+    check_folder(out, run.resume, run.overwrite)
+
+
+def check_teacher(run: SimpleNamespace) -> None:
+    """Raise ValueError for a source that timm doesn't know, or that would have random weights."""
     check_model(run.source)
-    if run.weights and not Path(run.weights).is_file():
-        raise ValueError(f"weights={run.weights} is no file; allowed is a .safetensors or .pth file")
+    check_weights("weights", run.weights)
     if not run.weights and not run.pretrained and ":" not in run.source:
         raise ValueError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
-    if run.resume and run.overwrite:
-        raise ValueError("resume and overwrite were both given; allowed is one of them")
-    if run.resume and not (out / "checkpoint.pt").is_file():
-        raise ValueError(f"resume: {out} holds no checkpoint.pt; start without resume")
-    if not (run.resume or run.overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")
 
 
 def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
@@ -279,14 +272,14 @@ def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.inference_mode()
 def compare(
-    teacher: nn.Module, student: nn.Module, images: Images, prepare: Any, run: SimpleNamespace
+    teacher: nn.Module, student: nn.Module, images: Images, normalise: Callable, run: SimpleNamespace
 ) -> tuple[float, float]:
     """Percent of images on which both predict the same, and the relative distance of their last tokens."""
     same, apart, size = 0, 0.0, 0.0
     loader = DataLoader(images, batch_sampler=images.batches(run.batch_size), num_workers=run.workers)
     for pixels, _ in tqdm(loader, "compare", leave=False, disable=None):
         with autocast(run.device, run.dtype):
-            wanted, mine = (model.forward_features(prepare(pixels)) for model in (teacher, student))
+            wanted, mine = (model.forward_features(normalise(pixels)) for model in (teacher, student))
             predicted = [model.forward_head(t).argmax(-1) for model, t in ((teacher, wanted), (student, mine))]
         same += int((predicted[0] == predicted[1]).sum())
         apart += float((mine.float() - wanted.float()).square().sum())

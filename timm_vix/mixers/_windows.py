@@ -34,9 +34,9 @@ def from_windows(x: torch.Tensor, grid: Grid, w: int) -> torch.Tensor:
     return x[:, :, : grid[0], : grid[1]].reshape(B, h, grid[0] * grid[1], D)
 
 
-def shares(length: int, cells: int, w: int) -> torch.Tensor:
+def shares(length: int, cells: int, w: int, device: torch.device) -> torch.Tensor:
     """What share of each cell lies in each window, along one axis: (windows, cells)."""
-    pooled = F.adaptive_avg_pool1d(torch.eye(length).unsqueeze(0), cells)[0]
+    pooled = F.adaptive_avg_pool1d(torch.eye(length, device=device).unsqueeze(0), cells)[0]
     return F.pad(pooled, [0, 0, 0, -length % w]).reshape(-1, w, cells).sum(1)
 
 
@@ -45,13 +45,13 @@ def shares(length: int, cells: int, w: int) -> torch.Tensor:
 @register_notrace_function
 def window_biases(like: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid, w: int) -> torch.Tensor:
     """c for landmarks and the mask of each window's tokens, (n, 1, P + m + w·w)."""
-    rows, columns = shares(grid[0], cells[0], w), shares(grid[1], cells[1], w)
+    rows, columns = shares(grid[0], cells[0], w, like.device), shares(grid[1], cells[1], w, like.device)
     inside = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
     beside = (1.0 - inside).clamp(min=0.0) * (grid[0] * grid[1] / (cells[0] * cells[1]))
     beside = torch.where(beside < 1e-4, 0.0, beside).log()
-    here = windows(torch.ones(1, 1, grid[0] * grid[1], 1), grid, w)[0, 0, :, :, 0].log()
-    biases = torch.cat([torch.zeros(len(here), num_prefix_tokens), beside, here], dim=1)
-    return biases.unsqueeze(1).to(device=like.device, dtype=like.dtype)
+    here = windows(torch.ones([1, 1, grid[0] * grid[1], 1], device=like.device), grid, w)[0, 0, :, :, 0].log()
+    biases = torch.cat([torch.zeros([here.shape[0], num_prefix_tokens], device=like.device), beside, here], dim=1)
+    return biases.unsqueeze(1).to(like.dtype)
 
 
 def landmarks_and_windows(

@@ -166,8 +166,10 @@ class NystromAttention(AttentionMixer):
             )
 
     def before_forward(self, grid: Grid) -> None:
+        # most images have the size of those before
+        if grid != self.grid:
+            self.cells = cell_grid(self.num_landmarks, grid)
         super().before_forward(grid)
-        self.cells = cell_grid(self.num_landmarks, grid)
 
     def options(self) -> dict:
         return {"num_landmarks": min(self.num_landmarks, self.grid[0] * self.grid[1])}

@@ -23,7 +23,7 @@ from torch import nn
 from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer, check_choice
 from ..stems import STEMS
-from ..swap import mixer_options, set_grid, swap_attention
+from ..swap import mixer_options, resample_weights, set_grid, swap_attention
 
 _logger = logging.getLogger(__name__)
 
@@ -238,12 +238,8 @@ def adopt(
         ValueError: if keys or shapes don't fit.
     """
     target, own = model.state_dict(), own_keys(model)
-    mixers = {prefix: module for prefix, module in model.named_modules() if isinstance(module, TokenMixer)}
-    for prefix, module in mixers.items():
-        for name, resample in module.grid_parameters.items():
-            key = f"{prefix}.{name}"
-            if key in state_dict:
-                state_dict[key] = resample(state_dict[key], module.grid)
+    mixers = [module for module in model.modules() if isinstance(module, TokenMixer)]
+    resample_weights(state_dict, model)
     if not ours:
         fresh = {key: target[key] for key in own}
         # inherited weights know no local convolution: it starts as nothing and leaves their function alone

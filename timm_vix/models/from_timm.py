@@ -32,7 +32,7 @@ from torch import nn
 from ..convert import NAME, Layers, convert
 from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer
-from ..swap import mixer_options
+from ..swap import mixer_options, resample_weights
 
 # far beyond every published model, and small enough to be counted before memory is taken
 LARGEST = {"depth": 1000, "num_classes": 10_000_000}
@@ -85,14 +85,10 @@ def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]
 
 def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Fit the weights of a converted model to its grid."""
-    grids = {}
-    for prefix, module in model.named_modules():
-        for name, resample in getattr(module, "grid_parameters", {}).items():
-            key = f"{prefix}.{name}"
-            if key in state_dict:
-                grids[key] = resample(state_dict[key], model.patch_embed.grid_size)
     filter_fn = eva_checkpoint_filter_fn if isinstance(model, Eva) else vit_checkpoint_filter_fn
-    return {**filter_fn(state_dict, model), **grids}
+    state_dict = filter_fn(state_dict, model)
+    resample_weights(state_dict, model)
+    return state_dict
 
 
 def build(source: str, mixer: str, layers: Layers, options: dict[str, Any], **kwargs: Any) -> nn.Module:
