@@ -7,15 +7,26 @@ Both hold exactly, since nothing stands between a projection and the product tha
 projecting first, 2·N·C·(C + m), while h·m < C + m, and are a few large matrix products. A bias of the keys moves all
 logits of a query alike, and one of the values passes through, since weights sum to one.
 
+For long sequences training computes the attention weights again for their gradient, as fused softmax attention does:
+they are most of what would be kept.
+
 Shapes: x (B, N, C); q, k, v of the few (B, h, m, D); weights as in ``torch.nn.Linear``; A = h·D.
 """
 
 from typing import Optional
 
 import torch
+from timm.layers import register_notrace_function
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# From so many tokens on, training computes attention weights twice rather than keep them for the gradient.
+LONG = 1024
 
 
+# A leaf for torch.fx: what is done depends on the number of tokens.
+@torch.fx.wrap
+@register_notrace_function
 def all_ask_few(
     x: torch.Tensor,
     k: torch.Tensor,
@@ -31,23 +42,15 @@ def all_ask_few(
 
     logit_bias broadcasts to (B, h, 1, m); weight_q (A, C); weight_out (C, A); dropout of the attention weights.
     """
-    B, N, C = x.shape
-    _, h, m, D = k.shape
-    k = k * D**-0.5
-    asked = torch.matmul(k, weight_q.reshape(h, D, C)).reshape(B, h * m, C)
-    offset = logit_bias.to(k.dtype)
-    if bias_q is not None:
-        offset = offset + torch.matmul(k, bias_q.reshape(h, D, 1)).transpose(2, 3)
-    offset = offset.expand(B, h, 1, m).reshape(B, 1, h * m)
-    weights = (torch.matmul(x, asked.transpose(1, 2)) + offset).reshape(B, N, h, m).softmax(3)
-    weights = F.dropout(weights, dropout, dropout > 0.0)
-    # (B, h, C, m), and kept with C before m: a product with a transposed matrix is the fast one in half precision
-    given = torch.matmul(weight_out.reshape(-1, h, D).transpose(0, 1), v.transpose(2, 3))
-    given = given.transpose(1, 2).flatten(2).to(weights.dtype)
-    y = torch.matmul(weights.flatten(2), given.transpose(1, 2))
-    return y if bias_out is None else y + bias_out
+    if not torch.jit.is_scripting() and x.shape[1] >= LONG and torch.is_grad_enabled():
+        return checkpoint(
+            read_few, x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout, use_reentrant=False
+        )
+    return read_few(x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout)
 
 
+@torch.fx.wrap
+@register_notrace_function
 def few_ask_all(
     x: torch.Tensor,
     q: torch.Tensor,
@@ -56,6 +59,49 @@ def few_ask_all(
     bias_v: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Multi-head attention of m queries to all tokens, before the output projection -> (B, h, m, D)."""
+    if not torch.jit.is_scripting() and x.shape[1] >= LONG and torch.is_grad_enabled():
+        return checkpoint(read_all, x, q, weight_k, weight_v, bias_v, use_reentrant=False)
+    return read_all(x, q, weight_k, weight_v, bias_v)
+
+
+def read_few(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logit_bias: torch.Tensor,
+    weight_q: torch.Tensor,
+    bias_q: Optional[torch.Tensor],
+    weight_out: torch.Tensor,
+    bias_out: Optional[torch.Tensor],
+    dropout: float,
+) -> torch.Tensor:
+    """The work of ``all_ask_few``."""
+    B, N, C = x.shape
+    _, h, m, D = k.shape
+    k = k * D**-0.5
+    asked = torch.matmul(k, weight_q.reshape(h, D, C)).reshape(B, h * m, C)
+    offset = logit_bias.to(k.dtype)
+    if bias_q is not None:
+        offset = offset + torch.matmul(k, bias_q.reshape(h, D, 1)).transpose(2, 3)
+    offset = offset.expand(B, h, 1, m).reshape(B, 1, h * m)
+    weights = torch.baddbmm(offset, x, asked.transpose(1, 2)).reshape(B, N, h, m).softmax(3)
+    weights = F.dropout(weights, dropout, dropout > 0.0)
+    # (B, h, C, m), and kept with C before m: a product with a transposed matrix is the fast one in half precision
+    given = torch.matmul(weight_out.reshape(-1, h, D).transpose(0, 1), v.transpose(2, 3))
+    given = given.transpose(1, 2).flatten(2).to(weights.dtype)
+    if bias_out is None:
+        return torch.bmm(weights.flatten(2), given.transpose(1, 2))
+    return torch.baddbmm(bias_out, weights.flatten(2), given.transpose(1, 2))
+
+
+def read_all(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    weight_k: torch.Tensor,
+    weight_v: torch.Tensor,
+    bias_v: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """The work of ``few_ask_all``."""
     B, _, C = x.shape
     _, h, m, D = q.shape
     asking = torch.matmul(q * D**-0.5, weight_k.reshape(h, D, C)).reshape(B, h * m, C)

@@ -14,18 +14,40 @@ from torch.nn import functional as F
 Grid = tuple[int, int]
 
 
+def averages(length: int, cells: int, like: torch.Tensor) -> torch.Tensor:
+    """The weights that average an axis of ``length`` tokens over each of ``cells``: (cells, length)."""
+    identity = torch.eye(length, device=like.device, dtype=like.dtype)
+    return F.adaptive_avg_pool1d(identity.unsqueeze(0), cells)[0].transpose(0, 1)
+
+
+# A leaf for torch.fx: tensors are made here on the device of ``x``.
+@torch.fx.wrap
+@register_notrace_function
+def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid) -> torch.Tensor:
+    """Average the patch tokens over a coarser grid, prefix tokens apart: (B, P + H·W, C) -> (B, P + m, C).
+
+    A product of one small matrix an axis: the library's pooling wants channels first, and keeps a copy of all tokens in
+    that order for its gradient, which is several times as slow.
+    """
+    if cells == grid:
+        return x
+    B, _, C = x.shape
+    rows, columns = averages(grid[0], cells[0], x), averages(grid[1], cells[1], x)
+    patches = x[:, num_prefix_tokens:].reshape(B, grid[0], grid[1] * C)
+    pooled = torch.bmm(rows.expand(B, -1, -1), patches).reshape(B * cells[0], grid[1], C)
+    pooled = torch.bmm(columns.expand(B * cells[0], -1, -1), pooled).reshape(B, cells[0] * cells[1], C)
+    return torch.cat([x[:, :num_prefix_tokens], pooled], dim=1)
+
+
 @torch.fx.wrap
 @register_notrace_function
 def resample_reading(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """(..., H, W) that is summed with tokens over H x W -> (..., *grid)."""
     if weight.shape[-2] == grid[0] and weight.shape[-1] == grid[1]:
         return weight
-    eye_h = torch.eye(grid[0], device=weight.device, dtype=weight.dtype)
-    eye_w = torch.eye(grid[1], device=weight.device, dtype=weight.dtype)
-    # column i of the pooled identity holds the share of each new row in old row i
-    pool_h = F.adaptive_avg_pool1d(eye_h.unsqueeze(0), weight.shape[-2])[0]
-    pool_w = F.adaptive_avg_pool1d(eye_w.unsqueeze(0), weight.shape[-1])[0]
-    return pool_h @ weight @ pool_w.transpose(0, 1)
+    # row i of the averages holds the share of each new row in old row i
+    rows, columns = averages(grid[0], weight.shape[-2], weight), averages(grid[1], weight.shape[-1], weight)
+    return rows.transpose(0, 1) @ weight @ columns
 
 
 @torch.fx.wrap

@@ -83,16 +83,6 @@ def cell_grid(num_cells: int, grid: Grid) -> Grid:
     return 1, 1
 
 
-def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid) -> torch.Tensor:
-    """Average the patch tokens over a coarser grid, prefix tokens apart: (B, P + H·W, C) -> (B, P + m, C)."""
-    if cells == grid:
-        return x
-    B, _, C = x.shape
-    patches = x[:, num_prefix_tokens:].transpose(1, 2).reshape(B, C, grid[0], grid[1])
-    pooled = nn.functional.adaptive_avg_pool2d(patches, cells).flatten(2).transpose(1, 2)
-    return torch.cat([x[:, :num_prefix_tokens], pooled], dim=1)
-
-
 # A leaf for torch.fx: a tensor is made here on the device of ``like``.
 @torch.fx.wrap
 @register_notrace_function

@@ -13,7 +13,7 @@ import torch
 from timm.layers import register_notrace_function
 from torch.nn import functional as F
 
-from ._resample import Grid
+from ._resample import Grid, averages
 
 
 def windows(x: torch.Tensor, grid: Grid, w: int) -> torch.Tensor:
@@ -34,9 +34,9 @@ def from_windows(x: torch.Tensor, grid: Grid, w: int) -> torch.Tensor:
     return x[:, :, : grid[0], : grid[1]].reshape(B, h, grid[0] * grid[1], D)
 
 
-def shares(length: int, cells: int, w: int, device: torch.device) -> torch.Tensor:
+def shares(length: int, cells: int, w: int, like: torch.Tensor) -> torch.Tensor:
     """What share of each cell lies in each window, along one axis: (windows, cells)."""
-    pooled = F.adaptive_avg_pool1d(torch.eye(length, device=device).unsqueeze(0), cells)[0]
+    pooled = averages(length, cells, like).transpose(0, 1)
     return F.pad(pooled, [0, 0, 0, -length % w]).reshape(-1, w, cells).sum(1)
 
 
@@ -45,7 +45,8 @@ def shares(length: int, cells: int, w: int, device: torch.device) -> torch.Tenso
 @register_notrace_function
 def window_biases(like: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid, w: int) -> torch.Tensor:
     """c for landmarks and the mask of each window's tokens, (n, 1, P + m + w·w)."""
-    rows, columns = shares(grid[0], cells[0], w, like.device), shares(grid[1], cells[1], w, like.device)
+    full = torch.empty([0], device=like.device)  # logarithms in float32, whatever the tokens have
+    rows, columns = shares(grid[0], cells[0], w, full), shares(grid[1], cells[1], w, full)
     inside = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
     beside = (1.0 - inside).clamp(min=0.0) * (grid[0] * grid[1] / (cells[0] * cells[1]))
     beside = torch.where(beside < 1e-4, 0.0, beside).log()

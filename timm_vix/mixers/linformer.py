@@ -26,9 +26,8 @@ from typing import Optional, Union
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ._resample import resample_reading
+from ._resample import averages, resample_reading
 from ._slot import AttentionMixer, Grid, admit, cell_grid, check_choice, check_integer, count_bias
 
 DEFAULT_PROJ_TOKENS = 49
@@ -36,9 +35,15 @@ DEFAULT_PROJ_TOKENS = 49
 
 def region_averages(cells: Grid, grid: Grid) -> torch.Tensor:
     """The (k, H, W) weights that average the patches of ``grid`` over each of ``cells`` regions."""
-    rows = F.adaptive_avg_pool1d(torch.eye(grid[0], device="cpu").unsqueeze(0), cells[0])[0]
-    columns = F.adaptive_avg_pool1d(torch.eye(grid[1], device="cpu").unsqueeze(0), cells[1])[0]
-    return torch.einsum("hi,wj->ijhw", rows, columns).flatten(0, 1)
+    here = torch.empty(0, device="cpu")  # the weights may be built on the meta device
+    rows, columns = averages(grid[0], cells[0], here), averages(grid[1], cells[1], here)
+    return torch.einsum("ih,jw->ijhw", rows, columns).flatten(0, 1)
+
+
+def project_tokens(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Sums of patch tokens by the rows of weight (k, H·W): (B, H·W, C) -> (B, k, C)."""
+    # a batched product reads x where it lies; a plain one keeps a transposed copy of it for the gradient
+    return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
 
 
 class LinformerAttention(AttentionMixer):
@@ -100,11 +105,11 @@ class LinformerAttention(AttentionMixer):
         P = self.num_prefix_tokens
         weight = resample_reading(self.token_proj, self.grid).flatten(2)
         if self.sharing == "kv":
-            projected = torch.cat([x[:, :P], torch.matmul(weight[0], x[:, P:])], dim=1)
+            projected = torch.cat([x[:, :P], project_tokens(weight[0], x[:, P:])], dim=1)
             return self.project(projected, 1, 3)
         if self.sharing == "headwise":
-            for_keys = torch.cat([x[:, :P], torch.matmul(weight[0], x[:, P:])], dim=1)
-            for_values = torch.cat([x[:, :P], torch.matmul(weight[1], x[:, P:])], dim=1)
+            for_keys = torch.cat([x[:, :P], project_tokens(weight[0], x[:, P:])], dim=1)
+            for_values = torch.cat([x[:, :P], project_tokens(weight[1], x[:, P:])], dim=1)
             return [self.project(for_keys, 1, 2)[0], self.project(for_values, 2, 3)[0]]
         k, v = self.project(x, 1, 3)
         keys, values = weight.chunk(2)

@@ -34,6 +34,7 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
+from ._resample import pool_patches
 from ._slot import (
     AttentionMixer,
     Grid,
@@ -43,7 +44,6 @@ from ._slot import (
     check_integer,
     check_number,
     count_bias,
-    pool_patches,
 )
 
 DEFAULT_LANDMARKS = 49

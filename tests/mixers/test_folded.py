@@ -1,0 +1,65 @@
+"""Attention folded into its projections, against attention that projects first; long sequences keep less."""
+
+import pytest
+import torch
+from conftest import distance
+from torch.nn.functional import scaled_dot_product_attention
+
+from timm_vix.mixers import _folded
+
+B, N, H, D, M = 2, 37, 3, 8, 5
+C = H * D
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = dict(x=(B, N, C), q=(B, H, M, D), k=(B, H, M, D), v=(B, H, M, D), bias=(1, 1, 1, M), w=(4, C, C), b=(4, C))
+    return {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
+
+
+def folded(x, q, k, v, bias, w, b, dropout=0.0):
+    """Both folded attentions, as one list of outputs."""
+    read = _folded.all_ask_few(x, k, v, bias, w[0], b[0], w[3], b[3], dropout)
+    return [read, _folded.few_ask_all(x, q, w[1], w[2], b[2])]
+
+
+def projected(x, q, k, v, bias, w, b):
+    """The same from queries, keys and values of all tokens."""
+    queries, keys, values = ((x @ w[i].T + b[i]).unflatten(2, (H, D)).transpose(1, 2) for i in range(3))
+    read = scaled_dot_product_attention(queries, k, v, attn_mask=bias).transpose(1, 2).flatten(2) @ w[3].T + b[3]
+    return [read, scaled_dot_product_attention(q, keys, values)]
+
+
+def gradients(outputs, inputs):
+    return torch.autograd.grad(sum(y.square().sum() for y in outputs), list(inputs.values()))
+
+
+@pytest.mark.parametrize("long", [1, 10**9], ids=["long", "short"])
+def test_equals_projecting_first(long, monkeypatch):
+    monkeypatch.setattr(_folded, "LONG", long)
+    inputs = tensors()
+    outputs, expected = folded(**inputs), projected(**inputs)
+    for y, right in zip(outputs, expected):
+        assert distance(y, right) < 1e-12
+    for name, ours, right in zip(inputs, gradients(outputs, inputs), gradients(expected, inputs)):
+        assert distance(ours, right) < 1e-11, name
+
+
+def test_a_long_sequence_drops_the_same_weights_again(monkeypatch):
+    inputs = tensors()
+    found = []
+    for long in (1, 10**9):
+        monkeypatch.setattr(_folded, "LONG", long)
+        torch.manual_seed(1)
+        outputs = folded(**inputs, dropout=0.5)
+        found.append([*outputs, *gradients(outputs, inputs)])
+    assert all(torch.equal(ours, right) for ours, right in zip(*found))
+
+
+@pytest.mark.parametrize("long, kept", [(1, False), (10**9, True)], ids=["long", "short"])
+def test_attention_weights_are_kept_for_short_sequences_only(long, kept, monkeypatch):
+    monkeypatch.setattr(_folded, "LONG", long)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        folded(**tensors())
+    assert (B * N * H * M in saved) == kept
