@@ -10,6 +10,8 @@ from conftest import LAYOUTS, VARIANTS, distance, image, small
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
+from timm_vix.mixers import _folded, _windows
+
 TRAITS = [
     {"qk_norm": True},
     {"scale_attn_norm": True},
@@ -62,6 +64,20 @@ def test_traits_of_the_host(mixer, rope, options):
         x = image(model)
         double = copy.deepcopy(model).double()
         assert distance(model(x), double(x.double())) < 1e-4, traits
+
+
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_what_a_long_sequence_computes_again_is_the_same(mixer, rope, options, monkeypatch):
+    dropout = {"attn_drop_rate": 0.3} if mixer in ("softmax", "nystrom", "linformer") else {}
+    model = small(mixer, rope, **options, **dropout).train()
+    x = image(model)
+    found = []
+    for long in (1, 10**9):
+        for module in (_folded, _windows):
+            monkeypatch.setattr(module, "LONG", long)
+        torch.manual_seed(1)
+        found.append(gradients(model, x))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

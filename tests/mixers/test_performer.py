@@ -39,6 +39,20 @@ def test_blocks_change_nothing(block):
         assert distance(blocked, whole) < 1e-5
 
 
+def test_a_long_sequence_has_the_same_gradients():
+    inputs = [t.requires_grad_() for t in torch.randn(3, 2, 3, 63, 16).unbind()]
+    features = orthogonal_features(40, 16, seed=0)
+    found = []
+    for long in (63, 64):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            y = favor_attention(*inputs, features, block=7, long=long)
+        # the features of a block of seven
+        assert (2 * 3 * 7 * 40 in kept) == (long > 63)
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    assert all(torch.equal(again, kept) for again, kept in zip(*found))
+
+
 def test_error_falls_with_the_number_of_features():
     q, k, v = torch.randn(3, 2, 2, 50, 16) * 0.5
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 # From so many tokens on, training computes attention weights twice rather than keep them for the gradient.
-LONG = 1024
+LONG = 512
 
 
 # A leaf for torch.fx: what is done depends on the number of tokens.

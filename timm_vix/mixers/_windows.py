@@ -4,7 +4,8 @@
     Y_i = P_i [X | V_w]
 
 The patch grid is cut into windows of w x w tokens, the last ones cut short. c_i is the log of the number of tokens that
-a landmark stands for beside the window: nothing is counted twice, and a cell that lies in the window is left out.
+a landmark stands for beside the window: nothing is counted twice, and a cell that lies in the window is left out. Of a
+long sequence no weights are kept for the gradient, see ``_folded.py``.
 
 Shapes: B images, h heads, D head width, m landmarks (P prefix tokens, then cells), n windows.
 """
@@ -12,7 +13,9 @@ Shapes: B images, h heads, D head width, m landmarks (P prefix tokens, then cell
 import torch
 from timm.layers import register_notrace_function
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from ._folded import LONG
 from ._resample import Grid, averages
 
 
@@ -55,6 +58,9 @@ def window_biases(like: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells:
     return biases.unsqueeze(1).to(like.dtype)
 
 
+# A leaf for torch.fx: what is done depends on the number of tokens.
+@torch.fx.wrap
+@register_notrace_function
 def landmarks_and_windows(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -67,6 +73,25 @@ def landmarks_and_windows(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Y of the module's docstring: q, k, v of the patches (B, h, H·W, D), landmarks (B, h, m, D) -> (B, h, H·W, D)."""
+    if not torch.jit.is_scripting() and q.shape[2] >= LONG and torch.is_grad_enabled():
+        return checkpoint(
+            look_around, q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout, use_reentrant=False
+        )
+    return look_around(q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
+
+
+def look_around(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    landmark_keys: torch.Tensor,
+    landmark_values: torch.Tensor,
+    biases: torch.Tensor,
+    grid: Grid,
+    w: int,
+    dropout: float,
+) -> torch.Tensor:
+    """The work of ``landmarks_and_windows``."""
     B, h, _, D = q.shape
     m = landmark_keys.shape[2]
     q, k, v = windows(q * D**-0.5, grid, w), windows(k, grid, w), windows(v, grid, w)
