@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_vix.finetune import finetune
+from timm_vix.machine import parse_model
 from timm_vix.results import write_history
 
 # DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.
@@ -46,6 +47,9 @@ def main() -> int:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--weights", help="initial weights, .safetensors or .pth; none: from scratch")
     parser.add_argument("--models", nargs="+", help="other models than the table's")
+    parser.add_argument(
+        "--saved", nargs="+", metavar="NAME=FOLDER", help="converted models, as timm-vix transfer leaves"
+    )
     parser.add_argument("--img-size", type=int, help="another size than the table's")
     parser.add_argument("--epochs", type=int, help="per model; caltech101 5, cifar10 1")
     parser.add_argument("--threads", type=int)
@@ -61,17 +65,23 @@ def main() -> int:
     settings["img_size"] = given.img_size or settings["img_size"]
     path = Path(given.results) / f"finetune_{given.table}.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    if given.models or given.saved:
+        models = [*(given.models or ()), *(given.saved or ())]
     try:
-        for model in given.models or models:
+        for model in models:
+            model, _, saved = model.partition("=") if model in (given.saved or ()) else (model, "", "")
             if any(row["model"] == model and int(row["epoch"]) == settings["epochs"] for row in rows):
                 print(f"{model}: already in {path}")
                 continue
             print(f"{model}:")
             out = Path(given.runs) / given.table / model.replace(" ", "_")
             resume = (out / "checkpoint.pt").exists()
-            name, *keywords = model.split()
-            own = dict(settings.get("model_kwargs") or {}, **dict(keyword.split("=") for keyword in keywords))
-            _, history = finetune(name, out=str(out), resume=resume, **{**settings, "model_kwargs": own})
+            if saved:  # its folder has weights and keywords
+                start = dict(model=f"local-dir:{saved}", pretrained=True, model_kwargs=None, checkpoint=None)
+            else:
+                name, keywords = parse_model(model)
+                start = dict(model=name, model_kwargs={**settings.get("model_kwargs", {}), **keywords})
+            _, history = finetune(**{**settings, **start}, out=str(out), resume=resume)
             rows += [dict(model=model, dataset=given.table, **row) for row in history]
             write_history(path, rows)  # as a whole, so that a model's rows are all there or none
     except (ValueError, OSError) as error:

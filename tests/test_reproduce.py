@@ -163,3 +163,24 @@ def test_cards_need_all_columns(tmp_path):
     (tmp_path / "r.csv").write_text("system,recipe\nccn_cifar,paper\n")
     with pytest.raises(ValueError, match=r"r.csv lacks the columns paper, top1"):
         write_cards(tmp_path / "r.csv", tmp_path / "cards")
+
+
+def test_models_of_a_table_and_saved_ones_have_rows_beside_each_other(run, images, tmp_path):
+    model = timm.create_model("vix_from_timm", source="vit_tiny_patch16_224", mixer="linformer", img_size=32)
+    timm.models.save_for_hf(model, tmp_path / "hub", safe_serialization="both")
+    command = ["compare_finetune", "cifar10", "--data-dir", images, "--threads", 1, "--device", "cpu", "--img-size", 32]
+    command += ["--runs", tmp_path / "runs", "--results", tmp_path]
+    saved = f"fitted, all layers={tmp_path / 'hub'}"
+    code, _, errors = run(*command, "--models", "vix_softmax_cifar depth=1", "--saved", saved)
+    assert (code, errors) == (0, "")
+    with (tmp_path / "finetune_cifar10.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == ["vix_softmax_cifar depth=1", "fitted, all layers"]
+    # the saved model came with its weights and keywords, the head apart
+    net = timm.create_model(
+        f"local-dir:{tmp_path / 'runs' / 'cifar10' / 'fitted,_all_layers' / 'hub'}", pretrained=True
+    )
+    assert type(net.blocks[0].attn).__name__ == "LinformerAttention"
+    code, told, _ = run(*command, "--saved", saved)
+    assert code == 0
+    assert "already in" in told

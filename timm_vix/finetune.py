@@ -318,8 +318,9 @@ def build_model(run: SimpleNamespace, num_classes: int) -> tuple[nn.Module, dict
     logger.addFilter(listen)
     try:
         given = resolve_model_input_args(run.model, dict(img_size=run.img_size, in_chans=run.in_chans), **extra)
+        given["num_classes"] = num_classes  # a saved converted model tells its own
         # a continued run has its weights in its own checkpoint
-        model = timm.create_model(**given, pretrained=weighted and not run.resume, num_classes=num_classes)
+        model = timm.create_model(**given, pretrained=weighted and not run.resume)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         source = f" with checkpoint={run.checkpoint}" if run.checkpoint else ""
         options = f" and model_kwargs={run.model_kwargs}" if run.model_kwargs else ""
