@@ -3,6 +3,7 @@
     python examples/compare_finetune.py caltech101 --data-dir caltech101 --weights deit_tiny_patch16_224.safetensors
     python examples/compare_finetune.py cifar10 --data-dir cifar10 --epochs 1
     python examples/compare_finetune.py claims --data-dir cifar10
+    python examples/compare_finetune.py parts --data-dir caltech101 --weights deit_tiny_patch16_224.safetensors
 
 The folders hold train/ and val/ (or test/) with class folders. Unfinished runs and checkpoints stay in --runs; finished
 models are skipped, because their rows are in examples/results/finetune_<table>.csv.
@@ -32,6 +33,11 @@ TABLES = {
     "cifar10": (
         dict(epochs=1, img_size=32, model_kwargs=dict(patch_size=2), batch_size=64, lr=1e-3, augment="light"),
         ["hybrid_vin_cifar", "vix_nystrom_cifar", "vix_softmax_cifar", "hybrid_vit_cifar_rope"],
+    ),
+    # attention only, after Touvron et al. 2022; "train_only" is a keyword of finetune
+    "parts": (
+        dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0.05, augment="light"),
+        [f"deit_tiny_patch16_224.fb_in1k{only}" for only in ("", " train_only=attention", " train_only=mlp")],
     ),
     # the paper's claims about stems and positions, at a sixteenth of its tokens: minutes on a processor
     "claims": (
@@ -80,9 +86,12 @@ def main() -> int:
                 start = dict(model=f"local-dir:{saved}", pretrained=True, model_kwargs=None, checkpoint=None)
             else:
                 name, keywords = parse_model(model)
-                start = dict(model=name, model_kwargs={**settings.get("model_kwargs", {}), **keywords})
-            _, history = finetune(**{**settings, **start}, out=str(out), resume=resume)
-            rows += [dict(model=model, dataset=given.table, **row) for row in history]
+                start = dict(model=name, train_only=keywords.pop("train_only", None))
+                start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
+            net, history = finetune(**{**settings, **start}, out=str(out), resume=resume)
+            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            extra = dict(trained=trained) if given.table == "parts" else {}
+            rows += [dict(model=model, dataset=given.table, **row, **extra) for row in history]
             write_history(path, rows)  # as a whole, so that a model's rows are all there or none
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -40,7 +40,7 @@ def parse() -> dict[str, Any]:
     add("--model-kwargs", nargs="+", action=KeyValue, metavar="KEY=VALUE", help="further keywords of the model")
     add("--pretrained", action="store_true", help="start from the weights that timm knows for the name")
     add("--checkpoint", metavar="FILE", help="start from this .safetensors or .pth file")
-    add("--train-only", metavar="PART", help="attention, mixer or head; all else is frozen; default: everything trains")
+    add("--train-only", metavar="PART", help="attention, mlp, mixer or head; all else is frozen; by default nothing is")
     add("--data-dir", metavar="DIR", help="class folders, or train/ and val/ (or test/) with class folders")
     add("--val-dir", metavar="DIR", help="validation folder, if elsewhere; without any, a fifth is held out")
     add("--img-size", type=int)

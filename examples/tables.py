@@ -99,20 +99,15 @@ def trade_off() -> str:
 
 
 def conversions() -> str:
-    """What conversion keeps of DeiT-Tiny on labelled photographs, and what it costs."""
-    body = [
-        [
-            row["model"],
-            row["training"],
-            row["img_size"],
-            row["top1"],
-            f"{row['relative']} %",
-            row["gflops"],
-            row["faster_than_softmax"],
-            row["gradient_memory_mib"],
-        ]
-        for row in rows("convert_deit_tiny.csv")
-    ]
+    """What conversion keeps of DeiT-Tiny on labelled photographs, and what it costs, transferred or not."""
+    table = rows("convert_deit_tiny.csv")
+    mixers = list(dict.fromkeys(row["model"].split(",")[0] for row in table))
+    body = []
+    for row in sorted(table, key=lambda row: (int(row["img_size"]), mixers.index(row["model"].split(",")[0]))):
+        untrained = row["training"] == "none"
+        costs = [row[name] if untrained else "" for name in ("gflops", "faster_than_softmax", "gradient_memory_mib")]
+        found = [f"{float(row['top1']):.1f}", f"{row['relative']} %"]
+        body.append([row["model"], row["training"], row["img_size"], *found, *costs])
     head = ["model", "training", "px", "top-1 %", "of softmax", "GFLOPs", "times as fast", "gradient memory, MiB"]
     return markdown(head, body)
 
@@ -152,6 +147,7 @@ TABLES = {
     "memory": memory,
     "whole models": trade_off,
     "caltech101": lambda: finetuned("caltech101"),
+    "cifar10": lambda: finetuned("cifar10"),
     "claims": lambda: finetuned("claims"),
     "conversions": conversions,
 }

@@ -52,6 +52,18 @@ def test_attention_trains_with_the_classifier_and_nothing_else() -> None:
     assert report.total == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "eva02_tiny_patch14_224", "vix_mixer_tiny", "levit_128s"])
+def test_mlp_trains_the_feed_forward_networks_with_the_classifier(name: str) -> None:
+    model = timm.create_model(name, num_classes=5)
+    if name.startswith("levit"):
+        with pytest.raises(ValueError, match="has no feed-forward network"):
+            timm_vix.freeze_except(model, "mlp")
+        assert all(p.requires_grad for p in model.parameters())
+    else:
+        timm_vix.freeze_except(model, "mlp")
+        assert trainable(model) == {n for n, _ in model.named_parameters() if ".mlp." in n or n.startswith("head.")}
+
+
 @pytest.mark.parametrize(
     "mixer, options, names",
     [
@@ -164,7 +176,7 @@ def test_both_classifiers_of_a_distilled_model_train(tmp_path) -> None:
 @pytest.mark.parametrize(
     "build, part, words",
     [
-        (vit, "attn", "part='attn': expected one of 'attention', 'mixer', 'head'"),
+        (vit, "attn", "part='attn': expected one of 'attention', 'mlp', 'mixer', 'head'"),
         (vit, "mixer", "has no mixer, so nothing was added"),
         (lambda: small("nystrom"), "mixer", "has NystromAttention, so nothing was added"),
         (lambda: vit(0), "head", "has no classifier"),

@@ -84,8 +84,8 @@ def finetune(
         model_kwargs: Further keywords of the model, plain values.
         pretrained: Start from the weights that timm knows for the name.
         checkpoint: Start from this .safetensors or .pth file (a state dict; nothing else is unpickled).
-        train_only: "attention", "mixer" or "head": all else is frozen (``freeze_except``), and ``delta.safetensors`` in
-            ``out`` is what changed; None: everything trains.
+        train_only: "attention", "mlp", "mixer" or "head": all else is frozen (``freeze_except``), and
+            ``delta.safetensors`` in ``out`` is what changed; None: everything trains.
         data_dir: Folder of class folders, or of ``train/`` with ``val/``, ``validation/`` or ``test/``; without one of
             these, a share of every class is held out. None: the 1,797 digits of scikit-learn.
         val_dir: Validation folder of class folders, where it is elsewhere.

@@ -13,6 +13,7 @@ from typing import Any, Union
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from .convert import recorded_options, source_of
@@ -20,7 +21,8 @@ from .mixers._slot import AttentionMixer, TokenMixer, check_choice
 from .results import one_line, write_whole
 from .swap import REPLACEABLE
 
-PARTS = ("attention", "mixer", "head")
+PARTS = ("attention", "mlp", "mixer", "head")
+FEED_FORWARD = (Mlp, GluMlp, SwiGLU)
 # what a mixer takes over from the attention that it replaces
 INHERITED = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias", "q_norm", "k_norm", "norm", "gate", "proj")
 MOMENTS_BYTES = 8  # AdamW keeps two float32 numbers for each parameter that trains
@@ -57,8 +59,9 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
     Args:
         model: timm model, converted or not, or one of ours.
         part: "attention": all weights of attention and mixers, and the classifier, since a task has classes of its
-            own; "mixer": only what mixers add to the softmax attention that they replace (Linformer's projections, a
-            convolution of Nyström's), classifier frozen; "head": only the classifier.
+            own; "mlp": the feed-forward networks and the classifier, the paper's other choice; "mixer": only what
+            mixers add to the softmax attention that they replace (Linformer's projections, a convolution of
+            Nyström's), classifier frozen; "head": only the classifier.
 
     Returns:
         What trains, and what it costs; ``print`` shows it as one line.
@@ -98,6 +101,12 @@ def parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
         if not attention:
             raise ValueError(f"part='attention': {type(model).__name__} has no attention that timm_vix knows")
         return attention + head
+    if part == "mlp":
+        inside = {id(m) for mixer in mixers for m in mixer.modules()}  # an MLP over tokens is a mixer's
+        networks = [m for m in model.modules() if isinstance(m, FEED_FORWARD) and id(m) not in inside]
+        if not networks:
+            raise ValueError(f"part='mlp': {type(model).__name__} has no feed-forward network that timm_vix knows")
+        return [p for network in networks for p in network.parameters()] + head
     added = [
         parameter
         for mixer in mixers
