@@ -13,10 +13,10 @@ they are most of what would be kept.
 Shapes: x (B, N, C); q, k, v of the few (B, h, m, D); weights as in ``torch.nn.Linear``; A = h·D.
 """
 
-from typing import Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
-from timm.layers import register_notrace_function
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -24,9 +24,13 @@ from torch.utils.checkpoint import checkpoint
 LONG = 512
 
 
-# A leaf for torch.fx: what is done depends on the number of tokens.
-@torch.fx.wrap
-@register_notrace_function
+def keep_little(function: Callable[..., torch.Tensor], num_tokens: int, *inputs: Any) -> torch.Tensor:
+    """The function of the inputs; of a long sequence only the inputs are kept for the gradient."""
+    if num_tokens >= LONG and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
 def all_ask_few(
     x: torch.Tensor,
     k: torch.Tensor,
@@ -42,15 +46,12 @@ def all_ask_few(
 
     logit_bias broadcasts to (B, h, 1, m); weight_q (A, C); weight_out (C, A); dropout of the attention weights.
     """
-    if not torch.jit.is_scripting() and x.shape[1] >= LONG and torch.is_grad_enabled():
-        return checkpoint(
-            read_few, x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout, use_reentrant=False
-        )
-    return read_few(x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout)
+    if torch.jit.is_scripting():
+        return read_few(x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout)
+    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        return keep_little(read_few, x.shape[1], x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout)
 
 
-@torch.fx.wrap
-@register_notrace_function
 def few_ask_all(
     x: torch.Tensor,
     q: torch.Tensor,
@@ -59,9 +60,10 @@ def few_ask_all(
     bias_v: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Multi-head attention of m queries to all tokens, before the output projection -> (B, h, m, D)."""
-    if not torch.jit.is_scripting() and x.shape[1] >= LONG and torch.is_grad_enabled():
-        return checkpoint(read_all, x, q, weight_k, weight_v, bias_v, use_reentrant=False)
-    return read_all(x, q, weight_k, weight_v, bias_v)
+    if torch.jit.is_scripting():
+        return read_all(x, q, weight_k, weight_v, bias_v)
+    else:  # noqa: RET505
+        return keep_little(read_all, x.shape[1], x, q, weight_k, weight_v, bias_v)
 
 
 def read_few(

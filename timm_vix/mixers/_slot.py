@@ -17,6 +17,10 @@ from ._folded import all_ask_few, few_ask_all
 from ._resample import Grid, table_of_cells
 from ._windows import landmarks_and_windows, window_biases
 
+# Leaves for torch.fx, since what they do depends on the number of tokens; it replaces them where they are called.
+for leaf in (all_ask_few, few_ask_all, landmarks_and_windows):
+    torch.fx.wrap(leaf.__name__)
+
 
 def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None, meaning: str = "") -> None:
     """Raise ValueError unless ``value`` is an integer in [lowest, highest]; ``meaning`` says what highest counts."""

@@ -13,9 +13,8 @@ Shapes: B images, h heads, D head width, m landmarks (P prefix tokens, then cell
 import torch
 from timm.layers import register_notrace_function
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from ._folded import LONG
+from ._folded import keep_little
 from ._resample import Grid, averages
 
 
@@ -58,9 +57,6 @@ def window_biases(like: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells:
     return biases.unsqueeze(1).to(like.dtype)
 
 
-# A leaf for torch.fx: what is done depends on the number of tokens.
-@torch.fx.wrap
-@register_notrace_function
 def landmarks_and_windows(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -73,11 +69,10 @@ def landmarks_and_windows(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Y of the module's docstring: q, k, v of the patches (B, h, H·W, D), landmarks (B, h, m, D) -> (B, h, H·W, D)."""
-    if not torch.jit.is_scripting() and q.shape[2] >= LONG and torch.is_grad_enabled():
-        return checkpoint(
-            look_around, q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout, use_reentrant=False
-        )
-    return look_around(q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
+    if torch.jit.is_scripting():
+        return look_around(q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
+    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        return keep_little(look_around, q.shape[2], q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
 
 
 def look_around(
