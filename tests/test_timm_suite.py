@@ -6,6 +6,7 @@ names in and says which tests are left out and why. The small and base sizes dif
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -26,17 +27,19 @@ FAMILIES = {name for name in models.__all__ if name not in ("vix", "hybrid")}
 
 
 @pytest.fixture(scope="module")
-def timm_tests(request: pytest.FixtureRequest) -> Path:
+def timm_tests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """timm's ``tests/test_models.py`` of the installed version."""
-    folder = request.config.cache.mkdir("timm_source")
+    folder = tmp_path_factory.mktemp("timm_source")  # of this worker alone
     top = f"timm-{timm.__version__}"
-    archive = folder / f"{top}.tar.gz"
+    archive = request.config.cache.mkdir("timm_source") / f"{top}.tar.gz"
     if not archive.exists():
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "timm", "--dest", str(folder)]
         done = subprocess.run([*pip, f"timm=={timm.__version__}"], capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             pytest.skip(f"timm's source package can't be downloaded (offline?): {reason}")
+        shutil.copy(folder / archive.name, partial := archive.with_name(f"{os.getpid()}.partial"))
+        os.replace(partial, archive)  # two workers may come here at once
     # only the tests: with timm itself beside them, that copy would be tested and not the installed one
     with tarfile.open(archive) as source:
         wanted = (f"{top}/tests/", f"{top}/pyproject.toml", f"{top}/PKG-INFO")
@@ -72,17 +75,17 @@ def one_of_each_kind() -> list[str]:
     return names
 
 
-def run_suites(test_models: Path, names: list[str], folder: Path) -> None:
-    """Run timm's tests on ``names`` in the place of their hosts."""
+def run_suites(test_models: Path, names: list[str], folder: Path, workers: int = 0) -> None:
+    """Run timm's tests on ``names`` in the place of their hosts; ``workers`` 0: one test after the other."""
     groups = defaultdict(list)
     for name in names:
         module = timm.model_entrypoint(name).__module__.rpartition(".")[2]
         groups[HOSTS.get(module, "vit_tiny_patch16_224")].append(name)
     for host, group in groups.items():
-        run_suite(test_models, host, group, folder / f"{host}.xml")
+        run_suite(test_models, host, group, folder / f"{host}.xml", workers)
 
 
-def run_suite(test_models: Path, host: str, names: list[str], report: Path) -> None:
+def run_suite(test_models: Path, host: str, names: list[str], report: Path, workers: int) -> None:
     """Run timm's tests on ``names`` in a process of its own and fail with a line for each test that didn't pass."""
     paths = [Path(__file__).parent, Path(timm_vix.__file__).parents[1], os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -94,7 +97,7 @@ def run_suite(test_models: Path, host: str, names: list[str], report: Path) -> N
     # timm leaves tests out on GitHub's machines for the sake of its large models
     environment.pop("GITHUB_ACTIONS", None)
     environment.pop("PYTEST_ADDOPTS", None)
-    options = ["-n", "2", "-p", "timm_suite_plugin", "-p", "no:cacheprovider"]
+    options = ["-n", str(workers), "-p", "timm_suite_plugin", "-p", "no:cacheprovider"]
     options += ["--host", host, "--models", ",".join(names)]
     command = [sys.executable, "-m", "pytest", *options, f"--junit-xml={report}", str(test_models)]
     done = subprocess.run(
@@ -118,10 +121,12 @@ def run_suite(test_models: Path, host: str, names: list[str], report: Path) -> N
     assert all(tests == tests_of[names[0]] for tests in tests_of.values()), "names ran different tests"
 
 
-def test_timm_suite_on_one_of_each_kind(timm_tests: Path, tmp_path: Path) -> None:
-    run_suites(timm_tests, one_of_each_kind(), tmp_path)
+# in parts, which the workers share
+@pytest.mark.parametrize("part", range(6))
+def test_timm_suite_on_one_of_each_kind(part: int, timm_tests: Path, tmp_path: Path) -> None:
+    run_suites(timm_tests, one_of_each_kind()[part::6], tmp_path)
 
 
 @pytest.mark.slow
 def test_timm_suite_on_all_names(timm_tests: Path, tmp_path: Path) -> None:
-    run_suites(timm_tests, all_names(), tmp_path)
+    run_suites(timm_tests, all_names(), tmp_path, workers=2)
