@@ -121,7 +121,8 @@ def run_suite(test_models: Path, host: str, names: list[str], report: Path, work
     assert all(tests == tests_of[names[0]] for tests in tests_of.values()), "names ran different tests"
 
 
-# in parts, which the workers share
+# in parts, which the workers share; a minute or two each where nothing else runs
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", range(6))
 def test_timm_suite_on_one_of_each_kind(part: int, timm_tests: Path, tmp_path: Path) -> None:
     run_suites(timm_tests, one_of_each_kind()[part::6], tmp_path)
