@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from ._folded import keep_little
 from ._resample import Grid, averages
 
+# As in ``_folded.py``, but earlier: windows keep copies of queries, keys and values besides.
+LONG = 512
+
 
 def windows(x: torch.Tensor, grid: Grid, w: int) -> torch.Tensor:
     """Cut patches into windows, zeros beyond the border: (B, h, H·W, D) -> (B, h, n, w·w, D)."""
@@ -72,7 +75,9 @@ def landmarks_and_windows(
     if torch.jit.is_scripting():
         return look_around(q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
-        return keep_little(look_around, q.shape[2], q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
+        return keep_little(
+            look_around, q.shape[2] >= LONG, q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout
+        )
 
 
 def look_around(
