@@ -20,9 +20,10 @@ from timm_vix.machine import parse_model
 from timm_vix.results import write_history
 
 # DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.
+CALTECH101 = dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0.05, augment="light")
 TABLES = {
     "caltech101": (
-        dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0.05, augment="light"),
+        CALTECH101,
         [
             "vix_nystrom_tiny.deit_fb_in1k",
             "vix_linformer_tiny.deit_fb_in1k",
@@ -36,7 +37,7 @@ TABLES = {
     ),
     # attention only, after Touvron et al. 2022; "train_only" is a keyword of finetune
     "parts": (
-        dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0.05, augment="light"),
+        CALTECH101,
         [f"deit_tiny_patch16_224.fb_in1k{only}" for only in ("", " train_only=attention", " train_only=mlp")],
     ),
     # the paper's claims about stems and positions, at a sixteenth of its tokens: minutes on a processor
@@ -71,19 +72,20 @@ def main() -> int:
     settings["img_size"] = given.img_size or settings["img_size"]
     path = Path(given.results) / f"finetune_{given.table}.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    if given.models or given.saved:
-        models = [*(given.models or ()), *(given.saved or ())]
+    saved = [text.partition("=") for text in given.saved or ()]
+    folders = {name: folder for name, _, folder in saved if folder}
+    if given.models or saved:
+        models = [*(given.models or ()), *(name for name, _, _ in saved)]
     try:
         for model in models:
-            model, _, saved = model.partition("=") if model in (given.saved or ()) else (model, "", "")
             if any(row["model"] == model and int(row["epoch"]) == settings["epochs"] for row in rows):
                 print(f"{model}: already in {path}")
                 continue
             print(f"{model}:")
             out = Path(given.runs) / given.table / model.replace(" ", "_")
             resume = (out / "checkpoint.pt").exists()
-            if saved:  # its folder has weights and keywords
-                start = dict(model=f"local-dir:{saved}", pretrained=True, model_kwargs=None, checkpoint=None)
+            if model in folders:  # which have weights and keywords
+                start = dict(model=f"local-dir:{folders[model]}", pretrained=True, model_kwargs=None, checkpoint=None)
             else:
                 name, keywords = parse_model(model)
                 start = dict(model=name, train_only=keywords.pop("train_only", None))
