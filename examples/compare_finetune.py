@@ -3,7 +3,8 @@
     python examples/compare_finetune.py caltech101 --data-dir caltech101 --weights deit_tiny_patch16_224.safetensors
     python examples/compare_finetune.py cifar10 --data-dir cifar10 --epochs 1
     python examples/compare_finetune.py claims --data-dir cifar10
-    python examples/compare_finetune.py parts --data-dir caltech101 --weights deit_tiny_patch16_224.safetensors
+    python examples/compare_finetune.py parts_caltech101 --data-dir caltech101 --weights deit_tiny.safetensors
+    python examples/compare_finetune.py parts_cifar10 --data-dir cifar10 --weights deit_tiny.safetensors
 
 The folders hold train/ and val/ (or test/) with class folders. Unfinished runs and checkpoints stay in --runs; finished
 models are skipped, because their rows are in examples/results/finetune_<table>.csv.
@@ -15,12 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from timm_vix.finetune import finetune
 from timm_vix.machine import parse_model
+from timm_vix.measure import run
 from timm_vix.results import write_history
 
 # DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.
 CALTECH101 = dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0.05, augment="light")
+# attention only, after Touvron et al. 2022
+PARTS = [f"deit_tiny_patch16_224.fb_in1k{only}" for only in ("", " train_only=attention", " train_only=mlp")]
 TABLES = {
     "caltech101": (
         CALTECH101,
@@ -35,17 +41,28 @@ TABLES = {
         dict(epochs=1, img_size=32, model_kwargs=dict(patch_size=2), batch_size=64, lr=1e-3, augment="light"),
         ["hybrid_vin_cifar", "vix_nystrom_cifar", "vix_softmax_cifar", "hybrid_vit_cifar_rope"],
     ),
-    # attention only, after Touvron et al. 2022; "train_only" is a keyword of finetune
-    "parts": (
-        CALTECH101,
-        [f"deit_tiny_patch16_224.fb_in1k{only}" for only in ("", " train_only=attention", " train_only=mlp")],
-    ),
+    "parts_caltech101": (CALTECH101, PARTS),
+    "parts_cifar10": (dict(CALTECH101, img_size=96), PARTS),
     # the paper's claims about stems and positions, at a sixteenth of its tokens: minutes on a processor
     "claims": (
         dict(epochs=3, img_size=32, model_kwargs=dict(patch_size=4), batch_size=128, lr=1e-3, augment="light"),
         ["vix_softmax_cifar", "vix_softmax_cifar_rope", "hybrid_vit_cifar", "hybrid_vit_cifar stem=conv_linear"],
     ),
 }
+
+
+def step_cost(model: str, net: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
+    """A training step of the part that trains, beside one of the whole model: parameters, memory, time."""
+    job = {name: row[name] for name in ("img_size", "batch_size", "dtype", "device", "threads")}
+    found = run(dict(job, model=model, baseline=model.split()[0], mode="train", rounds=15))
+    if "error" in found:
+        raise ValueError(f"a step of {model} could not be measured: {found['error']}")
+    return dict(
+        trained=sum(p.numel() for p in net.parameters() if p.requires_grad),
+        peak_memory_mib=round(found["peak_memory_mib"], 1),
+        step_ms=round(found["latency_p50_ms"], 1),
+        faster_than_all=round(found["speedup"], 3),
+    )
 
 
 def main() -> int:
@@ -91,8 +108,7 @@ def main() -> int:
                 start = dict(model=name, train_only=keywords.pop("train_only", None))
                 start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
             net, history = finetune(**{**settings, **start}, out=str(out), resume=resume)
-            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-            extra = dict(trained=trained) if given.table == "parts" else {}
+            extra = step_cost(model, net, history[-1]) if models[0] in PARTS else {}
             rows += [dict(model=model, dataset=given.table, **row, **extra) for row in history]
             write_history(path, rows)  # as a whole, so that a model's rows are all there or none
     except (ValueError, OSError) as error:

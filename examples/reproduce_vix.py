@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import timm_vix  # noqa: F401  registers the names
 from timm_vix.finetune import find_device, finetune
 from timm_vix.hub import write_cards
 from timm_vix.images import Images, list_images, normaliser, transforms
+from timm_vix.measure import run
 from timm_vix.results import write_history
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
@@ -91,6 +91,12 @@ def patched(system: str, patch_size: int) -> dict[str, Any]:
     return dict(patch_size=patch_size)
 
 
+def extent(recipe: str, given: argparse.Namespace, device: str) -> tuple[int, int]:
+    """Epochs and patch size: what was asked for, or what the device can do."""
+    _, full, reduced = RECIPES[recipe]
+    return given.epochs or (reduced if device == "cpu" else full), given.patch_size or (2 if device == "cpu" else 1)
+
+
 @torch.inference_mode()
 def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
     """Top-1 and top-5 accuracy on the test images, in percent, of the model in ``folder``."""
@@ -112,14 +118,9 @@ def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
 
 def train(system: str, recipe: str, given: argparse.Namespace, device: str) -> dict[str, Any]:
     """Train or continue one system by one recipe, test it, and return its row."""
-    settings, full, reduced = RECIPES[recipe]
-    cuda = device.startswith("cuda")
-    epochs = given.epochs or (reduced if device == "cpu" else full)
-    patch_size = given.patch_size or (2 if device == "cpu" else 1)
+    settings = RECIPES[recipe][0]
+    epochs, patch_size = extent(recipe, given, device)
     out = Path(given.runs) / f"{recipe}-{epochs}-{patch_size}" / system
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
     _, history = finetune(
         system,
         model_kwargs=patched(system, patch_size),
@@ -139,6 +140,16 @@ def train(system: str, recipe: str, given: argparse.Namespace, device: str) -> d
     )
     best = max(history, key=lambda row: row["top1"])
     top1, top5 = measure(out / "hub", given.data_dir, device)
+    keywords = (f"{name}={value}".replace(" ", "") for name, value in patched(system, patch_size).items())
+    step = run(  # in a process of its own, whose memory is nothing else's
+        {name: best[name] for name in ("device", "dtype", "threads", "batch_size")}
+        | dict(
+            model=" ".join((system, *keywords)),
+            baseline=f"vix_softmax_cifar patch_size={patch_size}",
+            img_size=32,
+            mode="train",
+        )
+    )
     shared = ("parameters", "device", "dtype", "threads", "batch_size", "torch", "timm")
     return dict(
         system=system,
@@ -151,10 +162,10 @@ def train(system: str, recipe: str, given: argparse.Namespace, device: str) -> d
         epochs=epochs,
         patch_size=patch_size,
         tokens=(32 // patch_size) ** 2,
-        images_per_second=history[-1]["images_per_second"],
-        # a process that was continued has seen its own part only, which needs as much
-        peak_memory_mib=round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else "",
-        seconds=round(sum(row["seconds"] for row in history) or time.perf_counter() - start, 1),
+        images_per_second=round(step.get("images_per_s", history[-1]["images_per_second"]), 1),
+        faster_than_softmax=round(step["speedup"], 3) if step.get("speedup") else "",
+        peak_memory_mib=round(step["peak_memory_mib"], 1) if step.get("peak_memory_mib") else "",
+        seconds=round(sum(row["seconds"] for row in history), 1),
         seed=given.seed,
         **{key: best[key] for key in shared},
     )
@@ -182,7 +193,11 @@ def main() -> int:
         # system by system, so that a stop leaves whole rows of the table
         wanted = [(system, recipe) for system in given.systems for recipe in given.recipes] if given.data_dir else []
         for i, (system, recipe) in enumerate(wanted):
-            if any((row["system"], row["recipe"], int(row["seed"])) == (system, recipe, given.seed) for row in rows):
+            epochs, patch_size = extent(recipe, given, device)
+            key = dict(
+                system=system, recipe=recipe, epochs=str(epochs), patch_size=str(patch_size), seed=str(given.seed)
+            )
+            if any(all(str(row[name]) == value for name, value in key.items()) for row in rows):
                 print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}: already in {path}")
                 continue
             print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}:", flush=True)

@@ -195,6 +195,14 @@ def test_a_row_has_what_was_measured() -> None:
     assert set(row) | {"epoch_images", "epoch_s", "error"} | set(job) >= set(COLUMNS)
 
 
+def test_a_step_of_a_part_goes_back_only_to_what_trains() -> None:
+    infer, whole = jobs([f"vix_softmax_cifar {SMALL}"], mode=["infer", "train"])
+    head = dict(whole, model=f"{whole['model']} train_only=head")
+    forward, both, part = (run(job)["gflops"] for job in (infer, whole, head))
+    last = 2 * 32 * 10 / 1e9  # the classifier's weights are all that has a gradient
+    assert part == pytest.approx(forward + last) and both > 2.5 * forward
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_measured_beside_a_compiled_baseline() -> None:
     (eager,) = jobs([f"vix_softmax_cifar {SMALL}"])

@@ -137,7 +137,9 @@ def test_rows_are_measured_once_and_cards_are_theirs(run, images, tmp_path):
             right += int(model((pixels - 0.5) / 0.5).argmax()) == label
     assert float(row["top1"]) == pytest.approx(100 * right / 24, abs=0.01)
     assert (row["epochs"], row["patch_size"], row["tokens"], row["paper"]) == ("2", "4", "64", "56.82 (log)")
-    card = (tmp_path / "cards" / "vix_softmax_cifar-modern.md").read_text()
+    assert float(row["peak_memory_mib"]) > 4 * 3 * int(row["parameters"]) / 2**20  # weights and AdamW's state alone
+    assert float(row["images_per_second"]) > 0 and float(row["faster_than_softmax"]) > 0
+    card = (tmp_path / "cards" / "vix_softmax_cifar-patch4-modern-2epochs.md").read_text()
     assert f"| top-1, test images | {float(row['top1']):.2f} % |" in card and "56.82" in card and "64 (patches" in card
 
     code, out, _ = run("reproduce_vix", *arguments)

@@ -20,7 +20,7 @@ def card(row: dict[str, str]) -> str:
         "parameters": f"{int(row['parameters']):,}",
         "tokens": f"{row['tokens']} (patches of {row['patch_size']} px)",
         "epochs": f"{row['epochs']}, of which epoch {row['epoch']} was best on the held-out images",
-        "training": f"{float(row['images_per_second']):,.0f} images a second, peak memory {memory}",
+        "training": f"{float(row['images_per_second']):,.0f} images a second, peak memory of a step {memory}",
         "on": f"{row['device']}, {row['dtype']}, batch {row['batch_size']}, seed {row['seed']}, "
         f"torch {row['torch']}, timm {row['timm']}",
     }
@@ -75,6 +75,7 @@ def write_cards(results: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for row in rows:
-        paths.append(folder / f"{row['system']}-{row['recipe']}.md")
+        run = f"patch{row['patch_size']}-{row['recipe']}-{row['epochs']}epochs"
+        paths.append(folder / f"{row['system']}-{run}.md")
         paths[-1].write_text(card(row), encoding="utf-8")
     return paths

@@ -27,6 +27,7 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 from .flops import counter
+from .freeze import freeze_except
 from .machine import device_name, kibibytes, parse_model, versions
 from .results import one_line
 
@@ -48,12 +49,13 @@ MOST_ROUNDS = 200
 
 
 def build(spec: str, attention: str, job: dict[str, Any]) -> nn.Module:
-    """A model of timm's registry with random weights at the job's image size.
+    """A model of timm's registry with random weights at the job's image size; ``train_only=PART`` freezes the rest.
 
     Raises:
         ValueError: for a size that the patches don't divide; timm's classes raise as they like.
     """
     name, keywords = parse_model(spec)
+    only = keywords.pop("train_only", None)
     set_fused_attn(attention == "fused")
     model = timm.create_model(**resolve_model_input_args(name, dict(img_size=job["img_size"]), **keywords))
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
@@ -62,6 +64,8 @@ def build(spec: str, attention: str, job: dict[str, Any]) -> nn.Module:
         raise ValueError(f"img_size={job['img_size']} is no multiple of patch_size={sides[0]} of {name}")
     train = job["mode"] == "train"
     half = job["dtype"] == "bfloat16" and not train
+    if only:
+        freeze_except(model, only)
     return model.train(train).to(job["device"], torch.bfloat16 if half else torch.float32)
 
 
