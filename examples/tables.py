@@ -118,6 +118,35 @@ def conversions() -> str:
     return markdown(head, body)
 
 
+def parts() -> str:
+    """What training only a part of DeiT-Tiny scores and costs, on two sets of images."""
+    body = []
+    for table, images in (("parts_caltech101", "Caltech-101"), ("parts_cifar10", "CIFAR-10")):
+        for row in {row["model"]: row for row in rows(f"finetune_{table}.csv")}.values():
+            only = row["model"].partition("train_only=")[2] or "all"
+            trained, memory = f"{float(row['trained']) / 1e6:.2f}", f"{float(row['peak_memory_mib']):.0f} MiB"
+            speed = f"{float(row['step_ms']):.0f} ms" if only == "all" else f"{float(row['faster_than_all']):.2f}"
+            body.append([only, images, f"{float(row['top1']):.1f}", trained, memory, speed])
+    head = ["what trains", "images", "top-1 %", "parameters (M)", "memory of a step", "times as fast"]
+    return markdown(head, body)
+
+
+def reproduced() -> str:
+    """The paper's number, ours by its recipe and by the modern one, memory and speed of a training step."""
+    kept = ("system", "patch_size", "epochs")
+    table = rows("reproduce_vix.csv")
+    body = []
+    for key in dict.fromkeys(tuple(row[name] for name in kept) for row in table):
+        mine = [row for row in table if tuple(row[name] for name in kept) == key]
+        scores = {row["recipe"]: f"{float(row['top1']):.1f}" for row in mine}
+        memory = max(float(row["peak_memory_mib"]) for row in mine)
+        speed = sum(float(row["faster_than_softmax"]) for row in mine) / len(mine)
+        ours = [scores.get(recipe, "") for recipe in ("paper", "modern")]
+        body.append([f"`{key[0]}`", *key[1:], mine[0]["paper"], *ours, f"{memory:.0f} MiB", f"{speed:.2f}"])
+    head = ["system", "patch", "epochs", "paper %", "its recipe %", "modern %", "memory of a step", "times as fast"]
+    return markdown(head, body)
+
+
 def figures() -> None:
     """Speed of inference beside softmax, and memory of training, over resolution."""
     from timm_vix.cost import COLUMNS
@@ -156,6 +185,8 @@ TABLES = {
     "cifar10": lambda: finetuned("cifar10"),
     "claims": lambda: finetuned("claims"),
     "conversions": conversions,
+    "parts": parts,
+    "reproduced": reproduced,
 }
 
 

@@ -129,5 +129,6 @@ def test_timm_suite_on_one_of_each_kind(part: int, timm_tests: Path, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
 def test_timm_suite_on_all_names(timm_tests: Path, tmp_path: Path) -> None:
     run_suites(timm_tests, all_names(), tmp_path, workers=2)
