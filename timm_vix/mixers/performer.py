@@ -24,6 +24,7 @@ from typing import Optional
 import torch
 from timm.layers import register_notrace_function
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ._slot import AttentionMixer, Grid, admit, check_integer, refuse_attention_dropout
@@ -50,37 +51,31 @@ def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Te
 
 
 def add_keys(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    features: torch.Tensor,
-    top: torch.Tensor,
-    mass: torch.Tensor,
-    value: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    k: torch.Tensor, v: torch.Tensor, features: torch.Tensor, top: torch.Tensor, sums: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a block of keys and values to the running sums, which are relative to exp(top).
 
-    k, v (B, h, n, D) with k unscaled; features (m, D) scaled by D^-1/4; top (B, h, 1, 1); mass = sum of phi
-    (B, h, m, 1); value = sum of phi v^T (B, h, m, D).
+    k (B, h, n, D) unscaled; v (B, h, n, D + 1), the values and a column of ones; features (m, D) scaled by D^-1/4;
+    top (B, h, 1, 1); sums = sum of phi v^T (B, h, m, D + 1), whose last column is the sum of phi.
     """
     exponent = torch.matmul(k, features.transpose(0, 1))
-    exponent = exponent.sub_((0.5 * k.shape[3] ** -0.5) * k.square().sum(3, keepdim=True))
+    # added, since the gradient of what is subtracted would be negated at full size
+    exponent = exponent.add_((-0.5 * k.shape[3] ** -0.5) * k.square().sum(3, keepdim=True))
     new_top = torch.maximum(top, exponent.detach().amax(dim=(2, 3), keepdim=True))
-    phi = exponent.sub_(new_top).exp_().transpose(2, 3)
-    decay = torch.exp(top - new_top)
-    return new_top, mass * decay + phi.sum(3, keepdim=True), value * decay + torch.matmul(phi, v)
+    phi = exponent.sub_(new_top).exp_()
+    return new_top, sums * torch.exp(top - new_top) + torch.matmul(phi.transpose(2, 3), v)
 
 
-def read_queries(
-    q: torch.Tensor, features: torch.Tensor, mass: torch.Tensor, value: torch.Tensor, epsilon: float = EPSILON
-) -> torch.Tensor:
+def read_queries(q: torch.Tensor, features: torch.Tensor, sums: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
     """Attention outputs of a block of queries: (B, h, n, D) -> (B, h, n, D).
 
     A factor of a query's own features, exp(-|q|^2 / 2) among them, cancels between numerator and denominator, so they
     can be divided by their sum: a softmax over the features.
     """
     phi = torch.matmul(q, features.transpose(0, 1)).softmax(3)
-    numerator = torch.matmul(phi, value) + epsilon * value.sum(2, keepdim=True)
-    return numerator / (torch.matmul(phi, mass) + epsilon * mass.sum(2, keepdim=True))
+    seen = torch.matmul(phi, sums) + epsilon * sums.sum(2, keepdim=True)
+    numerator, denominator = seen.split([seen.shape[3] - 1, 1], dim=3)
+    return numerator / denominator
 
 
 def sum_in_blocks(
@@ -101,22 +96,22 @@ def sum_in_blocks(
     block = -(-N // max(1, N // block))  # equal blocks, no small last one
     again = long <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     top = torch.full([B, h, 1, 1], -float("inf"), device=q.device, dtype=dtype)
-    mass = torch.zeros([B, h, features.shape[0], 1], device=q.device, dtype=dtype)
-    value = torch.zeros([B, h, features.shape[0], v.shape[3]], device=q.device, dtype=dtype)
+    # one product gives numerator and denominator
+    v = F.pad(v, (0, 1), value=1.0)
+    sums = torch.zeros([B, h, features.shape[0], v.shape[3]], device=q.device, dtype=dtype)
     # split, since the gradient of a slice is as large as the whole
     for k_block, v_block in zip(k.split(block, 2), v.split(block, 2)):
         if not torch.jit.is_scripting() and again:
-            top, mass, value = checkpoint(add_keys, k_block, v_block, features, top, mass, value, use_reentrant=False)
+            top, sums = checkpoint(add_keys, k_block, v_block, features, top, sums, use_reentrant=False)
         else:
-            top, mass, value = add_keys(k_block, v_block, features, top, mass, value)
-    mass = mass + epsilon * N
-    value = value + epsilon * v.sum(2, keepdim=True)
+            top, sums = add_keys(k_block, v_block, features, top, sums)
+    sums = sums + epsilon * v.sum(2, keepdim=True)
     out: list[torch.Tensor] = []
     for q_block in q.split(block, 2):
         if not torch.jit.is_scripting() and again:
-            out.append(checkpoint(read_queries, q_block, features, mass, value, epsilon, use_reentrant=False))
+            out.append(checkpoint(read_queries, q_block, features, sums, epsilon, use_reentrant=False))
         else:
-            out.append(read_queries(q_block, features, mass, value, epsilon))
+            out.append(read_queries(q_block, features, sums, epsilon))
     return torch.cat(out, dim=2).to(out_dtype)
 
 
