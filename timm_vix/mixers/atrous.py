@@ -53,7 +53,10 @@ def to_windows(x: torch.Tensor, grid: Grid, rows: Axis, columns: Axis) -> torch.
     """(A, H·W, D) -> (A, G, L, D), padded with zeros at the bottom and on the right."""
     A, _, D = x.shape
     (n, s, d), (m, t, e) = rows, columns
-    x = pad(x.reshape(A, grid[0], grid[1], D), (0, 0, 0, m * t * e - grid[1], 0, n * s * d - grid[0]))
+    below, right = n * s * d - grid[0], m * t * e - grid[1]
+    x = x.reshape(A, grid[0], grid[1], D)
+    if below > 0 or right > 0:  # torch copies also where there is nothing to add
+        x = pad(x, (0, 0, 0, right, 0, below))
     return x.reshape(A, n, s, d, m, t, e, D).permute(0, 1, 3, 4, 6, 2, 5, 7).reshape(A, n * d * m * e, s * t, D)
 
 
@@ -119,7 +122,7 @@ def attend_in_windows(
             scale=scale,
         )
         outs.append(from_windows(y, grid, rows, columns))
-        logits.append(from_windows(torch.matmul(queries * scale, mean.transpose(2, 3)), grid, rows, columns))
+        logits.append(from_windows(torch.matmul(queries, (mean * scale).transpose(2, 3)), grid, rows, columns))
     y = outs[0]
     if gates is not None:
         # a branch adds up to e^(logit of its mean key) / (that key's share), with the key itself
