@@ -4,18 +4,21 @@ import csv
 import importlib.util
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import DATA
 from PIL import Image
 
 from timm_vix.finetune import finetune
 from timm_vix.hub import write_cards
 
 ROOT = Path(__file__).parents[1]
+CIFAR10 = DATA / "cifar10.tar.xz"
 
 
 def load(name: str):
@@ -150,10 +153,34 @@ def test_rows_are_measured_once_and_cards_are_theirs(run, images, tmp_path):
     assert code == 0 and out.startswith(f"{photo}: class") and out.count("%") == 3
 
 
+@pytest.mark.skipif(not CIFAR10.exists(), reason=f"{CIFAR10.name} is not beside the repository")
+def test_the_shipped_checkpoint_recognises_photographs_as_its_row_says(run, tmp_path):
+    checkpoint = ROOT / "examples" / "checkpoint"
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 4e6
+    config = json.loads((checkpoint / "config.json").read_text())
+    with (ROOT / "examples" / "results" / "reproduce_vix.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["system"] == config["architecture"]]
+    photos = []
+    with tarfile.open(CIFAR10, "r|xz") as archive:
+        tests = (member for member in archive if member.isfile() and member.name.startswith("test/"))
+        for i, member in enumerate(tests):
+            if i % 40 == 0:
+                photos.append(tmp_path / member.name)
+                photos[-1].parent.mkdir(parents=True, exist_ok=True)
+                photos[-1].write_bytes(archive.extractfile(member).read())
+    code, out, _ = run("classify", *photos)
+    lines = out.splitlines()
+    right = sum(line.split(": ")[1].startswith(photo.parent.name) for line, photo in zip(lines, photos, strict=True))
+    expected = max(float(row["top1"]) for row in rows)
+    assert code == 0 and 100 * right / len(photos) == pytest.approx(expected, abs=8)  # of 250 photographs
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["absent.jpg", "--model", "absent"], ["model=absent", "config.json", "reproduce_vix.py"]),
+        (["absent.jpg"], ["absent.jpg"]),
+        ([__file__], ["cannot identify", "test_reproduce.py"]),
     ],
 )
 def test_classify_says_what_is_missing(arguments, words, run):

@@ -38,7 +38,8 @@ tags:
 ---
 # {row["system"]}, {row["recipe"]} recipe
 
-`{row["system"]}` of [timm_vix](https://arxiv.org/abs/2107.02239), trained from random weights on CIFAR-10.
+`{row["system"]}` of timm_vix, a model of Vision X-formers ([arXiv 2107.02239](https://arxiv.org/abs/2107.02239)),
+trained from random weights on CIFAR-10.
 
 | measured | |
 |---|---|

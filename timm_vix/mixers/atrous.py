@@ -17,8 +17,8 @@ stands their mean, whose value is 1 in a channel of its own and whose share is k
 the fewest of at most w a side, so that little is padded; padding is masked. Prefix tokens ask all tokens. All branches
 share queries, keys and values, which are a ViT's.
 
-*Pays:* with default keywords on one CPU core, 0.4 times as fast as softmax through SDPA at 197 tokens, 1.1 times at
-1,025, 3 times at 4,097, 12 times at 16,385.
+*Pays:* with default keywords on two CPU cores, 0.5 times as fast as softmax through SDPA at 197
+tokens, 1.05 times at 1,025, 3.3 times at 4,097 (``examples/results/mixers.csv``).
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, A = B·h, G windows of L patches.
 """

@@ -16,8 +16,8 @@ the projected ones for the rest (``_windows.py``): it doubles the cost and keeps
 function without training. With rotary positions the projected keys are turned by the centres of their regions: turning
 before the projection would mix keys of different angles, after which no product depends on relative position.
 
-*Pays:* with default keywords on two CPU cores, 1.6 times as fast as softmax through SDPA at 197
-tokens, 3 times at 577, 16 times at 4,097 (``examples/results/mixers.csv``).
+*Pays:* with default keywords on two CPU cores, 1.7 times as fast as softmax through SDPA at 197
+tokens, 3 times at 577, 19 times at 4,097 (``examples/results/mixers.csv``).
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D, k projected tokens.
 """

@@ -22,7 +22,7 @@ pretrained softmax model's function without training. With rotary positions land
 their cells.
 
 *Pays:* with default keywords on two CPU cores, 0.8 times as fast as softmax through SDPA at 197
-tokens, 1.5 times at 577, 8 times at 4,097 (``examples/results/mixers.csv``).
+tokens, 1.8 times at 577, 11 times at 4,097 (``examples/results/mixers.csv``).
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, m landmarks (P prefix tokens and the cells).
 """

@@ -13,8 +13,8 @@ depends on its batch mates. The features are drawn from a seed and are the same 
 tokens with a running maximum, as in online softmax, so that N x m features never exist at once; for long sequences,
 training computes the features of a block again for its gradient. All of it in float32 at least.
 
-*Pays:* with default keywords on two CPU cores, 0.9 times as fast as softmax through SDPA at 197
-tokens, 1.6 times at 577, 5 times at 4,097 (``examples/results/mixers.csv``).
+*Pays:* with default keywords on two CPU cores, as fast as softmax through SDPA at 197
+tokens, 1.6 times as fast at 577, 6 times at 4,097 (``examples/results/mixers.csv``).
 
 Shapes: B images, N tokens, h heads, D head width, m features.
 """
