@@ -21,6 +21,7 @@ import timm
 import torch
 
 import timm_vix  # noqa: F401  registers the names
+from timm_vix.measure import PeakMemory, set_malloc, warm_up
 
 MIXERS = ("softmax", "nystrom", "linformer", "performer", "atrous", "fnet", "mixer")
 COLUMNS = [
@@ -51,23 +52,13 @@ def step(module: torch.nn.Module, x: torch.Tensor, train: bool) -> float:
 
 def peak_memory(args: argparse.Namespace) -> None:
     """Print the MiB that a training step adds in this process."""
+    if args.device == "cpu":
+        set_malloc(2**17)
+    warm_up(args.device)
     module, x = prepare(args, args.only)
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(module, x, True)
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
-    before = resident("VmRSS")
+    memory = PeakMemory(args.device)
     step(module, x, True)
-    print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> float:
-    """MiB that Linux has counted for this process: now (VmRSS) or at most (VmHWM)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].split()[0]) / 2**10
+    print(memory.read())
 
 
 def prepare(args: argparse.Namespace, mixer: str) -> tuple[torch.nn.Module, torch.Tensor]:
