@@ -14,14 +14,13 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import timm
 import torch
 
 import timm_vix  # noqa: F401  registers the names
-from timm_vix.measure import PeakMemory, set_malloc, warm_up
+from timm_vix.measure import PeakMemory, set_malloc, timed, warm_up
 
 MIXERS = ("softmax", "nystrom", "linformer", "performer", "atrous", "fnet", "mixer")
 COLUMNS = [
@@ -37,17 +36,14 @@ def layer(mixer: str, side: int, options: dict) -> torch.nn.Module:
 
 
 def step(module: torch.nn.Module, x: torch.Tensor, train: bool) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    if train:
-        module(x).float().square().mean().backward()
-    else:
-        with torch.inference_mode():
-            module(x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    def call() -> None:
+        if train:
+            module(x).float().square().mean().backward()
+        else:
+            with torch.inference_mode():
+                module(x)
+
+    return timed(call, x.device.type)
 
 
 def peak_memory(args: argparse.Namespace) -> None:

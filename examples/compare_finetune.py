@@ -108,7 +108,7 @@ def main() -> int:
                 start = dict(model=name, train_only=keywords.pop("train_only", None))
                 start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
             net, history = finetune(**{**settings, **start}, out=str(out), resume=resume)
-            extra = step_cost(model, net, history[-1]) if models[0] in PARTS else {}
+            extra = step_cost(model, net, history[-1]) if given.table.startswith("parts_") else {}
             rows += [dict(model=model, dataset=given.table, **row, **extra) for row in history]
             write_history(path, rows)  # as a whole, so that a model's rows are all there or none
     except (ValueError, OSError) as error:

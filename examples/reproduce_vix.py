@@ -116,10 +116,11 @@ def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
     return 100 * top1 / len(images), 100 * top5 / len(images)
 
 
-def train(system: str, recipe: str, given: argparse.Namespace, device: str) -> dict[str, Any]:
+def train(
+    system: str, recipe: str, epochs: int, patch_size: int, given: argparse.Namespace, device: str
+) -> dict[str, Any]:
     """Train or continue one system by one recipe, test it, and return its row."""
     settings = RECIPES[recipe][0]
-    epochs, patch_size = extent(recipe, given, device)
     out = Path(given.runs) / f"{recipe}-{epochs}-{patch_size}" / system
     _, history = finetune(
         system,
@@ -201,7 +202,7 @@ def main() -> int:
                 print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}: already in {path}")
                 continue
             print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}:", flush=True)
-            rows.append(row := train(system, recipe, given, device))
+            rows.append(row := train(system, recipe, epochs, patch_size, given, device))
             write_history(path, rows)
             print(f"test images: top-1 {row['top1']} %, paper {row['paper'] or 'without a number'}", flush=True)
         if given.cards:

@@ -25,19 +25,13 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def in_order(table: list[dict[str, str]]) -> list[str]:
-    """The mixers of some rows of mixers.csv, in the order of the file's first rows."""
-    mixers = {row["mixer"] for row in table}
-    return [mixer for mixer in dict.fromkeys(row["mixer"] for row in rows("mixers.csv")) if mixer in mixers]
-
-
 def cost(mode: str) -> str:
     """Speed of a layer relative to softmax through SDPA, for each number of tokens."""
     table = [row for row in rows("mixers.csv") if row["mode"] == mode and row["dtype"] == "float32"]
     tokens = sorted({int(row["tokens"]) for row in table})
     cells = {(row["mixer"], int(row["tokens"])): row for row in table}
     body = []
-    for mixer in in_order(table):
+    for mixer in dict.fromkeys(row["mixer"] for row in table):
         measured = [cells.get((mixer, n)) for n in tokens]
         if mixer == "softmax":
             body.append([mixer, *(f"{float(row['softmax_ms']):.0f} ms" if row else "" for row in measured)])
@@ -52,7 +46,7 @@ def memory() -> str:
     tokens = sorted({int(row["tokens"]) for row in table})
     cells = {(row["mixer"], int(row["tokens"])): float(row["peak_memory_mib"]) / int(row["batch"]) for row in table}
     body = []
-    for mixer in in_order(table):
+    for mixer in dict.fromkeys(row["mixer"] for row in table):
         values = [cells[mixer, n] for n in tokens]
         slope = math.log(values[-1] / values[-2]) / math.log(tokens[-1] / tokens[-2])
         body.append([f"`{mixer}`", *(f"{value:.0f} MiB" for value in values), f"{slope:.2f}"])
