@@ -8,11 +8,14 @@ from timm_vix.mixers.performer import favor_attention, orthogonal_features
 
 
 def naive(q, k, v, features):
-    """phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) in float64 without any stabiliser."""
+    """phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) in float64 of centred queries and keys, without any stabiliser."""
     D, m = q.shape[-1], len(features)
     q, k, v, w = q.double() * D**-0.25, k.double() * D**-0.25, v.double(), features.double()
+    mean = q.mean(2, keepdim=True)
+    known = torch.exp((mean * k).sum(3))
+    q, k = q - mean, k - (known[..., None] * k).sum(2, keepdim=True) / known.sum(2)[..., None, None]
     phi_q, phi_k = (torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2) / m**0.5 for x in (q, k))
-    kernel = phi_q @ phi_k.transpose(2, 3)
+    kernel = phi_q @ phi_k.transpose(2, 3) * known[:, :, None]
     return (kernel / kernel.sum(3, keepdim=True)) @ v
 
 
@@ -51,6 +54,23 @@ def test_a_long_sequence_has_the_same_gradients():
         assert (2 * 3 * 7 * 40 in kept) == (long > 63)
         found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     assert all(torch.equal(again, kept) for again, kept in zip(*found))
+
+
+def test_a_vector_added_to_all_keys_changes_nothing():
+    q, k, v, shift = torch.randn(4, 2, 3, 63, 16)
+    features = orthogonal_features(40, 16, seed=0)
+    moved = favor_attention(q, k + 3 * shift[:, :, :1], v, features)
+    assert distance(moved, favor_attention(q, k, v, features)) < 1e-4
+
+
+def test_what_all_queries_share_costs_no_accuracy():
+    q, k, v = torch.randn(3, 2, 2, 50, 16) * 0.5
+    features = orthogonal_features(256, 16, seed=0)
+    errors = []
+    for shift in (0, 2):  # without centring the second is three times the first
+        exact = torch.nn.functional.scaled_dot_product_attention(q + shift, k, v)
+        errors.append(distance(favor_attention(q + shift, k, v, features), exact))
+    assert errors[1] < 1.5 * errors[0]
 
 
 def test_error_falls_with_the_number_of_features():

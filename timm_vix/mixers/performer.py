@@ -8,10 +8,19 @@ Choromanski et al. 2021 (arXiv 2009.14794), section 2.3 (positive features), 2.4
 *Names:* ``num_features`` = m (the paper's Theta(D log D) is 266 at D = 64); ``features`` = the rows w_i, a saved
 buffer.
 
-*Differs:* the largest key exponent is taken per image and head and the largest query exponent per token, so no image
-depends on its batch mates. The features are drawn from a seed and are the same for all heads. Sums run over blocks of
-tokens with a running maximum, as in online softmax, so that N x m features never exist at once; for long sequences,
-training computes the features of a block again for its gradient. All of it in float32 at least.
+*Differs:* the largest exponent of the keys is taken per image, head and feature, and that of the queries per token, so
+no image depends on its batch mates and no sum vanishes; nothing is added to the features. The features are drawn from
+a seed and are the same for all heads. Sums run over blocks of tokens with a running maximum, as in online softmax, so
+that N x m features never exist at once; for long sequences, training computes the features of a block again for its
+gradient. All of it in float32 at least.
+
+Queries and keys are centred, which changes nothing in expectation and makes the estimate much less noisy: with c the
+mean query and u a vector taken from all keys,
+
+    q^T k = (q - c)^T (k - u) + c^T k + q^T u
+
+whose last term is the same for all keys, so it cancels, and c^T k is known: the features estimate the first term only.
+u is the mean of the keys under the weights exp(c^T k), what the mean query sees.
 
 *Pays:* with default keywords on two CPU cores, as fast as softmax through SDPA at 197
 tokens, 1.6 times as fast at 577, 6 times at 4,097 (``examples/results/mixers.csv``).
@@ -34,8 +43,6 @@ DEFAULT_FEATURES = 64
 BLOCK = 256
 # From so many tokens on, training computes features twice rather than keep them all for the gradient.
 LONG = 8192
-# Added to each feature, as in the paper's code: far from every w_i attention becomes uniform, not undefined.
-EPSILON = 1e-6
 
 
 def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Tensor:
@@ -51,29 +58,37 @@ def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Te
 
 
 def add_keys(
-    k: torch.Tensor, v: torch.Tensor, features: torch.Tensor, top: torch.Tensor, sums: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    features: torch.Tensor,
+    centre: torch.Tensor,
+    top: torch.Tensor,
+    sums: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add a block of keys and values to the running sums, which are relative to exp(top).
+    """Add a block of keys and values to the running sums, each relative to its feature's exp(top).
 
     k (B, h, n, D) unscaled; v (B, h, n, D + 1), the values and a column of ones; features (m, D) scaled by D^-1/4;
-    top (B, h, 1, 1); sums = sum of phi v^T (B, h, m, D + 1), whose last column is the sum of phi.
+    centre = c + u (B, h, 1, D); top (B, h, 1, m); sums = sum of phi v^T (B, h, m, D + 1), whose last column is the sum
+    of phi.
     """
-    exponent = torch.matmul(k, features.transpose(0, 1))
+    # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
+    known = (k * (centre - 0.5 * k)).sum(3, keepdim=True) * k.shape[3] ** -0.5
     # added, since the gradient of what is subtracted would be negated at full size
-    exponent = exponent.add_((-0.5 * k.shape[3] ** -0.5) * k.square().sum(3, keepdim=True))
-    new_top = torch.maximum(top, exponent.detach().amax(dim=(2, 3), keepdim=True))
+    exponent = torch.matmul(k, features.transpose(0, 1)).add_(known)
+    new_top = torch.maximum(top, exponent.detach().amax(dim=2, keepdim=True))
     phi = exponent.sub_(new_top).exp_()
-    return new_top, sums * torch.exp(top - new_top) + torch.matmul(phi.transpose(2, 3), v)
+    return new_top, sums * torch.exp(top - new_top).transpose(2, 3) + torch.matmul(phi.transpose(2, 3), v)
 
 
-def read_queries(q: torch.Tensor, features: torch.Tensor, sums: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
+def read_queries(q: torch.Tensor, features: torch.Tensor, offset: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """Attention outputs of a block of queries: (B, h, n, D) -> (B, h, n, D).
 
-    A factor of a query's own features, exp(-|q|^2 / 2) among them, cancels between numerator and denominator, so they
-    can be divided by their sum: a softmax over the features.
+    ``offset`` (B, h, 1, m) is top - w^T (c + u). A factor of a query's own features, exp(-|q - c|^2 / 2) among them,
+    cancels between numerator and denominator, so they can be divided by their sum: a softmax over the features. Each
+    sum of phi is at least 1, its largest key, and so is the denominator.
     """
-    phi = torch.matmul(q, features.transpose(0, 1)).softmax(3)
-    seen = torch.matmul(phi, sums) + epsilon * sums.sum(2, keepdim=True)
+    phi = torch.matmul(q, features.transpose(0, 1)).add_(offset).softmax(3)
+    seen = torch.matmul(phi, sums)
     numerator, denominator = seen.split([seen.shape[3] - 1, 1], dim=3)
     return numerator / denominator
 
@@ -85,7 +100,6 @@ def sum_in_blocks(
     features: torch.Tensor,
     block: int,
     long: int,
-    epsilon: float,
 ) -> torch.Tensor:
     """The work of ``favor_attention``, outside of autocast."""
     out_dtype = v.dtype
@@ -95,23 +109,25 @@ def sum_in_blocks(
     features = features * D**-0.25
     block = -(-N // max(1, N // block))  # equal blocks, no small last one
     again = long <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    top = torch.full([B, h, 1, 1], -float("inf"), device=q.device, dtype=dtype)
+    c = q.mean(2, keepdim=True)
+    centre = c + F.scaled_dot_product_attention(c, k, k)
+    top = torch.full([B, h, 1, features.shape[0]], -float("inf"), device=q.device, dtype=dtype)
     # one product gives numerator and denominator
     v = F.pad(v, (0, 1), value=1.0)
     sums = torch.zeros([B, h, features.shape[0], v.shape[3]], device=q.device, dtype=dtype)
     # split, since the gradient of a slice is as large as the whole
     for k_block, v_block in zip(k.split(block, 2), v.split(block, 2)):
         if not torch.jit.is_scripting() and again:
-            top, sums = checkpoint(add_keys, k_block, v_block, features, top, sums, use_reentrant=False)
+            top, sums = checkpoint(add_keys, k_block, v_block, features, centre, top, sums, use_reentrant=False)
         else:
-            top, sums = add_keys(k_block, v_block, features, top, sums)
-    sums = sums + epsilon * v.sum(2, keepdim=True)
+            top, sums = add_keys(k_block, v_block, features, centre, top, sums)
+    offset = top - torch.matmul(centre, features.transpose(0, 1))
     out: list[torch.Tensor] = []
     for q_block in q.split(block, 2):
         if not torch.jit.is_scripting() and again:
-            out.append(checkpoint(read_queries, q_block, features, sums, epsilon, use_reentrant=False))
+            out.append(checkpoint(read_queries, q_block, features, offset, sums, use_reentrant=False))
         else:
-            out.append(read_queries(q_block, features, sums, epsilon))
+            out.append(read_queries(q_block, features, offset, sums))
     return torch.cat(out, dim=2).to(out_dtype)
 
 
@@ -125,18 +141,17 @@ def favor_attention(
     features: torch.Tensor,
     block: int = BLOCK,
     long: int = LONG,
-    epsilon: float = EPSILON,
 ) -> torch.Tensor:
     """FAVOR+ attention: q, k, v (B, h, N, D) and features (m, D) -> (B, h, N, D), computed in float32 at least."""
     # TorchScript knows autocast for constant devices only, and none is on around a scripted model's own casts
     if torch.jit.is_scripting():
-        return sum_in_blocks(q, k, v, features, block, long, epsilon)
+        return sum_in_blocks(q, k, v, features, block, long)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         # the meta device has no autocast to switch off
         if not torch.amp.is_autocast_available(q.device.type):
-            return sum_in_blocks(q, k, v, features, block, long, epsilon)
+            return sum_in_blocks(q, k, v, features, block, long)
         with torch.autocast(q.device.type, enabled=False):
-            return sum_in_blocks(q, k, v, features, block, long, epsilon)
+            return sum_in_blocks(q, k, v, features, block, long)
 
 
 class PerformerAttention(AttentionMixer):
