@@ -116,6 +116,11 @@ def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
     return 100 * top1 / len(images), 100 * top5 / len(images)
 
 
+def told(step: dict[str, Any], name: str, digits: int) -> Any:
+    """A measured number, or nothing where there is none: a device without a memory count, a failed measurement."""
+    return "" if step.get(name) is None else round(step[name], digits)
+
+
 def train(
     system: str, recipe: str, epochs: int, patch_size: int, given: argparse.Namespace, device: str
 ) -> dict[str, Any]:
@@ -151,6 +156,8 @@ def train(
             mode="train",
         )
     )
+    if "error" in step:
+        print(f"a step of {system} could not be measured: {step['error']}; its row has no speed and no memory")
     shared = ("parameters", "device", "dtype", "threads", "batch_size", "torch", "timm")
     return dict(
         system=system,
@@ -163,9 +170,9 @@ def train(
         epochs=epochs,
         patch_size=patch_size,
         tokens=(32 // patch_size) ** 2,
-        images_per_second=round(step.get("images_per_s", history[-1]["images_per_second"]), 1),
-        faster_than_softmax=round(step["speedup"], 3) if step.get("speedup") else "",
-        peak_memory_mib=round(step["peak_memory_mib"], 1) if step.get("peak_memory_mib") else "",
+        images_per_second=told(step, "images_per_s", 1),
+        faster_than_softmax=told(step, "speedup", 3),
+        peak_memory_mib=told(step, "peak_memory_mib", 1),
         seconds=round(sum(row["seconds"] for row in history), 1),
         seed=given.seed,
         **{key: best[key] for key in shared},

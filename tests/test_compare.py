@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 from PIL import Image
+from safetensors.torch import load_file
 
 from timm_vix import cli, compare
 from timm_vix.finetune import finetune
@@ -96,6 +97,16 @@ def test_runs_are_those_of_finetune_and_a_failing_one_is_a_row(digits, tmp_path,
     before = (tmp_path / "compare.csv").read_bytes()
     assert call(monkeypatch, *arguments) == 0
     assert (tmp_path / "compare.csv").read_bytes() == before, "nothing is trained twice"
+
+
+def test_a_part_of_a_model_trains(digits, tmp_path, monkeypatch) -> None:
+    arguments = command(digits, tmp_path, f"{MODEL} train_only=head", f"{MODEL} train_only=neck")
+    assert call(monkeypatch, *arguments, "--epochs", "1") == 0
+    head, wrong = read_records(tmp_path / "compare.csv", compare.COLUMNS, exact=True)[0]
+    assert head["error"] is None
+    assert "neck" in wrong["error"] and "attention, mlp, mixer, head" in wrong["error"]
+    (delta,) = (tmp_path / "runs").glob("*/delta.safetensors")
+    assert set(load_file(delta)) == {"head.weight", "head.bias"}
 
 
 def test_a_stopped_comparison_continues(digits, tmp_path) -> None:

@@ -210,7 +210,8 @@ def run_one(
     model: str, weights: Optional[str], seed: int, recipe: dict[str, Any], where: dict[str, Any], out: Path
 ) -> dict[str, Any]:
     name, keywords = parse_model(model)
-    start = dict(pretrained=True) if weights == "pretrained" else dict(checkpoint=weights)
+    start: dict[str, Any] = dict(pretrained=True) if weights == "pretrained" else dict(checkpoint=weights)
+    start["train_only"] = keywords.pop("train_only", None)
     return train_apart(
         {**recipe, **where, **start, "model": name, "model_kwargs": keywords, "seed": seed, "out": str(out)}
     )
