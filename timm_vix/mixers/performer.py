@@ -3,16 +3,20 @@
     phi(x) = exp(w_i^T x - |x|^2 / 2) / sqrt(m), i = 1..m      E[phi(q)^T phi(k)] = exp(q^T k)
     Y = phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1)              cost in N: linear, N·m
 
+What depends on a query alone cancels, so this is attention to m keys, the features, and is computed as such:
+
+    Y = softmax(Q W^T + b) X,   b_i = log sum_n phi_i(k_n),   X_i = sum_n phi_i(k_n) v_n / sum_n phi_i(k_n)
+
 Choromanski et al. 2021 (arXiv 2009.14794), section 2.3 (positive features), 2.4 (orthogonal features) and appendix B.
 
 *Names:* ``num_features`` = m (the paper's Theta(D log D) is 266 at D = 64); ``features`` = the rows w_i, a saved
 buffer.
 
-*Differs:* the largest exponent of the keys is taken per image, head and feature, and that of the queries per token, so
-no image depends on its batch mates and no sum vanishes; nothing is added to the features. The features are drawn from
-a seed and are the same for all heads. Sums run over blocks of tokens with a running maximum, as in online softmax, so
-that N x m features never exist at once; for long sequences, training computes the features of a block again for its
-gradient. All of it in float32 at least.
+*Differs:* nothing is added to the features, since no sum can vanish: the largest exponent of the keys is taken per
+image, head and feature, and that of the queries per token, so no image depends on its batch mates either. The features
+are drawn from a seed and are the same for all heads. Sums run over blocks of tokens with a running maximum, as in
+online softmax, so that N x m features never exist at once; for long sequences, training computes the features of a
+block again for its gradient. All of it in float32 at least.
 
 Queries and keys are centred, which changes nothing in expectation and makes the estimate much less noisy: with c the
 mean query and u a vector taken from all keys,
@@ -80,17 +84,9 @@ def add_keys(
     return new_top, sums * torch.exp(top - new_top).transpose(2, 3) + torch.matmul(phi.transpose(2, 3), v)
 
 
-def read_queries(q: torch.Tensor, features: torch.Tensor, offset: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Attention outputs of a block of queries: (B, h, n, D) -> (B, h, n, D).
-
-    ``offset`` (B, h, 1, m) is top - w^T (c + u). A factor of a query's own features, exp(-|q - c|^2 / 2) among them,
-    cancels between numerator and denominator, so they can be divided by their sum: a softmax over the features. Each
-    sum of phi is at least 1, its largest key, and so is the denominator.
-    """
-    phi = torch.matmul(q, features.transpose(0, 1)).add_(offset).softmax(3)
-    seen = torch.matmul(phi, sums)
-    numerator, denominator = seen.split([seen.shape[3] - 1, 1], dim=3)
-    return numerator / denominator
+def read_queries(q: torch.Tensor, features: torch.Tensor, bias: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """softmax(q W^T + b) X of a block of queries: (B, h, n, D) -> (B, h, n, D); b (B, h, 1, m), X (B, h, m, D)."""
+    return torch.matmul(torch.matmul(q, features.transpose(0, 1)).add_(bias).softmax(3), values)
 
 
 def sum_in_blocks(
@@ -112,7 +108,7 @@ def sum_in_blocks(
     c = q.mean(2, keepdim=True)
     centre = c + F.scaled_dot_product_attention(c, k, k)
     top = torch.full([B, h, 1, features.shape[0]], -float("inf"), device=q.device, dtype=dtype)
-    # one product gives numerator and denominator
+    # one product gives the sums of phi v^T and of phi
     v = F.pad(v, (0, 1), value=1.0)
     sums = torch.zeros([B, h, features.shape[0], v.shape[3]], device=q.device, dtype=dtype)
     # split, since the gradient of a slice is as large as the whole
@@ -121,13 +117,16 @@ def sum_in_blocks(
             top, sums = checkpoint(add_keys, k_block, v_block, features, centre, top, sums, use_reentrant=False)
         else:
             top, sums = add_keys(k_block, v_block, features, centre, top, sums)
-    offset = top - torch.matmul(centre, features.transpose(0, 1))
+    values, total = sums.split([sums.shape[3] - 1, 1], dim=3)
+    values = values / total
+    # of w^T (q - c) + w^T (k - u) the keys' sums lack -w^T (c + u)
+    bias = top + total.log().transpose(2, 3) - torch.matmul(centre, features.transpose(0, 1))
     out: list[torch.Tensor] = []
     for q_block in q.split(block, 2):
         if not torch.jit.is_scripting() and again:
-            out.append(checkpoint(read_queries, q_block, features, offset, sums, use_reentrant=False))
+            out.append(checkpoint(read_queries, q_block, features, bias, values, use_reentrant=False))
         else:
-            out.append(read_queries(q_block, features, offset, sums))
+            out.append(read_queries(q_block, features, bias, values))
     return torch.cat(out, dim=2).to(out_dtype)
 
 
