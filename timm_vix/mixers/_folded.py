@@ -63,10 +63,14 @@ def few_ask_all(
     bias_v: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Multi-head attention of m queries to all tokens, before the output projection -> (B, h, m, D)."""
+    _, h, _, D = q.shape
     if torch.jit.is_scripting():
-        return read_all(x, q, weight_k, weight_v, bias_v)
-    else:  # noqa: RET505
-        return keep_little(read_all, x.shape[1] >= LONG, x, q, weight_k, weight_v, bias_v)
+        seen = read_all(x, q, weight_k)
+    else:
+        seen = keep_little(read_all, x.shape[1] >= LONG, x, q, weight_k)
+    # not within what is computed again: that ends before its last product, and the one with all tokens is the large one
+    y = torch.matmul(seen, weight_v.reshape(h, D, x.shape[2]).transpose(1, 2))
+    return y if bias_v is None else y + bias_v.reshape(h, 1, D)
 
 
 def read_few(
@@ -99,18 +103,10 @@ def read_few(
     return torch.baddbmm(bias_out, weights.flatten(2), given.transpose(1, 2))
 
 
-def read_all(
-    x: torch.Tensor,
-    q: torch.Tensor,
-    weight_k: torch.Tensor,
-    weight_v: torch.Tensor,
-    bias_v: Optional[torch.Tensor],
-) -> torch.Tensor:
-    """The work of ``few_ask_all``."""
+def read_all(x: torch.Tensor, q: torch.Tensor, weight_k: torch.Tensor) -> torch.Tensor:
+    """The tokens as each of the m queries of a head sees them: (B, h, m, C)."""
     B, _, C = x.shape
     _, h, m, D = q.shape
     asking = torch.matmul(q * D**-0.5, weight_k.reshape(h, D, C)).reshape(B, h * m, C)
     weights = torch.matmul(asking, x.transpose(1, 2)).softmax(2)
-    seen = torch.matmul(weights.to(x.dtype), x).reshape(B, h, m, C)
-    y = torch.matmul(seen, weight_v.reshape(h, D, C).transpose(1, 2))
-    return y if bias_v is None else y + bias_v.reshape(h, 1, D)
+    return torch.matmul(weights.to(x.dtype), x).reshape(B, h, m, C)
