@@ -198,3 +198,8 @@ def test_a_wrong_keyword_is_named(kwargs, words):
 def test_an_unknown_keyword_is_a_type_error():
     with pytest.raises(TypeError, match="num_landmark"):
         small(num_landmark=3)
+
+
+def test_a_residual_of_fewer_values_than_queries_is_refused():
+    with pytest.raises(ValueError, match="16x16 can't be added to 32x32 queries.*key_stride=1"):
+        timm.create_model("cvn_cifar", projection="conv")

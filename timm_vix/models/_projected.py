@@ -82,7 +82,11 @@ class ProjectedNystrom(nn.Module):
         check_number("ridge", ridge, 0)
         check_choice("conv_residual", conv_residual, (True, False))
         if conv_residual and grids[0] != grids[1]:
-            raise ValueError("conv_residual=True: values of another grid than the queries' can't be added to them")
+            queries, keys = ("x".join(map(str, grid)) for grid in grids)
+            raise ValueError(
+                f"conv_residual=True: values of a grid of {keys} can't be added to {queries} queries; allowed is "
+                "conv_residual=False or, in a CvT, key_stride=1 or projection='linear'"
+            )
         self.query_grid, self.key_grid = grids
         self.num_prefix_tokens = num_prefix_tokens
         self.cells = cell_grid(num_landmarks, self.key_grid)
