@@ -13,21 +13,14 @@ import sys
 from typing import Any
 
 import torch
-from timm.utils import ParseKwargs
 
 from timm_vix.finetune import finetune
+from timm_vix.settings import KeyValue
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(message)  # one line, as for every other wrong input
-
-
-class KeyValue(ParseKwargs):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        if wrong := [value for value in values if "=" not in value]:
-            parser.error(f"{option_string} {wrong[0]}: expected key=value")
-        super().__call__(parser, namespace, values, option_string)
 
 
 def parse() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import image, small
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_vix
@@ -181,6 +182,7 @@ def test_both_classifiers_of_a_distilled_model_train(tmp_path) -> None:
         (lambda: small("nystrom"), "mixer", "has NystromAttention, so nothing was added"),
         (lambda: vit(0), "head", "has no classifier"),
         (lambda: timm.create_model("test_resnet"), "attention", "ResNet has no attention"),
+        (lambda: timm.create_model("vix_fnet_cifar", depth=1), "attention", "allowed here: 'mlp', 'head'"),
     ],
 )
 def test_a_part_that_is_not_there(build, part: str, words: str) -> None:
@@ -188,6 +190,16 @@ def test_a_part_that_is_not_there(build, part: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         timm_vix.freeze_except(model, part)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["cvn_cifar", "levin_cifar", "pin_cifar", "ccn_cifar", "vix_nystrom_cifar"])
+@pytest.mark.parametrize("part, places", [("attention", ("attn", "attn_downsample")), ("mlp", ("mlp",))])
+def test_parts_of_every_family(name: str, part: str, places: tuple[str, ...]) -> None:
+    model = timm.create_model(name, device="meta")
+    timm_vix.freeze_except(model, part)
+    parameters = {key for key, _ in model.named_parameters()}
+    wanted = {key for key in parameters if set(places) & set(key.split("."))}
+    assert wanted and trainable(model) == wanted | {key for key in parameters if key.startswith("head")}
 
 
 def test_what_is_no_delta_of_this_model_is_refused(tmp_path) -> None:
@@ -233,6 +245,24 @@ def test_other_files_are_refused(tmp_path) -> None:
         with pytest.raises(ValueError, match=f"{name}.safetensors.* {word}") as error:
             timm_vix.load_delta(model, tmp_path / f"{name}.safetensors")
         assert "\n" not in str(error.value)
+
+
+def test_a_delta_that_was_tampered_with_is_refused(tmp_path) -> None:
+    model = vit()
+    timm_vix.freeze_except(model, "attention")
+    path = tmp_path / "delta.safetensors"
+    timm_vix.save_delta(model, path)
+    with safe_open(path, "pt") as file:
+        told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weight, qkv = "head.weight", "blocks.0.attn.qkv.weight"
+    for name, tensor in (
+        (weight, torch.tensor(1.0)),
+        (weight, tensors[weight][:0]),
+        (qkv, tensors[qkv].to(torch.int32)),
+    ):
+        save_file({**tensors, name: tensor}, path, told)
+        with pytest.raises(ValueError, match="of another shape, or not here"):
+            timm_vix.load_delta(model, path)
 
 
 def test_a_delta_needs_a_backbone(tmp_path) -> None:

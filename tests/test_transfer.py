@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import timm_vix
+from timm_vix import cli
 from timm_vix.matching import BlockMatching, Distillation
-from timm_vix.transfer import parse_layers, transfer
+from timm_vix.transfer import mixers_of, parse_layers, transfer
 
 SOURCE = "vit_tiny_patch16_224"
 SMALL = dict(img_size=48, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
@@ -237,7 +238,29 @@ def test_layers_of_the_command_line(tmp_path):
     assert parse_layers(str(plan), SOURCE) == {"3": {"mixer": "nystrom"}}
     with pytest.raises(ValueError, match="plan for vit_tiny_patch16_224, not for deit"):
         parse_layers(str(plan), "deit_tiny_patch16_224")
+    for text, words in (("3", "holds no layers"), ('{"layers": {}}', "keeps every layer")):
+        plan.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            parse_layers(str(plan), SOURCE)
     (tmp_path / "torn.json").write_text('{"layers": ')
     for name in ("torn.json", "none.json"):
         with pytest.raises(ValueError, match="cannot be read"):
             parse_layers(str(tmp_path / name), SOURCE)
+
+
+def test_several_mixers_are_all_told():
+    model = timm.create_model(SOURCE, depth=4)
+    layers = {0: {"mixer": "linformer", "num_proj_tokens": 4}, 1: "performer", 2: {"mixer": "linformer"}}
+    mixer, keywords = mixers_of(timm_vix.convert(model, layers=layers, num_features=8))
+    assert mixer == "linformer, performer"
+    assert keywords.split("; ")[0] == "num_proj_tokens=[2, 2]" and "num_features=8" in keywords
+
+
+@pytest.mark.parametrize(
+    "command, option", [("transfer", "--mixer-kwargs"), ("transfer", "--source-kwargs"), ("plan", "--source-kwargs")]
+)
+def test_a_keyword_without_a_value_is_refused(command, option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["timm-vix", command, "--source", SOURCE, "--data-dir", "x", option, "depth"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and f"{option} depth: expected key=value" in capsys.readouterr().err

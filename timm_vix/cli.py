@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
+from typing import Optional
 
 from . import __version__, advise, compare, cost, models, plan, report, transfer
 
@@ -49,37 +50,34 @@ def list_models(arguments: argparse.Namespace) -> None:
     for name in arguments.names:
         parameters, flops, tokens = size_of(name)
         weights = timm.get_pretrained_cfg(name).hf_hub_id or "-"
-        print(f"{name:{width}}  {parameters / 1e6:10.2f}  {flops / 1e9:6.2f}  {tokens:6d}  {weights}", flush=True)
+        shown = "-" if tokens is None else tokens
+        print(f"{name:{width}}  {parameters / 1e6:10.2f}  {flops / 1e9:6.2f}  {shown:>6}  {weights}", flush=True)
     print(
         "\nGFLOPs: forward pass of one image at the default size, a multiply-add counted as two. Convolutions, matrix\n"
-        "products and attention are counted; element-wise operations and Fourier transforms are not.\n"
-        "Default weights: the softmax ViT of the same size, from which fine-tuning starts; -: none."
+        "products, attention and Fourier transforms are counted; element-wise operations are not.\n"
+        "Tokens: of the first stage where a model has several; -: its stages see maps of features.\n"
+        "Default weights: the softmax model of the same size, from which fine-tuning starts; -: none."
     )
 
 
-def size_of(name: str) -> tuple[int, int, int]:
+def size_of(name: str) -> tuple[int, int, Optional[int]]:
     """Parameters, floating-point operations of one image and tokens of a registered model at its default size.
 
-    Blocks of a plain transformer are equal, so one of them is built and counted for all: 71 models take seconds.
+    On the meta device, where nothing is computed: all our models take seconds.
     """
     import timm
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
 
-    plain = timm.models.is_model_in_modules(name, ["vix", "hybrid"])
-    depth = len(timm.create_model(name, device="meta").blocks) if plain else 1
-    model = timm.create_model(name, **(dict(depth=1) if plain else {})).eval()
-    # attention as its two matrix products: older versions of torch don't count the fused kernels of a CPU
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *model.pretrained_cfg["input_size"]))
-    block_flops = sum(counter.get_flop_counts()[f"{type(model).__name__}.blocks.0"].values()) if plain else 0
-    block_parameters = sum(p.numel() for p in model.blocks.parameters()) if plain else 0
-    return (
-        sum(p.numel() for p in model.parameters()) + (depth - 1) * block_parameters,
-        counter.get_total_flops() + (depth - 1) * block_flops,
-        model.patch_embed.num_patches + model.num_prefix_tokens,
-    )
+    from .flops import counter
+    from .measure import tokens_of
+
+    # torch's counter can't follow a weight that is handed from module to module while gradients are off
+    model = timm.create_model(name, device="meta").eval().requires_grad_(False)
+    # attention as its two matrix products: the meta device has no fused kernel
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter() as flops:
+        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta"))
+    return sum(p.numel() for p in model.parameters()), flops.get_total_flops(), tokens_of(model)
 
 
 def run_script(arguments: argparse.Namespace) -> None:
@@ -99,7 +97,7 @@ def in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[argp
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
-            print(f"{interrupt or 'interrupted'}; the same command continues", file=sys.stderr)
+            print(str(interrupt) or "interrupted; the same command continues", file=sys.stderr)
             sys.exit(130)
 
     return call

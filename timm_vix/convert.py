@@ -132,14 +132,16 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, options: dict[str, Any]
     chosen: dict[Any, Any]
     if isinstance(layers, str):
         form, _, count = layers.partition("-")
-        if layers != "all" and not (form in ("first", "last", "every") and count.isdigit() and 0 < int(count) <= depth):
+        if layers != "all" and not (
+            form in ("first", "last", "every") and count.isdecimal() and 0 < int(count) <= depth
+        ):
             raise ValueError(f"layers={layers!r}: {forms}, with n from 1 to {depth}")
         n = depth if layers == "all" else int(count)
         indices = {"all": range(depth), "first": range(n), "last": range(depth - n, depth)}
         chosen = dict.fromkeys(indices.get(form, range(n - 1, depth, n)), mixer)
     elif isinstance(layers, Mapping):
         chosen = dict(layers)
-    elif isinstance(layers, Sequence):
+    elif isinstance(layers, Sequence) and all(isinstance(layer, (int, str)) for layer in layers):
         chosen = dict.fromkeys(layers, mixer)
     else:
         raise ValueError(f"layers={layers!r}: {forms}")
@@ -148,7 +150,7 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, options: dict[str, Any]
     found: dict[int, tuple[str, dict]] = {}
     for key, value in chosen.items():
         # a mapping that went through a JSON file has text for its keys
-        index = int(key) if isinstance(key, str) and key.lstrip("-").isdigit() else key
+        index = int(key) if isinstance(key, str) and key.isdecimal() else key
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < depth:
             raise ValueError(f"layers: {key!r} is no layer; the model has {depth}, from 0 to {depth - 1}")
         own = dict(value) if isinstance(value, Mapping) else {"mixer": value}

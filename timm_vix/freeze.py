@@ -75,6 +75,16 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
     """
     check_choice("part", part, PARTS)
     chosen = {id(parameter) for parameter in parameters_of(model, part)}
+    if not chosen:
+        mixers = ", ".join(sorted({type(m).__name__ for m in model.modules() if isinstance(m, TokenMixer)}))
+        lacks = dict(
+            attention="has no attention that timm_vix knows",
+            mlp="has no feed-forward network that timm_vix knows",
+            mixer=f"has {mixers or 'no mixer'}, so nothing was added to its softmax attention",
+            head="has no classifier; create it with num_classes=",
+        )
+        allowed = ", ".join(repr(other) for other in PARTS if parameters_of(model, other)) or "none"
+        raise ValueError(f"part={part!r}: {type(model).__name__} {lacks[part]}; allowed here: {allowed}")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -89,37 +99,34 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
 
 
 def parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
-    """The parameters of a part, see ``freeze_except``."""
+    """The parameters of a part, see ``freeze_except``; none where the model lacks it."""
     head = [p for classifier in classifiers(model).values() for p in classifier.parameters()]
     if part == "head":
-        if not head:
-            raise ValueError(f"part='head': {type(model).__name__} has no classifier; create it with num_classes=")
         return head
     mixers = [m for m in model.modules() if isinstance(m, TokenMixer)]
+    inside = {id(m) for mixer in mixers for m in mixer.modules()}  # an MLP over tokens is a mixer's
+    # by class, or by the name that timm gives its place: hierarchical models have classes of their own
     if part == "attention":
-        attention = [p for m in model.modules() if isinstance(m, (TokenMixer, *REPLACEABLE)) for p in m.parameters()]
-        if not attention:
-            raise ValueError(f"part='attention': {type(model).__name__} has no attention that timm_vix knows")
-        return attention + head
-    if part == "mlp":
-        inside = {id(m) for mixer in mixers for m in mixer.modules()}  # an MLP over tokens is a mixer's
-        networks = [m for m in model.modules() if isinstance(m, FEED_FORWARD) and id(m) not in inside]
-        if not networks:
-            raise ValueError(f"part='mlp': {type(model).__name__} has no feed-forward network that timm_vix knows")
-        return [p for network in networks for p in network.parameters()] + head
-    added = [
-        parameter
-        for mixer in mixers
-        for name, parameter in mixer.named_parameters()
-        if not (isinstance(mixer, AttentionMixer) and name.split(".")[0] in INHERITED)
-    ]
-    if not added:
-        names = ", ".join(sorted({type(m).__name__ for m in mixers})) or "no mixer"
-        raise ValueError(
-            f"part='mixer': {type(model).__name__} has {names}, so nothing was added to its softmax attention; "
-            "allowed here: 'attention', 'head'"
-        )
-    return added
+        found = [
+            m
+            for path, m in model.named_modules()
+            if isinstance(m, (TokenMixer, *REPLACEABLE)) or path.rpartition(".")[2] in ("attn", "attn_downsample")
+        ]
+    elif part == "mlp":
+        found = [
+            m
+            for path, m in model.named_modules()
+            if (isinstance(m, FEED_FORWARD) or path.rpartition(".")[2] == "mlp") and id(m) not in inside
+        ]
+    else:
+        return [
+            parameter
+            for mixer in mixers
+            for name, parameter in mixer.named_parameters()
+            if not (isinstance(mixer, AttentionMixer) and name.split(".")[0] in INHERITED)
+        ]
+    parameters = [p for module in found for p in module.parameters()]
+    return parameters + head if parameters else []
 
 
 def classifiers(model: nn.Module) -> dict[str, nn.Module]:
@@ -231,16 +238,18 @@ def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
             "which it was fine-tuned"
         )
     heads = {f"{path}.{name}" for path in classifiers(model) for name in ("weight", "bias")}
-    classes = {len(tensor) for name, tensor in tensors.items() if name in heads}
+    classes = {len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items() if name in heads}
     target = model.state_dict()
-    # the rows of a classifier are a task's own
-    fits = {
-        name: name in heads
-        if name not in target
-        else tensor.shape[name in heads :] == target[name].shape[name in heads :]
-        for name, tensor in tensors.items()
-    }
-    if not all(fits.values()) or len(classes) > 1:
+
+    def fits_here(name: str, tensor: torch.Tensor) -> bool:
+        if name not in target:
+            return name in heads  # the rows of a classifier are a task's own
+        own = target[name]
+        same = (tensor.ndim, tensor.is_floating_point()) == (own.ndim, own.is_floating_point())
+        return same and tensor.shape[name in heads :] == own.shape[name in heads :]
+
+    fits = {name: fits_here(name, tensor) for name, tensor in tensors.items()}
+    if not all(fits.values()) or len(classes) > 1 or 0 in classes:
         names = ", ".join(name for name, fit in fits.items() if not fit)
         raise ValueError(f"{other}{one_line(names) if names else 'classifiers'} are of another shape, or not here")
     if classes and classes != {model.num_classes}:

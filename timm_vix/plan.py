@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
-from timm.utils import ParseKwargs
 from torch import nn
 
 from .convert import attention_slots, layer_mixers
@@ -29,7 +28,7 @@ from .mixers import MIXERS
 from .mixers._slot import TokenMixer, check_choice
 from .results import one_line, write_whole
 from .sensitivity import Measured, Plan, Sensitivity, block_costs, converted, plan_of, text_of
-from .settings import check_ranges
+from .settings import KeyValue, check_ranges
 from .transfer import build_teacher, check_teacher
 
 FORMAT = "timm_vix plan 1"
@@ -347,7 +346,7 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
     """The ``layers`` of a plan file, for ``timm_vix.convert``.
 
     Raises:
-        ValueError: for a file that is no plan, is damaged, or was made for another model.
+        ValueError: for a file that is no plan, is damaged, was made for another model, or keeps every layer.
 
     Example:
         >>> timm_vix.convert(model, layers=load_plan("plan.json", model))
@@ -364,8 +363,10 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
             f"{path} is a plan for {content.get('architecture')} with {content.get('depth')} layers; "
             f"this model is {architecture(model)} with {depth}"
         )
+    if not content["layers"]:
+        raise ValueError(f"{path} keeps every layer as it is: nothing to convert")
     try:
-        layers = layer_mixers(content["layers"], depth, "softmax", {}) if content["layers"] else {}
+        layers = layer_mixers(content["layers"], depth, "softmax", {})
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return {layer: {"mixer": name, **keywords} for layer, (name, keywords) in layers.items()}
@@ -378,7 +379,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixer", nargs="+", default=["nystrom"], help=f"of {', '.join(CANDIDATES)}; default: nystrom")
     add("--keep", type=float, help="least share of images with the same prediction: 0.99")
     add("--budget-gflops", type=float, help="instead of --keep: the most faithful model within this cost of one image")
-    add("--source-kwargs", nargs="*", default={}, action=ParseKwargs)
+    add("--source-kwargs", nargs="*", default={}, action=KeyValue)
     add("--weights", metavar="FILE", help="file with the source's weights")
     add("--pretrained", action="store_true", help="take timm's weights of the source")
     add("--img-size", type=int, help="side of the images in pixels; default: the source's own")

@@ -1,11 +1,25 @@
 """Checks of a run's settings that hold whatever the data is."""
 
+import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
+from timm.utils import ParseKwargs
+
 Ranges = Iterable[tuple[str, str, Callable[[Any], bool]]]
+
+
+class KeyValue(ParseKwargs):
+    """timm's ``key=value`` arguments, with an error for one that is none."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Optional[str] = None
+    ) -> None:
+        if wrong := [value for value in values if "=" not in value]:
+            parser.error(f"{option_string} {wrong[0]}: expected key=value")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def check_ranges(run: SimpleNamespace, ranges: Ranges) -> None:

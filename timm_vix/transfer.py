@@ -15,6 +15,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,6 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ParseKwargs
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,8 +38,9 @@ from .images import Images, find_unlabelled, normaliser, transforms
 from .interrupt import deferred_interrupt
 from .machine import autocast, check_model, find_device, find_dtype, versions
 from .matching import BlockMatching, Distillation
+from .mixers import MIXERS
 from .results import one_line, restore, write_history, write_hub, write_layer_errors, write_table, write_whole
-from .settings import check_folder, check_ranges, check_weights
+from .settings import KeyValue, check_folder, check_ranges, check_weights
 
 # What may change between a run and its continuation; the images are recognised by their names instead.
 FREE = {"data_dir", "workers", "out", "checkpoint_every", "resume", "overwrite", "weights", "pretrained"}
@@ -154,6 +155,7 @@ def transfer(
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "hub", ignore_errors=True)  # a stopped run shall not leave another's model there
 
     def save() -> None:
         if rank == 0:
@@ -206,7 +208,8 @@ def transfer(
                     save()
                 if asked.is_set():
                     raise KeyboardInterrupt(
-                        f"interrupted in {name} after {position['step']} of {steps} steps; resume continues from there"
+                        f"interrupted in {name} after {position['step']} of {steps} steps; "
+                        "the same command with --resume continues"
                     )
             if steps and rank == 0:
                 last = ", ".join(f"{value:.4f}" for value in position["rows"][-1][2])
@@ -216,7 +219,7 @@ def transfer(
     if rank == 0:
         row = result_row(run, report, position, len(images), *compare(teacher, student, apart, normalise, run))
         write_history(folder / "result.csv", [row])
-        write_layer_errors(folder / "layers.png", position["rows"], converted, f"{source} -> {mixer}")
+        write_layer_errors(folder / "layers.png", position["rows"], converted, f"{source} -> {row['mixer']}")
         write_hub(folder / "hub", student, config, card(row, report))
         print(f"agrees with {source} on {row['agreement']} % of {len(apart)} images kept apart; wrote {folder / 'hub'}")
     return student, report
@@ -291,12 +294,12 @@ def result_row(
     run: SimpleNamespace, report: Conversion, position: dict, images: int, agreement: float, distance: float
 ) -> dict[str, Any]:
     """What was done and what came of it."""
-    first = next((row.options for row in report.rows if row.changed), {})
+    mixer, keywords = mixers_of(report)
     return dict(
         source=run.source,
-        mixer=run.mixer,
+        mixer=mixer,
         layers=" ".join(str(row.layer) for row in report.rows if row.changed),
-        keywords=" ".join(f"{name}={value}" for name, value in first.items()),
+        keywords=keywords,
         tokens=report.tokens,
         images=images,
         block_steps=run.block_steps,
@@ -311,6 +314,17 @@ def result_row(
         processes=int(os.environ.get("WORLD_SIZE", 1)),
         **versions(),
     )
+
+
+def mixers_of(report: Conversion) -> tuple[str, str]:
+    """Names and keywords of the mixers in a converted model; a mapping of layers may have several of both."""
+    names = {mixer.__name__: name for name, mixer in MIXERS.items()}
+    found = dict.fromkeys(
+        (names[row.after], " ".join(f"{name}={value}" for name, value in row.options.items()))
+        for row in report.rows
+        if row.changed
+    )
+    return ", ".join(dict.fromkeys(name for name, _ in found)), "; ".join(dict.fromkeys(words for _, words in found))
 
 
 def card(row: dict[str, Any], report: Conversion) -> str:
@@ -354,13 +368,17 @@ def parse_layers(text: str, source: str) -> Layers:
     if text.endswith(".json"):
         try:
             content = json.loads(Path(text).read_text())
-            layers = content.get("layers", content)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"layers={text} cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"layers={text} cannot be read: {one_line(error)}") from error
+        layers = content.get("layers", content) if isinstance(content, dict) else None
+        if not isinstance(layers, dict):
+            raise ValueError(f"layers={text} holds no layers; expected a file of timm-vix plan")
         if content.get("source", source) != source:
             raise ValueError(f"layers={text} is a plan for {content['source']}, not for {source}")
+        if not layers:
+            raise ValueError(f"layers={text} keeps every layer as it is: nothing to transfer")
         return layers
-    if text.replace(",", "").isdigit():
+    if text.replace(",", "").isdecimal():
         return [int(part) for part in text.split(",") if part]
     return text
 
@@ -373,8 +391,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="take timm's weights of the source")
     parser.add_argument("--mixer", default="nystrom")
     parser.add_argument("--layers", default="all", help="all, last-6, every-2, 0,3,5 or a plan.json")
-    parser.add_argument("--mixer-kwargs", nargs="*", default={}, action=ParseKwargs, help="e.g. num_landmarks=64")
-    parser.add_argument("--source-kwargs", nargs="*", default={}, action=ParseKwargs)
+    parser.add_argument("--mixer-kwargs", nargs="*", default={}, action=KeyValue, help="e.g. num_landmarks=64")
+    parser.add_argument("--source-kwargs", nargs="*", default={}, action=KeyValue)
     parser.add_argument("--img-size", type=int)
     for name, value in (("block-steps", 300), ("distill-steps", 100), ("batch-size", 16), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)

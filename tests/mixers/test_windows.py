@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import distance, small
+from conftest import distance, image, small
 from torch.nn.functional import adaptive_avg_pool2d
 
 from timm_vix.mixers._windows import from_windows, landmarks_and_windows, window_biases, windows
@@ -78,3 +78,12 @@ def test_a_window_over_the_whole_grid_is_softmax_for_the_patches(mixer, rope, la
     ours, theirs = model.blocks[0].attn(x), softmax.blocks[0].attn(x)
     P = model.num_prefix_tokens
     assert distance(ours[:, P:], theirs[:, P:]) < 1e-6
+
+
+@pytest.mark.parametrize("mixer", ["nystrom", "linformer"])
+def test_a_window_larger_than_the_grid_is_the_grid(mixer):
+    whole, larger = (small(mixer, window_size=size, depth=1) for size in (8, 10**6))
+    larger.load_state_dict(whole.state_dict())
+    x = image(whole)
+    assert max(whole.patch_embed.grid_size) <= 8
+    assert torch.equal(larger(x), whole(x))

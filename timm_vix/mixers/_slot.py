@@ -293,6 +293,7 @@ class AttentionMixer(TokenMixer):
         """
         dropout = self.attn_drop.p if self.training else 0.0
         P = self.num_prefix_tokens
+        window_size = min(window_size, max(self.grid[0], self.grid[1]))  # more would be padding
         q, k_all, v_all = self.project(x, 0, 3)
         q, k_all = self.rotate(q, rope), self.rotate(k_all, rope)
         biases = window_biases(q, P, self.grid, cells, window_size)

@@ -181,7 +181,7 @@ class PerformerAttention(AttentionMixer):
         super().__init__(attn, grid, num_prefix_tokens, rope)
         num_features = DEFAULT_FEATURES if num_features is None else num_features
         check_integer("num_features", num_features, 1)
-        check_integer("feature_seed", feature_seed, 0)
+        check_integer("feature_seed", feature_seed, 0, 2**63 - 1, "that a seed may be")
         check_integer("redraw_interval", redraw_interval, 0)
         self.num_features = num_features
         self.feature_seed = feature_seed
