@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_vix  # noqa: F401  registers the names
+from timm_vix.results import one_line
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -24,9 +25,14 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=3, help="classes shown")
     given = parser.parse_args()
     try:
+        if given.top < 1:
+            raise ValueError(f"top={given.top}; allowed is a whole number above 0")
         if not (given.model / "config.json").is_file():
             raise ValueError(f"model={given.model} holds no config.json; train one with examples/reproduce_vix.py")
-        model = timm.create_model(f"local-dir:{given.model}", pretrained=True).eval()
+        try:
+            model = timm.create_model(f"local-dir:{given.model}", pretrained=True).eval()
+        except RuntimeError as error:  # timm's for a folder without weights, torch's for weights of another model
+            raise ValueError(f"model={given.model} cannot be loaded: {one_line(error)}") from error
         names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
         transform = create_transform(**resolve_model_data_config(model))
         for photo in given.photos:

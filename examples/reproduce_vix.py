@@ -13,7 +13,6 @@ it was; weights stay in --runs.
 """
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -25,10 +24,10 @@ from timm.data import resolve_model_data_config
 
 import timm_vix  # noqa: F401  registers the names
 from timm_vix.finetune import find_device, finetune
-from timm_vix.hub import write_cards
+from timm_vix.hub import COLUMNS, read_rows, seed_suffix, write_cards
 from timm_vix.images import Images, list_images, normaliser, transforms
 from timm_vix.measure import run
-from timm_vix.results import write_history
+from timm_vix.records import append_record, header_of
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
 # leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.
@@ -126,7 +125,7 @@ def train(
 ) -> dict[str, Any]:
     """Train or continue one system by one recipe, test it, and return its row."""
     settings = RECIPES[recipe][0]
-    out = Path(given.runs) / f"{recipe}-{epochs}-{patch_size}" / system
+    out = Path(given.runs) / f"{recipe}-{epochs}-{patch_size}{seed_suffix(given.seed)}" / system
     _, history = finetune(
         system,
         model_kwargs=patched(system, patch_size),
@@ -157,7 +156,7 @@ def train(
         )
     )
     if "error" in step:
-        print(f"a step of {system} could not be measured: {step['error']}; its row has no speed and no memory")
+        print(f"a step of {system} could not be measured: {step['error']}; its row has the run's speed and no memory")
     shared = ("parameters", "device", "dtype", "threads", "batch_size", "torch", "timm")
     return dict(
         system=system,
@@ -170,7 +169,7 @@ def train(
         epochs=epochs,
         patch_size=patch_size,
         tokens=(32 // patch_size) ** 2,
-        images_per_second=told(step, "images_per_s", 1),
+        images_per_second=told(step, "images_per_s", 1) or best["images_per_second"],
         faster_than_softmax=told(step, "speedup", 3),
         peak_memory_mib=told(step, "peak_memory_mib", 1),
         seconds=round(sum(row["seconds"] for row in history), 1),
@@ -195,22 +194,28 @@ def main() -> int:
     parser.add_argument("--cards", metavar="DIR", help="write a model card for each row of the results")
     given = parser.parse_args()
     path = Path(given.results)
-    rows: list[dict[str, Any]] = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     try:
+        if not given.data_dir and not given.cards:
+            raise ValueError("neither --data-dir nor --cards was given; expected one of them or both")
         device = find_device(given.device)
+        # what the end needs is looked at before hours of training
+        rows, damaged = read_rows(path) if path.exists() and header_of(path) else ([], 0)
+        if damaged:
+            print(f"{path}: {damaged} damaged lines are ignored")
+        if given.data_dir:
+            _, classes = list_images(Path(given.data_dir) / "train")
+            list_images(Path(given.data_dir) / "test", classes)
         # system by system, so that a stop leaves whole rows of the table
         wanted = [(system, recipe) for system in given.systems for recipe in given.recipes] if given.data_dir else []
         for i, (system, recipe) in enumerate(wanted):
             epochs, patch_size = extent(recipe, given, device)
-            key = dict(
-                system=system, recipe=recipe, epochs=str(epochs), patch_size=str(patch_size), seed=str(given.seed)
-            )
-            if any(all(str(row[name]) == value for name, value in key.items()) for row in rows):
+            key = dict(system=system, recipe=recipe, epochs=epochs, patch_size=patch_size, seed=given.seed)
+            if any(all(row[name] == value for name, value in key.items()) for row in rows):
                 print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}: already in {path}")
                 continue
             print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}:", flush=True)
             rows.append(row := train(system, recipe, epochs, patch_size, given, device))
-            write_history(path, rows)
+            append_record(path, COLUMNS, row)
             print(f"test images: top-1 {row['top1']} %, paper {row['paper'] or 'without a number'}", flush=True)
         if given.cards:
             for card in write_cards(path, Path(given.cards)):

@@ -40,6 +40,8 @@ def test_the_advice_names_the_fastest_the_smallest_and_the_crossovers() -> None:
     assert "at all sizes (from 101 tokens)" in lines["fnet"]
     assert "At 640 px, 1,601 tokens: fastest is fnet, smallest nystrom." in text
     assert [line.split()[0] for line in text.splitlines()[1:4]] == ["fnet", "nystrom", "softmax"]
+    even = advise.advice([row("softmax", 160, 10, 20, 1), row("fnet", 160, 9.8, 30, 1.02)])
+    assert "At 160 px, 101 tokens: no mechanism is measurably faster than softmax, smallest softmax." in even
 
 
 def test_it_measures_here(monkeypatch, capsys, tmp_path) -> None:
@@ -50,7 +52,7 @@ def test_it_measures_here(monkeypatch, capsys, tmp_path) -> None:
     )
     cli.main()
     out = capsys.readouterr().out
-    assert "At 32 px, 5 tokens: fastest is " in out
+    assert "At 32 px, 5 tokens: " in out and "smallest" in out
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 3
 
 

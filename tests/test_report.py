@@ -121,6 +121,27 @@ def test_the_figure_of_accuracy_draws_the_front() -> None:
     assert trade_off([[dict(runs()[0], gflops=None)]], "gflops") is None
 
 
+def test_rows_measured_under_other_load_are_drawn_by_their_speedups() -> None:
+    rows = costs()
+    for row in rows[1::2]:  # everything took three times as long while this model was measured
+        row |= dict(latency_p50_ms=3 * row["latency_p50_ms"], baseline_p50_ms=3 * row["baseline_p50_ms"])
+    softmax, other = over_tokens(rows, "latency_p50_ms")[0].axes[0].lines[:2]
+    for (tokens, ms), (_, softmax_ms) in zip(other.get_xydata(), softmax.get_xydata(), strict=True):
+        assert softmax_ms / ms == pytest.approx(tokens / 1000)
+    for row in rows:
+        row |= dict(speedup=None, speedup_low=None, speedup_high=None)
+    assert over_tokens(rows, "latency_p50_ms")[0].axes[0].lines[1].get_ydata()[0] == rows[1]["latency_p50_ms"]
+
+
+def test_axes_have_plain_numbers_and_the_legend_hides_no_point() -> None:
+    figure = trade_off([runs()[:2], [dict(row, latency_p50_ms=0.6) for row in runs()[2:4]]], "latency_p50_ms")
+    png(figure)
+    axes = figure.axes[0]
+    texts = [tick.get_text() for tick in axes.get_xticklabels(which="both")]
+    assert "0.6" in texts and not [text for text in texts if "e" in text]
+    assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
+
+
 def test_a_figure_is_the_same_file_again() -> None:
     assert png(over_tokens(costs(), "latency_p50_ms")[0]) == png(over_tokens(costs(), "latency_p50_ms")[0])
 
@@ -145,6 +166,33 @@ def test_the_page_stands_alone_and_counts_what_it_leaves_out(tables, tmp_path) -
     for path in images:
         with Image.open(path) as image:
             assert image.format == "PNG" and min(image.size) > 300
+
+
+def test_machines_are_apart_and_a_table_given_twice_counts_once(tmp_path) -> None:
+    paths = [
+        write(tmp_path / f"{name}.csv", cost.COLUMNS, [dict(row, device_name=name) for row in costs()])
+        for name in ("first", "second")
+    ]
+    again = write(tmp_path / "again.csv", cost.COLUMNS, [dict(row, device_name="first", gflops=9.5) for row in costs()])
+    paths += [again, write(tmp_path / "compare.csv", compare.COLUMNS, runs())]
+    page, *images = report([*paths, paths[-1]], tmp_path / "report.html")
+    assert len([image for image in images if "first" in image.name]) == 3
+    assert len([image for image in images if "second" in image.name]) == 3
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    assert sorted(row[9] for row in cells if len(row) > 20) == ["2.5"] * 8 + ["9.5"] * 8
+    assert next(row for row in cells if row[:2] == ["bad", "scratch"])[2] == "2"  # seeds
+
+
+def test_a_run_without_a_data_set_is_a_damaged_line(tmp_path) -> None:
+    rows = [*runs(), dict(runs()[0], dataset="other"), dict(runs()[0], dataset=None)]
+    page, *_ = report([write(tmp_path / "compare.csv", compare.COLUMNS, rows)], tmp_path / "report.html")
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    assert ["compare.csv", "comparison", "7", "0", "1"] in cells
+
+
+def test_one_resolution_is_no_curve(tmp_path) -> None:
+    page, *images = report([write(tmp_path / "cost.csv", cost.COLUMNS, costs()[:2])], tmp_path / "report.html")
+    assert not images and "need rows of several image sizes" in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The paper's table again: epochs that are kept, rows that are right, cards that say what the rows say."""
 
 import csv
+import errno
 import importlib.util
 import json
+import os
 import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ from conftest import DATA
 from PIL import Image
 
 from timm_vix.finetune import finetune
-from timm_vix.hub import write_cards
+from timm_vix.hub import COLUMNS, read_rows, write_cards
+from timm_vix.records import append_record
+from timm_vix.results import write_whole
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = DATA / "cifar10.tar.xz"
@@ -181,6 +186,8 @@ def test_the_shipped_checkpoint_recognises_photographs_as_its_row_says(run, tmp_
         (["absent.jpg", "--model", "absent"], ["model=absent", "config.json", "reproduce_vix.py"]),
         (["absent.jpg"], ["absent.jpg"]),
         ([__file__], ["cannot identify", "test_reproduce.py"]),
+        (["absent.jpg", "--top", "0"], ["top=0", "above 0"]),
+        (["absent.jpg", "--top", "-1"], ["top=-1", "above 0"]),
     ],
 )
 def test_classify_says_what_is_missing(arguments, words, run):
@@ -188,10 +195,97 @@ def test_classify_says_what_is_missing(arguments, words, run):
     assert code == 2 and not [word for word in words if word not in errors]
 
 
+@pytest.mark.parametrize("architecture", ["hybrid_pin_cifar", "vit_tiny_patch16_224"])
+def test_classify_says_that_a_folder_has_no_weights(architecture, run, tmp_path):
+    config = json.loads((ROOT / "examples" / "checkpoint" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": architecture, "model_args": {}}))
+    code, _, errors = run("classify", "absent.jpg", "--model", tmp_path)
+    assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: ")
+    assert f"No suitable checkpoints found in {tmp_path}" in errors
+
+
 def test_cards_need_all_columns(tmp_path):
     (tmp_path / "r.csv").write_text("system,recipe\nccn_cifar,paper\n")
-    with pytest.raises(ValueError, match=r"r.csv lacks the columns paper, top1"):
+    with pytest.raises(ValueError, match=r"r.csv was written by another version or program: it lacks paper, top1"):
         write_cards(tmp_path / "r.csv", tmp_path / "cards")
+
+
+def test_damaged_rows_are_left_out_and_missing_numbers_are_told(tmp_path):
+    path = tmp_path / "r.csv"
+    committed = ROOT / "examples" / "results" / "reproduce_vix.csv"
+    (good, _), damaged = read_rows(committed)
+    assert (list(good), damaged) == (list(COLUMNS), 0)
+    append_record(path, COLUMNS, good | dict(seed=1, images_per_second=None, peak_memory_mib=None))
+    append_record(path, COLUMNS, good | dict(top1=None))
+    append_record(path, COLUMNS, good)
+    path.write_bytes(path.read_bytes()[:-40])  # the last line is cut off
+    assert [row["seed"] for row in read_rows(path)[0]] == [1] and read_rows(path)[1] == 2
+    (card,) = write_cards(path, tmp_path / "cards")
+    assert card.name == "hybrid_pin_cifar-patch4-modern-10epochs-seed1.md"
+    assert "| training | not measured, peak memory of a step not measured |" in card.read_text()
+    for card in write_cards(committed, tmp_path / "cards"):
+        assert card.read_text() == (ROOT / "hub_cards" / card.name).read_text()
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("arguments", ["neither --data-dir nor --cards"]),
+        ("test", ["test does not exist", "expected"]),
+        ("results", ["r.csv was written by another version", "it lacks paper"]),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_training(damage, words, run, images, tmp_path):
+    data, results = tmp_path / "data", tmp_path / "r.csv"
+    data.mkdir()
+    for split in ("train", "test"):
+        if (damage, split) != ("test", "test"):
+            (data / split).symlink_to(images / split)
+    if damage == "results":
+        results.write_text("system,recipe\nccn_cifar,paper\n")
+    arguments = ["--device", "cpu", "--runs", tmp_path / "runs", "--results", results]
+    code, _, errors = run("reproduce_vix", *arguments, *(["--data-dir", data] if damage != "arguments" else []))
+    assert code == 2 and errors.count("\n") == 1 and not [word for word in words if word not in errors]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_seed_has_a_run_of_its_own_and_the_speed_of_its_training(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_vix.measure.run", lambda job: dict(error="out of memory"))
+    arguments = ["--data-dir", images, "--systems", "vix_fnet_cifar", "--recipes", "modern", "--patch-size", 4]
+    arguments += ["--epochs", 1, "--device", "cpu", "--threads", 1, "--runs", tmp_path / "runs"]
+    arguments += ["--results", tmp_path / "r.csv"]
+    for seed in (0, 1):
+        assert run("reproduce_vix", *arguments, "--seed", seed)[0] == 0
+        with (tmp_path / "r.csv").open("a") as file:
+            file.write("cut,off")
+    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {"modern-1-4", "modern-1-4-seed1"}
+    code, out, _ = run("reproduce_vix", *arguments, "--seed", 1)
+    assert code == 0 and "2 damaged lines are ignored" in out and "already in" in out
+    rows, _ = read_rows(tmp_path / "r.csv")
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert all(row["images_per_second"] > 0 and row["faster_than_softmax"] is None for row in rows)
+
+
+def test_a_file_is_replaced_by_a_file_only_and_the_reason_is_the_systems(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match=f"{name}: it is there and is no regular file"):
+            write_whole(tmp_path / name, b"new")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 2
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+    for number, end in ((errno.ENOSPC, "make room, then resume"), (errno.EIO, "the previous one is intact")):
+        monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(number, os.strerror(number))))
+        with pytest.raises(OSError, match=f"{os.strerror(number)}; the previous one is intact.*") as error:
+            write_whole(path, b"new")
+        assert str(error.value).endswith(end) and path.read_bytes() == b"old"
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path):
+    text = (ROOT / "examples" / "results" / "reproduce_vix.csv").read_text()
+    (tmp_path / "r.csv").write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert read_rows(tmp_path / "r.csv") == read_rows(ROOT / "examples" / "results" / "reproduce_vix.csv")
 
 
 def test_models_of_a_table_and_saved_ones_have_rows_beside_each_other(run, images, tmp_path):

@@ -38,6 +38,24 @@ def style(number: int) -> dict[str, str]:
     return dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
 
 
+def paired_times(records: list[Record]) -> list[Record]:
+    """Rows whose time is the softmax baseline's median over all rows of their size, divided by the speedup.
+
+    The rows' own times were measured at different moments, under other load; the speedup was measured in turn. A row
+    without a speedup keeps its own time.
+    """
+    baseline: dict[int, list[float]] = {}
+    for record in records:
+        if record["baseline_p50_ms"]:
+            baseline.setdefault(record["img_size"], []).append(record["baseline_p50_ms"])
+    return [
+        dict(record, latency_p50_ms=statistics.median(baseline[record["img_size"]]) / record["speedup"])
+        if record["speedup"] and record["img_size"] in baseline
+        else record
+        for record in records
+    ]
+
+
 def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, str]]]:
     """Figure of one cost over resolution, and for each model its exponent and crossover.
 
@@ -45,11 +63,13 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
 
     Args:
         records: Rows of one mode, dtype and so on, with one row for a model and resolution.
-        cost: "latency_p50_ms", "peak_memory_mib", or "speedup": with its spread, and without an exponent.
+        cost: "latency_p50_ms", see ``paired_times``, "peak_memory_mib", or "speedup": with its spread, and without an
+            exponent.
     """
     figure, axes = canvas()
     lines = []
     known = {r["img_size"]: r["tokens"] for r in sorted(records, key=is_softmax) if r["tokens"]}
+    records = paired_times(records) if cost == "latency_p50_ms" else records
     records = [r for r in records if r[cost] and r["img_size"] in known]
     for number, name in enumerate(dict.fromkeys(map(series_name, sorted(records, key=is_softmax, reverse=True)))):
         rows = sorted((r for r in records if series_name(r) == name), key=lambda r: r["img_size"])
@@ -81,7 +101,7 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
     axes.xaxis.minorticks_off()
     plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    legend_below(figure)
     return figure, lines
 
 
@@ -106,7 +126,7 @@ def trade_off(runs: list[list[Record]], cost: str) -> Optional[Any]:
     axes.set(xscale="log", xlabel=AXES[cost], ylabel="validation top-1 (%)")
     plain_numbers(axes.xaxis)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=9)
+    legend_below(figure)
     return figure
 
 
@@ -131,12 +151,21 @@ def agreement_over_cost(plan: dict[str, Any]) -> Any:
     return figure
 
 
+def legend_below(figure: Any) -> None:
+    """The legend outside of the axes, where it hides no point."""
+    figure.legend(fontsize=9, loc="outside lower center", ncols=2)
+
+
 def plain_numbers(axis: Any) -> None:
     """20 instead of 2 x 10^1; where the range is small, between the powers of ten as well."""
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: Optional[int] = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # it knows which ticks have room for a number
+
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
 
 
 def canvas() -> tuple[Any, Any]:

@@ -1,26 +1,69 @@
 """Model cards for the Hub, written from a results file and from nothing else."""
 
-import csv
 from pathlib import Path
 
-COLUMNS = (
-    *("system", "recipe", "paper", "top1", "top5", "held_out_top1", "epoch", "epochs", "patch_size", "tokens"),
-    *("images_per_second", "peak_memory_mib", "seed", "parameters", "device", "dtype", "batch_size", "torch", "timm"),
+from .records import Columns, Record, read_records
+
+COLUMNS: Columns = dict(
+    system=str,
+    recipe=str,
+    paper=str,
+    top1=float,
+    top5=float,
+    held_out_top1=float,
+    epoch=int,
+    epochs=int,
+    patch_size=int,
+    tokens=int,
+    images_per_second=float,
+    faster_than_softmax=float,
+    peak_memory_mib=float,
+    seconds=float,
+    seed=int,
+    parameters=int,
+    device=str,
+    dtype=str,
+    threads=int,
+    batch_size=int,
+    torch=str,
+    timm=str,
 )
+# a system without a number in the paper, a step that could not be measured
+MAY_BE_EMPTY = {"paper", "images_per_second", "faster_than_softmax", "peak_memory_mib"}
 
 
-def card(row: dict[str, str]) -> str:
+def read_rows(path: Path) -> tuple[list[Record], int]:
+    """The good rows of a results file, and the number of damaged lines.
+
+    Raises:
+        ValueError: for a file that cannot be read, or that has other columns, naming them.
+    """
+    records, damaged = read_records(path, COLUMNS, exact=True)
+    needed = COLUMNS.keys() - MAY_BE_EMPTY
+    good = [record for record in records if all(record[name] is not None for name in needed)]
+    return good, damaged + len(records) - len(good)
+
+
+def seed_suffix(seed: int) -> str:
+    """What a seed adds to the name of a run or card: nothing for 0, which most rows have."""
+    return f"-seed{seed}" if seed else ""
+
+
+def card(row: Record) -> str:
     """The card of one row of ``examples/results/reproduce_vix.csv``."""
-    memory = f"{float(row['peak_memory_mib']):,.0f} MiB" if row["peak_memory_mib"] else "not measured"
+    speed, memory = (
+        "not measured" if row[name] is None else f"{row[name]:,.0f} {unit}"
+        for name, unit in (("images_per_second", "images a second"), ("peak_memory_mib", "MiB"))
+    )
     measured = {
-        "top-1, test images": f"{float(row['top1']):.2f} %",
-        "top-5, test images": f"{float(row['top5']):.2f} %",
-        "top-1, held-out images": f"{float(row['held_out_top1']):.2f} %",
-        "top-1 of the paper": f"{row['paper']}" if row["paper"] else "not published",
-        "parameters": f"{int(row['parameters']):,}",
+        "top-1, test images": f"{row['top1']:.2f} %",
+        "top-5, test images": f"{row['top5']:.2f} %",
+        "top-1, held-out images": f"{row['held_out_top1']:.2f} %",
+        "top-1 of the paper": row["paper"] or "not published",
+        "parameters": f"{row['parameters']:,}",
         "tokens": f"{row['tokens']} (patches of {row['patch_size']} px)",
         "epochs": f"{row['epochs']}, of which epoch {row['epoch']} was best on the held-out images",
-        "training": f"{float(row['images_per_second']):,.0f} images a second, peak memory of a step {memory}",
+        "training": f"{speed}, peak memory of a step {memory}",
         "on": f"{row['device']}, {row['dtype']}, batch {row['batch_size']}, seed {row['seed']}, "
         f"torch {row['torch']}, timm {row['timm']}",
     }
@@ -63,20 +106,17 @@ nothing. Nothing was measured on other images, and the terms of CIFAR-10's image
 
 
 def write_cards(results: Path, folder: Path) -> list[Path]:
-    """Write a card for each row of a results file, and return their paths.
+    """Write a card for each good row of a results file, and return their paths.
 
     Raises:
-        ValueError: for a file that lacks columns, naming them.
-        OSError: for a file that cannot be read or written.
+        ValueError: for a file that cannot be read, or that has other columns, naming them.
+        OSError: for a file that cannot be written.
     """
-    with results.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if missing := [name for name in COLUMNS if rows and name not in rows[0]]:
-        raise ValueError(f"{results} lacks the columns {', '.join(missing)}; expected what reproduce_vix.py writes")
+    rows, _ = read_rows(results)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for row in rows:
-        run = f"patch{row['patch_size']}-{row['recipe']}-{row['epochs']}epochs"
+        run = f"patch{row['patch_size']}-{row['recipe']}-{row['epochs']}epochs" + seed_suffix(row["seed"])
         paths.append(folder / f"{row['system']}-{run}.md")
         paths[-1].write_text(card(row), encoding="utf-8")
     return paths

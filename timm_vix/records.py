@@ -53,7 +53,8 @@ def header_of(path: Path) -> list[str]:
         ValueError: for a file that is not there or cannot be read.
     """
     try:
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        # utf-8-sig: a spreadsheet puts a mark of its own before the first column's name
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
             return split(file.readline().rstrip("\r\n")) or []
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; expected a CSV file") from error
@@ -88,7 +89,7 @@ def read_records(path: Path, columns: Columns, exact: bool = False) -> tuple[lis
             f"{path} was written by another version or program: {'; '.join(told) or 'its columns are in another order'}"
         )
     records, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[1:]:
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n")[1:]:
         if not line.strip():
             continue
         cells = split(line.rstrip("\r"))

@@ -24,13 +24,18 @@ COST_COLUMNS = (
     *("epoch_s", "peak_memory_mib", "checkpoint_mib", "first_call_ms", "rounds", "device_name", "threads"),
 )
 BEST = ("best_images_per_s", "best_batch_size")
+# what makes two rows the same measurement; machines of the same kind of device differ by their name
+COST_KEY = (*cost.KEY, "device_name", "baseline")
+COMPARE_KEY = ("dataset", "model", "start", "recipe", "seed", "device", "device_name", "threads")
 COMPARE_COLUMNS = ("model", "start", "seeds", *compare.MEANS, "epochs", "img_size", "batch_size")
 NOTES = (
     "GFLOPs count a multiply-add as two operations, for one image; with mode train they are those of a training "
     "step, backward included. speedup is the softmax baseline's time, through scaled_dot_product_attention, over the "
     "model's: the two are timed in turn, and low and high are the 10th and 90th percentile over the rounds. A spread "
     "that holds 1 is no difference: none. unfused is softmax as two matrix products, as most papers have it. Memory "
-    "is the peak of inference or of a training step, weights included."
+    "is the peak of inference or of a training step, weights included. Of rows measured twice the last counts. "
+    "ms per call over resolution are the baseline's, the median of all rows of a size, divided by the speedup, since "
+    "rows are measured under different load; the table has each row's own."
 )
 
 
@@ -55,12 +60,17 @@ def read_tables(paths: list[Path]) -> tuple[list[Record], list[Record], list[lis
         files[-1] += [f"{short(r['model'])}: {r['error']}" for r in records if r["error"] is not None][:20]
     if not costs and not runs:
         raise ValueError(f"{', '.join(map(str, paths))}: no good row to report")
-    return costs, runs, files
+    return last_of_each(costs, COST_KEY), last_of_each(runs, COMPARE_KEY), files
+
+
+def last_of_each(records: list[Record], key: tuple[str, ...]) -> list[Record]:
+    """The rows, and of those with the same key the last."""
+    return list({tuple(record[name] for name in key): record for record in records}.values())
 
 
 def usable(record: Record, is_compare: bool) -> bool:
     """Whether a row has what every figure and table needs."""
-    needed = ("model", "start", "top1") if is_compare else (*cost.KEY, "baseline", "latency_p50_ms")
+    needed = ("dataset", "model", "start", "top1") if is_compare else (*cost.KEY, "baseline", "latency_p50_ms")
     positive = ("top1",) if is_compare else ("latency_p50_ms",)
     filled = all(record[name] is not None for name in needed) and record["error"] is None
     return filled and all(0 <= record[name] < float("inf") for name in positive)
@@ -138,7 +148,7 @@ def comparison_section(runs: list[Record], figures: dict[str, bytes]) -> str:
 
 def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
     """Cost over resolution for each setting with several sizes, and all rows."""
-    names = ("mode", "dtype", "compile", "device", "threads", "batch_size", "trunk")
+    names = ("mode", "dtype", "compile", "device", "device_name", "threads", "batch_size", "trunk")
     groups: dict[tuple, list[Record]] = {}
     for record in costs:
         values = dict(record, trunk=record["baseline"])
@@ -147,15 +157,16 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
     for key, group in groups.items():
         if len({record["img_size"] for record in group if record["tokens"]}) < 2:
             continue
-        mode, dtype, compiled, device, threads, batch, trunk = key
-        what = f"{mode}, {dtype}, batch {batch}, {device}, {threads} threads{', compiled' * (compiled == 'on')}"
+        mode, dtype, compiled, device, machine, threads, batch, trunk = key
+        where = f"{device} ({machine})" if machine else device
+        what = f"{mode}, {dtype}, batch {batch}, {where}, {threads} threads{', compiled' * (compiled == 'on')}"
         images = []
         trends: dict[str, dict[str, str]] = {}
         for name, label in (COSTS | SPEEDUP).items():
             if not any(record[name] for record in group):
                 continue
             drawn, lines = over_tokens(group, name)
-            title = slug(f"{name} {mode} {dtype} {compiled} {device} {threads} {batch} {trunk}")
+            title = slug(f"{name} {mode} {dtype} {compiled} {where} {threads} {batch} {trunk}")
             figures[title] = png(drawn)
             alt = f"{label} over tokens on logarithmic axes, one line for each of {len(lines)} models"
             caption = f"{what}, beside {trunk}: {label}. Dotted: crossovers with softmax."
@@ -168,6 +179,8 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
         columns = [f"exponent of {label}" for label in COSTS.values()]
         slopes = [[model, *(t.get(label, "") for label in COSTS.values()), t["faster"]] for model, t in trends.items()]
         parts.append(table(("model", *columns, "faster than softmax"), slopes))
+    if len(parts) == 1:
+        parts.append("<p>Figures over resolution need rows of several image sizes in the same setting.</p>")
     best: dict[tuple, Record] = {}
     for record in sorted(costs, key=lambda record: record["images_per_s"] or 0):
         best[setting_of(record)] = record
@@ -183,7 +196,7 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
 
 def setting_of(record: Record) -> tuple:
     """All that tells rows apart but the batch size."""
-    return tuple(record[name] for name in cost.KEY if name != "batch_size")
+    return tuple(record[name] for name in COST_KEY if name != "batch_size")
 
 
 def slug(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import os
 import shutil
@@ -37,8 +38,10 @@ def write_whole(path: Path, data: Any) -> None:
     """Replace a file, or on any failure leave the previous one.
 
     Raises:
-        OSError: in one line, with the file's name and size.
+        OSError: in one line, with the file's name and size; also for a folder, a pipe or a device, which stays.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {path}: it is there and is no regular file; choose another name")
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +53,10 @@ def write_whole(path: Path, data: Any) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        kept = "the previous one is intact; " if path.exists() else ""
-        raise OSError(
-            f"cannot write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}; {kept}make room, then resume"
-        ) from error
+        reason = f"cannot write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}"
+        kept = "; the previous one is intact" if path.exists() else ""
+        room = "; make room, then resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(f"{reason}{kept}{room}") from error
 
 
 def restore(path: Path, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
