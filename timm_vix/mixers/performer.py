@@ -76,9 +76,9 @@ def add_keys(
     of phi.
     """
     # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
-    known = (k * (centre - 0.5 * k)).sum(3, keepdim=True) * k.shape[3] ** -0.5
+    known = (k * centre).sum(3, keepdim=True) - 0.5 * k.square().sum(3, keepdim=True)
     # added, since the gradient of what is subtracted would be negated at full size
-    exponent = torch.matmul(k, features.transpose(0, 1)).add_(known)
+    exponent = torch.matmul(k, features.transpose(0, 1)).add_(known * k.shape[3] ** -0.5)
     new_top = torch.maximum(top, exponent.detach().amax(dim=2, keepdim=True))
     phi = exponent.sub_(new_top).exp_()
     return new_top, sums * torch.exp(top - new_top).transpose(2, 3) + torch.matmul(phi.transpose(2, 3), v)
