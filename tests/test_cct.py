@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from conftest import distance, lively
+from timm.layers import Attention
 from timm.models import save_for_hf
 
 from timm_vix.mixers import MIXERS
@@ -43,6 +44,14 @@ def test_a_name_says_what_is_built(name):
     assert model.num_prefix_tokens == 0 and model.cls_token is None
     assert MIXER[family] == "softmax" or all(type(m) is MIXERS[MIXER[family]] for m in model.mixers())
     assert "arXiv" in timm.model_entrypoint(name).__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_takes_another_mixer(name):
+    for mixer in MIXERS:
+        model = timm.create_model(name, mixer=mixer, device="meta")
+        expected = Attention if mixer == "softmax" else MIXERS[mixer]
+        assert expected in {type(module) for module in model.modules()}
 
 
 def small(name="ccn_cifar", **kwargs):

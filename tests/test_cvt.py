@@ -8,6 +8,7 @@ import torch
 from conftest import distance, lively
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models._features_fx import GraphExtractNet
 
 from timm_vix.models._projected import PROJECTED
 
@@ -184,6 +185,13 @@ def test_softmax_weights_load_into_every_mixer(tmp_path):
         ({"key_stride": 3}, ["key_stride=3", "1, 2"]),
         ({"conv_residual": True}, ["conv_residual=True", "grid", "key_stride=1"]),
         ({"img_size": 1, "embed_kernels": (7, 3, 3)}, ["img_size=1", "stage 0"]),
+        ({"embed_strides": (2, 1)}, ["embed_strides=(2, 1)", "three positive integers"]),
+        ({"embed_strides": (0, 1, 1)}, ["embed_strides=(0, 1, 1)", "three positive integers"]),
+        ({"depths": (1, 1)}, ["depths=(1, 1)", "three positive integers"]),
+        ({"embed_dims": 64}, ["embed_dims=64", "three positive integers"]),
+        ({"embed_kernels": (7, 3, 3.0)}, ["embed_kernels=(7, 3, 3.0)", "three positive integers"]),
+        ({"num_heads": (3, 3, 3)}, ["num_heads=(3, 3, 3)", "embed_dims=(16, 16, 32)"]),
+        ({"img_size": "20"}, ["img_size='20'", "positive integer"]),
         ({"global_pool": "max"}, ["global_pool='max'", "avg"]),
         ({"global_pool": "token", "class_token": False}, ["global_pool='token'", "avg"]),
     ],
@@ -193,6 +201,32 @@ def test_a_wrong_keyword_is_named(kwargs, words):
     with pytest.raises(ValueError) as error:
         timm.create_model("cvn_13", **{**SHAPE, **kwargs})
     assert not [word for word in words if word not in str(error.value)], error.value
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The TorchScript type system:UserWarning")
+@pytest.mark.parametrize("kind", ["model", "features", "maps", "TorchScript", "torch.fx", "torch.export"])
+def test_another_image_of_as_many_tokens_is_refused(kind):
+    model = small("cvn_13")
+    x, other = torch.randn(2, 3, 20, 12), torch.randn(2, 3, 12, 20)
+    build = {
+        "model": lambda: model,
+        "features": lambda: timm.create_model("cvn_13", **SHAPE, features_only=True),
+        "maps": lambda: model.forward_intermediates,
+        "TorchScript": lambda: torch.jit.script(model),
+        "torch.fx": lambda: GraphExtractNet(model, return_nodes=["head"]),
+        "torch.export": lambda: torch.export.export(model, (x,)).module(),
+    }
+    built = build[kind]()
+    built(x)
+    with pytest.raises((AssertionError, torch.jit.Error), match="Input height .* doesn't match model|Guard failed"):
+        built(other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_takes_another_mixer(name):
+    for mixer in PROJECTED:
+        model = timm.create_model(name, mixer=mixer, device="meta")
+        assert {type(m) for m in model.modules() if type(m) in PROJECTED.values()} == {PROJECTED[mixer]}
 
 
 def test_an_unknown_keyword_is_a_type_error():

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from timm.models import save_for_hf
 
 import timm_vix
 
@@ -167,6 +171,78 @@ else:
 """
     done = program(hub, load, tmp_path / "b")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=32, num_heads=2, num_classes=5)
+    timm_vix.convert(model, "nystrom", "last-2", num_landmarks=4)
+    save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+def load_changed(saved, folder, **changes):
+    """Load what is in ``saved`` with changes to entries of its configuration; None: without."""
+    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    config.pop("num_classes")  # at the top it would be taken instead
+    for part, entries in changes.items():
+        config[part].update(entries)
+        config[part] = {name: value for name, value in config[part].items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shutil.copy(saved / "model.safetensors", folder)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        *(({name: 0}, [f"{name}=0", "at least 1"]) for name in ("num_heads", "patch_size", "in_chans", "depth")),
+        *(({name: -2}, [f"{name}=-2", "at least 1"]) for name in ("num_heads", "in_chans", "depth", "embed_dim")),
+        ({"img_size": [64, 0]}, ["img_size=[64, 0]", "at least 1"]),
+        ({"num_heads": "two"}, ["'num_heads': 'two'", "don't build"]),
+        ({"num_classes": -1}, ["num_classes=-1", "at least 0"]),
+        ({"reg_tokens": -4}, ["reg_tokens", "don't build"]),
+        ({"norm_layer": "evil"}, ["norm_layer", "don't build"]),
+        ({"act_layer": "evil"}, ["act_layer", "don't build"]),
+        *(({name: None}, [repr(name), "lacks"]) for name in ("source", "mixer", "layers")),
+    ],
+    ids=str,
+)
+def test_broken_saved_arguments_are_named(saved, arguments, words, tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_changed(saved, tmp_path, model_args=arguments)
+    assert not [word for word in words if word not in str(error.value)], error.value
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        *({"num_classes": value} for value in (-1, "evil", 1.5)),
+        *({"input_size": value} for value in ("evil", 64, [3, 64], [3, 0, 64])),
+        *({"first_conv": value} for value in (3, ["patch_embed.proj", 3])),
+        {"classifier": 3},
+    ],
+    ids=str,
+)
+def test_a_broken_saved_configuration_is_named(saved, cfg, tmp_path):
+    (name,) = cfg
+    with pytest.raises(ValueError, match=f"{name}="):
+        # timm reads the input size from the arguments if they have one
+        load_changed(
+            saved, tmp_path, pretrained_cfg=cfg, model_args=dict.fromkeys(["img_size", "in_chans", "num_classes"])
+        )
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello world", [torch.zeros(2)], torch.zeros(2), {1: torch.zeros(2)}, {"head.bias": "evil"}], ids=str
+)
+def test_weights_of_something_else_are_refused(saved, content, tmp_path):
+    shutil.copy(saved / "config.json", tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match="no readable weights"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
 def test_a_repository_that_is_not_there(hub, tmp_path):

@@ -52,6 +52,14 @@ def test_a_name_says_what_is_built(name):
     assert "arXiv" in timm.model_entrypoint(name).__doc__
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_takes_another_mixer(name):
+    for mixer in PROJECTED:
+        model = timm.create_model(name, mixer=mixer, device="meta")
+        expected = set() if mixer == "softmax" else {PROJECTED[mixer]}
+        assert {type(m) for m in model.modules() if type(m) in PROJECTED.values()} == expected
+
+
 @pytest.mark.parametrize("name", ["levin_128s", "levip_128s"])
 def test_weights_are_those_of_timms_levit(name, tmp_path, caplog):
     """With a landmark for each token Nyström attention is LeViT's, but for the biases."""
@@ -110,11 +118,12 @@ def test_the_single_stage_trains_and_comes_back(patch_size, kwargs, tmp_path):
         ({"stem": "hmlp"}, ["'hmlp'", "conv_linear"]),
         ({"img_size": 13, "patch_size": 2}, ["img_size=13", "patch_size=2"]),
         ({"img_size": 0}, ["img_size=0", "positive"]),
+        ({"model_name": "levin_128s", "img_size": 100}, ["img_size=100", "16"]),
         ({"use_conv": True}, ["use_conv=True", "False"]),
     ],
     ids=str,
 )
 def test_a_wrong_keyword_is_named(kwargs, words):
     with pytest.raises(ValueError) as error:
-        timm.create_model("levin_cifar", **kwargs)
+        timm.create_model(**{"model_name": "levin_cifar", **kwargs})
     assert not [word for word in words if word not in str(error.value)], error.value

@@ -76,6 +76,14 @@ def test_a_name_says_what_is_built(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_name_takes_another_mixer(name):
+    for mixer in ("softmax", "linformer"):
+        model = timm.create_model(name, mixer=mixer, device="meta", depth=1)
+        kind = Attention if mixer == "softmax" and "_rope" not in name else MIXERS[mixer]
+        assert type(model.blocks[0].attn) is kind
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_default_configuration(name):
     model = timm.create_model(name, device="meta")
     cfg, state = model.pretrained_cfg, model.state_dict()
@@ -311,6 +319,47 @@ def test_a_damaged_file_is_named(content, suffix, deit, tmp_path):
     )
     with pytest.raises(ValueError, match="damaged"):
         converted("vix_nystrom_tiny", path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello world", b"", [torch.zeros(2)], torch.zeros(2), {1: torch.zeros(2)}, {"model": [1]}], ids=str
+)
+@pytest.mark.parametrize("name", ["vix_nystrom_cifar", "ccn_cifar", "cvt_cifar", "levin_cifar", "pin_cifar"])
+def test_a_file_of_something_else_is_refused(name, content, tmp_path):
+    path = tmp_path / "other.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        converted(name, path)
+
+
+@pytest.mark.parametrize("name", ["vix_nystrom_cifar", "cvt_cifar", "levin_cifar", "pin_cifar", "fnet2d_cifar"])
+def test_values_that_are_no_tensors_are_refused(name, tmp_path):
+    torch.save({"head.weight": "evil"}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="'head.weight'; expected a dictionary from text to tensors"):
+        converted(name, tmp_path / "other.pth")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    save_for_hf(timm.create_model("vix_softmax_cifar", depth=1), tmp_path, safe_serialization=True)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no readable checkpoint.*No suitable checkpoints found"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+# saved model, name that takes its weights, what the message says
+OTHERS = [
+    ("ccn_cifar", "vix_nystrom_cifar", "doesn't fit vix_nystrom_cifar"),
+    ("vix_linformer_cifar", "vix_mixer_cifar", r"Unexpected: blocks\.\*\.attn"),
+    ("vix_linformer_cifar", "vix_fnet_cifar", r"Unexpected: blocks\.\*\.attn"),
+    ("vix_mixer_cifar", "vix_fnet_cifar", r"Unexpected: blocks\.\*\.attn"),
+]
+
+
+@pytest.mark.parametrize("saved, name, words", OTHERS)
+def test_weights_of_another_architecture_are_refused(saved, name, words, tmp_path):
+    save_file(timm.create_model(saved, depth=1).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=words):
+        converted(name, tmp_path / "other.safetensors", depth=1)
 
 
 def test_a_missing_file_is_named(tmp_path):

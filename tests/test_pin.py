@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import distance, lively
 from safetensors.torch import save_file
+from timm.layers import Attention
 from timm.models import save_for_hf
 
 from timm_vix.mixers import MIXERS
@@ -16,6 +17,14 @@ NAMES = [
     f"{stem}{family}_{size}" for stem in ("", "hybrid_") for family in ("pin", "pip") for size in ("tiny", "cifar")
 ]
 SHAPE = dict(img_size=(20, 12), patch_size=4, stride=2, base_dims=(16, 16), depth=(1, 2), heads=(1, 2), num_classes=5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_takes_another_mixer(name):
+    for mixer in MIXERS:
+        model = timm.create_model(name, mixer=mixer, device="meta")
+        expected = Attention if mixer == "softmax" else MIXERS[mixer]
+        assert expected in {type(module) for module in model.modules()}
 
 
 def pit(**kwargs):
@@ -101,6 +110,10 @@ def test_weights_of_pit_load_at_another_grid(tmp_path, caplog):
     assert model.pos_embed.shape == (1, 16, 18, 10)
     assert distance(model.pos_embed.mean(), reference.pos_embed.mean()) < 0.2
     assert torch.equal(model.transformers[1].pool.conv.weight, reference.transformers[1].pool.conv.weight)
+    linformer = timm.create_model("pin_tiny", mixer="linformer", **arguments)
+    save_file(linformer.state_dict(), tmp_path / "pit.safetensors")
+    with pytest.raises(ValueError, match="Unexpected: transformers.*attn"):
+        timm.create_model("pin_tiny", mixer="fnet", pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "pit.safetensors")
     with pytest.raises(ValueError, match="doesn't fit"):
         timm.create_model("pin_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
@@ -114,6 +127,7 @@ def test_weights_of_pit_load_at_another_grid(tmp_path, caplog):
         ({"mixer": "sofmax"}, ["sofmax", "nystrom"]),
         ({"stem": "convolution"}, ["convolution", "conv_linear"]),
         ({"stem": "hmlp"}, ["'hmlp'", "conv_linear"]),
+        ({"block": "parallel"}, ["block='parallel'", "'sequential'"]),
         ({"stem": "conv", "stride": 8}, ["img_size=(20, 12)", "stride=8"]),
         ({"stem": "conv", "stride": 3, "img_size": 12}, ["patch_size=3", "1, 2, 4, 8 or 16"]),
         ({"img_size": 3}, ["img_size=3", "patch_size=4"]),

@@ -6,13 +6,11 @@ image is a token.
 """
 
 import logging
-import pickle
 import re
 from collections.abc import Callable
 from typing import Any, Optional, Union
 
 import torch
-from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
@@ -33,6 +31,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
     "cifar": dict(img_size=32, patch_size=1, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0, qkv_bias=False),
 }
+# what softmax attention has below its own name
+SOFTMAX_KEY = re.compile(r"(qkv|q_norm|k_norm|norm|gate|proj)\.")
 BLOCKS = {"sequential": Block, "parallel": ParallelThingsBlock}
 
 
@@ -173,15 +173,50 @@ def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
 
 def own_keys(model: nn.Module) -> set[str]:
     """State-dict keys that a softmax ViT of the same size doesn't have: mixers' extras and convolutional stems."""
-    softmax = re.compile(r"(qkv|q_norm|k_norm|norm|gate|proj)\.")
     keys = set()
     for prefix, module in model.named_modules():
         if isinstance(module, TokenMixer):
-            keys |= {f"{prefix}.{key}" for key in module.state_dict() if not softmax.match(key)}
+            keys |= {f"{prefix}.{key}" for key in module.state_dict() if not SOFTMAX_KEY.match(key)}
     stem = getattr(model, "patch_embed", None)
     if isinstance(getattr(stem, "proj", None), nn.Sequential):
         keys |= {key for key in model.state_dict() if key.startswith("patch_embed.")}
     return keys
+
+
+def absent_keys(state_dict: dict[str, torch.Tensor], model: nn.Module, own: set[str]) -> set[str]:
+    """What a checkpoint of a softmax ViT has and the model doesn't, whose ``own_keys`` are given.
+
+    That is a linear embedding, positions, and softmax attention where none is left: other keys there are another
+    mixer's.
+    """
+    bare = [f"{prefix}." for prefix, m in model.named_modules() if isinstance(m, TokenMixer) and not hasattr(m, "qkv")]
+    absent = {
+        key for key in state_dict for prefix in bare if key.startswith(prefix) and SOFTMAX_KEY.match(key[len(prefix) :])
+    }
+    if any(key.startswith("patch_embed.") for key in own):
+        absent |= {key for key in state_dict if key.startswith("patch_embed.")}
+    if model.pos_embed is None:
+        absent |= {"pos_embed"} & state_dict.keys()
+    return absent - model.state_dict().keys()
+
+
+def tensors_of(checkpoint: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, which training scripts store under "model" or "state_dict".
+
+    Raises:
+        ValueError: for anything but a dictionary from text to tensors.
+    """
+    for name in ("model", "state_dict"):
+        if isinstance(checkpoint, dict):
+            checkpoint = checkpoint.get(name, checkpoint)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"the checkpoint is a {type(checkpoint).__name__}; expected a dictionary from text to tensors")
+    for key, value in checkpoint.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"the checkpoint holds a {type(value).__name__} at {key!r}; expected a dictionary from text to tensors"
+            )
+    return checkpoint
 
 
 def summary(keys: set[str]) -> str:
@@ -196,25 +231,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
+    state_dict = tensors_of(state_dict)
     pairs = isinstance(model.blocks[0], ParallelThingsBlock) and not any(".attns." in key for key in state_dict)
     if pairs:
         state_dict = paired(state_dict)
-    target = model.state_dict()
     own = own_keys(model)
     ours = bool(own & state_dict.keys())
-    dropped: set[str] = set()
-    if not ours:
-        # what a softmax ViT has and this model doesn't: a linear embedding, positions, attention where none is left
-        absent = [
-            f"{prefix}." for prefix, m in model.named_modules() if isinstance(m, TokenMixer) and not hasattr(m, "qkv")
-        ]
-        if any(key.startswith("patch_embed.") for key in own):
-            absent.append("patch_embed.")
-        if model.pos_embed is None:
-            absent.append("pos_embed")
-        dropped = {key for key in state_dict if key.startswith(tuple(absent))} - target.keys()
+    dropped = set() if ours else absent_keys(state_dict, model, own)
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
     if isinstance(model.patch_embed.proj, nn.Conv2d):
         state_dict = vit_checkpoint_filter_fn(state_dict, model)
@@ -314,9 +337,16 @@ def create_vision_xformer(
         ValueError: for a checkpoint that can't be read or doesn't fit.
     """
     size: dict[str, Any] = next((SIZES[part] for part in name.split("_") if part in SIZES), {})
-    arguments = {**size, **architecture, **kwargs}
+    arguments = overridden({**size, **architecture}, kwargs)
     feature_cfg = dict(out_indices=arguments.pop("out_indices", 3), feature_cls="getter")
     return build_xformer(model_class, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def overridden(architecture: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """An architecture under the user's keywords: where they ask for another mixer, without its own mixer's keywords."""
+    own = architecture["mixer"]
+    left_out = mixer_options(own) if kwargs.get("mixer", own) != own else []
+    return {**{name: value for name, value in architecture.items() if name not in left_out}, **kwargs}
 
 
 def build_xformer(
@@ -333,14 +363,32 @@ def build_xformer(
         ValueError: for a checkpoint that can't be read or doesn't fit.
     """
     overlay, cfg = arguments.get("pretrained_cfg_overlay") or {}, arguments.get("pretrained_cfg")
+    reading = False
+
+    # neither torch nor timm has an exception of its own for a damaged file: between these two calls, any means one
+    def build(**kwargs: Any) -> nn.Module:
+        nonlocal reading
+        model = model_class(**kwargs)
+        reading = pretrained
+        return model
+
+    def fit(state_dict: Any, model: nn.Module) -> dict[str, Any]:
+        nonlocal reading
+        reading = False
+        try:
+            return filter_fn(state_dict, model)
+        except ValueError:
+            raise
+        except Exception as error:
+            # timm's functions know no other checkpoints than those which they convert
+            raise ValueError(f"the checkpoint doesn't fit {name}: {error}") from error
+
     try:
         return build_model_with_cfg(
-            model_class, name, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
+            build, name, pretrained, pretrained_filter_fn=fit, feature_cfg=feature_cfg, **arguments
         )
-    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        # torch has no exception of its own for a damaged file
-        damaged = re.search("PytorchStreamReader|weights_only|checkpoint found", str(error))
-        if isinstance(error, RuntimeError) and not damaged:
+    except Exception as error:
+        if not reading or "No pretrained weights exist" in str(error):
             raise
         source = overlay.get("file") or (cfg.get("file") if isinstance(cfg, dict) else None) or "the checkpoint"
-        raise ValueError(f"{source} is no readable checkpoint: {error}") from error
+        raise ValueError(f"{source} is no readable checkpoint: {type(error).__name__}: {error}") from error

@@ -18,12 +18,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCE
 from timm.layers import calculate_drop_path_rates, get_device_dtype, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from torch import nn
+from torch import _assert, nn
 
 from ..mixers._slot import Grid, check_choice
 from ._convolutional import Stage, embed_padding, to_image
 from ._projected import projected_options
-from ._vision_xformer import build_xformer, check_keys
+from ._vision_xformer import build_xformer, check_keys, check_sizes, overridden, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(
@@ -35,6 +35,13 @@ SIZES: dict[str, dict[str, Any]] = {
         embed_strides=(1, 1, 1), mlp_ratio=2.0, projection="linear", class_token=False, qkv_bias=False,
     ),
 }  # fmt: skip
+
+
+def check_stages(name: str, values: Any) -> None:
+    """Raise ValueError unless ``values`` are three positive integers, one for each stage."""
+    valid = isinstance(values, (tuple, list)) and len(values) == 3
+    if not valid or any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
+        raise ValueError(f"{name}={values!r}: expected three positive integers, one for each stage")
 
 
 class ConvolutionalXformer(nn.Module):
@@ -83,6 +90,14 @@ class ConvolutionalXformer(nn.Module):
             raise TypeError(f"{type(self).__name__} takes no {', '.join(kwargs)}")
         check_choice("projection", projection, ("conv", "linear"))
         check_choice("key_stride", key_stride, (1, 2))
+        stages = dict(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, embed_kernels=embed_kernels,
+            embed_strides=embed_strides,
+        )  # fmt: skip
+        for name, values in stages.items():
+            check_stages(name, values)
+        if any(dim % heads for dim, heads in zip(embed_dims, num_heads)):
+            raise ValueError(f"num_heads={num_heads}: expected divisors of embed_dims={embed_dims}")
         global_pool = ("token" if class_token else "avg") if global_pool is None else global_pool
         check_choice("global_pool", global_pool, ("token", "avg", "") if class_token else ("avg", ""))
         dd = {"device": device, "dtype": dtype}
@@ -92,7 +107,8 @@ class ConvolutionalXformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dims[2]
         self.feature_info: list[dict[str, Any]] = []
         self.grids: list[Grid] = []
-        height, width = to_2tuple(img_size)
+        check_sizes(img_size, 1, False)
+        self.img_size = height, width = to_2tuple(img_size)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         before, reduction = in_chans, 1
         for i in range(3):
@@ -174,6 +190,12 @@ class ConvolutionalXformer(nn.Module):
             self.reset_classifier(0, "")
         return taken
 
+    def check_image(self, x: torch.Tensor) -> None:
+        """Refuse another image size: one with as many tokens would go through, its rows cut at the wrong places."""
+        height, width = self.img_size
+        _assert(x.shape[2] == height, f"Input height ({x.shape[2]}) doesn't match model ({height}).")
+        _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
+
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -186,6 +208,7 @@ class ConvolutionalXformer(nn.Module):
         """The maps of stages, as timm's models give them, after the last tokens unless ``intermediates_only``."""
         check_choice("output_fmt", output_fmt, ("NCHW",))
         taken, last = feature_take_indices(self.num_stages, indices)
+        self.check_image(x)
         maps = []
         for i, stage in enumerate((self.stage0, self.stage1, self.stage2)):
             if i >= self.num_stages or (i > last and stop_early):
@@ -199,6 +222,7 @@ class ConvolutionalXformer(nn.Module):
         return maps if intermediates_only else (self.norm(tokens) if done == 2 else tokens, maps)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_image(x)
         x = self.stage0(x)
         if self.num_stages > 1:
             x = self.stage1(to_image(x, self.grids[0]))
@@ -224,7 +248,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ConvolutionalXformer
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict = state_dict.get("model", state_dict)
+    state_dict = tensors_of(state_dict)
     target = model.state_dict()
     fresh = {key: value for key, value in target.items() if ".core." in key}
     state_dict = {**fresh, **state_dict}
@@ -236,7 +260,7 @@ def create_convolutional(
     name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any
 ) -> ConvolutionalXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = {**SIZES[name.split("_")[1]], **architecture, **kwargs}
+    arguments = overridden({**SIZES[name.split("_")[1]], **architecture}, kwargs)
     feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", (0, 1, 2)))
     return build_xformer(ConvolutionalXformer, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
 

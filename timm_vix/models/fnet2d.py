@@ -31,7 +31,7 @@ from torch import nn
 
 from ..mixers._slot import check_choice
 from ..stems import STEMS
-from ._vision_xformer import build_xformer, check_keys, check_sizes
+from ._vision_xformer import build_xformer, check_keys, check_sizes, tensors_of
 
 
 @torch.fx.wrap
@@ -175,6 +175,7 @@ class FourierMap(nn.Module):
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: FourierMap) -> dict[str, Any]:
     """Raise ValueError unless the checkpoint fits, with the keys that are missing, unexpected or of another shape."""
+    state_dict = tensors_of(state_dict)
     check_keys(state_dict, model, model.state_dict())
     return state_dict
 

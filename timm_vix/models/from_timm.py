@@ -8,12 +8,10 @@ values of sane sizes, its weights are read as tensors and nothing else.
 
 import difflib
 import inspect
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from timm.models import (
     create_model,
     generate_default_cfgs,
@@ -33,10 +31,13 @@ from ..convert import NAME, Layers, convert
 from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer
 from ..swap import mixer_options, resample_weights
+from ._vision_xformer import tensors_of
 
 # far beyond every published model, and small enough to be counted before memory is taken
 LARGEST = {"depth": 1000, "num_classes": 10_000_000}
 LARGEST_OTHERWISE = 65_536
+# sizes of a model, each a positive integer or several
+SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 
 # a fixed size, so that timm's scripts hand their --img-size to the source
 default_cfgs = generate_default_cfgs(
@@ -64,6 +65,46 @@ def check_plain(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value}: a saved configuration may go up to {LARGEST.get(name, LARGEST_OTHERWISE)}")
 
 
+def check_saved_size(name: str, value: Any, lowest: int = 1) -> None:
+    """Raise ValueError unless a saved size is an integer of at least ``lowest``, or a list of such integers."""
+    parts = value if isinstance(value, (list, tuple)) and value else [value]
+    if any(isinstance(part, bool) or not isinstance(part, int) or part < lowest for part in parts):
+        raise ValueError(f"{name}={value!r}: a saved configuration may have integers of at least {lowest} here")
+
+
+def check_saved(cfg: dict[str, Any], arguments: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raise ValueError unless somebody's configuration is complete, of plain values and of sane sizes.
+
+    Args:
+        cfg: of the weights.
+        arguments: with which the model is to be built.
+        saved: those of them that the configuration holds.
+    """
+    for name in ("source", "mixer", "layers"):
+        if name not in saved:
+            raise ValueError(f"the saved configuration lacks {name!r} among its model_args, so the model is unknown")
+    for name, value in arguments.items():
+        if name in inspect.signature(create_model).parameters:
+            raise ValueError(f"{name}={value!r}: a saved configuration may not say how to load another model")
+        check_plain(name, value)
+    for name in ("num_classes", "input_size"):
+        check_plain(name, cfg.get(name))
+    # what is no number at all fails when the model is built
+    sizes = {name: arguments[name] for name in SIZES if name in arguments and not isinstance(arguments[name], str)}
+    input_size = cfg.get("input_size", (3, 224, 224))
+    for name, value in {**sizes, "input_size": input_size}.items():
+        check_saved_size(name, value)
+    if not isinstance(input_size, (list, tuple)) or len(input_size) != 3:
+        raise ValueError(f"input_size={input_size!r}: a saved configuration may have channels, height and width here")
+    for given in (cfg, arguments):
+        check_saved_size("num_classes", given.get("num_classes", 0), 0)
+    for name in ("first_conv", "classifier"):
+        value = cfg.get(name)
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if value is not None and not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{name}={value!r}: a saved configuration names a module here, or several")
+
+
 def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]:
     """The tensors of a model that ``save_for_hf`` or ``push_to_hf_hub`` stored.
 
@@ -73,14 +114,15 @@ def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]
     place = cfg["file"] if cfg["source"] == "local-dir" else cfg["hf_hub_id"]
     try:
         if cfg["source"] == "local-dir":
-            tensors = load_state_dict_from_path(Path(place), weights_only=True)
-        else:
-            tensors = load_state_dict_from_hf(place, weights_only=True, cache_dir=cache_dir)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{place} holds no readable weights; expected model.safetensors: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{place} holds something else than tensors; expected model.safetensors")
-    return tensors
+            return tensors_of(load_state_dict_from_path(Path(place), weights_only=True))
+        return tensors_of(load_state_dict_from_hf(place, weights_only=True, cache_dir=cache_dir))
+    except OSError:
+        raise
+    except Exception as error:
+        # neither torch nor timm has an exception of its own for a damaged file
+        raise ValueError(
+            f"{place} holds no readable weights; expected model.safetensors: {type(error).__name__}: {error}"
+        ) from error
 
 
 def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -129,23 +171,16 @@ def vix_from_timm(
     caller = ("pretrained_cfg_overlay", "pretrained_model_args", "device", "dtype")
     arguments = {name: value for name, value in kwargs.items() if name not in caller}
     arguments.update(options, mixer=mixer, layers=layers)
-    for name, value in arguments.items():
-        if name in inspect.signature(create_model).parameters:
-            raise ValueError(f"{name}={value!r}: a saved configuration may not say how to load another model")
-        check_plain(name, value)
+    check_saved(cfg, arguments, kwargs.get("pretrained_model_args") or {})
     # what a stranger's configuration says about where to load from is not for the source's loader
-    plain = {
-        name: cfg[name] for name in ("num_classes", "input_size", "fixed_input_size", "mean", "std") if name in cfg
-    }
-    check_plain("num_classes", plain.get("num_classes"))
-    check_plain("input_size", plain.get("input_size"))
-    plain.update({name: cfg[name] for name in ("interpolation", "crop_pct", "first_conv", "classifier") if name in cfg})
+    taken = ("num_classes", "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "first_conv")
+    plain = {name: cfg[name] for name in (*taken, "classifier") if name in cfg}
     kwargs["pretrained_cfg"] = {**plain, "architecture": source.partition(".")[0]}
     weights = read_weights(cfg, cache_dir) if pretrained else {}
     try:
         with torch.device("meta"):
             size = sum(t.numel() for t in build(source, mixer, layers, options, **kwargs).state_dict().values())
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError(f"the saved arguments {arguments} don't build {source}: {error}") from error
     if weights and size > 2 * sum(tensor.numel() for tensor in weights.values()) + 10_000_000:
         raise ValueError(f"the saved configuration asks for {size} numbers, far more than the weights beside it hold")

@@ -23,7 +23,7 @@ from torch import nn
 from ..mixers._slot import check_choice
 from ..stems import STEMS
 from ._projected import PROJECTED, projected_options
-from ._vision_xformer import adopt, build_xformer, check_sizes
+from ._vision_xformer import adopt, build_xformer, check_sizes, overridden, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
@@ -87,7 +87,8 @@ def levit_arguments(
 ) -> dict[str, Any]:
     """What timm's class is to be built with for a stem of ours, which may have a stride of 1."""
     if stem is None:
-        check_sizes(img_size, 16, True)
+        # timm rounds the grid down and the stem's convolutions round it up
+        check_sizes(img_size, 8 if kwargs.get("stem_type") == "s8" else 16, False)
         return dict(img_size=img_size, in_chans=in_chans, **kwargs)
     check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
     check_sizes(img_size, patch_size, False)
@@ -185,7 +186,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dic
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict = levit_checkpoint_filter_fn(state_dict, model)
+    state_dict = levit_checkpoint_filter_fn(tensors_of(state_dict), model)
     target = model.state_dict()
     dropped = {key for key in state_dict if key.endswith("attention_biases")} - target.keys()
     fresh = {key: value for key, value in target.items() if ".core." in key and dropped}
@@ -195,7 +196,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dic
 
 def create_levit(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> LevitXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = {**SIZES[name.split("_")[1]], **architecture, **kwargs}
+    arguments = overridden({**SIZES[name.split("_")[1]], **architecture}, kwargs)
     depth = arguments["depth"]
     outputs = tuple(range(depth[0] if len(depth) == 1 else len(depth)))
     feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", outputs))

@@ -19,10 +19,10 @@ from timm.models.pit import PoolingVisionTransformer
 from timm.models.pit import checkpoint_filter_fn as pit_checkpoint_filter_fn
 from torch import nn
 
-from ..mixers._slot import TokenMixer, check_choice
+from ..mixers._slot import check_choice
 from ..stems import STEMS
 from ..swap import mixer_options, swap_attention
-from ._vision_xformer import adopt, build_xformer, own_keys, refuse_foreign_options
+from ._vision_xformer import absent_keys, adopt, build_xformer, overridden, own_keys, refuse_foreign_options, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
@@ -39,6 +39,7 @@ class PoolingXformer(PoolingVisionTransformer):
         mixer: a name in ``MIXERS``.
         stem: "linear", PiT's own overlapping patches, or another stem, whose patches are ``stride`` pixels wide.
         rope: None, "axial" or "1d": rotary positions, in addition to PiT's learned ones.
+        block: "sequential"; PiT has no other.
         **kwargs: the mixer's keywords and those of timm's class. A stage of fewer patches than ``num_landmarks`` or
             ``num_proj_tokens`` takes as many as it has.
 
@@ -56,10 +57,12 @@ class PoolingXformer(PoolingVisionTransformer):
         mixer: str = "softmax",
         stem: str = "linear",
         rope: Optional[str] = None,
+        block: str = "sequential",
         **kwargs: Any,
     ) -> None:
         # the last normalisation of a hierarchical MLP is for tokens; PiT embeds patches as a map
         check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
+        check_choice("block", block, ("sequential",))
         mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
         refuse_foreign_options(mixer, kwargs)
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
@@ -91,15 +94,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict = pit_checkpoint_filter_fn(state_dict.get("state_dict", state_dict), model)
+    state_dict = pit_checkpoint_filter_fn(tensors_of(state_dict), model)
     own = own_keys(model)
     ours = bool(own & state_dict.keys())
-    absent = [
-        f"{prefix}." for prefix, m in model.named_modules() if isinstance(m, TokenMixer) and not hasattr(m, "qkv")
-    ]
-    if any(key.startswith("patch_embed.") for key in own):
-        absent.append("patch_embed.")
-    dropped = set() if ours else {k for k in state_dict if k.startswith(tuple(absent))} - model.state_dict().keys()
+    dropped = set() if ours else absent_keys(state_dict, model, own)
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
     positions = state_dict.get("pos_embed")
     if positions is not None and positions.ndim == 4 and positions.shape != model.pos_embed.shape:
@@ -110,7 +108,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
 
 def create_pooling(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> PoolingXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = {**SIZES[name.split("_")[-1]], **architecture, **kwargs}
+    arguments = overridden({**SIZES[name.split("_")[-1]], **architecture}, kwargs)
     feature_cfg = dict(feature_cls="hook", out_indices=arguments.pop("out_indices", (0, 1, 2)))
     return build_xformer(PoolingXformer, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
 
