@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from timm_vix import cli, compare
 from timm_vix.finetune import finetune
 from timm_vix.folders import as_folder
 from timm_vix.images import find_images
+from timm_vix.machine import parse_model
 from timm_vix.records import read_records
 
 ROOT = Path(__file__).parents[1]
@@ -86,17 +88,112 @@ def test_runs_are_those_of_finetune_and_a_failing_one_is_a_row(digits, tmp_path,
     )
     assert good["top1"] == pytest.approx(history[-1]["top1"], rel=1e-4)
     assert good["train_s_per_epoch"] + good["infer_s_per_epoch"] > 0
-    backbone = timm.create_model(name, img_size=32, **{key: int(value) for key, value in settings.items()})
-    assert good["params_m"] == pytest.approx(sum(p.numel() for p in backbone.parameters()) / 1e6, rel=1e-4)
+    trained = timm.create_model(
+        name, img_size=32, num_classes=3, **{key: int(value) for key, value in settings.items()}
+    )
+    assert good["params_m"] == pytest.approx(sum(p.numel() for p in trained.parameters()) / 1e6, rel=1e-4)
+    assert good["baseline"] == "vit_tiny_patch16_224"
     assert good["gflops"] > 0 and good["latency_p50_ms"] > 0 and good["step_p50_ms"] > good["latency_p50_ms"]
     # measured once for a model, whatever the seed
     assert [records[3][key] for key in compare.COSTS] == [good[key] for key in compare.COSTS]
     assert "2" in next(
         line for line in capfd.readouterr().out.splitlines() if line.startswith(MODEL) and "scratch" in line
     )
-    before = (tmp_path / "compare.csv").read_bytes()
     assert call(monkeypatch, *arguments) == 0
-    assert (tmp_path / "compare.csv").read_bytes() == before, "nothing is trained twice"
+    again, _ = read_records(tmp_path / "compare.csv", compare.COLUMNS, exact=True)
+    assert again[:4] == records
+    assert [(r["model"], r["seed"]) for r in again[4:]] == [(broken, 0), (broken, 1)], (
+        "what is good is not trained twice"
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[Path]:
+    """The folders of trainings that take no time; costs depend on the number of threads."""
+    folders: list[Path] = []
+
+    def run_one(model, weights, seed, recipe, where, out) -> dict:
+        folders.append(out)
+        if where["workers"]:
+            return dict(error="No space left on device")
+        return dict(top1=50.0, img_size=32, batch_size=4, dtype="float32", threads=where["threads"])
+
+    monkeypatch.setattr(compare, "run_one", run_one)
+    monkeypatch.setattr(compare, "run", lambda job: dict(params_m=1.0, latency_p50_ms=float(job["threads"])))
+    return folders
+
+
+def test_a_failed_run_is_trained_again_and_a_good_one_is_not(digits, tmp_path, trained, monkeypatch, capsys) -> None:
+    arguments = command(digits, tmp_path, MODEL)
+    assert call(monkeypatch, *arguments, "--workers", "1") == 2
+    assert call(monkeypatch, *arguments) == 0
+    assert call(monkeypatch, *arguments) == 0
+    assert len(trained) == 2 and trained[0] == trained[1]
+    records, _ = read_records(tmp_path / "compare.csv", compare.COLUMNS, exact=True)
+    assert [record["error"] is None for record in records] == [False, True]
+    assert "1 runs" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_run_that_left_no_checkpoint_starts_anew(digits, tmp_path) -> None:
+    (tmp_path / "checkpoint.partial").touch()  # as a full disk leaves it
+    settings = dict(data_dir=str(digits), img_size=32, batch_size=4, epochs=1, device="cpu", amp="off", threads=1)
+    name, keywords = parse_model(MODEL)
+    assert compare.train(dict(settings, model=name, model_kwargs=keywords, out=str(tmp_path)))["epochs"] == 1
+
+
+def test_no_threads_are_refused_before_anything_is_trained(digits, tmp_path, trained, monkeypatch, capsys) -> None:
+    assert call(monkeypatch, *command(digits, tmp_path, MODEL), "--threads", "0") == 2
+    assert "--threads: '0': allowed is a whole number above 0" in capsys.readouterr().err
+    assert not trained and not (tmp_path / "compare.csv").exists()
+
+
+def test_costs_are_those_of_the_same_threads(digits, tmp_path, trained, monkeypatch) -> None:
+    for seed, threads in enumerate("1221"):
+        assert call(monkeypatch, *command(digits, tmp_path, MODEL), "--seeds", str(seed), "--threads", threads) == 0
+    records, _ = read_records(tmp_path / "compare.csv", compare.COLUMNS, exact=True)
+    assert [record["latency_p50_ms"] for record in records] == [1, 2, 2, 1]
+
+
+def test_a_cost_that_cannot_be_measured_is_told_and_the_run_stays(
+    digits, tmp_path, trained, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(compare, "run", lambda job: dict(error="out of memory: 8 GiB"))
+    assert call(monkeypatch, *command(digits, tmp_path, MODEL)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "out of memory: 8 GiB" in line]
+    assert [MODEL in line and what in line for line, what in zip(lines, ("inference", "training"))] == [True, True]
+    (record,), _ = read_records(tmp_path / "compare.csv", compare.COLUMNS, exact=True)
+    assert record["top1"] == 50 and record["error"] is None and record["params_m"] is None
+
+
+def test_other_weights_and_images_of_the_same_name_are_other_runs(digits, tmp_path, trained, monkeypatch) -> None:
+    for place in ("first", "second"):
+        shutil.copytree(digits, tmp_path / place / "digits")
+        (tmp_path / place / "model.safetensors").write_bytes(place.encode())
+    image = tmp_path / "second" / "digits" / "digit0" / "0.png"
+    image.write_bytes(image.read_bytes() + b"0")
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+
+    def start(data: str, weights: str, *more: str) -> int:
+        arguments = command(tmp_path / data / "digits", tmp_path, MODEL)
+        assert call(monkeypatch, *arguments, "--checkpoint", str(tmp_path / weights / "model.safetensors"), *more) == 0
+        return len(trained)
+
+    assert start("first", "first") == 1
+    assert start("first", "second") == 2
+    assert start("second", "second") == 3
+    assert start("first", "first", "--val-dir", str(digits)) == 4
+    assert len(set(trained)) == 4
+    assert start("moved", "moved") == 4, "the same files at another place"
+    # rows of earlier versions have the names only
+    path = tmp_path / "compare.csv"
+    header, row, *_ = path.read_text().splitlines(keepends=True)
+    plain = re.sub(
+        r'"(digits \(3 classes), 60 images \w{8}\)"', r"\1)", re.sub(r"(model.safetensors) \w{8}", r"\1", row)
+    )
+    assert ",model.safetensors,0,digits (3 classes)," in plain
+    path.write_text(header + plain)
+    assert start("first", "first") == 4
+    assert path.read_text() == header + plain
 
 
 def test_a_part_of_a_model_trains(digits, tmp_path, monkeypatch) -> None:
@@ -191,6 +288,7 @@ def read(path: Path) -> str:
         ([MODEL, "--data-dir", "single"], "one class only, 'digit0'"),
         ([MODEL, "--data-dir", "absent"], "does not exist"),
         ([MODEL, "--checkpoint", "x.pth", "--pretrained"], "both given"),
+        ([MODEL, "--checkpoint", "x.pth"], "checkpoint=x.pth is no file"),
         ([MODEL, "--out", "other.csv"], "another version"),
     ],
 )

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
-from timm_vix import cli
+from timm_vix import cli, models
 from timm_vix.cost import COLUMNS, baseline_of, plan, sweep
 from timm_vix.flops import counter
+from timm_vix.machine import parse_model
 from timm_vix.measure import compare_times, run, take_turns
-from timm_vix.mixers._slot import cell_grid
+from timm_vix.mixers import SoftmaxAttention
+from timm_vix.mixers._slot import TokenMixer, cell_grid
+from timm_vix.models._projected import ProjectedNystrom, ProjectedPerformer
 from timm_vix.records import append_record, read_records
 
 ROOT = Path(__file__).parents[1]
@@ -168,13 +172,58 @@ def test_softmax_of_the_same_trunk_stands_beside_each_model_fused_and_unfused() 
     assert len(planned) == 12
 
 
-@pytest.mark.parametrize("prefix", ["vix", "hybrid"])
-def test_the_baseline_of_every_model_of_ours_is_registered(prefix) -> None:
-    for name in timm.list_models(f"{prefix}_*"):
-        baseline = baseline_of(name)
-        assert timm.is_model(baseline)
-        assert any(word in baseline for word in ("vit", "softmax")) or name == "vix_from_timm"
-    assert baseline_of("vix_from_timm source=eva02_tiny_patch14_224 mixer=nystrom") == "eva02_tiny_patch14_224"
+def on_meta(spec: str) -> nn.Module:
+    name, keywords = parse_model(spec)
+    return timm.create_model(name, device="meta", **keywords)
+
+
+def trunk_of(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in model.named_parameters() if ".attn" not in name}
+
+
+@pytest.mark.parametrize("name", sorted(set(timm.list_models(module=models.__all__)) - {"fnet2d_cifar"}))
+def test_the_baseline_of_every_model_of_ours_is_softmax_on_the_same_trunk(name) -> None:
+    baseline = on_meta(baseline_of(name))
+    assert trunk_of(baseline) == trunk_of(on_meta(name))
+    efficient = [m for m in baseline.modules() if isinstance(m, (TokenMixer, ProjectedNystrom, ProjectedPerformer))]
+    assert all(isinstance(module, SoftmaxAttention) for module in efficient)
+
+
+@pytest.mark.parametrize(
+    "spec, baseline",
+    [
+        ("vix_from_timm source=eva02_tiny_patch14_224 mixer=nystrom", "eva02_tiny_patch14_224"),
+        ("vix_nystrom_tiny patch_size=8 stem=conv num_landmarks=4", "vit_tiny_patch16_224 patch_size=8"),
+        ("ccp_7 depth=2 num_features=8", "cct_7 depth=2"),
+        ("cvn_13 embed_strides=(2,2,2) conv_residual=True key_stride=1", "cvt_13 embed_strides=(2,2,2) key_stride=1"),
+        ("pin_tiny stride=16 num_landmarks=4", "pin_tiny mixer=softmax stride=16"),
+        ("hybrid_pip_tiny.in1k mixer=nystrom", "hybrid_pip_tiny mixer=softmax"),
+        ("levin_128s key_dim=8 train_only=head", "levin_128s mixer=softmax key_dim=8"),
+        ("cvt_cifar", "cvt_cifar"),
+        ("fnet2d_cifar", "vit_tiny_patch16_224"),
+    ],
+)  # fmt: skip
+def test_a_baseline_has_the_keywords_of_the_trunk(spec, baseline) -> None:
+    assert baseline_of(spec) == baseline
+    on_meta(baseline)
+
+
+def test_another_baseline_is_another_row(tmp_path, monkeypatch) -> None:
+    measured = []
+    row = dict(latency_p50_ms=1.0, images_per_s=1.0)
+    monkeypatch.setattr("timm_vix.cost.run", lambda job: measured.append(job["baseline"]) or row)
+    for given in (None, "deit_tiny_patch16_224", None, "deit_tiny_patch16_224"):
+        planned = plan(["vix_nystrom_tiny"], SETTINGS, given, [])
+        sweep([job | QUICK for job in planned], tmp_path / "cost.csv")
+    assert measured == ["vit_tiny_patch16_224", "deit_tiny_patch16_224"]
+
+
+def test_weights_that_pass_from_stage_to_stage_are_counted_in_inference() -> None:
+    # torch's counter of operations follows their gradients, which inference mode has not
+    (job,) = jobs(["pin_cifar base_dims=(8,8,8) heads=(1,1,1) stride=4 patch_size=4 num_landmarks=4"])
+    row = run(job)
+    assert "error" not in row, row
+    assert row["gflops"] > 0 and row["params_m"] > 0
 
 
 def test_a_row_has_what_was_measured() -> None:

@@ -2,6 +2,10 @@
 
 Each run is ``finetune`` in a process of its own: one that fails is a row with its reason, one that was stopped
 continues where it was, one that is finished is not repeated. What a model costs is measured as by ``timm-vix cost``.
+
+A run is its model, initial weights, seed, images and recipe. The weights are told by the name and checksum of their
+file, the images by the name of their folder, their number and a checksum of their names and sizes, so that they may
+move. Rows of earlier versions have the names only, and stand for whatever has these.
 """
 
 import argparse
@@ -20,13 +24,14 @@ from typing import Any, Optional
 
 import torch
 
-from .cost import baseline_of, round_off
+from .cost import baseline_of, positive, round_off
 from .folders import as_folder
-from .images import find_images
+from .images import Items, find_images
 from .machine import device_name, find_device, find_dtype, parse_model, versions
 from .measure import run
 from .records import Columns, Record, append_record, header_of, read_records
 from .results import one_line
+from .settings import check_weights
 
 COLUMNS: Columns = dict(
     model=str,
@@ -87,7 +92,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     from .finetune import finetune
 
     out = Path(settings["out"])
-    _, history = finetune(**settings, resume=(out / "checkpoint.pt").exists())
+    started = (out / "checkpoint.pt").exists()
+    _, history = finetune(**settings, resume=started, overwrite=not started)
     saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)["settings"]
     images = int(re.match(r"(\d+) images", saved["images"])[1])  # type: ignore[index]
     last = history[-1]
@@ -131,11 +137,15 @@ def train_apart(settings: dict[str, Any]) -> dict[str, Any]:
     return dict(error=f"killed by signal {-code}, perhaps out of memory" if code < 0 else f"exit {code}")
 
 
-def costs_of(model: str, at: dict[str, Any]) -> dict[str, Any]:
-    """What a model costs: one image in inference, one batch in training."""
+def costs_of(model: str, num_classes: int, at: dict[str, Any]) -> dict[str, Any]:
+    """What a model costs: one image in inference, one batch in training; a failure is told and leaves cells empty."""
     baseline = baseline_of(model)
-    infer = run({**at, "model": model, "baseline": baseline, "mode": "infer", "batch_size": 1})
-    step = run({**at, "model": model, "baseline": baseline, "mode": "train"})
+    job = {**at, "model": f"{model} num_classes={num_classes}", "baseline": f"{baseline} num_classes={num_classes}"}
+    infer = run({**job, "mode": "infer", "batch_size": 1})
+    step = run({**job, "mode": "train"})
+    for what, result in (("inference", infer), ("training", step)):
+        if "error" in result:
+            print(f"{model}: its cost in {what} could not be measured: {result['error']}", flush=True)
     return dict(
         baseline=baseline,
         params_m=infer.get("params_m"),
@@ -157,7 +167,7 @@ def compare(
     path: Path,
     runs: Path,
 ) -> list[Record]:
-    """Train what ``path`` has no row of, append a row for each run, and return the rows of all.
+    """Train what ``path`` has no good row of, append a row for each run, and return the rows of all.
 
     Args:
         models: "NAME key=value ..." and the file of its initial weights, or "pretrained", or None: from scratch.
@@ -168,8 +178,11 @@ def compare(
     Raises:
         ValueError: for data that cannot be used, or a file of another version; before anything is trained.
     """
-    _, _, classes = find_images(where["data_dir"], where["val_dir"])
-    dataset = f"{Path(where['data_dir']).name} ({len(classes)} classes)"
+    train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"])
+    plain = f"{Path(where['data_dir']).name} ({len(classes)} classes)"
+    count, checksum = len(train_items) + len(val_items), checksum_of(train_items, val_items)
+    dataset = f"{plain[:-1]}, {count} images {checksum})"
+    starts = {weights: start_of(weights) for _, weights in models}
     told = " ".join(f"{name}={value}" for name, value in sorted(recipe.items()))
     records, damaged = read_records(path, COLUMNS, exact=True) if path.exists() and header_of(path) else ([], 0)
     if damaged:
@@ -177,17 +190,21 @@ def compare(
     mine = []
     for seed in seeds:
         for model, weights in models:
-            start = "scratch" if weights is None else Path(weights).name
+            start = starts[weights]
             key = dict(model=model, start=start, seed=seed, dataset=dataset, recipe=told)
-            row = next((r for r in records if all(r[name] == value for name, value in key.items())), None)
-            if row is None:
+            names_only = {**key, "start": Path(weights or start).name, "dataset": plain}
+            good = [r for r in records if r["error"] is None and {name: r[name] for name in key} in (key, names_only)]
+            if good:
+                row = good[-1] | key
+            else:
                 print(f"{model}, seed {seed}, from {start}:", flush=True)
                 row = run_one(model, weights, seed, recipe, where, runs / folder_of(key))
                 if "error" not in row:
-                    same = [r for r in records if r["model"] == model and r["recipe"] == told and r["params_m"]]
                     names = ("img_size", "batch_size", "dtype", "threads")
                     at = {"device": where["device"], **{name: row[name] for name in names}}
-                    costs = same[0] if same else costs_of(model, at)
+                    setting = dict(model=model, dataset=dataset, recipe=told, **at)
+                    same = [r for r in records if r["params_m"] and {name: r[name] for name in setting} == setting]
+                    costs = same[0] if same else costs_of(model, len(classes), at)
                     row |= {name: costs[name] for name in COSTS}
                 row = round_off({**key, **row, **versions(), "device": where["device"]})
                 row["device_name"] = device_name(where["device"])
@@ -200,8 +217,23 @@ def compare(
     return mine
 
 
+def start_of(weights: Optional[str]) -> str:
+    """What a run starts from: "scratch", "pretrained", or the name and checksum of a file."""
+    if weights is None or weights == "pretrained":
+        return weights or "scratch"
+    check_weights("checkpoint", weights)
+    return f"{Path(weights).name} {zlib.crc32(Path(weights).read_bytes()):08x}"
+
+
+def checksum_of(*splits: Items) -> str:
+    """Of the names and sizes of images, to tell other images from the same ones at another place."""
+    paths = [[path for path, _ in items if isinstance(path, Path)] for items in splits]
+    files = [[(path.parts[-2:], path.exists() and path.stat().st_size) for path in split] for split in paths]
+    return f"{zlib.crc32(repr(files).encode()):08x}"
+
+
 def folder_of(key: dict[str, Any]) -> str:
-    """A folder name for a run; another recipe or data set has another."""
+    """A folder name for a run; other weights, images or another recipe have another."""
     name = re.sub(r"[^\w.=-]+", "_", key["model"])
     return f"{name}-seed{key['seed']}-{zlib.crc32(repr(sorted(key.items())).encode()):08x}"
 
@@ -256,7 +288,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in RECIPE.items():
         add(f"--{name.replace('_', '-')}", type=kind, help="as in examples/finetune.py")
     add("--device", default="auto")
-    add("--threads", type=int)
+    add("--threads", type=positive)
     add("--workers", type=int, default=0)
     add("--runs", type=Path, default=Path("runs/compare"), help="folder of checkpoints and models")
     add("--out", type=Path, default=Path("compare.csv"), help="rows are appended; finished runs are not repeated")

@@ -15,9 +15,11 @@ import torch
 
 from .machine import find_device, parse_model, softmax_of
 from .measure import JOB, run
+from .mixers import MIXERS
 from .records import Columns, Record, append_record, header_of, read_records
+from .swap import mixer_options
 
-KEY = ("model", "attention", "img_size", "batch_size", "mode", "dtype", "compile", "device", "threads")
+KEY = ("model", "attention", "baseline", "img_size", "batch_size", "mode", "dtype", "compile", "device", "threads")
 # name: type; GFLOPs count a multiply-add as two and are those of one image, with mode=train of a whole training step
 COLUMNS: Columns = dict(
     model=str,
@@ -53,8 +55,11 @@ COLUMNS: Columns = dict(
     timm_vix=str,
     error=str,
 )
-# keywords of the trunk, which a baseline needs as well to be the same but for its attention
-TRUNK = {"patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans", "num_classes"}
+# families with a softmax model of the same trunk, which needs the keywords of the trunk as well
+WITH_TWIN = ("vix", "hybrid", "ccn", "ccp", "cct", "cvn", "cvp", "cvt", "levin", "levip", "pin", "pip")
+# keywords that are not the trunk's: these, those of the mixers, and beside timm's own ViT what only ours have
+NOT_TRUNK = {"mixer", "layers", "source", "train_only"} | {name for mixer in MIXERS for name in mixer_options(mixer)}
+OURS_ONLY = {"stem", "rope", "block"}
 NOTE = (
     "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline\n"
     "through scaled_dot_product_attention, timed in turn; none: its spread (10th to 90th percentile) holds 1."
@@ -67,10 +72,12 @@ def baseline_of(spec: str, given: Optional[str] = None) -> str:
     if given:
         parse_model(given)
         return given
-    if name == "vix_from_timm":
-        return str(keywords.get("source", "deit_tiny_patch16_224"))
-    ours = name.startswith(("vix_", "hybrid_"))
-    return " ".join([softmax_of(name), *(f"{k}={v}" for k, v in keywords.items() if ours and k in TRUNK)])
+    twin = keywords.get("source", "deit_tiny_patch16_224") if name == "vix_from_timm" else softmax_of(name)
+    if name.split("_")[0] not in WITH_TWIN:
+        return twin
+    foreign = NOT_TRUNK | (OURS_ONLY if twin.startswith("vit_") else set())
+    # as they were written: a tuple's own text has spaces
+    return " ".join([twin, *(part for part in spec.split()[1:] if part.partition("=")[0] not in foreign)])
 
 
 def plan(models: list[str], settings: dict[str, list], baseline: Optional[str], softmax: list[str]) -> list[Record]:

@@ -102,9 +102,16 @@ def softmax_of(name: str) -> str:
     Example:
         >>> softmax_of("vix_nystrom_small"), softmax_of("hybrid_vin_tiny_rope"), softmax_of("resnet50")
         ('vit_small_patch16_224', 'hybrid_vit_tiny_rope', 'vit_tiny_patch16_224')
+        >>> softmax_of("ccn_7"), softmax_of("pin_tiny")
+        ('cct_7', 'pin_tiny mixer=softmax')
     """
-    family, _, rest = name.split(".")[0].partition("_")
+    name = name.split(".")[0]
+    family, _, rest = name.partition("_")
     size = rest.partition("_")[2]
+    if family in ("ccn", "ccp", "cct", "cvn", "cvp", "cvt"):
+        return f"{family[:2]}t_{rest}"
+    if name.startswith(("levin_", "levip_", "pin_", "pip_", "hybrid_pin_", "hybrid_pip_")):
+        return f"{name} mixer=softmax"
     if family == "hybrid":
         return f"hybrid_vit_{size}"
     if family == "vix":

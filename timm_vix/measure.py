@@ -66,6 +66,8 @@ def build(spec: str, attention: str, job: dict[str, Any]) -> nn.Module:
     half = job["dtype"] == "bfloat16" and not train
     if only:
         freeze_except(model, only)
+    if not train:
+        model.requires_grad_(False)  # torch's counter of operations hooks what has gradients, which inference lacks
     return model.train(train).to(job["device"], torch.bfloat16 if half else torch.float32)
 
 
