@@ -55,7 +55,7 @@ def list_models(arguments: argparse.Namespace) -> None:
     print(
         "\nGFLOPs: forward pass of one image at the default size, a multiply-add counted as two. Convolutions, matrix\n"
         "products, attention and Fourier transforms are counted; element-wise operations are not.\n"
-        "Tokens: of the first stage where a model has several; -: its stages see maps of features.\n"
+        "Tokens: of the first stage where a model has several; -: it sees maps of features.\n"
         "Default weights: the softmax model of the same size, from which fine-tuning starts; -: none."
     )
 

@@ -10,6 +10,7 @@ inference mode ("infer"), or forward, backward and a step of AdamW ("train"; bfl
 import contextlib
 import ctypes
 import json
+import math
 import os
 import subprocess
 import sys
@@ -176,9 +177,14 @@ def warm_up(device: str) -> None:
 
 
 def tokens_of(model: nn.Module) -> Optional[int]:
-    """Tokens of a vision transformer, prefix tokens included; None for other models."""
-    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
-    return None if patches is None else patches + getattr(model, "num_prefix_tokens", 0)
+    """Tokens of a vision transformer, of its first stage where it has several, prefix tokens included; or None."""
+    if hasattr(model, "grids"):  # a convolutional one, whose prefix tokens come in its last stage
+        return math.prod(model.grids[0])
+    embed = getattr(model, "patch_embed", None)
+    patches = getattr(embed, "num_patches", None) or math.prod(getattr(embed, "grid_size", None) or [0])
+    # a pooling-based one counts its prefix tokens as num_tokens
+    prefix = getattr(model, "num_prefix_tokens", None) or getattr(model, "num_tokens", 0)
+    return patches + prefix if patches else None
 
 
 def take_turns(call: Callable, reference: Optional[Callable], job: dict[str, Any]) -> np.ndarray:

@@ -25,7 +25,7 @@ COST_COLUMNS = (
 )
 BEST = ("best_images_per_s", "best_batch_size")
 # what makes two rows the same measurement; machines of the same kind of device differ by their name
-COST_KEY = (*cost.KEY, "device_name", "baseline")
+COST_KEY = (*cost.KEY, "device_name")
 COMPARE_KEY = ("dataset", "model", "start", "recipe", "seed", "device", "device_name", "threads")
 COMPARE_COLUMNS = ("model", "start", "seeds", *compare.MEANS, "epochs", "img_size", "batch_size")
 NOTES = (
