@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MIXERS = ("nystrom", "linformer", "performer", "fnet", "mixer")
+MIXERS = ("nystrom", "linformer", "performer", "fnet", "mixer", "atrous")
 
 
 def main() -> int:

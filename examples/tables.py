@@ -98,6 +98,18 @@ def trade_off() -> str:
     return markdown(head, body)
 
 
+def systems() -> str:
+    """The paper's other systems and parallel blocks, each beside its own control, in whole models."""
+    table = [row for row in rows("cost_systems.csv") if not row["error"]]
+    cells = {(row["model"], row["baseline"], int(row["img_size"]), row["mode"]): row for row in table}
+    places = list(dict.fromkeys(key[2:] for key in cells))
+    body = []
+    for model, baseline in dict.fromkeys(key[:2] for key in cells):
+        body.append([f"`{model}`", f"`{baseline}`", *(ratio(cells.get((model, baseline, *place))) for place in places)])
+    names = {"infer": "inference", "train": "training"}
+    return markdown(["model", "beside", *(f"{names[mode]}, {size} px" for size, mode in places)], body)
+
+
 def conversions() -> str:
     """What conversion keeps of DeiT-Tiny on labelled photographs, and what it costs, transferred or not."""
     table = rows("convert_deit_tiny.csv")
@@ -173,14 +185,30 @@ def finetuned(table: str) -> str:
     return markdown(["model", "top-1 %", "top-5 %", "epochs", "parameters (M)"], body)
 
 
+def caltech101() -> str:
+    """Accuracy of the last epoch on all of Caltech-101 and on a part of it, and the time of an epoch."""
+    whole, part = (
+        {row["model"]: row for row in rows(f"finetune_{name}.csv")} for name in ("caltech101", "caltech101_part")
+    )
+    times = {row["model"]: row for row in rows("cost_caltech101.csv")}
+    body = []
+    for model in dict.fromkeys([*whole, *part]):
+        scores = [f"{float(r[model][top]):.1f}" if model in r else "" for r in (whole, part) for top in ("top1", "top5")]
+        cost = times.get(model.replace(".deit_fb_in1k", "").replace(".fb_in1k", ""))
+        body.append([f"`{model}`", *scores, f"{float(cost['epoch_s']):.0f} s" if cost else "", ratio(cost)])
+    head = ["model", "30 a class: top-1 %", "top-5 %", "10 a class: top-1 %", "top-5 %", "an epoch", "times as fast"]
+    return markdown(head, body)
+
+
 TABLES = {
     "inference": lambda: cost("infer"),
     "training": lambda: cost("train"),
     "memory": memory,
     "whole models": trade_off,
-    "caltech101": lambda: finetuned("caltech101"),
+    "caltech101": caltech101,
     "cifar10": lambda: finetuned("cifar10"),
     "claims": lambda: finetuned("claims"),
+    "systems": systems,
     "conversions": conversions,
     "parts": parts,
     "reproduced": reproduced,

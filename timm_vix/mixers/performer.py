@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from ._slot import AttentionMixer, Grid, admit, check_integer, refuse_attention_dropout
 
 DEFAULT_FEATURES = 64
-# Features of a block of tokens stay in a processor's second-level cache, which is a sixth faster than 1,024 tokens.
+# Few enough that N x m features never exist at once; larger blocks are hardly faster, smaller ones slower.
 BLOCK = 256
 # From so many tokens on, training computes features twice rather than keep them all for the gradient.
 LONG = 8192
@@ -90,12 +90,7 @@ def read_queries(q: torch.Tensor, features: torch.Tensor, bias: torch.Tensor, va
 
 
 def sum_in_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    features: torch.Tensor,
-    block: int,
-    long: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: torch.Tensor, block: int, long: int
 ) -> torch.Tensor:
     """The work of ``favor_attention``, outside of autocast."""
     out_dtype = v.dtype
