@@ -27,7 +27,7 @@ whose last term is the same for all keys, so it cancels, and c^T k is known: the
 u is the mean of the keys under the weights exp(c^T k), what the mean query sees.
 
 *Pays:* with default keywords on two CPU cores, as fast as softmax through SDPA at 197
-tokens, 1.6 times as fast at 577, 6 times at 4,097 (``examples/results/mixers.csv``).
+tokens, 1.5 times as fast at 577, 6 times at 4,097 (``examples/results/mixers.csv``).
 
 Shapes: B images, N tokens, h heads, D head width, m features.
 """
