@@ -29,9 +29,8 @@ CALTECH101 = dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0
 PARTS = [f"deit_tiny_patch16_224.fb_in1k{only}" for only in ("", " train_only=attention", " train_only=mlp")]
 SWAPPED = [f"vix_{mixer}_tiny.deit_fb_in1k" for mixer in ("nystrom", "linformer", "performer")]
 TABLES = {
-    "caltech101": (CALTECH101, ["deit_tiny_patch16_224.fb_in1k", *SWAPPED]),
-    # the same on a part of the images, in a file of its own
-    "caltech101_part": (CALTECH101, ["deit_tiny_patch16_224.fb_in1k", *SWAPPED]),
+    # the second on a part of the images, in a file of its own
+    **dict.fromkeys(("caltech101", "caltech101_part"), (CALTECH101, ["deit_tiny_patch16_224.fb_in1k", *SWAPPED])),
     "cifar10": (
         dict(epochs=1, img_size=32, model_kwargs=dict(patch_size=2), batch_size=64, lr=1e-3, augment="light"),
         ["hybrid_vin_cifar", "vix_nystrom_cifar", "vix_softmax_cifar", "hybrid_vit_cifar_rope"],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import Attention
 from torch import nn
 
 import timm_vix  # noqa: F401  registers the names
@@ -61,6 +62,14 @@ def lively(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def check_every_mixer(name: str) -> None:
+    """A registered model takes each of ``MIXERS`` instead of its own."""
+    for mixer in MIXERS:
+        model = timm.create_model(name, mixer=mixer, device="meta")
+        expected = Attention if mixer == "softmax" else MIXERS[mixer]
+        assert expected in {type(module) for module in model.modules()}
 
 
 def image(model: nn.Module, batch: int = 2) -> torch.Tensor:

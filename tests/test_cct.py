@@ -3,8 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import distance, lively
-from timm.layers import Attention
+from conftest import check_every_mixer, distance, lively
 from timm.models import save_for_hf
 
 from timm_vix.mixers import MIXERS
@@ -48,10 +47,7 @@ def test_a_name_says_what_is_built(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_takes_another_mixer(name):
-    for mixer in MIXERS:
-        model = timm.create_model(name, mixer=mixer, device="meta")
-        expected = Attention if mixer == "softmax" else MIXERS[mixer]
-        assert expected in {type(module) for module in model.modules()}
+    check_every_mixer(name)
 
 
 def small(name="ccn_cifar", **kwargs):

@@ -280,7 +280,8 @@ def test_what_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(tmp_path, cap
 
 def test_a_killed_sweep_continues_where_it_stopped(tmp_path) -> None:
     path = tmp_path / "cost.csv"
-    arguments = [f"vix_{mixer}_cifar {SMALL}" for mixer in ("fnet", "performer")]
+    mark = "mlp_ratio=1.25"  # tells this test's processes from those of tests beside it
+    arguments = [f"vix_{mixer}_cifar {SMALL} {mark}" for mixer in ("fnet", "performer")]
     command = [sys.executable, "-m", "timm_vix", "cost", *arguments, "--img-size", "32", "--softmax", "--threads", "1"]
     command += ["--rounds", "3", "--seconds", "0", "--device", "cpu", "--out", str(path)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
@@ -301,7 +302,7 @@ def test_a_killed_sweep_continues_where_it_stopped(tmp_path) -> None:
     records, damaged = read_records(path, COLUMNS)
     assert [record["model"].split()[0] for record in records] == ["vix_fnet_cifar", "vix_performer_cifar"]
     assert damaged == 1
-    children = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(SMALL) in read(p)]
+    children = [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark in read(p)]
     assert not children, "the process of a row outlived the sweep"
 
 

@@ -55,9 +55,8 @@ COLUMNS: Columns = dict(
     timm_vix=str,
     error=str,
 )
-# families with a softmax model of the same trunk, which needs the keywords of the trunk as well
-WITH_TWIN = ("vix", "hybrid", "ccn", "ccp", "cct", "cvn", "cvp", "cvt", "levin", "levip", "pin", "pip")
-# keywords that are not the trunk's: these, those of the mixers, and beside timm's own ViT what only ours have
+# keywords that the softmax model of the same trunk is not given: these and those of the mixers;
+# where that is timm's own ViT, what only ours have too
 NOT_TRUNK = {"mixer", "layers", "source", "train_only"} | {name for mixer in MIXERS for name in mixer_options(mixer)}
 OURS_ONLY = {"stem", "rope", "block"}
 NOTE = (
@@ -73,8 +72,8 @@ def baseline_of(spec: str, given: Optional[str] = None) -> str:
         parse_model(given)
         return given
     twin = keywords.get("source", "deit_tiny_patch16_224") if name == "vix_from_timm" else softmax_of(name)
-    if name.split("_")[0] not in WITH_TWIN:
-        return twin
+    if twin is None:
+        return JOB["baseline"]
     foreign = NOT_TRUNK | (OURS_ONLY if twin.startswith("vit_") else set())
     # as they were written: a tuple's own text has spaces
     return " ".join([twin, *(part for part in spec.split()[1:] if part.partition("=")[0] not in foreign)])

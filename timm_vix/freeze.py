@@ -22,7 +22,11 @@ from .results import one_line, write_whole
 from .swap import REPLACEABLE
 
 PARTS = ("attention", "mlp", "mixer", "head")
-FEED_FORWARD = (Mlp, GluMlp, SwiGLU)
+# by class, or by the name that timm gives its place: hierarchical models have classes of their own
+PLACES: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
+    "attention": ((TokenMixer, *REPLACEABLE), ("attn", "attn_downsample")),
+    "mlp": ((Mlp, GluMlp, SwiGLU), ("mlp",)),
+}
 # what a mixer takes over from the attention that it replaces
 INHERITED = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias", "q_norm", "k_norm", "norm", "gate", "proj")
 MOMENTS_BYTES = 8  # AdamW keeps two float32 numbers for each parameter that trains
@@ -104,28 +108,22 @@ def parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
     if part == "head":
         return head
     mixers = [m for m in model.modules() if isinstance(m, TokenMixer)]
-    inside = {id(m) for mixer in mixers for m in mixer.modules()}  # an MLP over tokens is a mixer's
-    # by class, or by the name that timm gives its place: hierarchical models have classes of their own
-    if part == "attention":
-        found = [
-            m
-            for path, m in model.named_modules()
-            if isinstance(m, (TokenMixer, *REPLACEABLE)) or path.rpartition(".")[2] in ("attn", "attn_downsample")
-        ]
-    elif part == "mlp":
-        found = [
-            m
-            for path, m in model.named_modules()
-            if (isinstance(m, FEED_FORWARD) or path.rpartition(".")[2] == "mlp") and id(m) not in inside
-        ]
-    else:
+    if part == "mixer":
         return [
             parameter
             for mixer in mixers
             for name, parameter in mixer.named_parameters()
             if not (isinstance(mixer, AttentionMixer) and name.split(".")[0] in INHERITED)
         ]
-    parameters = [p for module in found for p in module.parameters()]
+    classes, names = PLACES[part]
+    # an MLP over tokens is a mixer's
+    others = {id(m) for mixer in mixers for m in mixer.modules()} if part == "mlp" else set()
+    parameters = [
+        parameter
+        for path, module in model.named_modules()
+        if (isinstance(module, classes) or path.rpartition(".")[2] in names) and id(module) not in others
+        for parameter in module.parameters()
+    ]
     return parameters + head if parameters else []
 
 

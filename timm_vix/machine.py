@@ -96,12 +96,12 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
     return name, keywords
 
 
-def softmax_of(name: str) -> str:
-    """The softmax model of the same trunk, stem and positions as one of ours; timm's ViT-Ti beside any other model.
+def softmax_of(name: str) -> Optional[str]:
+    """The softmax model of the same trunk, stem and positions as one of ours; None for any other model.
 
     Example:
         >>> softmax_of("vix_nystrom_small"), softmax_of("hybrid_vin_tiny_rope"), softmax_of("resnet50")
-        ('vit_small_patch16_224', 'hybrid_vit_tiny_rope', 'vit_tiny_patch16_224')
+        ('vit_small_patch16_224', 'hybrid_vit_tiny_rope', None)
         >>> softmax_of("ccn_7"), softmax_of("pin_tiny")
         ('cct_7', 'pin_tiny mixer=softmax')
     """
@@ -116,4 +116,4 @@ def softmax_of(name: str) -> str:
         return f"hybrid_vit_{size}"
     if family == "vix":
         return f"vix_softmax_{size}" if timm.is_model(f"vix_softmax_{size}") else f"vit_{size}_patch16_224"
-    return "vit_tiny_patch16_224"
+    return None
