@@ -43,6 +43,7 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     # what fine-tuning reads and what it writes; the machine, tables of measurements, the counter of operations
     (["flops.py", "folders.py", "images.py", "interrupt.py", "machine.py", "matching.py"], TOOLS),
     (["records.py", "settings.py", "trends.py"], TOOLS),
+    (["teacher.py"], TOOLS),  # what transfer and plan start from
     (["figures.py", "finetune.py", "hub.py", "measure.py", "sensitivity.py", "transfer.py"], TOOLS),
     (["cost.py", "plan.py"], TOOLS),
     (["advise.py", "compare.py"], TOOLS),

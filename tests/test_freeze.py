@@ -65,6 +65,7 @@ def test_mlp_trains_the_feed_forward_networks_with_the_classifier(name: str) -> 
     [
         ("linformer", {}, {"token_proj"}),
         ("nystrom", {"conv_residual": True}, {"conv.weight"}),
+        ("performer", {"learned_features": True}, {"features", "feature_bias"}),
         ("linformer", {"sharing": "none"}, {"token_proj"}),
     ],
 )

@@ -144,6 +144,23 @@ def test_a_run(weights, unlabelled, tmp_path, capsys):
         assert figure.width > 800 and len(figure.convert("RGB").getcolors(1 << 20)) > 50
 
 
+def test_learned_features_start_from_the_teachers_tokens_and_move_faster(weights, unlabelled, tmp_path):
+    options = dict(num_features=8, learned_features=True)
+    settings = arguments(weights, unlabelled, tmp_path / "start", mixer="performer", mixer_kwargs=options)
+    start, _ = transfer(**{**settings, "block_steps": 0, "distill_steps": 0})
+    random = model()
+    timm_vix.convert(random, "performer", **options)
+    for drawn, placed in zip(random.blocks, start.blocks):
+        assert not torch.equal(drawn.attn.features, placed.attn.features)
+        assert distance(placed.attn.feature_bias, -0.5 * placed.attn.features.square().sum(2).unsqueeze(1)) < 1e-5
+    steps = dict(block_steps=1, distill_steps=0, block_lr=1e-3)
+    moved, _ = transfer(**{**settings, **steps, "out": str(tmp_path / "moved")})
+    # a step of AdamW is as long as its learning rate; a warm-up starts at a hundredth of block_lr
+    for name, factor in (("features", 30), ("feature_bias", 4), ("proj.weight", 1)):
+        before, after = (m.blocks[0].attn.get_parameter(name).detach() for m in (start, moved))
+        assert (after - before).abs().median() == pytest.approx(1e-3 * factor, rel=0.01), name
+
+
 def command(settings):
     program = f"from timm_vix.transfer import transfer; transfer(**{settings!r})"
     return [sys.executable, "-c", program]

@@ -29,7 +29,7 @@ from .mixers._slot import TokenMixer, check_choice
 from .results import one_line, write_whole
 from .sensitivity import Measured, Plan, Sensitivity, block_costs, converted, plan_of, text_of
 from .settings import KeyValue, check_ranges
-from .transfer import build_teacher, check_teacher
+from .teacher import build_teacher, check_teacher
 
 FORMAT = "timm_vix plan 1"
 SIZES = (16, 25, 49, 64)  # cells of a square grid

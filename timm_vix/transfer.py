@@ -22,9 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
-import timm
 import torch
-from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils.distributed import init_distributed_device_so
@@ -36,11 +34,12 @@ from tqdm import tqdm
 from .convert import Conversion, Layers, convert
 from .images import Images, find_unlabelled, normaliser, transforms
 from .interrupt import deferred_interrupt
-from .machine import autocast, check_model, find_device, find_dtype, versions
+from .machine import autocast, find_device, find_dtype, versions
 from .matching import BlockMatching, Distillation
 from .mixers import MIXERS
 from .results import one_line, restore, write_history, write_hub, write_layer_errors, write_table, write_whole
-from .settings import KeyValue, check_folder, check_ranges, check_weights
+from .settings import KeyValue, check_folder, check_ranges
+from .teacher import build_teacher, check_teacher, start_mixers
 
 # What may change between a run and its continuation; the images are recognised by their names instead.
 FREE = {"data_dir", "workers", "out", "checkpoint_every", "resume", "overwrite", "weights", "pretrained"}
@@ -126,12 +125,14 @@ def transfer(
     converted = sorted({row.layer for row in report.rows if row.changed})
     if not converted:
         raise ValueError(f"mixer={mixer!r}, layers={layers!r} leave every layer as it is: nothing to transfer")
-    trained = [p for row in report.rows if row.changed for p in student.get_submodule(row.path).parameters()]
-    if not trained:
+    paths = [row.path for row in report.rows if row.changed]
+    groups = parameter_groups([student.get_submodule(path) for path in paths])
+    if not groups:
         raise ValueError(f"mixer={mixer!r} has no parameters to fit")
     student.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
 
     resize, augmented, plain = transforms(config, "light", 0.5)
     # every twentieth image is kept apart, to say what was lost
@@ -147,8 +148,9 @@ def transfer(
     settings = json.loads(json.dumps({k: v for k, v in settings.items() if k not in FREE}, default=str))
     settings.update(images=images.digest(), dtype=str(run.dtype))
 
+    normalise = normaliser(config, run.device)
     position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[])
-    optimizer = create_optimizer_v2(trained, "adamw", lr=block_lr, weight_decay=0.0)
+    optimizer = create_optimizer_v2([dict(group) for group in groups], "adamw", lr=block_lr, weight_decay=0.0)
     if resume:
         position = restore(folder / "checkpoint.pt", settings, student, optimizer)
     elif rank == 0:
@@ -165,19 +167,20 @@ def transfer(
             write_whole(folder / "checkpoint.pt", buffer.getbuffer())
             write_table(folder / "steps.csv", ["stage", "step", "losses"], position["rows"])
 
-    normalise = normaliser(config, run.device)
     stages: dict[int, tuple[str, nn.Module, int, float]] = {
         1: ("blocks", BlockMatching(teacher, student, converted), block_steps, block_lr),
         2: ("distillation", Distillation(teacher, student), distill_steps, distill_lr),
     }
     if not resume:
+        seen = [images[key][0] for key in images.batches(batch_size)[0]]
+        start_mixers(teacher, student, paths, normalise(torch.stack(seen)))
         save()  # a full disk shows now and not after an hour
     with deferred_interrupt() as asked:
         for stage in range(position["stage"], 3):
             name, losses_of, steps, lr = stages[stage]
             if position["stage"] != stage:
                 position.update(stage=stage, step=0)
-                optimizer = create_optimizer_v2(trained, "adamw", lr=lr, weight_decay=0.0)
+                optimizer = create_optimizer_v2([dict(group) for group in groups], "adamw", lr=lr, weight_decay=0.0)
             if world > 1 and steps:
                 losses_of = DistributedDataParallel(losses_of)
             scheduler = CosineLRScheduler(
@@ -225,6 +228,16 @@ def transfer(
     return student, report
 
 
+def parameter_groups(mixers: list[nn.Module]) -> list[dict[str, Any]]:
+    """The parameters of some mixers by the factor of their learning rate, which timm's schedulers call ``lr_scale``."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for mixer in mixers:
+        factors = getattr(mixer, "learning_rates", {})  # softmax attention is timm's
+        for name, parameter in mixer.named_parameters():
+            found.setdefault(factors.get(name, 1.0), []).append(parameter)
+    return [dict(params=parameters, lr_scale=factor) for factor, parameters in found.items()]
+
+
 def batches(images: Images, batch_size: int, steps: int, stage: int) -> list[list[tuple[int, int]]]:
     """Keys of a stage's steps, epoch after epoch, in an order of its own."""
     found: list[list[tuple[int, int]]] = []
@@ -245,32 +258,6 @@ def check(run: SimpleNamespace, out: Path) -> None:
     check_ranges(run, ranges)
     check_teacher(run)
     check_folder(out, run.resume, run.overwrite)
-
-
-def check_teacher(run: SimpleNamespace) -> None:
-    """Raise ValueError for a source that timm doesn't know, or that would have random weights."""
-    check_model(run.source)
-    check_weights("weights", run.weights)
-    if not run.weights and not run.pretrained and ":" not in run.source:
-        raise ValueError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
-
-
-def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The frozen original, and timm's data configuration for it."""
-    arguments = dict(run.source_kwargs or {})
-    if run.img_size:
-        arguments["img_size"] = run.img_size
-    if run.weights:
-        # the file's own number of classes, or timm leaves its classifier out
-        classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
-        arguments["pretrained_cfg_overlay"] = dict(file=run.weights, source=None, custom_load=False, **classes)
-    try:
-        teacher = timm.create_model(run.source, pretrained=True, **arguments)
-    except Exception as error:  # timm, torch and safetensors raise by kind of damage
-        weights = f" with weights={run.weights}" if run.weights else ""
-        raise ValueError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
-    wish = dict(img_size=run.img_size) if run.img_size else {}
-    return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, wish)
 
 
 @torch.inference_mode()

@@ -7,14 +7,19 @@ from conftest import distance, image, small
 from timm_vix.mixers.performer import favor_attention, orthogonal_features
 
 
-def naive(q, k, v, features):
-    """phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) in float64 of centred queries and keys, without any stabiliser."""
-    D, m = q.shape[-1], len(features)
+def naive(q, k, v, features, feature_bias=None):
+    """phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) in float64 of centred queries and keys, without any stabiliser.
+
+    Features are of all heads (m, D) or each head's (h, m, D), their weights 1 or exp(feature_bias).
+    """
+    D, m = q.shape[-1], features.shape[-2]
     q, k, v, w = q.double() * D**-0.25, k.double() * D**-0.25, v.double(), features.double()
     mean = q.mean(2, keepdim=True)
     known = torch.exp((mean * k).sum(3))
     q, k = q - mean, k - (known[..., None] * k).sum(2, keepdim=True) / known.sum(2)[..., None, None]
-    phi_q, phi_k = (torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2) / m**0.5 for x in (q, k))
+    phi_q, phi_k = (torch.exp(x @ w.mT - x.square().sum(-1, keepdim=True) / 2) / m**0.5 for x in (q, k))
+    if feature_bias is not None:
+        phi_q = phi_q * feature_bias.double().exp()
     kernel = phi_q @ phi_k.transpose(2, 3) * known[:, :, None]
     return (kernel / kernel.sum(3, keepdim=True)) @ v
 
@@ -24,6 +29,80 @@ def test_equals_the_naive_formula(N):
     q, k, v = torch.randn(3, 2, 3, N, 16)
     features = orthogonal_features(40, 16, seed=0)
     assert distance(favor_attention(q, k, v, features), naive(q, k, v, features)) < 1e-3
+
+
+def test_learned_features_equal_the_naive_formula_with_gradients():
+    q, k, v = torch.randn(3, 2, 3, 63, 16)
+    features, weights = torch.randn(3, 40, 16), torch.randn(3, 1, 40)
+    found = []
+    for function in (naive, lambda q, k, v, f, b: favor_attention(q, k, v, f, feature_bias=b)):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v, features, weights)]
+        y = function(*inputs)
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for mine, wanted in zip(*found):
+        assert distance(mine, wanted) < 1e-3
+
+
+def test_features_that_learn_begin_as_those_that_do_not():
+    plain, learned = (small("performer", learned_features=value) for value in (False, True))
+    learned.load_state_dict({k: v for k, v in plain.state_dict().items() if "features" not in k}, strict=False)
+    for block in learned.blocks:
+        block.attn.reset_parameters()
+    x = image(plain)
+    assert distance(learned(x), plain(x)) < 1e-5
+    names = [name for name, _ in learned.blocks[0].attn.named_parameters()]
+    assert {"features", "feature_bias"} < set(names)
+    with pytest.raises(ValueError, match="redraw_interval=3.*allowed is 0"):
+        small("performer", learned_features=True, redraw_interval=3)
+
+
+@pytest.mark.parametrize("rope", [None, "axial"])
+def test_features_that_start_from_typical_input_estimate_better(rope):
+    """Tokens in a few groups, with logits that random features cannot estimate; softmax attention is the oracle."""
+    model = small("performer", rope, learned_features=True, num_features=64, depth=1, embed_dim=32, num_heads=2)
+    mixer = model.blocks[0].attn
+    with torch.no_grad():
+        mixer.qkv.weight.normal_(std=0.4)
+    N = mixer.num_prefix_tokens + mixer.grid[0] * mixer.grid[1]
+    groups = torch.randn(4, 32)
+    seen, unseen = groups[torch.randint(4, (2, 3, N))] + 0.3 * torch.randn(2, 3, N, 32)
+
+    def error():
+        q, k, v = mixer.project(unseen, 0, 3)
+        q, k = mixer.rotate(q), mixer.rotate(k)
+        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return float(distance(mixer(unseen), mixer.merge(exact, unseen)))
+
+    mixer.reset_parameters()
+    before = error()
+    mixer.start_from(seen)
+    after, features = error(), mixer.features.clone()
+    assert after < 0.8 * before
+    mixer.start_from(seen)
+    assert torch.equal(mixer.features, features), "the seed decides"
+
+
+def test_features_start_at_sums_of_queries_and_the_keys_that_they_attend_to():
+    model = small("performer", learned_features=True, num_features=30, depth=1)
+    mixer = model.blocks[0].attn.double()
+    x = torch.randn(4, 9, model.embed_dim, dtype=torch.float64)
+    mixer.start_from(x)
+    q, k, _ = (part * mixer.head_dim**-0.25 for part in mixer.project(x, 0, 3))
+    c = q.mean(2, keepdim=True)
+    weights = torch.exp((c * k).sum(3, keepdim=True))
+    u = (weights * k).sum(2, keepdim=True) / weights.sum(2, keepdim=True)
+    for head in range(mixer.num_heads):
+        sums = 0.8 * ((q - c)[:, head, :, None] + (k - u)[:, head, None]).flatten(0, 2)
+        nearest = torch.cdist(mixer.features[head], sums).min(1).values
+        assert nearest.max() < 1e-4
+    assert distance(mixer.feature_bias, -0.5 * mixer.features.square().sum(2).unsqueeze(1)) < 1e-6
+
+
+def test_random_features_do_not_start_from_input():
+    mixer = small("performer", depth=1).blocks[0].attn
+    before = mixer.features.clone()
+    mixer.start_from(torch.randn(2, 9, mixer.qkv.in_features))
+    assert torch.equal(mixer.features, before)
 
 
 @pytest.mark.parametrize("block", [1, 7, 62, 63])

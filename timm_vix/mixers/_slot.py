@@ -117,6 +117,8 @@ class TokenMixer(nn.Module):
     uses_grid = True
     # parameters whose last two axes are the patch grid, with the function that moves them to another grid
     grid_parameters: dict[str, Callable[[torch.Tensor, Grid], torch.Tensor]] = {}
+    # parameters that live on another scale than weights do, with the factor of their learning rate in a transfer
+    learning_rates: dict[str, float] = {}
 
     def __init__(self, grid: Grid, num_prefix_tokens: int) -> None:
         super().__init__()
@@ -137,6 +139,9 @@ class TokenMixer(nn.Module):
             old = getattr(self, name)
             new = resample(old.detach(), grid).clone()
             setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+
+    def start_from(self, x: torch.Tensor, rope: Optional[torch.Tensor] = None) -> None:
+        """Look at input of a trained model (B, N, C) before training: for a mixer whose weights can start from it."""
 
     def options(self) -> dict:
         """The keywords that rebuild this mixer at its grid, where a default or another grid would change them."""
