@@ -116,8 +116,8 @@ def conversions() -> str:
     mixers = list(dict.fromkeys(row["model"].split(",")[0] for row in table))
     body = []
     for row in sorted(table, key=lambda row: (int(row["img_size"]), mixers.index(row["model"].split(",")[0]))):
-        untrained = row["training"] == "none"
-        costs = [row[name] if untrained else "" for name in ("gflops", "faster_than_softmax", "gradient_memory_mib")]
+        untrained = any((r["model"], r["img_size"]) == (row["model"], row["img_size"]) for r in table[: table.index(row)])
+        costs = ["" if untrained else row[name] for name in ("gflops", "faster_than_softmax", "gradient_memory_mib")]
         found = [f"{float(row['top1']):.1f}", f"{row['relative']} %"]
         body.append([row["model"], row["training"], row["img_size"], *found, *costs])
     head = ["model", "training", "px", "top-1 %", "of softmax", "GFLOPs", "times as fast", "gradient memory, MiB"]
