@@ -98,6 +98,22 @@ def trade_off() -> str:
     return markdown(head, body)
 
 
+def resolutions() -> str:
+    """Speed over softmax at other sizes of image and model, inference and training."""
+    table = [row for row in rows("cost_cpu.csv") if row["attention"] == "fused" and row["batch_size"] == "1"]
+    table = [row for row in table if row["dtype"] == "float32" and row["model"].startswith("vix_") and row["speedup"]]
+    cells = {(*row["model"].rsplit("_", 1), int(row["img_size"]), row["mode"]): row for row in table}
+    places = [("tiny", 384), ("tiny", 2048), ("small", 224), ("small", 384), ("small", 512)]
+    body = []
+    for model in dict.fromkeys(key[0] for key in cells):
+        line = []
+        for place in places:
+            found = [row for mode in ("infer", "train") if (row := cells.get((model, *place, mode)))]
+            line.append(", ".join("none" if r["difference"] == "none" else f"{float(r['speedup']):.2f}" for r in found))
+        body.append([f"`{model}_*`", *line])
+    return markdown(["model", *(f"{size}, {pixels:,} px" for size, pixels in places)], body)
+
+
 def systems() -> str:
     """The paper's other systems and parallel blocks, each beside its own control, in whole models."""
     table = [row for row in rows("cost_systems.csv") if not row["error"]]
@@ -116,7 +132,9 @@ def conversions() -> str:
     mixers = list(dict.fromkeys(row["model"].split(",")[0] for row in table))
     body = []
     for row in sorted(table, key=lambda row: (int(row["img_size"]), mixers.index(row["model"].split(",")[0]))):
-        untrained = any((r["model"], r["img_size"]) == (row["model"], row["img_size"]) for r in table[: table.index(row)])
+        untrained = any(
+            (r["model"], r["img_size"]) == (row["model"], row["img_size"]) for r in table[: table.index(row)]
+        )
         costs = ["" if untrained else row[name] for name in ("gflops", "faster_than_softmax", "gradient_memory_mib")]
         found = [f"{float(row['top1']):.1f}", f"{row['relative']} %"]
         body.append([row["model"], row["training"], row["img_size"], *found, *costs])
@@ -212,6 +230,7 @@ TABLES = {
     "caltech101": caltech101,
     "cifar10": lambda: finetuned("cifar10"),
     "claims": lambda: finetuned("claims"),
+    "resolutions": resolutions,
     "systems": systems,
     "conversions": conversions,
     "parts": parts,
