@@ -213,7 +213,7 @@ def test_cards_need_all_columns(tmp_path):
 def test_damaged_rows_are_left_out_and_missing_numbers_are_told(tmp_path):
     path = tmp_path / "r.csv"
     committed = ROOT / "examples" / "results" / "reproduce_vix.csv"
-    (good, _), damaged = read_rows(committed)
+    (good, *_), damaged = read_rows(committed)
     assert (list(good), damaged) == (list(COLUMNS), 0)
     append_record(path, COLUMNS, good | dict(seed=1, images_per_second=None, peak_memory_mib=None))
     append_record(path, COLUMNS, good | dict(top1=None))
