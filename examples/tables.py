@@ -53,27 +53,29 @@ def memory() -> str:
     return markdown(["", *(f"{n:,} tokens" for n in tokens), "exponent"], body)
 
 
-def whole_models() -> dict[tuple[str, bool, int, str], dict[str, str]]:
-    """Rows of cost_cpu.csv for models of ViT-Ti's size in float32, by model, fused, image size and mode."""
+def whole_models(size: str) -> dict[tuple[str, bool, int, str], dict[str, str]]:
+    """Rows of cost_cpu.csv for models of a ViT's size in float32, by model, fused, image size and mode."""
     table = [row for row in rows("cost_cpu.csv") if row["dtype"] == "float32" and not row["error"]]
     return {
         (row["model"], row["attention"] == "fused", int(row["img_size"]), row["mode"]): row
         for row in table
-        if row["baseline"] == "vit_tiny_patch16_224" and row["batch_size"] == "1"
+        if row["baseline"] == f"vit_{size}_patch16_224" and row["batch_size"] == "1"
     }
 
 
-def ratio(row: dict[str, str] | None) -> str:
-    """Speed over softmax through SDPA with its spread; a spread that holds 1 is no difference."""
+def ratio(row: dict[str, str] | None, told: bool = True) -> str:
+    """Speed over softmax through SDPA, its spread told or not; a spread that holds 1 is no difference."""
     if row is None or not row["speedup"]:
         return ""
-    spread = f" ({float(row['speedup_low']):.2f} to {float(row['speedup_high']):.2f})" if row["speedup_low"] else ""
+    spread = (
+        f" ({float(row['speedup_low']):.2f} to {float(row['speedup_high']):.2f})" if told and row["speedup_low"] else ""
+    )
     return f"{float(row['speedup']):.2f}{spread}" if row["difference"] != "none" else f"none{spread}"
 
 
 def trade_off() -> str:
     """What each mixer costs in a whole model at 512 and 1,024 px, beside softmax, fused and unfused."""
-    cells = whole_models()
+    cells = whole_models("tiny")
     top1 = {}
     if (RESULTS / "compare_caltech101.csv").exists():
         for row in rows("compare_caltech101.csv"):
@@ -100,17 +102,15 @@ def trade_off() -> str:
 
 def resolutions() -> str:
     """Speed over softmax at other sizes of image and model, inference and training."""
-    table = [row for row in rows("cost_cpu.csv") if row["attention"] == "fused" and row["batch_size"] == "1"]
-    table = [row for row in table if row["dtype"] == "float32" and row["model"].startswith("vix_") and row["speedup"]]
-    cells = {(*row["model"].rsplit("_", 1), int(row["img_size"]), row["mode"]): row for row in table}
+    cells = {size: whole_models(size) for size in ("tiny", "small")}
     places = [("tiny", 384), ("tiny", 2048), ("small", 224), ("small", 384), ("small", 512)]
     body = []
-    for model in dict.fromkeys(key[0] for key in cells):
+    for family in dict.fromkeys(key[0].removesuffix("_tiny") for key in cells["tiny"] if key[0].startswith("vix_")):
         line = []
-        for place in places:
-            found = [row for mode in ("infer", "train") if (row := cells.get((model, *place, mode)))]
-            line.append(", ".join("none" if r["difference"] == "none" else f"{float(r['speedup']):.2f}" for r in found))
-        body.append([f"`{model}_*`", *line])
+        for size, pixels in places:
+            found = [cells[size].get((f"{family}_{size}", True, pixels, mode)) for mode in ("infer", "train")]
+            line.append(", ".join(ratio(row, told=False) for row in found if row))
+        body.append([f"`{family}_*`", *line])
     return markdown(["model", *(f"{size}, {pixels:,} px" for size, pixels in places)], body)
 
 
@@ -130,12 +130,12 @@ def conversions() -> str:
     """What conversion keeps of DeiT-Tiny on labelled photographs, and what it costs, transferred or not."""
     table = rows("convert_deit_tiny.csv")
     mixers = list(dict.fromkeys(row["model"].split(",")[0] for row in table))
+    told: set[tuple[str, str]] = set()
     body = []
     for row in sorted(table, key=lambda row: (int(row["img_size"]), mixers.index(row["model"].split(",")[0]))):
-        untrained = any(
-            (r["model"], r["img_size"]) == (row["model"], row["img_size"]) for r in table[: table.index(row)]
-        )
-        costs = ["" if untrained else row[name] for name in ("gflops", "faster_than_softmax", "gradient_memory_mib")]
+        known = (row["model"], row["img_size"]) in told  # transfer changes no cost
+        told.add((row["model"], row["img_size"]))
+        costs = ["" if known else row[name] for name in ("gflops", "faster_than_softmax", "gradient_memory_mib")]
         found = [f"{float(row['top1']):.1f}", f"{row['relative']} %"]
         body.append([row["model"], row["training"], row["img_size"], *found, *costs])
     head = ["model", "training", "px", "top-1 %", "of softmax", "GFLOPs", "times as fast", "gradient memory, MiB"]

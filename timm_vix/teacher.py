@@ -42,19 +42,18 @@ def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
 
 
 @torch.no_grad()
-def start_mixers(teacher: nn.Module, student: nn.Module, paths: list[str], images: torch.Tensor) -> None:
-    """Show the mixers at ``paths`` what the teacher's attention there sees of some images (B, 3, H, W)."""
+def start_mixers(teacher: nn.Module, mixers: dict[str, TokenMixer], images: torch.Tensor) -> None:
+    """Show the mixers, by their paths, what the teacher's attention there sees of some images (B, 3, H, W)."""
 
-    def show(mixer: nn.Module) -> Callable:
+    def show(mixer: TokenMixer) -> Callable:
         def hook(attn: nn.Module, args: tuple, kwargs: dict) -> None:
-            if isinstance(mixer, TokenMixer):
-                mixer.start_from(args[0], kwargs.get("rope"))
+            mixer.start_from(args[0], kwargs.get("rope"))
 
         return hook
 
     handles = [
-        teacher.get_submodule(path).register_forward_pre_hook(show(student.get_submodule(path)), with_kwargs=True)
-        for path in paths
+        teacher.get_submodule(path).register_forward_pre_hook(show(mixer), with_kwargs=True)
+        for path, mixer in mixers.items()
     ]
     try:
         teacher(images)

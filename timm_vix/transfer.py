@@ -37,6 +37,7 @@ from .interrupt import deferred_interrupt
 from .machine import autocast, find_device, find_dtype, versions
 from .matching import BlockMatching, Distillation
 from .mixers import MIXERS
+from .mixers._slot import TokenMixer
 from .results import one_line, restore, write_history, write_hub, write_layer_errors, write_table, write_whole
 from .settings import KeyValue, check_folder, check_ranges
 from .teacher import build_teacher, check_teacher, start_mixers
@@ -125,8 +126,8 @@ def transfer(
     converted = sorted({row.layer for row in report.rows if row.changed})
     if not converted:
         raise ValueError(f"mixer={mixer!r}, layers={layers!r} leave every layer as it is: nothing to transfer")
-    paths = [row.path for row in report.rows if row.changed]
-    groups = parameter_groups([student.get_submodule(path) for path in paths])
+    mixers: dict[str, Any] = {row.path: student.get_submodule(row.path) for row in report.rows if row.changed}
+    groups = parameter_groups(list(mixers.values()))
     if not groups:
         raise ValueError(f"mixer={mixer!r} has no parameters to fit")
     student.requires_grad_(False)
@@ -150,7 +151,12 @@ def transfer(
 
     normalise = normaliser(config, run.device)
     position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[])
-    optimizer = create_optimizer_v2([dict(group) for group in groups], "adamw", lr=block_lr, weight_decay=0.0)
+
+    def new_optimizer(lr: float) -> torch.optim.Optimizer:
+        # of copies, since the optimizer writes its learning rate into the groups
+        return create_optimizer_v2([dict(group) for group in groups], "adamw", lr=lr, weight_decay=0.0)
+
+    optimizer = new_optimizer(block_lr)
     if resume:
         position = restore(folder / "checkpoint.pt", settings, student, optimizer)
     elif rank == 0:
@@ -173,14 +179,14 @@ def transfer(
     }
     if not resume:
         seen = [images[key][0] for key in images.batches(batch_size)[0]]
-        start_mixers(teacher, student, paths, normalise(torch.stack(seen)))
+        start_mixers(teacher, mixers, normalise(torch.stack(seen)))
         save()  # a full disk shows now and not after an hour
     with deferred_interrupt() as asked:
         for stage in range(position["stage"], 3):
             name, losses_of, steps, lr = stages[stage]
             if position["stage"] != stage:
                 position.update(stage=stage, step=0)
-                optimizer = create_optimizer_v2([dict(group) for group in groups], "adamw", lr=lr, weight_decay=0.0)
+                optimizer = new_optimizer(lr)
             if world > 1 and steps:
                 losses_of = DistributedDataParallel(losses_of)
             scheduler = CosineLRScheduler(
@@ -228,13 +234,12 @@ def transfer(
     return student, report
 
 
-def parameter_groups(mixers: list[nn.Module]) -> list[dict[str, Any]]:
+def parameter_groups(mixers: list[TokenMixer]) -> list[dict[str, Any]]:
     """The parameters of some mixers by the factor of their learning rate, which timm's schedulers call ``lr_scale``."""
     found: dict[float, list[nn.Parameter]] = {}
     for mixer in mixers:
-        factors = getattr(mixer, "learning_rates", {})  # softmax attention is timm's
         for name, parameter in mixer.named_parameters():
-            found.setdefault(factors.get(name, 1.0), []).append(parameter)
+            found.setdefault(mixer.learning_rates.get(name, 1.0), []).append(parameter)
     return [dict(params=parameters, lr_scale=factor) for factor, parameters in found.items()]
 
 

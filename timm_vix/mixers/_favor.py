@@ -28,6 +28,12 @@ def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Te
     return torch.cat(blocks)[:num_features] * lengths
 
 
+def centres(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """c and u of unscaled queries and keys (B, h, N, D): the mean query, and what it sees of the keys, (B, h, 1, D)."""
+    c = q.mean(2, keepdim=True)
+    return c, F.scaled_dot_product_attention(c, k, k)
+
+
 def add_keys(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -73,8 +79,8 @@ def sum_in_blocks(
     features = features * D**-0.25
     block = -(-N // max(1, N // block))  # equal blocks, no small last one
     again = long <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    c = q.mean(2, keepdim=True)
-    centre = c + F.scaled_dot_product_attention(c, k, k)
+    c, u = centres(q, k)
+    centre = c + u
     top = torch.full([B, h, 1, features.shape[-2]], -float("inf"), device=q.device, dtype=dtype)
     # one product gives the sums of phi v^T and of phi
     v = F.pad(v, (0, 1), value=1.0)

@@ -41,9 +41,8 @@ from typing import Optional
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ._favor import favor_attention, orthogonal_features
+from ._favor import centres, favor_attention, orthogonal_features
 from ._slot import AttentionMixer, Grid, admit, check_choice, check_integer, refuse_attention_dropout
 
 DEFAULT_FEATURES = 64
@@ -134,9 +133,8 @@ class PerformerAttention(AttentionMixer):
         if self.feature_bias is None:
             return
         q, k, _ = self.project(x, 0, 3)
-        q, k = (self.rotate(part, rope).float() * self.head_dim**-0.25 for part in (q, k))
-        c = q.mean(2, keepdim=True)
-        u = F.scaled_dot_product_attention(c, k, k, scale=1.0)
+        q, k = self.rotate(q, rope).float(), self.rotate(k, rope).float()
+        c, u = centres(q, k)
         generator = torch.Generator("cpu").manual_seed(self.feature_seed)
         shape = (self.num_heads, self.num_features, 1)
         asking = torch.randint(q.shape[2], shape, generator=generator, device="cpu").to(q.device)
@@ -145,10 +143,10 @@ class PerformerAttention(AttentionMixer):
         for image in range(len(q)):
             part = slice(image, None, len(q))
             take = asking[:, part].expand(-1, -1, self.head_dim)
-            attention = torch.matmul(q[image].gather(1, take), k[image].transpose(1, 2)).softmax(2)
-            asked = (attention.cumsum(2) < level[:, part]).sum(2, keepdim=True).clamp_(max=q.shape[2] - 1)
+            logits = torch.matmul(q[image].gather(1, take), k[image].transpose(1, 2)) * self.head_dim**-0.5
+            asked = (logits.softmax(2).cumsum(2) < level[:, part]).sum(2, keepdim=True).clamp_(max=q.shape[2] - 1)
             sums = (q - c)[image].gather(1, take) + (k - u)[image].gather(1, asked.expand_as(take))
-            self.features[:, part] = SHRINK * sums.to(self.features.dtype)
+            self.features[:, part] = (SHRINK * self.head_dim**-0.25 * sums).to(self.features.dtype)
         self.feature_bias.copy_(-0.5 * self.features.square().sum(2).unsqueeze(1))
 
     def forward(
