@@ -10,6 +10,8 @@ from timm.layers import register_notrace_function
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ._slot import outside_autocast
+
 # Few enough that N x m features never exist at once; larger blocks are hardly faster, smaller ones slower.
 BLOCK = 256
 # From so many tokens on, training computes features twice rather than keep them all for the gradient.
@@ -122,12 +124,9 @@ def favor_attention(
 
     ``features``: (m, D), or (h, m, D) for each head its own; ``feature_bias`` (h, 1, m): the log of their weights.
     """
-    # TorchScript knows autocast for constant devices only, and none is on around a scripted model's own casts
+    # no autocast is on around a scripted model's own casts
     if torch.jit.is_scripting():
         return sum_in_blocks(q, k, v, features, feature_bias, block, long)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
-        # the meta device has no autocast to switch off
-        if not torch.amp.is_autocast_available(q.device.type):
-            return sum_in_blocks(q, k, v, features, feature_bias, block, long)
-        with torch.autocast(q.device.type, enabled=False):
+        with outside_autocast(q.device):
             return sum_in_blocks(q, k, v, features, feature_bias, block, long)

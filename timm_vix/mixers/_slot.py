@@ -6,6 +6,7 @@ order), h heads of width D, C = h·D.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -20,6 +21,13 @@ from ._windows import landmarks_and_windows, window_biases
 # Leaves for torch.fx, since what they do depends on the number of tokens; it replaces them where they are called.
 for leaf in (all_ask_few, few_ask_all, landmarks_and_windows):
     torch.fx.wrap(leaf.__name__)
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast; not for TorchScript, which knows autocast for constant devices only."""
+    # the meta device has none to switch off
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None, meaning: str = "") -> None:

@@ -44,6 +44,7 @@ from ._slot import (
     check_integer,
     check_number,
     count_bias,
+    outside_autocast,
 )
 
 DEFAULT_LANDMARKS = 49
@@ -99,14 +100,10 @@ def landmark_values(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor, ridge: float, steps: int
 ) -> torch.Tensor:
     """X of the module's docstring from Q~, K~, V~, O (B, h, m, D) and c (1, 1, 1, m); float32 at least."""
-    # TorchScript knows autocast for constant devices only
     if torch.jit.is_scripting():
         return fit_landmarks(q, k, v, exact, bias, ridge, steps)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
-        # the meta device has no autocast to switch off
-        if not torch.amp.is_autocast_available(q.device.type):
-            return fit_landmarks(q, k, v, exact, bias, ridge, steps)
-        with torch.autocast(q.device.type, enabled=False):
+        with outside_autocast(q.device):
             return fit_landmarks(q, k, v, exact, bias, ridge, steps)
 
 
