@@ -128,7 +128,9 @@ def main() -> None:
     command.set_defaults(function=run_script)
 
     for name, (module, purpose) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=module.__doc__)
+        # the docstrings hold formulas and lists, which the default formatter would run together
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=purpose, description=module.__doc__, formatter_class=raw)
         module.add_arguments(command)
         command.set_defaults(function=in_one_line(module.main))
 
