@@ -19,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from timm_vix.finetune import finetune
-from timm_vix.machine import parse_model
 from timm_vix.measure import run
+from timm_vix.names import parse_model
 from timm_vix.results import write_history
 
 # DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.

@@ -19,7 +19,7 @@ from timm_vix import cli, compare
 from timm_vix.finetune import finetune
 from timm_vix.folders import as_folder
 from timm_vix.images import find_images
-from timm_vix.machine import parse_model
+from timm_vix.names import parse_model
 from timm_vix.records import read_records
 
 ROOT = Path(__file__).parents[1]

@@ -17,11 +17,11 @@ from torch import nn
 from timm_vix import cli, models
 from timm_vix.cost import COLUMNS, baseline_of, plan, sweep
 from timm_vix.flops import counter
-from timm_vix.machine import parse_model
 from timm_vix.measure import compare_times, run, take_turns
 from timm_vix.mixers import SoftmaxAttention
 from timm_vix.mixers._slot import TokenMixer, cell_grid
 from timm_vix.models._projected import ProjectedNystrom, ProjectedPerformer
+from timm_vix.names import parse_model
 from timm_vix.records import append_record, read_records
 
 ROOT = Path(__file__).parents[1]

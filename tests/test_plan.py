@@ -343,7 +343,10 @@ def test_the_command(photos: Path, weights: Path, tmp_path: Path, monkeypatch, c
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"--source": "deit_tinny_patch16_224"}, "near names: deit_tiny"),
+        (
+            {"--source": "deit_tinny_patch16_224"},
+            "source='deit_tinny_patch16_224' is not registered in timm; near names: deit_tiny_patch16_224",
+        ),
         ({"--source": "resnet18"}, "ResNet has no attention to replace"),
         ({"--source": "swin_tiny_patch4_window7_224"}, "SwinTransformer can't be converted"),
         ({"--source": "vix_nystrom_tiny"}, "has mixers already"),

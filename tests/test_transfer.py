@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import signal
 import subprocess
@@ -247,22 +248,30 @@ def test_folders_without_pictures_and_of_another_run(weights, unlabelled, tmp_pa
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
 
 
-def test_layers_of_the_command_line(tmp_path):
-    assert parse_layers("last-6", SOURCE) == "last-6"
-    assert parse_layers("0,3,5", SOURCE) == [0, 3, 5] and parse_layers("4", SOURCE) == [4]
+def test_layers_of_the_command_line():
+    assert parse_layers("last-6") == "last-6" and parse_layers("plan.json") == "plan.json"
+    assert parse_layers("0,3,5") == [0, 3, 5] and parse_layers("4") == [4]
+
+
+def test_layers_of_a_plan(weights, unlabelled, tmp_path):
+    """The file's layers are what is converted, and a run doesn't continue with another plan of the same name."""
     plan = tmp_path / "plan.json"
-    plan.write_text(f'{{"source": "{SOURCE}", "layers": {{"3": {{"mixer": "nystrom"}}}}}}')
-    assert parse_layers(str(plan), SOURCE) == {"3": {"mixer": "nystrom"}}
-    with pytest.raises(ValueError, match="plan for vit_tiny_patch16_224, not for deit"):
-        parse_layers(str(plan), "deit_tiny_patch16_224")
-    for text, words in (("3", "holds no layers"), ('{"layers": {}}', "keeps every layer")):
-        plan.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            parse_layers(str(plan), SOURCE)
-    (tmp_path / "torn.json").write_text('{"layers": ')
-    for name in ("torn.json", "none.json"):
-        with pytest.raises(ValueError, match="cannot be read"):
-            parse_layers(str(tmp_path / name), SOURCE)
+
+    def write(layer, depth=3):
+        layers = {layer: {"mixer": "linformer", "num_proj_tokens": 4}}
+        content = dict(format="timm_vix plan 1", architecture=SOURCE, depth=depth, layers=layers)
+        plan.write_text(json.dumps(content))
+        return arguments(weights, unlabelled, tmp_path / "run", layers=str(plan), mixer="nystrom", mixer_kwargs={})
+
+    _, report = transfer(**write("1"))
+    assert [(row.layer, row.after) for row in report.rows if row.changed] == [(1, "LinformerAttention")]
+    with pytest.raises(ValueError, match="settings differ.*layers"):
+        transfer(**write("2"), resume=True)
+    with pytest.raises(ValueError, match="plan.json is a plan for vit_tiny_patch16_224 with 12 layers; this model"):
+        transfer(**write("1", depth=12), overwrite=True)
+    plan.unlink()
+    with pytest.raises(ValueError, match="plan.json cannot be read as a plan"):
+        transfer(**{**arguments(weights, unlabelled, tmp_path / "run"), "layers": str(plan)}, overwrite=True)
 
 
 def test_several_mixers_are_all_told():

@@ -4,7 +4,6 @@ One function a subcommand, which imports what it needs when it runs. Wrong argum
 """
 
 import argparse
-import difflib
 import os
 import runpy
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from typing import Optional
 
 from . import __version__, advise, compare, cost, models, plan, report, transfer
+from .names import near_names
 
 COMMANDS = dict(
     cost=(cost, "latency, memory and FLOPs of any timm models, beside softmax"),
@@ -29,8 +29,8 @@ def matching_names(pattern: str) -> list[str]:
 
     found = timm.list_models(pattern, module=models.__all__)
     if not found:
-        near = difflib.get_close_matches(pattern, timm.list_models(module=models.__all__), n=5)
-        raise argparse.ArgumentTypeError(f"no model matches {pattern!r}; near names: {', '.join(near) or 'none'}")
+        near = near_names(pattern, timm.list_models(module=models.__all__))
+        raise argparse.ArgumentTypeError(f"no model matches {pattern!r}; near names: {near}")
     return found
 
 

@@ -27,8 +27,9 @@ import torch
 from .cost import baseline_of, positive, round_off
 from .folders import as_folder
 from .images import Items, find_images
-from .machine import device_name, find_device, find_dtype, parse_model, versions
+from .machine import device_name, find_device, find_dtype, versions
 from .measure import run
+from .names import parse_model
 from .records import Columns, Record, append_record, header_of, read_records
 from .results import one_line
 from .settings import check_weights

@@ -13,9 +13,10 @@ from typing import Any, Optional
 
 import torch
 
-from .machine import find_device, parse_model, softmax_of
+from .machine import find_device
 from .measure import JOB, run
 from .mixers import MIXERS
+from .names import parse_model, softmax_of
 from .records import Columns, Record, append_record, header_of, read_records
 from .swap import mixer_options
 

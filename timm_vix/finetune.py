@@ -31,7 +31,8 @@ from tqdm import tqdm
 from .freeze import PARTS, freeze_except, save_delta
 from .images import STEP, Images, find_images, normaliser, reseed, seed_of, transforms
 from .interrupt import deferred_interrupt
-from .machine import autocast, check_model, find_device, find_dtype
+from .machine import autocast, find_device, find_dtype
+from .names import check_model
 from .results import clear, model_card, one_line, restore, write_curve, write_history, write_hub, write_whole
 from .settings import check_folder, check_ranges, check_weights
 

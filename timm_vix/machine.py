@@ -1,10 +1,8 @@
-"""What this machine and timm have: devices, dtypes, memory, names of models and versions."""
+"""What this machine has: devices, dtypes, memory and versions of what measures on it."""
 
-import ast
-import difflib
 import platform
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import timm
 import torch
@@ -63,57 +61,3 @@ def versions() -> dict[str, str]:
     from . import __version__
 
     return dict(torch=str(torch.__version__), timm=timm.__version__, timm_vix=__version__)
-
-
-def check_model(name: str) -> None:
-    """Raise ValueError, with near names, for a name that timm does not know."""
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5))
-        raise ValueError(f"model={name!r} is not registered in timm; near names: {near or 'none'}")
-
-
-def parse_model(text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``"NAME key=value ..."`` into a name and its keywords.
-
-    Raises:
-        ValueError: for a name that timm does not know, or a part without "=".
-
-    Example:
-        >>> parse_model("vix_nystrom_tiny num_landmarks=64")
-        ('vix_nystrom_tiny', {'num_landmarks': 64})
-    """
-    name, *parts = text.split() or [""]
-    check_model(name)
-    keywords: dict[str, Any] = {}
-    for part in parts:
-        key, found, value = part.partition("=")
-        if not found or not key:
-            raise ValueError(f"model={text!r}: {part!r} is no key=value")
-        try:
-            keywords[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            keywords[key] = value
-    return name, keywords
-
-
-def softmax_of(name: str) -> Optional[str]:
-    """The softmax model of the same trunk, stem and positions as one of ours; None for any other model.
-
-    Example:
-        >>> softmax_of("vix_nystrom_small"), softmax_of("hybrid_vin_tiny_rope"), softmax_of("resnet50")
-        ('vit_small_patch16_224', 'hybrid_vit_tiny_rope', None)
-        >>> softmax_of("ccn_7"), softmax_of("pin_tiny")
-        ('cct_7', 'pin_tiny mixer=softmax')
-    """
-    name = name.split(".")[0]
-    family, _, rest = name.partition("_")
-    size = rest.partition("_")[2]
-    if family in ("ccn", "ccp", "cct", "cvn", "cvp", "cvt"):
-        return f"{family[:2]}t_{rest}"
-    if name.startswith(("levin_", "levip_", "pin_", "pip_", "hybrid_pin_", "hybrid_pip_")):
-        return f"{name} mixer=softmax"
-    if family == "hybrid":
-        return f"hybrid_vit_{size}"
-    if family == "vix":
-        return f"vix_softmax_{size}" if timm.is_model(f"vix_softmax_{size}") else f"vit_{size}_patch16_224"
-    return None

@@ -29,7 +29,8 @@ from torch import nn
 
 from .flops import counter
 from .freeze import freeze_except
-from .machine import device_name, kibibytes, parse_model, versions
+from .machine import device_name, kibibytes, versions
+from .names import parse_model
 from .results import one_line
 
 # What a job holds, with its defaults; "rounds" is the least number, "seconds" the time that they may fill.

@@ -9,15 +9,15 @@ import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from .machine import check_model
 from .mixers._slot import TokenMixer
+from .names import check_model
 from .results import one_line
 from .settings import check_weights
 
 
 def check_teacher(run: SimpleNamespace) -> None:
     """Raise ValueError for a source that timm doesn't know, or that would have random weights."""
-    check_model(run.source)
+    check_model(run.source, "source")
     check_weights("weights", run.weights)
     if not run.weights and not run.pretrained and ":" not in run.source:
         raise ValueError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")

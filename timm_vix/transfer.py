@@ -38,7 +38,8 @@ from .machine import autocast, find_device, find_dtype, versions
 from .matching import BlockMatching, Distillation
 from .mixers import MIXERS
 from .mixers._slot import TokenMixer
-from .results import one_line, restore, write_history, write_hub, write_layer_errors, write_table, write_whole
+from .plan import load_plan
+from .results import restore, write_history, write_hub, write_layer_errors, write_table, write_whole
 from .settings import KeyValue, check_folder, check_ranges
 from .teacher import build_teacher, check_teacher, start_mixers
 
@@ -79,7 +80,7 @@ def transfer(
     Args:
         source: A name of timm's, a ``VisionTransformer`` or ``Eva``.
         data_dir: Folder of images of any depth; labels are not wanted.
-        mixer, layers, mixer_kwargs: See ``timm_vix.convert``.
+        mixer, layers, mixer_kwargs: See ``timm_vix.convert``; layers may be the .json file of a plan too.
         source_kwargs: Further keywords of the source, plain values.
         weights: File with the source's weights, .safetensors or .pth (a state dict; nothing else is unpickled).
         pretrained: Take timm's weights of the source instead.
@@ -111,7 +112,7 @@ def transfer(
     run = SimpleNamespace(**locals())
     folder = Path(out)
     check(run, folder)
-    settings = dict(vars(run), device=find_device(device), layers=str(layers))
+    settings = dict(vars(run), device=find_device(device))
     if threads:
         torch.set_num_threads(threads)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -121,6 +122,9 @@ def transfer(
     run.device, run.dtype = settings["device"], find_dtype(amp, settings["device"])
 
     teacher, config = build_teacher(run)
+    if isinstance(layers, str) and layers.endswith(".json"):
+        layers = load_plan(layers, teacher)
+    settings["layers"] = str(layers)
     student = copy.deepcopy(teacher)
     report = convert(student, mixer, layers, **(mixer_kwargs or {}))
     converted = sorted({row.layer for row in report.rows if row.changed})
@@ -355,24 +359,9 @@ Agreement was measured on one kind of images and says nothing about labels. The 
 """
 
 
-def parse_layers(text: str, source: str) -> Layers:
-    """Layers from a command line: "all", "last-6" and so on; "0,3,5"; or a .json file that ``timm-vix plan`` wrote."""
-    if text.endswith(".json"):
-        try:
-            content = json.loads(Path(text).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"layers={text} cannot be read: {one_line(error)}") from error
-        layers = content.get("layers", content) if isinstance(content, dict) else None
-        if not isinstance(layers, dict):
-            raise ValueError(f"layers={text} holds no layers; expected a file of timm-vix plan")
-        if content.get("source", source) != source:
-            raise ValueError(f"layers={text} is a plan for {content['source']}, not for {source}")
-        if not layers:
-            raise ValueError(f"layers={text} keeps every layer as it is: nothing to transfer")
-        return layers
-    if text.replace(",", "").isdecimal():
-        return [int(part) for part in text.split(",") if part]
-    return text
+def parse_layers(text: str) -> Layers:
+    """Layers from a command line: "0,3,5" is a list of indices, anything else is for ``transfer`` to read."""
+    return [int(part) for part in text.split(",") if part] if text.replace(",", "").isdecimal() else text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -402,5 +391,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     names = transfer.__code__.co_varnames[: transfer.__code__.co_argcount]
     given = {name: getattr(arguments, name) for name in names}
-    _, report = transfer(**{**given, "layers": parse_layers(arguments.layers, arguments.source)})
+    _, report = transfer(**{**given, "layers": parse_layers(arguments.layers)})
     print(report.table())

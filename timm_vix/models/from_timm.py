@@ -6,7 +6,6 @@ A model that comes from the Hub or a folder is somebody's: its configuration may
 values of sane sizes, its weights are read as tensors and nothing else.
 """
 
-import difflib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ import torch
 from timm.models import (
     create_model,
     generate_default_cfgs,
-    is_model,
-    list_models,
     load_pretrained,
     load_state_dict_from_hf,
     register_model,
@@ -30,6 +27,7 @@ from torch import nn
 from ..convert import NAME, Layers, convert
 from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer
+from ..names import check_model
 from ..swap import mixer_options, resample_weights
 from ._vision_xformer import tensors_of
 
@@ -46,10 +44,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def check_source(source: Any) -> None:
-    """Raise ValueError unless ``source`` is the name of a timm model."""
-    if not isinstance(source, str) or not is_model(source.partition(".")[0]) or source.partition(".")[0] == NAME:
-        near = difflib.get_close_matches(str(source), list_models(), n=5)
-        raise ValueError(f"source={source!r} is no model of timm; near names: {', '.join(near) or 'none'}")
+    """Raise ValueError unless ``source`` is the name of a timm model: not ours, nor a place of the Hub."""
+    if isinstance(source, str) and (":" in source or source.partition(".")[0] == NAME):
+        raise ValueError(f"source={source!r} is no model of timm itself")
+    check_model(source, "source")
 
 
 def check_plain(name: str, value: Any) -> None:
