@@ -33,7 +33,7 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["mixers/__init__.py", "stems/__init__.py"], LAYERS),
     (["swap.py"], {*LAYERS, "timm.models.eva"}),  # the attention of EVA is in its model's file
     (["convert.py"], {*LAYERS, "timm.models"}),  # below the models: one of them is whatever has been converted
-    (["results.py"], TOOLS),  # how files are written
+    (["names.py", "results.py"], TOOLS),  # how models are named, and files written
     (["freeze.py"], MODELS),
     (["models/_projected.py"], LAYERS),  # mixers for hosts that project their queries, keys and values themselves
     (["models/_[!_]*.py"], MODELS),
@@ -44,9 +44,9 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["flops.py", "folders.py", "images.py", "interrupt.py", "machine.py", "matching.py"], TOOLS),
     (["records.py", "settings.py", "trends.py"], TOOLS),
     (["teacher.py"], TOOLS),  # what transfer and plan start from
-    (["figures.py", "finetune.py", "hub.py", "measure.py", "sensitivity.py", "transfer.py"], TOOLS),
+    (["figures.py", "finetune.py", "hub.py", "measure.py", "sensitivity.py"], TOOLS),
     (["cost.py", "plan.py"], TOOLS),
-    (["advise.py", "compare.py"], TOOLS),
+    (["advise.py", "compare.py", "transfer.py"], TOOLS),
     (["report.py"], TOOLS),
     (["cli.py"], TOOLS),
     (["__main__.py"], set()),
