@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_vix
 from timm_vix import cli
-from timm_vix.plan import Option, after, in_order, load_plan, plan_layers
-from timm_vix.sensitivity import Sensitivity, block_costs, text_of
+from timm_vix.plan import Option, after, cheapest, in_order, load_plan, plan_layers
+from timm_vix.sensitivity import Measured, Sensitivity, block_costs, text_of
 
 NAME, SIDE = "deit_tiny_patch16_224", 96
 # the cheapest change most
@@ -222,6 +222,22 @@ def test_steps_follow_the_hull() -> None:
         (0, 1.0, cheap),
     ]
     assert after(steps) == {0: {"mixer": "c"}, 1: {"mixer": "c"}}
+
+
+def test_a_layer_that_keeps_more_than_its_distance_tells_is_not_missed() -> None:
+    """By distance layer 0 comes first; layer 1 saves more and agrees as well, and only layer 2 can be beside it."""
+    softmax, entry = Option(None, 10.0, 0.0, 1.0), {"mixer": "linformer"}
+    lossless = [Option(entry, 9.0, 0.1, 0.99), Option(entry, 6.0, 1.0, 1.0), Option(entry, 9.5, 1.0, 1.0)]
+    saved = (1.0, 4.0, 0.5)
+
+    class Agreements:
+        def measure(self, plan: dict) -> Measured:
+            agreement = 0.99 if len(plan) < 2 or set(plan) == {1, 2} else 0.9
+            return Measured(agreement, 0.1 * len(plan), 30.0 - sum(saved[layer] for layer in plan))
+
+    curve = {text_of({}): Measured(1.0, 0.0, 30.0)}
+    chosen = cheapest(Agreements(), [[softmax, option] for option in lossless], 0.99, curve)
+    assert chosen == {1: entry, 2: entry}
 
 
 @pytest.mark.parametrize(

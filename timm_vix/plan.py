@@ -262,6 +262,16 @@ def cheapest(sensitivity: Sensitivity, options: list[list[Option]], keep: float,
                 good = middle
             else:
                 bad = middle
+    # on few images one layer may agree more than its distance lets expect, and then it comes late in every order
+    alone = [
+        (o.cost - own[0].cost, o.harm, {layer: o.entry})
+        for layer, own in enumerate(options)
+        for o in own
+        if o.entry and o.agreement >= keep
+    ]
+    if alone:
+        *_, plan = min(alone, key=lambda found: found[:2])
+        verify(sensitivity, plan, curve)
     feasible = [text for text, found in curve.items() if found.agreement >= keep]
     plan = plan_of(min(feasible, key=lambda text: (curve[text].gflops, curve[text].distance)))
     refused: set[int] = set()
