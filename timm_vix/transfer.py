@@ -4,9 +4,8 @@
     stage 2   |z' - z|^2 / |z|^2  +  KL(softmax(y) || softmax(y'))                     z: last tokens, y: logits
 
 B is a block of the frozen original and B' the same block with another attention. In stage 1 all layers learn at once
-and none hears of another's errors; stage 2 trains the model end to end, gently. Both train the parameters of the
-replaced attention alone, unless ``distill_all`` gives stage 2 all others too. Stage 3, with labels, is ordinary
-fine-tuning of the folder that is written.
+and none hears of another's errors; stage 2 trains the whole model, gently. Both train the parameters of the replaced
+attention alone. Stage 3, with labels, is ordinary fine-tuning of the folder that is written.
 
 The idea of stage 1 is that of Zhang et al. 2024, "LoLCATs" (arXiv 2410.10254, section 3.1), on blocks' outputs.
 """
@@ -63,7 +62,6 @@ def transfer(
     distill_steps: int = 100,
     block_lr: float = 1e-3,
     distill_lr: float = 5e-5,
-    distill_all: bool = False,
     batch_size: int = 16,
     seed: int = 0,
     device: str = "auto",
@@ -89,7 +87,6 @@ def transfer(
         img_size: Side of the images in pixels; None: the source's own.
         block_steps, distill_steps: Steps of stage 1 and 2; 0 leaves the stage out.
         block_lr, distill_lr: Highest learning rates of AdamW; both follow a cosine to zero.
-        distill_all: In stage 2 the whole model learns, not the replaced attention alone.
         batch_size: Images a step, over all processes.
         seed: Order and cropping of the images.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
@@ -137,11 +134,10 @@ def transfer(
     groups = parameter_groups(list(mixers.values()))
     if not groups:
         raise ValueError(f"mixer={mixer!r} has no parameters to fit")
-    learning = [parameter for group in groups for parameter in group["params"]]
-    rest = [parameter for parameter in student.parameters() if all(parameter is not other for other in learning)]
-    student.requires_grad_(True)  # what is not to learn in a stage is told there
-    if distill_all:
-        groups.append(dict(params=rest, lr_scale=1.0))  # in both stages, so that a checkpoint of either can be read
+    student.requires_grad_(False)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
 
     resize, augmented, plain = transforms(config, "light", 0.5)
     # every twentieth image is kept apart, to say what was lost
@@ -192,8 +188,6 @@ def transfer(
     with deferred_interrupt() as asked:
         for stage in range(position["stage"], 3):
             name, losses_of, steps, lr = stages[stage]
-            for parameter in rest:
-                parameter.requires_grad_(distill_all and stage == 2)
             if position["stage"] != stage:
                 position.update(stage=stage, step=0)
                 optimizer = new_optimizer(lr)
@@ -306,7 +300,6 @@ def result_row(
         images=images,
         block_steps=run.block_steps,
         distill_steps=run.distill_steps,
-        distill_all=run.distill_all,
         batch_size=run.batch_size,
         agreement=round(agreement, 2),
         feature_distance=round(distance, 4),
@@ -386,7 +379,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--block-lr", type=float, default=1e-3)
     parser.add_argument("--distill-lr", type=float, default=5e-5)
-    parser.add_argument("--distill-all", action="store_true", help="in stage 2 the whole model learns")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto", help="auto, off or bfloat16")
     parser.add_argument("--threads", type=int)
