@@ -133,8 +133,9 @@ def conversions() -> str:
     told: set[tuple[str, str]] = set()
     body = []
     for row in sorted(table, key=lambda row: (int(row["img_size"]), mixers.index(row["model"].split(",")[0]))):
-        known = (row["model"], row["img_size"]) in told  # transfer changes no cost
-        told.add((row["model"], row["img_size"]))
+        key = (row["model"], row["img_size"])
+        known = key in told  # transfer changes no cost
+        told.add(key)
         costs = ["" if known else row[name] for name in ("gflops", "faster_than_softmax", "gradient_memory_mib")]
         found = [f"{float(row['top1']):.1f}", f"{row['relative']} %"]
         body.append([row["model"], row["training"], row["img_size"], *found, *costs])

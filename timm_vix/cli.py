@@ -127,9 +127,9 @@ def main() -> None:
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="what the script is given")
     command.set_defaults(function=run_script)
 
+    # the docstrings hold formulas and lists, which the default formatter would run together
+    raw = argparse.RawDescriptionHelpFormatter
     for name, (module, purpose) in COMMANDS.items():
-        # the docstrings hold formulas and lists, which the default formatter would run together
-        raw = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(name, help=purpose, description=module.__doc__, formatter_class=raw)
         module.add_arguments(command)
         command.set_defaults(function=in_one_line(module.main))

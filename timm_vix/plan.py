@@ -253,7 +253,8 @@ def verify(sensitivity: Sensitivity, plan: Plan, curve: dict[str, Measured]) -> 
 def cheapest(sensitivity: Sensitivity, options: list[list[Option]], keep: float, curve: dict[str, Measured]) -> Plan:
     """The plan of least cost found with an agreement of at least ``keep``."""
     # one chance for all, and one without what is too much alone
-    likely = in_order([[option for option in own if option.agreement >= keep] for own in options])
+    enough = [[option for option in own if option.agreement >= keep] for own in options]
+    likely = in_order(enough)
     for steps in (in_order(options), likely):
         good, bad = 0, len(steps) + 1
         while bad - good > 1:
@@ -264,14 +265,10 @@ def cheapest(sensitivity: Sensitivity, options: list[list[Option]], keep: float,
                 bad = middle
     # on few images one layer may agree more than its distance lets expect, and then it comes late in every order
     alone = [
-        (o.cost - own[0].cost, o.harm, {layer: o.entry})
-        for layer, own in enumerate(options)
-        for o in own
-        if o.entry and o.agreement >= keep
+        (o.cost - own[0].cost, o.harm, {layer: o.entry}) for layer, own in enumerate(enough) for o in own if o.entry
     ]
     if alone:
-        *_, plan = min(alone, key=lambda found: found[:2])
-        verify(sensitivity, plan, curve)
+        verify(sensitivity, min(alone, key=lambda found: found[:2])[2], curve)
     feasible = [text for text, found in curve.items() if found.agreement >= keep]
     plan = plan_of(min(feasible, key=lambda text: (curve[text].gflops, curve[text].distance)))
     refused: set[int] = set()
