@@ -8,8 +8,9 @@
 epoch that is best on it is kept, and the test images are looked at once. ``paper`` is the official code's recipe (AdamW
 at a constant 1e-3, no augmentation, the batch that each system had), ``modern`` is the same for all: warm-up, cosine,
 label smoothing, crop and flip, mixup. With an accelerator every pixel is a token and training lasts 40 and 100 epochs;
-without one, patches are 2 x 2 pixels and there are 2 epochs. Each row of examples/results/reproduce_vix.csv says which
-it was; weights stay in --runs.
+without one, patches are 2 x 2 pixels and there are 2 epochs. Nyström and Linformer have the paper's 64 landmarks and
+projected tokens, but at most a quarter of the tokens: with as many as tokens they would approximate nothing. Each row
+of examples/results/reproduce_vix.csv says which it was; weights stay in --runs.
 """
 
 import argparse
@@ -66,6 +67,11 @@ SYSTEMS: dict[str, tuple[str, int]] = {
     "vix_mixer_cifar": ("", 512),
     "hybrid_mixer_cifar": ("", 512),
 }
+# the keyword of what attends for the tokens, and whose it is
+FEW = {
+    "num_landmarks": ("vix_nystrom", "hybrid_vin", "ccn", "cvn", "levin", "pin", "hybrid_pin"),
+    "num_proj_tokens": ("vix_linformer", "hybrid_vil"),
+}
 # epochs: with an accelerator, without
 RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "paper": (
@@ -82,12 +88,14 @@ RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 def patched(system: str, patch_size: int) -> dict[str, Any]:
-    """The keywords that give a system patches of this size."""
+    """The keywords that give a system patches of this size, and not too many landmarks for them."""
+    keywords: dict[str, Any] = dict(patch_size=patch_size)
     if system.startswith("cv"):
-        return dict(embed_strides=(patch_size, 1, 1))
-    if "pin_" in system or "pip_" in system:
-        return dict(patch_size=patch_size, stride=patch_size)
-    return dict(patch_size=patch_size)
+        keywords = dict(embed_strides=(patch_size, 1, 1))
+    elif "pin_" in system or "pip_" in system:
+        keywords["stride"] = patch_size
+    few = (32 // patch_size) ** 2 // 4
+    return keywords | {name: few for name, families in FEW.items() if few < 64 and system.startswith(families)}
 
 
 def extent(recipe: str, given: argparse.Namespace, device: str) -> tuple[int, int]:
@@ -145,11 +153,11 @@ def train(
     )
     best = max(history, key=lambda row: row["top1"])
     top1, top5 = measure(out / "hub", given.data_dir, device)
-    keywords = (f"{name}={value}".replace(" ", "") for name, value in patched(system, patch_size).items())
+    keywords = " ".join(f"{name}={value}".replace(" ", "") for name, value in patched(system, patch_size).items())
     step = run(  # in a process of its own, whose memory is nothing else's
         {name: best[name] for name in ("device", "dtype", "threads", "batch_size")}
         | dict(
-            model=" ".join((system, *keywords)),
+            model=f"{system} {keywords}",
             baseline=f"vix_softmax_cifar patch_size={patch_size}",
             img_size=32,
             mode="train",
@@ -160,6 +168,7 @@ def train(
     shared = ("parameters", "device", "dtype", "threads", "batch_size", "torch", "timm")
     return dict(
         system=system,
+        keywords=keywords,
         recipe=recipe,
         paper=SYSTEMS[system][0],
         top1=round(top1, 2),

@@ -133,6 +133,45 @@ def test_attention_is_the_formula_at_the_exact_limit(mixer, projection):
     assert distance(mine, theirs) < (0.2 if mixer == "performer" else 100 * tolerance)
 
 
+@pytest.mark.parametrize("ridge", [0.01, 0.3])
+@pytest.mark.parametrize("key_grid", [(8, 6), (4, 4)], ids=str)
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1])
+def test_few_landmarks_are_nystroms_formula(num_prefix_tokens, key_grid, ridge):
+    """F (V~ + (A^T A + r I)^-1 A^T (O - A V~)) with landmarks averaged by a loop, values wider than keys."""
+    P, query_grid, cells = num_prefix_tokens, (8, 6), (2, 2)
+    core = PROJECTED["nystrom"](
+        torch.empty(0, dtype=torch.float64), 5, 7, (query_grid, key_grid), P, 4, pinv_iterations=60, ridge=ridge
+    )
+    assert core.cells == cells
+    counts = [P + grid[0] * grid[1] for grid in (query_grid, key_grid, key_grid)]
+    q, k, v = (
+        torch.randn(2, 3, n, width, dtype=torch.float64, requires_grad=True)
+        for n, width in zip(counts, (5, 5, 7), strict=True)
+    )
+
+    def landmarks(tokens, grid):
+        height, width = grid[0] // cells[0], grid[1] // cells[1]
+        image = tokens[:, :, P:].unflatten(2, grid)
+        means = [
+            image[:, :, i * height : (i + 1) * height, j * width : (j + 1) * width].mean(dim=(2, 3))
+            for i in range(cells[0])
+            for j in range(cells[1])
+        ]
+        return torch.cat([tokens[:, :, :P], torch.stack(means, dim=2)], dim=2)
+
+    Q, K, V = landmarks(q, query_grid), landmarks(k, key_grid), landmarks(v, key_grid)
+    c = torch.tensor([0.0] * P + [math.log(key_grid[0] * key_grid[1] / 4)] * 4, dtype=torch.float64)
+    kernel, A = ((t @ K.transpose(2, 3) / math.sqrt(5) + c).softmax(3) for t in (q, Q))
+    exact = (Q @ k.transpose(2, 3) / math.sqrt(5)).softmax(3) @ v
+    At = A.transpose(2, 3)
+    X = V + torch.linalg.solve(At @ A + ridge * torch.eye(P + 4), At @ (exact - A @ V))
+    ours, reference = core(q, k, v), kernel @ X
+    assert distance(ours, reference) < 1e-8
+    weight = torch.randn_like(ours)
+    for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (ours, reference))):
+        assert distance(mine, theirs) < 1e-6
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"class_token": False}, {"projection": "linear"}, {"key_stride": 1}], ids=str)
 @pytest.mark.parametrize("mixer", PROJECTED)
 def test_trains_and_comes_back(mixer, kwargs, tmp_path):

@@ -70,6 +70,20 @@ def test_systems_are_registered_and_take_their_patches():
         assert reductions[0] == 2, system
 
 
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_nothing_approximates_with_as_many_tokens_as_there_are(patch_size):
+    example = load("reproduce_vix")
+    tokens = (32 // patch_size) ** 2
+    for system in example.SYSTEMS:
+        model = timm.create_model(system, device="meta", **example.patched(system, patch_size))
+        few = {
+            module.cells[0] * module.cells[1] if hasattr(module, "cells") else module.num_proj_tokens
+            for module in model.modules()
+            if hasattr(module, "cells") or hasattr(module, "num_proj_tokens")
+        }
+        assert not few or max(few) == min(64, tokens // 4), system
+
+
 def test_the_best_epoch_is_kept_also_after_a_stop(images, tmp_path):
     settings = dict(
         model="vix_softmax_cifar",
@@ -145,6 +159,7 @@ def test_rows_are_measured_once_and_cards_are_theirs(run, images, tmp_path):
             right += int(model((pixels - 0.5) / 0.5).argmax()) == label
     assert float(row["top1"]) == pytest.approx(100 * right / 24, abs=0.01)
     assert (row["epochs"], row["patch_size"], row["tokens"], row["paper"]) == ("2", "4", "64", "56.82 (log)")
+    assert row["keywords"] == "patch_size=4"
     assert float(row["peak_memory_mib"]) > 4 * 3 * int(row["parameters"]) / 2**20  # weights and AdamW's state alone
     assert float(row["images_per_second"]) > 0 and float(row["faster_than_softmax"]) > 0
     card = (tmp_path / "cards" / "vix_softmax_cifar-patch4-modern-2epochs.md").read_text()

@@ -6,6 +6,7 @@ from .records import Columns, Record, read_records
 
 COLUMNS: Columns = dict(
     system=str,
+    keywords=str,
     recipe=str,
     paper=str,
     top1=float,
@@ -62,6 +63,7 @@ def card(row: Record) -> str:
         "top-1 of the paper": row["paper"] or "not published",
         "parameters": f"{row['parameters']:,}",
         "tokens": f"{row['tokens']} (patches of {row['patch_size']} px)",
+        "keywords": f"`{row['keywords']}`",
         "epochs": f"{row['epochs']}, of which epoch {row['epoch']} was best on the held-out images",
         "training": f"{speed}, peak memory of a step {memory}",
         "on": f"{row['device']}, {row['dtype']}, batch {row['batch_size']}, seed {row['seed']}, "

@@ -6,6 +6,9 @@ import pytest
 import torch
 from conftest import distance, small
 from test_linformer import rotation
+from torch.nn.functional import scaled_dot_product_attention
+
+from timm_vix.mixers.nystrom import landmark_values
 
 LAYOUTS = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
 EXACT = {"ridge": 0.0, "pinv_iterations": 80}
@@ -29,6 +32,19 @@ def test_a_landmark_for_each_token_is_softmax(rope, layout):
     assert distance(ours, theirs) < 1e-5
     mine, reference = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs))
     assert distance(mine, reference) < 1e-4
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.003, 0.3])
+def test_a_landmark_for_each_token_needs_no_other_values(ridge):
+    """X = V + (A^T A + r I)^-1 A^T (O - A V) with O = A V: what the mixer computes as softmax is its formula."""
+    q, k, v = torch.randn(3, 2, 2, 35, 16, dtype=torch.float64).requires_grad_().unbind()
+    exact = scaled_dot_product_attention(q, k, v)
+    values = landmark_values(q, k, v, exact, torch.zeros(1, 1, 1, 35, dtype=torch.float64), ridge, 80)
+    assert distance(values, v) < 1e-9
+    weight = torch.randn_like(values)
+    for given, expected in ((v, weight), (q, torch.zeros_like(q)), (k, torch.zeros_like(k))):
+        (gradient,) = torch.autograd.grad((values * weight).sum(), given, retain_graph=True)
+        assert (gradient - expected).abs().max() < 1e-6
 
 
 def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> torch.Tensor:
@@ -144,10 +160,13 @@ def test_any_attention_matrix_is_solved_in_float32(scale):
 @pytest.mark.parametrize("pinv_iterations", [1, 12, 60])
 def test_iterating_on_does_no_harm(pinv_iterations, ridge):
     """A singular matrix in float32: what it cannot see must not grow from step to step."""
-    softmax = small("softmax", pos_embed="none", img_size=28)
-    nystrom = small(
-        "nystrom", pos_embed="none", img_size=28, num_landmarks=196, ridge=ridge, pinv_iterations=pinv_iterations
-    )
-    nystrom.load_state_dict(softmax.state_dict())
-    x = torch.randn(2, 3, 28, 28)
-    assert distance(nystrom(x), softmax(x)) < (0.1 if pinv_iterations == 1 else 0.01)
+    q, k, v = torch.randn(3, 2, 2, 197, 16).unbind()
+    exact = scaled_dot_product_attention(q, k, v)
+    values = landmark_values(q, k, v, exact, torch.zeros(1, 1, 1, 197), ridge, pinv_iterations)
+    # with each token as its own landmark the values that give the exact outputs are the tokens' own
+    assert distance(scaled_dot_product_attention(q, k, values), exact) < 1e-3
+    # and wrong ones come closer
+    wrong = v.roll(1, 2)
+    values = landmark_values(q, k, wrong, exact, torch.zeros(1, 1, 1, 197), ridge, pinv_iterations)
+    before, after = (distance(scaled_dot_product_attention(q, k, x), exact) for x in (wrong, values))
+    assert after < before * (1 if pinv_iterations == 1 else 0.5)

@@ -105,12 +105,16 @@ class ProjectedNystrom(nn.Module):
         return pool_patches(x.flatten(0, 1), self.num_prefix_tokens, grid, self.cells).reshape(B, h, -1, D)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        P, cells, patches = self.num_prefix_tokens, self.cells[0] * self.cells[1], self.key_grid[0] * self.key_grid[1]
-        queries, keys, values = self.pool(q, self.query_grid), self.pool(k, self.key_grid), self.pool(v, self.key_grid)
-        bias = count_bias(k, P, cells, patches)
-        exact = scaled_dot_product_attention(queries, k, v)
-        values = landmark_values(queries, keys, values, exact, bias, self.ridge, self.pinv_iterations)
-        y = scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+        P, patches = self.num_prefix_tokens, self.key_grid[0] * self.key_grid[1]
+        if self.cells == self.key_grid:  # each key is a landmark, and the result that of softmax
+            y = scaled_dot_product_attention(q, k, v)
+        else:
+            queries, keys = self.pool(q, self.query_grid), self.pool(k, self.key_grid)
+            bias = count_bias(k, P, self.cells[0] * self.cells[1], patches)
+            exact = scaled_dot_product_attention(queries, k, v)
+            values = self.pool(v, self.key_grid)
+            values = landmark_values(queries, keys, values, exact, bias, self.ridge, self.pinv_iterations)
+            y = scaled_dot_product_attention(q, keys, values, attn_mask=bias)
         if self.conv is not None:
             B, h, _, E = v.shape
             image = v[:, :, P:].transpose(2, 3).reshape(B, h * E, self.key_grid[0], self.key_grid[1])
