@@ -9,9 +9,10 @@ Rows are appended to examples/results/cost_cpu.csv one by one; stopped at any ti
 
 import argparse
 import itertools
-import subprocess
 import sys
 from pathlib import Path
+
+from timm_vix import cost
 
 MIXERS = ("nystrom", "linformer", "performer", "fnet", "mixer", "atrous")
 
@@ -30,23 +31,28 @@ def main() -> int:
     parser.add_argument("--rounds", default="9", help="least number of paired rounds")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "cost_cpu.csv"))
     given = parser.parse_args()
+    code = 0
+    sweep = argparse.ArgumentParser(prog="timm-vix cost")
+    cost.add_arguments(sweep)
     parts = itertools.product(given.dtype, given.compile, given.sizes, given.img_size, given.mode)
     for dtype, compiled, size, img_size, mode in parts:
         print(f"== {size}, {img_size} px, {mode}, {dtype}, compile {compiled}", flush=True)
-        command = [sys.executable, "-m", "timm_vix", "cost", *(f"vix_{mixer}_{size}" for mixer in given.mixers)]
-        command += ["--img-size", str(img_size), "--mode", mode, "--dtype", dtype, "--compile", compiled]
-        command += ["--batch-size", *given.batch_size, "--device", given.device, "--threads", given.threads]
+        options = ["--img-size", str(img_size), "--mode", mode, "--dtype", dtype, "--compile", compiled]
+        options += ["--batch-size", *given.batch_size, "--device", given.device, "--threads", given.threads]
         # on a CPU one step of softmax takes a minute at 2,048 px
         slow = given.device == "cpu" and img_size > 1024
-        command += ["--rounds", "1", "--seconds", "0"] if slow else ["--rounds", given.rounds]
-        code = subprocess.run([*command, "--out", given.out], check=False).returncode
-        if code == 130:
-            return code
-    return 0
+        options += ["--rounds", "1", "--seconds", "0"] if slow else ["--rounds", given.rounds]
+        models = [f"vix_{mixer}_{size}" for mixer in given.mixers]
+        try:  # here and not in a process that a kill of this one would leave running
+            cost.main(sweep.parse_args([*models, *options, "--out", given.out]))
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)  # of this part; the others may do
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues", file=sys.stderr)
+            return 130
+    return code
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())
