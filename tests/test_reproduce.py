@@ -221,7 +221,7 @@ def test_classify_says_that_a_folder_has_no_weights(architecture, run, tmp_path)
 
 def test_cards_need_all_columns(tmp_path):
     (tmp_path / "r.csv").write_text("system,recipe\nccn_cifar,paper\n")
-    with pytest.raises(ValueError, match=r"r.csv was written by another version or program: it lacks paper, top1"):
+    with pytest.raises(ValueError, match="another version or program: it lacks keywords, paper, top1"):
         write_cards(tmp_path / "r.csv", tmp_path / "cards")
 
 
@@ -247,7 +247,7 @@ def test_damaged_rows_are_left_out_and_missing_numbers_are_told(tmp_path):
     [
         ("arguments", ["neither --data-dir nor --cards"]),
         ("test", ["test does not exist", "expected"]),
-        ("results", ["r.csv was written by another version", "it lacks paper"]),
+        ("results", ["r.csv was written by another version", "it lacks keywords, paper"]),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_training(damage, words, run, images, tmp_path):

@@ -186,9 +186,21 @@ def test_killed_at_any_moment_it_resumes_to_the_same_weights(weights, unlabelled
         assert torch.equal(resumed.state_dict()[key], tensor), key
 
 
+def test_a_mixer_that_is_exact_leaves_the_model_as_it_was(weights, unlabelled, tmp_path):
+    """49 landmarks are more than the 36 patches: nothing to fit, and no error for the figure's logarithm."""
+    settings = arguments(weights, unlabelled, tmp_path / "exact", mixer="nystrom", mixer_kwargs={})
+    student, _ = transfer(**settings)
+    teacher = timm.create_model(SOURCE, **SMALL)
+    teacher.load_state_dict(load_file(weights))
+    x = torch.randn(2, 3, 48, 48)
+    assert distance(student.eval()(x), teacher.eval()(x)) < 0.05
+    assert (tmp_path / "exact" / "layers.png").stat().st_size > 0
+
+
 def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):
-    one, _ = transfer(**arguments(weights, unlabelled, tmp_path / "one", mixer="nystrom", mixer_kwargs={}))
-    settings = arguments(weights, unlabelled, tmp_path / "two", mixer="nystrom", mixer_kwargs={})
+    few = dict(mixer="nystrom", mixer_kwargs=dict(num_landmarks=4))
+    one, _ = transfer(**arguments(weights, unlabelled, tmp_path / "one", **few))
+    settings = arguments(weights, unlabelled, tmp_path / "two", **few)
     program = tmp_path / "program.py"
     program.write_text(f"from timm_vix.transfer import transfer; transfer(**{settings!r})")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
