@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, to_2tuple
 from torch import nn
 
 import timm_vix  # noqa: F401  registers the names
@@ -47,9 +47,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def small(mixer: str, rope: str | None = None, **kwargs) -> nn.Module:
-    """A model in eval mode with a 7x5 patch grid, 2 blocks of 2 heads of width 16, 5 classes; keywords override."""
+    """A model in eval mode with a 7x5 patch grid, 2 blocks of 2 heads of width 16, 5 classes; keywords override.
+
+    Nyström has a third as many landmarks as patches: the default is as many as these, which is softmax.
+    """
     arguments = dict(img_size=(14, 10), patch_size=2, embed_dim=32, depth=2, num_heads=2, num_classes=5, qkv_bias=True)
-    model = timm.create_model("vix_softmax_cifar", mixer=mixer, rope=rope, **{**arguments, **kwargs}).eval()
+    arguments |= kwargs
+    if mixer == "nystrom" and "num_landmarks" not in kwargs:
+        height, width = (side // arguments["patch_size"] for side in to_2tuple(arguments["img_size"]))
+        arguments["num_landmarks"] = max(1, height * width // 3)
+    model = timm.create_model("vix_softmax_cifar", mixer=mixer, rope=rope, **arguments).eval()
     return lively(model)
 
 

@@ -119,7 +119,7 @@ def test_an_image_does_not_depend_on_its_batch_mates(mixer, rope, options, train
     model.train(training)
     x = image(model, batch=4)
     x[1:] *= 30
-    assert distance(model(x[:1]), model(x)[:1]) < 1e-6
+    assert distance(model(x[:1]), model(x)[:1]) < 1e-5
 
 
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
