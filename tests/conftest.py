@@ -46,18 +46,22 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def small(mixer: str, rope: str | None = None, **kwargs) -> nn.Module:
-    """A model in eval mode with a 7x5 patch grid, 2 blocks of 2 heads of width 16, 5 classes; keywords override.
+def small_arguments(mixer: str, **kwargs) -> dict:
+    """What ``timm.create_model`` is given for a 7x5 patch grid, 2 blocks of 2 heads of width 16, 5 classes.
 
     Nyström has a third as many landmarks as patches: the default is as many as these, which is softmax.
     """
     arguments = dict(img_size=(14, 10), patch_size=2, embed_dim=32, depth=2, num_heads=2, num_classes=5, qkv_bias=True)
-    arguments |= kwargs
-    if mixer == "nystrom" and "num_landmarks" not in kwargs:
+    arguments |= dict(mixer=mixer, **kwargs)
+    if mixer == "nystrom":
         height, width = (side // arguments["patch_size"] for side in to_2tuple(arguments["img_size"]))
-        arguments["num_landmarks"] = max(1, height * width // 3)
-    model = timm.create_model("vix_softmax_cifar", mixer=mixer, rope=rope, **arguments).eval()
-    return lively(model)
+        arguments.setdefault("num_landmarks", max(1, height * width // 3))
+    return arguments
+
+
+def small(mixer: str, rope: str | None = None, **kwargs) -> nn.Module:
+    """A model in eval mode of ``small_arguments``, with lively weights; keywords override."""
+    return lively(timm.create_model("vix_softmax_cifar", rope=rope, **small_arguments(mixer, **kwargs)).eval())
 
 
 def lively(model: nn.Module) -> nn.Module:

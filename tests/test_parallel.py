@@ -6,7 +6,7 @@ import logging
 import pytest
 import timm
 import torch
-from conftest import VARIANTS, distance, image, lively, small
+from conftest import VARIANTS, distance, image, lively, small, small_arguments
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.models.vision_transformer import ParallelThingsBlock
@@ -25,11 +25,9 @@ def side_by_side(model, x: torch.Tensor) -> torch.Tensor:
 
 def loaded(path, **kwargs):
     """A model like ``small``'s that takes weights as ``pretrained=True`` does."""
-    arguments = dict(img_size=(14, 10), patch_size=2, embed_dim=32, depth=4, num_heads=2, num_classes=5, qkv_bias=True)
+    arguments = small_arguments(**{"mixer": "softmax", "depth": 4, **kwargs})
     overlay = {"file": str(path), "num_classes": 5}
-    return timm.create_model(
-        "vix_softmax_cifar", pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, **kwargs}
-    ).eval()
+    return timm.create_model("vix_softmax_cifar", pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
 
 
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
