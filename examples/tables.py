@@ -103,7 +103,7 @@ def trade_off() -> str:
 def resolutions() -> str:
     """Speed over softmax at other sizes of image and model, inference and training."""
     cells = {size: whole_models(size) for size in ("tiny", "small")}
-    places = [("tiny", 384), ("tiny", 2048), *(("small", pixels) for pixels in (224, 384, 512, 1024))]
+    places = [("tiny", 384), ("tiny", 2048), *(("small", pixels) for pixels in (224, 384, 512, 1024, 2048))]
     body = []
     for family in dict.fromkeys(key[0].removesuffix("_tiny") for key in cells["tiny"] if key[0].startswith("vix_")):
         line = []
