@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from timm_vix import cost
+from timm_vix.cli import in_one_line
 
 MIXERS = ("nystrom", "linformer", "performer", "fnet", "mixer", "atrous")
 
@@ -43,14 +44,14 @@ def main() -> int:
         slow = given.device == "cpu" and img_size > 1024
         options += ["--rounds", "1", "--seconds", "0"] if slow else ["--rounds", given.rounds]
         models = [f"vix_{mixer}_{size}" for mixer in given.mixers]
+        part = sweep.parse_args([*models, *options, "--out", given.out])
         try:  # here and not in a process that a kill of this one would leave running
-            cost.main(sweep.parse_args([*models, *options, "--out", given.out]))
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)  # of this part; the others may do
-            code = 2
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues", file=sys.stderr)
-            return 130
+            in_one_line(cost.main)(part)
+        except SystemExit as end:
+            code = end.code
+            if code == 130:
+                return code
+            # a part that failed; the others may do
     return code
 
 

@@ -23,9 +23,9 @@ def side_by_side(model, x: torch.Tensor) -> torch.Tensor:
     return model.forward_head(model.norm(x))
 
 
-def loaded(path, **kwargs):
+def loaded(path, mixer="softmax", depth=4, **kwargs):
     """A model like ``small``'s that takes weights as ``pretrained=True`` does."""
-    arguments = small_arguments(**{"mixer": "softmax", "depth": 4, **kwargs})
+    arguments = small_arguments(mixer, depth=depth, **kwargs)
     overlay = {"file": str(path), "num_classes": 5}
     return timm.create_model("vix_softmax_cifar", pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
 

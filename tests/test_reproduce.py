@@ -221,7 +221,8 @@ def test_classify_says_that_a_folder_has_no_weights(architecture, run, tmp_path)
 
 def test_cards_need_all_columns(tmp_path):
     (tmp_path / "r.csv").write_text("system,recipe\nccn_cifar,paper\n")
-    with pytest.raises(ValueError, match="another version or program: it lacks keywords, paper, top1"):
+    told = r"r.csv was written by another version or program: it lacks keywords, paper, top1"
+    with pytest.raises(ValueError, match=told):
         write_cards(tmp_path / "r.csv", tmp_path / "cards")
 
 
