@@ -121,6 +121,19 @@ def test_the_two_take_turns_and_change_order() -> None:
     assert order[2:] == ["softmax", "model", "model", "softmax"] * 2
 
 
+def test_of_a_long_call_the_first_is_its_time_in_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm_vix.measure.LONG_CALL", 0.5)
+    order = []
+
+    def softmax() -> None:
+        order.append("softmax")
+        time.sleep(0.6 if len(order) < 4 else 0)
+
+    times = take_turns(lambda: order.append("model"), softmax, dict(QUICK, rounds=2))
+    assert order == ["model", "softmax", "model", "model", "softmax"]
+    assert times[0, 1] >= 0.6
+
+
 # --- memory
 
 
