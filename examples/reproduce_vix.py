@@ -29,6 +29,7 @@ from timm_vix.hub import COLUMNS, read_rows, seed_suffix, write_cards
 from timm_vix.images import Images, list_images, normaliser, transforms
 from timm_vix.measure import run
 from timm_vix.records import append_record, header_of
+from timm_vix.results import one_line
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
 # leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.
@@ -216,6 +217,7 @@ def main() -> int:
             list_images(Path(given.data_dir) / "test", classes)
         # system by system, so that a stop leaves whole rows of the table
         wanted = [(system, recipe) for system in given.systems for recipe in given.recipes] if given.data_dir else []
+        failed: list[str] = []
         for i, (system, recipe) in enumerate(wanted):
             epochs, patch_size = extent(recipe, given, device)
             key = dict(system=system, recipe=recipe, epochs=epochs, patch_size=patch_size, seed=given.seed)
@@ -223,12 +225,21 @@ def main() -> int:
                 print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}: already in {path}")
                 continue
             print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}:", flush=True)
-            rows.append(row := train(system, recipe, epochs, patch_size, given, device))
+            try:
+                row = train(system, recipe, epochs, patch_size, given, device)
+            except (ValueError, OSError, RuntimeError) as error:  # the others may do, and the same command tries again
+                print(f"error: {system}, {recipe}: {one_line(error)}", file=sys.stderr, flush=True)
+                failed.append(f"{system} ({recipe})")
+                continue
+            rows.append(row)
             append_record(path, COLUMNS, row)
             print(f"test images: top-1 {row['top1']} %, paper {row['paper'] or 'without a number'}", flush=True)
         if given.cards:
             for card in write_cards(path, Path(given.cards)):
                 print(card)
+        if failed:
+            print(f"without a row: {', '.join(failed)}", file=sys.stderr)
+            return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -265,6 +265,24 @@ def test_what_cannot_end_well_is_refused_before_training(damage, words, run, ima
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_system_that_fails_does_not_take_the_others_with_it(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_vix.measure.run", lambda job: dict(error="out of memory"))
+    (tmp_path / "runs" / "modern-1-4").mkdir(parents=True)
+    (tmp_path / "runs" / "modern-1-4" / "vix_mixer_cifar").write_text("where its folder would be")
+    arguments = ["--data-dir", images, "--systems", "vix_mixer_cifar", "vix_fnet_cifar", "--recipes", "modern"]
+    arguments += ["--patch-size", 4, "--epochs", 1, "--device", "cpu", "--threads", 1, "--runs", tmp_path / "runs"]
+    arguments += ["--results", tmp_path / "r.csv", "--cards", tmp_path / "cards"]
+    code, _, errors = run("reproduce_vix", *arguments)
+    lines = [line for line in errors.splitlines() if "without a row" in line or line.startswith("error")]
+    assert code == 2 and lines[0].startswith("error: vix_mixer_cifar, modern: ")
+    assert lines[1:] == ["without a row: vix_mixer_cifar (modern)"]
+    assert [row["system"] for row in read_rows(tmp_path / "r.csv")[0]] == ["vix_fnet_cifar"]
+    assert len(list((tmp_path / "cards").iterdir())) == 1
+    (tmp_path / "runs" / "modern-1-4" / "vix_mixer_cifar").unlink()
+    assert run("reproduce_vix", *arguments)[0] == 0  # what lacked a row is tried again
+    assert len(read_rows(tmp_path / "r.csv")[0]) == 2
+
+
 def test_another_seed_has_a_run_of_its_own_and_the_speed_of_its_training(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr("timm_vix.measure.run", lambda job: dict(error="out of memory"))
     arguments = ["--data-dir", images, "--systems", "vix_fnet_cifar", "--recipes", "modern", "--patch-size", 4]
