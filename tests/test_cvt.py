@@ -1,5 +1,6 @@
 """Convolutional vision transformers: names and size of the published model, attention against the formula."""
 
+import logging
 import math
 
 import pytest
@@ -211,6 +212,55 @@ def test_softmax_weights_load_into_every_mixer(tmp_path):
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "cvt.safetensors")
     with pytest.raises(ValueError, match="doesn't fit cvn_13"):
         timm.create_model("cvn_13", **arguments)
+
+
+def loaded(state, tmp_path, name, **kwargs):
+    """A model like ``small``'s that takes weights as ``pretrained=True`` does."""
+    save_file(state, tmp_path / "weights.safetensors")
+    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 5}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **{**SHAPE, **kwargs}).eval()
+
+
+@pytest.mark.parametrize(
+    "saved, name, fresh",
+    [
+        ("cvt_13", "cvn_13", "nothing"),
+        ("cvt_13", "cvp_13", "stage0.blocks.*.attn.core.features, stage1.blocks.*.attn.core.features"),
+        ("cvn_13", "cvp_13", "stage0.blocks.*.attn.core.features, stage1.blocks.*.attn.core.features"),
+        ("cvt_13", "cvt_13", None),
+        ("cvp_13", "cvp_13", None),
+    ],
+)
+def test_weights_of_another_mixer_are_told(saved, name, fresh, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = loaded(small(saved).state_dict(), tmp_path, name)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == (fresh is not None)
+    assert all("needs fine-tuning" in line and name in line and f"Fresh: {fresh}" in line for line in lines)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    caplog.clear()
+    timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert not [record.message for record in caplog.records if "fine-tuning" in record.message]
+
+
+def test_an_inherited_models_convolution_starts_as_nothing(tmp_path, caplog):
+    softmax = small(key_stride=1)
+    arguments = dict(key_stride=1, num_landmarks=2)
+    with caplog.at_level(logging.WARNING):
+        model = loaded(softmax.state_dict(), tmp_path, "cvn_13", conv_residual=True, **arguments)
+    assert "Fresh: stage0.blocks.*.attn.core.conv.weight" in caplog.records[0].message
+    plain = loaded(softmax.state_dict(), tmp_path, "cvn_13", **arguments)
+    x = torch.randn(2, 3, 20, 12)
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("name, key", [("cvn_13", "core.conv.weight"), ("cvp_13", "core.features")])
+def test_a_checkpoint_that_lacks_a_mixers_weight_is_refused(name, key, tmp_path):
+    kwargs = dict(key_stride=1, conv_residual=True) if name == "cvn_13" else {}
+    state = small(name, **kwargs).state_dict()
+    del state[f"stage1.blocks.0.attn.{key}"]
+    with pytest.raises(ValueError, match=rf"doesn't fit {name}. Missing: stage1.blocks.*{key}"):
+        loaded(state, tmp_path, name, **kwargs)
 
 
 @pytest.mark.parametrize(

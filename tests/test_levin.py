@@ -78,6 +78,49 @@ def test_weights_are_those_of_timms_levit(name, tmp_path, caplog):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **SHAPE)
 
 
+def loaded(state, tmp_path, name, **kwargs):
+    """A model of ``SHAPE`` that takes weights as ``pretrained=True`` does."""
+    save_file(state, tmp_path / "weights.safetensors")
+    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 5}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **{**SHAPE, **kwargs}).eval()
+
+
+def test_an_inherited_models_convolution_starts_as_nothing(tmp_path, caplog):
+    state = settled(timm.create_model("levit_128s", **SHAPE)).state_dict()
+    with caplog.at_level(logging.WARNING):
+        model = loaded(state, tmp_path, "levin_128s", num_landmarks=2, conv_residual=True)
+    (line,) = [record.message for record in caplog.records]
+    assert "Fresh: stages.0.blocks.*.attn.core.conv.weight, stages.1.blocks.*.attn.core.conv.weight." in line
+    plain = loaded(state, tmp_path, "levin_128s", num_landmarks=2)
+    x = torch.randn(2, 3, 80, 48)
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "saved, name, fresh",
+    [
+        ("levin_128s", "levip_128s", "Fresh: stages.0.blocks.*.attn.core.features"),
+        ("levin_128s", "levin_128s", None),
+        ("levip_128s", "levip_128s", None),
+    ],
+)
+def test_weights_of_another_mixer_are_told(saved, name, fresh, tmp_path, caplog):
+    state = settled(timm.create_model(saved, **SHAPE)).state_dict()
+    with caplog.at_level(logging.WARNING):
+        loaded(state, tmp_path, name)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == (fresh is not None) and all(fresh in line for line in lines)
+
+
+@pytest.mark.parametrize("name, key", [("levin_128s", "core.conv.weight"), ("levip_128s", "core.features")])
+def test_a_checkpoint_that_lacks_a_mixers_weight_is_refused(name, key, tmp_path):
+    kwargs = dict(conv_residual=True) if name == "levin_128s" else {}
+    state = settled(timm.create_model(name, **SHAPE, **kwargs)).state_dict()
+    del state[f"stages.1.blocks.0.attn.{key}"]
+    with pytest.raises(ValueError, match=rf"doesn't fit {name}. Missing: stages.1.blocks.*{key}"):
+        loaded(state, tmp_path, name, **kwargs)
+
+
 def test_softmax_is_timms_own():
     reference = settled(timm.create_model("levit_128s", **SHAPE))
     model = timm.create_model("levin_128s", mixer="softmax", **SHAPE).eval()

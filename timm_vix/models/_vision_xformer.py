@@ -22,6 +22,7 @@ from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer, check_choice
 from ..stems import STEMS
 from ..swap import mixer_options, resample_weights, set_grid, swap_attention
+from ._projected import ProjectedNystrom, ProjectedPerformer
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
 # what softmax attention has below its own name
 SOFTMAX_KEY = re.compile(r"(qkv|q_norm|k_norm|norm|gate|proj)\.")
 BLOCKS = {"sequential": Block, "parallel": ParallelThingsBlock}
+MECHANISMS = (TokenMixer, ProjectedNystrom, ProjectedPerformer)
 
 
 def default_cfgs_for(names: list[str], first_conv: str = "patch_embed.proj") -> dict[str, dict[str, Any]]:
@@ -175,7 +177,7 @@ def own_keys(model: nn.Module) -> set[str]:
     """State-dict keys that a softmax ViT of the same size doesn't have: mixers' extras and convolutional stems."""
     keys = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, TokenMixer):
+        if isinstance(module, MECHANISMS):
             keys |= {f"{prefix}.{key}" for key in module.state_dict() if not SOFTMAX_KEY.match(key)}
     stem = getattr(model, "patch_embed", None)
     if isinstance(getattr(stem, "proj", None), nn.Sequential):
@@ -222,7 +224,7 @@ def tensors_of(checkpoint: Any) -> dict[str, torch.Tensor]:
 def summary(keys: set[str]) -> str:
     """Keys for a log line, blocks and stems folded."""
     folded = {re.sub(r"^patch_embed\.proj\.\d.*", "patch_embed.proj.*", key) for key in keys}
-    return ", ".join(sorted({re.sub(r"^blocks\.\d+\.", "blocks.*.", key) for key in folded})) or "nothing"
+    return ", ".join(sorted({re.sub(r"\bblocks\.\d+\.", "blocks.*.", key) for key in folded})) or "nothing"
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> dict[str, Any]:
@@ -261,12 +263,13 @@ def adopt(
         ValueError: if keys or shapes don't fit.
     """
     target, own = model.state_dict(), own_keys(model)
-    mixers = [module for module in model.modules() if isinstance(module, TokenMixer)]
+    mixers = [module for module in model.modules() if isinstance(module, MECHANISMS)]
     resample_weights(state_dict, model)
     if not ours:
         fresh = {key: target[key] for key in own}
         # inherited weights know no local convolution: it starts as nothing and leaves their function alone
-        fresh = {key: torch.zeros_like(t) if key.endswith("attn.conv.weight") else t for key, t in fresh.items()}
+        local = ("attn.conv.weight", "core.conv.weight")
+        fresh = {key: torch.zeros_like(t) if key.endswith(local) else t for key, t in fresh.items()}
         state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg

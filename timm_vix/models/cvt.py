@@ -23,7 +23,7 @@ from torch import _assert, nn
 from ..mixers._slot import Grid, check_choice
 from ._convolutional import Stage, embed_padding, to_image
 from ._projected import projected_options
-from ._vision_xformer import build_xformer, check_keys, check_sizes, overridden, tensors_of
+from ._vision_xformer import adopt, build_xformer, check_sizes, overridden, own_keys, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(
@@ -249,11 +249,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ConvolutionalXformer
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
     state_dict = tensors_of(state_dict)
-    target = model.state_dict()
-    fresh = {key: value for key, value in target.items() if ".core." in key}
-    state_dict = {**fresh, **state_dict}
-    check_keys(state_dict, model, target)
-    return state_dict
+    return adopt(state_dict, model, bool(own_keys(model) & state_dict.keys()), set())
 
 
 def create_convolutional(

@@ -23,7 +23,7 @@ from torch import nn
 from ..mixers._slot import check_choice
 from ..stems import STEMS
 from ._projected import PROJECTED, projected_options
-from ._vision_xformer import adopt, build_xformer, check_sizes, overridden, tensors_of
+from ._vision_xformer import adopt, build_xformer, check_sizes, overridden, own_keys, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
@@ -187,11 +187,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dic
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
     state_dict = levit_checkpoint_filter_fn(tensors_of(state_dict), model)
-    target = model.state_dict()
-    dropped = {key for key in state_dict if key.endswith("attention_biases")} - target.keys()
-    fresh = {key: value for key, value in target.items() if ".core." in key and dropped}
-    state_dict = {**fresh, **{key: value for key, value in state_dict.items() if key not in dropped}}
-    return adopt(state_dict, model, not dropped, dropped)
+    own = own_keys(model)
+    ours = bool(own & state_dict.keys())
+    biases = {key for key in state_dict if key.endswith("attention_biases")}
+    dropped = set() if ours else biases - model.state_dict().keys()
+    state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
+    # where no parameter tells whose weights these are, LeViT's biases do
+    return adopt(state_dict, model, ours or not (own or dropped), dropped)
 
 
 def create_levit(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> LevitXformer:
