@@ -44,6 +44,21 @@ def test_the_advice_names_the_fastest_the_smallest_and_the_crossovers() -> None:
     assert "At 160 px, 101 tokens: no mechanism is measurably faster than softmax, smallest softmax." in even
 
 
+def test_what_could_not_be_measured_is_said() -> None:
+    alone = dict(speedup=None, speedup_low=None, speedup_high=None, difference=None)
+    small = [row("softmax", 160, 10, 20, 1), row("nystrom", 160, 12, 25, 0.5), row("fnet", 160, 5, 30, 2)]
+    failed = dict(row("softmax", 640, 1, 1, 1), error="out of memory: 12 GiB")
+    text = advise.advice([*small, failed, row("nystrom", 640, 50, 40, 2) | alone, row("fnet", 640, 20, 50, 5) | alone])
+    assert "softmax, 640 px: failed: out of memory: 12 GiB" in text
+    assert "At 640 px, 1,601 tokens: softmax could not be measured, fastest of the others is fnet, smallest" in text
+    assert "no baseline" in text.splitlines()[1]
+    text = advise.advice([*small, failed, dict(row("fnet", 640, 1, 1, 1), error="killed")])
+    assert "nothing could be measured at 640 px; at 160 px, 101 tokens: fastest is fnet" in text
+    few = dict(speedup_low=None, speedup_high=None, difference="unknown", rounds=2)
+    text = advise.advice([row("softmax", 640, 100, 60, 1) | few, row("fnet", 640, 20, 50, 5) | few])
+    assert "too few rounds to tell what is faster than softmax" in text and "5.00 (two rounds)" in text
+
+
 def test_it_measures_here(monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setattr(advise, "MIXERS", ["softmax", "fnet"])
     arguments = ["--img-size", "32", "--depth", "1", "--rounds", "3", "--seconds", "0", "--threads", "1"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from timm_vix import cli, models
-from timm_vix.cost import COLUMNS, baseline_of, plan, sweep
+from timm_vix.cost import COLUMNS, baseline_of, plan, summary, sweep
 from timm_vix.flops import counter
-from timm_vix.measure import compare_times, run, take_turns
+from timm_vix.measure import JOB, beside_baseline, compare_times, run, take_turns
 from timm_vix.mixers import SoftmaxAttention
 from timm_vix.mixers._slot import TokenMixer, cell_grid
 from timm_vix.models._projected import ProjectedNystrom, ProjectedPerformer
@@ -86,6 +87,19 @@ def test_operations_are_those_of_the_formula(name, mixer, side) -> None:
     assert flops.get_total_flops() == pytest.approx(B * (trunk(n) + DEPTH * mixer(n)), rel=0.02)
 
 
+def test_fourier_transforms_count_by_their_formulas() -> None:
+    x = torch.zeros(3, 8, 16)
+    for transform, expected in (
+        (lambda: torch.fft.fft(x.to(torch.complex64), dim=1), 3 * 16 * 5 * 8 * 3),
+        (lambda: torch.fft.rfft(x, dim=2), 3 * 8 * 2.5 * 16 * 4),
+        (lambda: torch.fft.irfft(torch.zeros(3, 8, 9, dtype=torch.complex64), n=16, dim=2), 3 * 8 * 2.5 * 16 * 4),
+        (lambda: torch.fft.fft2(x.to(torch.complex64)), 3 * (16 * 5 * 8 * 3 + 8 * 5 * 16 * 4)),
+    ):
+        with counter() as flops:
+            transform()
+        assert flops.get_total_flops() == expected
+
+
 def test_fused_attention_and_its_backward_count_as_the_products_they_are() -> None:
     n, c = 65, 32
     totals = []
@@ -110,7 +124,9 @@ def test_a_model_beside_itself_is_no_difference_and_a_slower_one_is() -> None:
     slower = compare_times(times * [2, 1])
     assert slower["difference"] == "slower"
     assert slower["speedup_low"] < slower["speedup"] == 0.5 < slower["speedup_high"]
-    assert compare_times(times[:2])["difference"] == "unknown"
+    for few, spread in ((2, False), (4, True)):  # three to four rounds have a spread, and are no proof
+        row = compare_times((times * [1, 2])[:few])
+        assert row["difference"] == "unknown" and (row["speedup_low"] is not None) is spread
     assert "speedup" not in compare_times(times * [1, np.nan])
 
 
@@ -231,6 +247,52 @@ def test_another_baseline_is_another_row(tmp_path, monkeypatch) -> None:
     assert measured == ["vit_tiny_patch16_224", "deit_tiny_patch16_224"]
 
 
+def test_rows_of_another_machine_and_rows_without_a_measurement_do_not_stand_for_this_ones(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    path, measured = tmp_path / "cost.csv", []
+    row = dict(latency_p50_ms=1.0, latency_p90_ms=1.0, images_per_s=1.0)
+    monkeypatch.setattr("timm_vix.cost.run", lambda job: measured.append(job["model"]) or row)
+    planned = jobs([f"vix_softmax_cifar {SMALL}"])
+    (mine,) = sweep(planned, path)
+    path.write_text("")
+    append_record(path, COLUMNS, dict(mine, device_name="another processor"))
+    append_record(path, COLUMNS, dict(mine, latency_p50_ms=None))
+    for times in (2, 2):
+        (again,) = sweep(planned, path)
+        assert len(measured) == times and again["device_name"] == mine["device_name"]
+    assert "1 damaged lines" in capsys.readouterr().out
+
+
+def test_a_model_that_fits_is_measured_alone_where_its_baseline_does_not() -> None:
+    (job,) = jobs([f"vix_fnet_cifar {SMALL}"])
+    row = run(dict(job, baseline="vit_tiny_patch16_224 embed_dim=3000000"))
+    assert "error" not in row, row
+    assert row["latency_p50_ms"] > 0 and "speedup" not in row
+
+
+def test_what_a_baseline_held_that_does_not_fit_is_free_again(monkeypatch) -> None:
+    built = []
+
+    def fail(call, reference, job):
+        built.append(weakref.ref(reference.__closure__[0].cell_contents))
+        raise MemoryError
+
+    monkeypatch.setattr("timm_vix.measure.take_turns", fail)
+    job = dict(JOB, baseline=f"vix_softmax_cifar {SMALL}", img_size=32)
+    assert beside_baseline(lambda: None, job) is None
+    assert built[0]() is None
+
+
+def test_the_table_shows_the_smallest_batch_whatever_the_order(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "timm_vix.cost.run",
+        lambda job: dict(latency_p50_ms=7.0 * job["batch_size"], latency_p90_ms=1.0, images_per_s=1.0),
+    )
+    text = summary(sweep(jobs([f"vix_softmax_cifar {SMALL}"], batch_size=[32, 2]), tmp_path / "cost.csv"))
+    assert " 14 (1)" in text and "224" not in text
+
+
 def test_weights_that_pass_from_stage_to_stage_are_counted_in_inference() -> None:
     # torch's counter of operations follows their gradients, which inference mode has not
     (job,) = jobs(["pin_cifar base_dims=(8,8,8) heads=(1,1,1) stride=4 patch_size=4 num_landmarks=4"])
@@ -285,6 +347,7 @@ def test_what_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(tmp_path, cap
     assert records[2]["epoch_s"] == pytest.approx(1000 / records[2]["images_per_s"], abs=0.051)
     assert len((tmp_path / "cost.csv").read_text().splitlines()) == 4
     assert capsys.readouterr().out.count("failed: ") == 2
+    assert all(record["device_name"] and record["torch"] and record["timm_vix"] for record in records)
     # nothing is measured twice
     before = (tmp_path / "cost.csv").read_bytes()
     assert sweep(planned, tmp_path / "cost.csv") == records
@@ -305,6 +368,10 @@ def test_a_killed_sweep_continues_where_it_stopped(tmp_path) -> None:
     time.sleep(1)  # the next row's process has started
     process.send_signal(signal.SIGKILL)
     process.wait()
+    end = time.time() + 30
+    while [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark in read(p)]:
+        assert time.time() < end, "the process of a row outlived the sweep"
+        time.sleep(0.1)
     path.write_text(path.read_text() + path.read_text().splitlines()[1][:40])  # killed in the middle of a line
     header, first, cut = path.read_text().splitlines()
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
@@ -315,8 +382,6 @@ def test_a_killed_sweep_continues_where_it_stopped(tmp_path) -> None:
     records, damaged = read_records(path, COLUMNS)
     assert [record["model"].split()[0] for record in records] == ["vix_fnet_cifar", "vix_performer_cifar"]
     assert damaged == 1
-    children = [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark in read(p)]
-    assert not children, "the process of a row outlived the sweep"
 
 
 def read(path: Path) -> str:

@@ -5,12 +5,11 @@ at growing numbers of tokens up to the one that is asked for. Crossovers are int
 """
 
 import argparse
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .cost import add_machine, machine_of, positive, sweep
+from .cost import add_machine, machine_of, positive, ratio, sweep
 from .mixers import MIXERS
 from .records import Record
 from .trends import crossover, crossover_text
@@ -46,39 +45,49 @@ def plan(sizes: list[int], trunk: str, settings: dict[str, Any]) -> list[Record]
 
 def advice(records: list[Record]) -> str:
     """The answer in words, from the rows of ``plan``."""
-    lines = []
     good = [record for record in records if record["error"] is None]
     if not good:
         raise ValueError(f"nothing could be measured: {records[0]['error']}")
-    largest = max(record["img_size"] for record in good)
-    here = [record for record in good if record["img_size"] == largest]
-    lines.append(f"{'mechanism':10}  {'ms':>9}  {'x softmax (spread)':22}  {'MiB':>7}  overtakes softmax")
-    for record in sorted(here, key=lambda record: record["latency_p50_ms"]):
-        rows = [r for r in good if r["model"] == record["model"] and r["speedup_low"] is not None]
-        tokens = [r["tokens"] for r in rows]
-        name = mechanism(record)
-        if name == "softmax" or not rows:
-            when, spread = "", ""
-        else:
-            ratios = ([r[key] for r in rows] for key in ("speedup", "speedup_low", "speedup_high"))
-            when = crossover_text(tokens, crossover(tokens, *ratios))
-            none = " none" if record["difference"] == "none" else ""
-            spread = f"{record['speedup']:.2f} ({record['speedup_low']:.2f} to {record['speedup_high']:.2f}){none}"
-        memory = record["peak_memory_mib"]
-        size = "" if memory is None else f"{memory:.0f}"
-        lines.append(f"{name:10}  {record['latency_p50_ms']:9.4g}  {spread:22}  {size:>7}  {when}")
-    faster = [record for record in here if record["difference"] == "faster" and mechanism(record) != "softmax"]
-    smallest = min(
-        here, key=lambda record: math.inf if record["peak_memory_mib"] is None else record["peak_memory_mib"]
+    asked, largest = (max(record["img_size"] for record in group) for group in (records, good))
+    here = sorted(
+        (record for record in good if record["img_size"] == largest), key=lambda record: record["latency_p50_ms"]
     )
-    fastest = "no mechanism is measurably faster than softmax"
-    if faster:
-        fastest = f"fastest is {mechanism(min(faster, key=lambda record: record['latency_p50_ms']))}"
-    lines.append(f"\nAt {largest} px, {here[0]['tokens']:,} tokens: {fastest}")
-    if smallest["peak_memory_mib"] is not None:
+    lines = [f"{'mechanism':10}  {'ms':>9}  {'x softmax (spread)':32}  {'MiB':>7}  overtakes softmax"]
+    for record in here:
+        name, when, spread, memory = mechanism(record), "", "", record["peak_memory_mib"]
+        if name != "softmax":
+            rows = [r for r in good if r["model"] == record["model"] and r["speedup_low"] is not None]
+            if rows:
+                tokens = [r["tokens"] for r in rows]
+                ratios = ([r[key] for r in rows] for key in ("speedup", "speedup_low", "speedup_high"))
+                when = crossover_text(tokens, crossover(tokens, *ratios))
+            spread = ratio(record).replace(" x softmax", "")
+        size = "" if memory is None else f"{memory:.0f}"
+        lines.append(f"{name:10}  {record['latency_p50_ms']:9.4g}  {spread:32}  {size:>7}  {when}".rstrip())
+    for record in records:
+        if record["error"] is not None:
+            lines.append(f"{mechanism(record)}, {record['img_size']} px: failed: {record['error']}")
+    sized = [record for record in here if record["peak_memory_mib"] is not None]
+    smallest = min(sized, key=lambda record: record["peak_memory_mib"], default=None)
+    start = f"nothing could be measured at {asked} px; at" if largest < asked else "At"
+    lines.append(f"\n{start} {largest} px, {here[0]['tokens']:,} tokens: {fastest_of(here)}")
+    if smallest is not None:
         lines[-1] += f", smallest {mechanism(smallest)}"
     lines[-1] += ". Speed and size only: what each scores, `timm-vix compare` tells."
     return "\n".join(lines)
+
+
+def fastest_of(here: list[Record]) -> str:
+    """Which mechanism is fastest, of rows of one size from the fastest on, or why that is not known."""
+    mixers = [record for record in here if mechanism(record) != "softmax"]
+    faster = [record for record in mixers if record["difference"] == "faster"]
+    if faster:
+        return f"fastest is {mechanism(faster[0])}"
+    if mixers and len(mixers) == len(here):
+        return f"softmax could not be measured, fastest of the others is {mechanism(mixers[0])}"
+    if any(record["difference"] == "unknown" for record in mixers):
+        return "too few rounds to tell what is faster than softmax (give --rounds 5 or more)"
+    return "no mechanism is measurably faster than softmax"
 
 
 def mechanism(record: Record) -> str:

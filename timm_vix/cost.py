@@ -13,14 +13,17 @@ from typing import Any, Optional
 
 import torch
 
-from .machine import find_device
+from .machine import device_name, find_device, versions
 from .measure import JOB, run
 from .mixers import MIXERS
 from .names import parse_model, softmax_of
 from .records import Columns, Record, append_record, header_of, read_records
 from .swap import mixer_options
 
-KEY = ("model", "attention", "baseline", "img_size", "batch_size", "mode", "dtype", "compile", "device", "threads")
+KEY = (
+    *("model", "attention", "baseline", "img_size", "batch_size", "mode", "dtype", "compile"),
+    *("device", "device_name", "threads"),
+)
 # name: type; GFLOPs count a multiply-add as two and are those of one image, with mode=train of a whole training step
 COLUMNS: Columns = dict(
     model=str,
@@ -62,7 +65,8 @@ NOT_TRUNK = {"mixer", "layers", "source", "train_only"} | {name for mixer in MIX
 OURS_ONLY = {"stem", "rope", "block"}
 NOTE = (
     "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline\n"
-    "through scaled_dot_product_attention, timed in turn; none: its spread (10th to 90th percentile) holds 1."
+    "through scaled_dot_product_attention, timed in turn; none: its spread (10th to 90th percentile) holds 1; few\n"
+    "rounds: fewer than five, of which none is called a difference."
 )
 
 
@@ -81,7 +85,7 @@ def baseline_of(spec: str, given: Optional[str] = None) -> str:
 
 
 def plan(models: list[str], settings: dict[str, list], baseline: Optional[str], softmax: list[str]) -> list[Record]:
-    """The jobs of a sweep: all combinations of the settings, softmax first, small images first.
+    """The jobs of a sweep: all combinations of the settings in the order given, softmax first in each.
 
     Args:
         settings: For each of "img_size", "dtype", "compile", "mode" and "batch_size" a list of values.
@@ -101,7 +105,7 @@ def plan(models: list[str], settings: dict[str, list], baseline: Optional[str], 
 
 
 def sweep(jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: bool = False) -> list[Record]:
-    """Measure the jobs that ``path`` has no row of, append each row, and return the rows of all jobs.
+    """Measure the jobs that ``path`` has no row of from this machine, append each row, and return the rows of all jobs.
 
     Args:
         epoch_images: Images of an epoch, for its time; 0: left empty.
@@ -111,10 +115,13 @@ def sweep(jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: b
         ValueError: for a file of another version.
         OSError: for a file that cannot be written.
     """
+    jobs = [{**job, "device_name": device_name(job["device"])} for job in jobs]
     known: dict[tuple, Record] = {}
     if path.exists() and header_of(path):
         records, damaged = read_records(path, COLUMNS, exact=True)
-        known = {key_of(record): record for record in records if not (retry_failed and record["error"])}
+        whole = [record for record in records if record["error"] or record["latency_p50_ms"] is not None]
+        damaged += len(records) - len(whole)
+        known = {key_of(record): record for record in whole if not (retry_failed and record["error"])}
         if damaged:
             print(f"{path}: {damaged} damaged lines are ignored, and measured again")
     left = sum(key_of(job) not in known for job in jobs)
@@ -124,7 +131,7 @@ def sweep(jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: b
     for number, job in enumerate(jobs, 1):
         if key_of(job) in known:
             continue
-        record = round_off({**job, **run(job)})
+        record = round_off({**job, **versions(), **run(job)})  # a failure has its machine and versions too
         if epoch_images and record.get("images_per_s"):
             record |= dict(epoch_images=epoch_images, epoch_s=round(epoch_images / record["images_per_s"], 1))
         append_record(path, COLUMNS, record)
@@ -163,9 +170,9 @@ def ratio(record: Record) -> str:
     if record.get("speedup") is None:
         return "no baseline"
     if record.get("speedup_low") is None:
-        return f"{record['speedup']:.2f} x softmax (one round)"
+        return f"{record['speedup']:.2f} x softmax ({'one round' if record['rounds'] == 1 else 'two rounds'})"
     text = f"{record['speedup']:.2f} x softmax ({record['speedup_low']:.2f} to {record['speedup_high']:.2f})"
-    return text if record["difference"] != "none" else f"{text}: none"
+    return text + {"none": ": none", "unknown": ": few rounds"}.get(record["difference"], "")
 
 
 def summary(records: list[Record]) -> str:
@@ -193,7 +200,10 @@ def summary(records: list[Record]) -> str:
         if not good:
             lines.append([*start, f"failed: {group[0]['error']}"[:90]])
             continue
-        first, best = good[0], max(good, key=lambda record: record["images_per_s"])
+        first, best = (
+            min(good, key=lambda record: record["batch_size"]),
+            max(good, key=lambda record: record["images_per_s"]),
+        )
         memory = "" if first["peak_memory_mib"] is None else f"{first['peak_memory_mib']:.0f}"
         lines.append(
             [

@@ -2,9 +2,10 @@
 
     python -m timm_vix.measure '{"model": "vix_nystrom_tiny", ...}'     # prints the row as JSON; ``run`` calls it
 
-Order of events: build the model, call it twice and read the peak memory, build it again and the baseline, then time the
-two in turn, each first in every other round, so that a machine that slows down slows both. A call is a forward pass in
-inference mode ("infer"), or forward, backward and a step of AdamW ("train"; bfloat16 as autocast).
+Order of events: build the model, call it twice and read the peak memory of the second call, build it again and the
+baseline, then time the two in turn, each first in every other round, so that a machine that slows down slows both. A
+call is a forward pass in inference mode ("infer"), or forward, backward and a step of AdamW ("train"; bfloat16 as
+autocast).
 """
 
 import contextlib
@@ -115,7 +116,7 @@ def timed(call: Callable[[], None], device: str) -> float:
 
 
 class PeakMemory:
-    """The most memory in use since this was made, less what was in use then, in MiB.
+    """The most memory in use since this was made or restarted, less what was in use when it was made, in MiB.
 
     CUDA: of torch's allocator. CPU: of the process, by Linux's high-water mark of resident memory, less the pages of
     programme files that were read in meanwhile; elsewhere by ``getrusage``, or None where that is not known.
@@ -123,13 +124,19 @@ class PeakMemory:
 
     def __init__(self, device: str) -> None:
         self.device = device
+        self.restart()
         if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
+        else:
+            self.before, self.files = self.resident("VmRSS"), self.resident("RssFile")
+
+    def restart(self) -> None:
+        """Forget the peak so far; what was in use at the beginning stays what is subtracted."""
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self.device)
             return
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the high-water mark starts anew
-        self.before, self.files = self.resident("VmRSS"), self.resident("RssFile")
 
     def read(self) -> Optional[float]:
         if self.device.startswith("cuda"):
@@ -167,8 +174,9 @@ def limit_memory() -> None:
     if free is not None and used is not None:
         import resource
 
-        most = int((used + 0.9 * free) * 2**10)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        most, hard = int((used + 0.9 * free) * 2**10), resource.getrlimit(resource.RLIMIT_DATA)[1]
+        if hard == resource.RLIM_INFINITY or most < hard:  # else somebody has limited it more than this
+            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def warm_up(device: str) -> None:
@@ -206,23 +214,36 @@ def take_turns(call: Callable, reference: Optional[Callable], job: dict[str, Any
     return np.array(times)
 
 
+def beside_baseline(call: Callable, job: dict[str, Any]) -> Optional[np.ndarray]:
+    """``take_turns`` with the baseline; None where that cannot be built or does not fit beside the model.
+
+    A model that fits is measured then too, alone: what the baseline held is free once this has returned.
+    """
+    try:
+        baseline = build(job["baseline"], "fused", job)
+        reference = make_call(baseline, job, torch.compile(baseline) if job["compile"] == "on" else None)
+        return take_turns(call, reference, job)
+    except Exception:  # also the model's own, which it then raises again
+        return None
+
+
 def compare_times(times: np.ndarray) -> dict[str, Any]:
     """Latencies in ms, and the ratio baseline / model with its spread: 10th to 90th percentile over the rounds.
 
-    A spread that holds 1 is no difference ("none"); fewer than three rounds have no spread ("unknown").
+    A spread that holds 1 is no difference ("none"). Fewer than five rounds leave open whether there is one
+    ("unknown"): of three equal ones, all lie on one side of 1 in a quarter of the cases. One or two have no spread.
     """
     p50, p90 = np.percentile(times[:, 0] * 1e3, (50, 90)).tolist()
     row = dict(latency_p50_ms=p50, latency_p90_ms=p90, rounds=len(times))
     if np.isnan(times[:, 1]).any():
         return row
-    few = len(times) < 3
     low, median, high = np.percentile(times[:, 1] / times[:, 0], (10, 50, 90)).tolist()
-    difference = "unknown" if few else "faster" if low > 1 else "slower" if high < 1 else "none"
+    difference = "unknown" if len(times) < 5 else "faster" if low > 1 else "slower" if high < 1 else "none"
     return row | dict(
         baseline_p50_ms=float(np.median(times[:, 1])) * 1e3,
         speedup=median,
-        speedup_low=None if few else low,
-        speedup_high=None if few else high,
+        speedup_low=None if len(times) < 3 else low,
+        speedup_high=None if len(times) < 3 else high,
         difference=difference,
     )
 
@@ -246,6 +267,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     forward = torch.compile(model) if job["compile"] == "on" else model
     call = make_call(model, job, forward)
     row: dict[str, Any] = dict(first_call_ms=timed(call, device) * 1e3)
+    memory.restart()  # building in float32, compiling and reading libraries are not what a call needs
     flops = counter()
     with flops if forward is model else contextlib.nullcontext():
         call()  # the second step of training is the first with an optimizer's state
@@ -266,13 +288,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         # built again, so that its weights lie in memory as the baseline's will
         model = forward = build(job["model"], job["attention"], job)
         call = make_call(model, job)
-    try:
-        baseline = build(job["baseline"], "fused", job)
-        reference = make_call(baseline, job, torch.compile(baseline) if job["compile"] == "on" else None)
-        times = take_turns(call, reference, job)
-    except Exception:  # a model that fits is measured, also where its baseline doesn't
-        times = take_turns(call, None, job)
-    row |= compare_times(times)
+    times = beside_baseline(call, job)
+    row |= compare_times(take_turns(call, None, job) if times is None else times)
     row["images_per_s"] = job["batch_size"] / row["latency_p50_ms"] * 1e3
     return row | dict(device_name=device_name(device), **versions())
 
