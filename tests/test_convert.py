@@ -189,6 +189,9 @@ def test_rotary_positions_of_the_host_reach_the_mixer(kind, kwargs):
     assert distance(model(x), y) < 1e-4
     timm_vix.convert(model, "linformer", num_proj_tokens=12)
     assert distance(model(x), y) < 1e-8
+    # one window over the grid, and windows of one token, which with gates of 1 add nothing
+    timm_vix.convert(model, "atrous", dilations=(1, 4), window_size=4)
+    assert distance(model(x), y) < 1e-8
     # a table for other positions changes the function
     attn, rope = model.blocks[0].attn, torch.randn(12, 64, dtype=torch.float64)
     tokens = torch.randn(1, 12 + model.num_prefix_tokens, 64, dtype=torch.float64)

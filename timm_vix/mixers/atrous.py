@@ -188,7 +188,7 @@ class AtrousAttention(AttentionMixer):
         self.gate_weight: Optional[nn.Parameter] = None
         self.gate_bias: Optional[nn.Parameter] = None
         if len(self.dilations) > 1:
-            self.gate_weight = nn.Parameter(weight.new_empty(num_gates, self.qkv.in_features))
+            self.gate_weight = nn.Parameter(weight.new_empty(num_gates, self.proj.out_features))
             self.gate_bias = nn.Parameter(weight.new_empty(num_gates))
         self.reset_parameters()
 
