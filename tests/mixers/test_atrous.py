@@ -8,6 +8,8 @@ import torch
 from conftest import distance, small
 from test_linformer import rotation
 from timm.utils import ParseKwargs
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_vix.mixers.atrous import axis_layout, check_dilations
 
@@ -99,8 +101,11 @@ def test_a_window_over_the_grid_is_softmax(options, rope, prefix):
     assert distance(mine, reference) < 1e-10
 
 
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 0.01), ("autocast", 0.01)], ids=str
+)
 @pytest.mark.parametrize("scale", [1.0, 4.0, 7.0])
-def test_branches_are_weighed_by_their_exponentials_in_float32(scale):
+def test_branches_are_weighed_by_their_exponentials(scale, dtype, tolerance):
     """Where logits are 68 apart, so that one branch's exponentials are nothing beside another's."""
     module = small("atrous", window_size=2, class_token=False, global_pool="avg").blocks[0].attn
     module.qkv.weight.data *= scale
@@ -108,7 +113,28 @@ def test_branches_are_weighed_by_their_exponentials_in_float32(scale):
     q, k, _ = module.double().project(x.double(), 0, 3)
     assert (q @ k.transpose(2, 3) / 4).abs().max() > 1.3 * scale**2
     reference = naive(module, x.double(), None)
-    assert distance(module.float()(x), reference) < 1e-4
+    if dtype == "autocast":
+        with torch.autocast("cpu", torch.float16):
+            y = module.float()(x)
+    else:
+        y = module.to(dtype)(x.to(dtype))
+    assert distance(y, reference) < tolerance
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=len)
+def test_operations_are_linear_in_tokens(prefix):
+    """On sides that the windows divide; what prefix tokens alone need is the same on every grid, and subtracted."""
+
+    def operations(side):
+        module = small("atrous", window_size=2, img_size=2 * side, **prefix).blocks[0].attn
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(torch.randn(1, module.num_tokens, 32))
+        return counter.get_total_flops()
+
+    few, more, most = operations(8), operations(16), operations(32)
+    assert most - more == 4 * (more - few) > 0
+    if not prefix.get("class_token", True):
+        assert more == 4 * few
 
 
 @pytest.mark.parametrize("length", range(1, 30))
