@@ -183,6 +183,38 @@ def test_machines_are_apart_and_a_table_given_twice_counts_once(tmp_path) -> Non
     assert next(row for row in cells if row[:2] == ["bad", "scratch"])[2] == "2"  # seeds
 
 
+def test_recipes_and_machines_of_a_comparison_are_apart(tmp_path) -> None:
+    others = [
+        *[dict(row, recipe="lr=0.2", top1=50.0) for row in runs()],
+        *[dict(row, device="cuda", device_name="a card", latency_p50_ms=0.5, top1=60.0) for row in runs()],
+    ]
+    page, *images = report(
+        [write(tmp_path / "compare.csv", compare.COLUMNS, [*runs(), *others])], tmp_path / "report.html"
+    )
+    assert len(images) == len(set(images)) == 3 * 4
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    assert [row[2:4] for row in cells if row[:1] == ["vit"]] == [["2", "80.5 ± 0.71"], ["2", "50"], ["2", "60"]]
+    assert "Recipe: lr=0.1" in page.read_text() and "Recipe: lr=0.2" in page.read_text()
+    assert "cuda (a card), 2 threads" in page.read_text()
+
+
+def test_a_failure_is_told_with_its_setting_and_not_after_another_attempt(tmp_path) -> None:
+    failed = dict(cost_row("vit", 2048, 1.0, 1.0), latency_p50_ms=None, error="out of memory", mode="train")
+    unfused = dict(failed, attention="unfused")
+    run = dict(runs()[0], top1=None, threads=None, error="killed")
+    tables = [
+        write(
+            tmp_path / "cost.csv", cost.COLUMNS, [failed, unfused, dict(cost_row("vit", 2048, 9.0, 1.0), mode="train")]
+        ),
+        write(tmp_path / "compare.csv", compare.COLUMNS, [run, dict(run, seed=7), runs()[0]]),
+    ]
+    page, *_ = report(tables, tmp_path / "report.html")
+    assert re.findall(r"<li>(.*?)</li>", page.read_text()) == [
+        "vit, unfused, 2048 px, batch 1, train, float32: failed: out of memory",
+        "vit, seed 7, from scratch: killed",
+    ]
+
+
 def test_a_run_without_a_data_set_is_a_damaged_line(tmp_path) -> None:
     rows = [*runs(), dict(runs()[0], dataset="other"), dict(runs()[0], dataset=None)]
     page, *_ = report([write(tmp_path / "compare.csv", compare.COLUMNS, rows)], tmp_path / "report.html")

@@ -25,22 +25,24 @@ COST_COLUMNS = (
 )
 BEST = ("best_images_per_s", "best_batch_size")
 # what makes two rows the same measurement; machines of the same kind of device differ by their name
-COST_KEY = (*cost.KEY, "device_name")
-COMPARE_KEY = ("dataset", "model", "start", "recipe", "seed", "device", "device_name", "threads")
+RUN_KEY = ("dataset", "model", "start", "recipe", "seed")
+PLACE = ("device", "device_name", "threads")
 COMPARE_COLUMNS = ("model", "start", "seeds", *compare.MEANS, "epochs", "img_size", "batch_size")
 NOTES = (
     "GFLOPs count a multiply-add as two operations, for one image; with mode train they are those of a training "
     "step, backward included. speedup is the softmax baseline's time, through scaled_dot_product_attention, over the "
     "model's: the two are timed in turn, and low and high are the 10th and 90th percentile over the rounds. A spread "
-    "that holds 1 is no difference: none. unfused is softmax as two matrix products, as most papers have it. Memory "
+    "that holds 1 is no difference: none; fewer than five rounds leave it unknown. unfused is softmax as two matrix "
+    "products, as most papers have it. Memory "
     "is the peak of inference or of a training step, weights included. Of rows measured twice the last counts. "
     "ms per call over resolution are the baseline's, the median of all rows of a size, divided by the speedup, since "
     "rows are measured under different load; the table has each row's own."
 )
 
 
-def read_tables(paths: list[Path]) -> tuple[list[Record], list[Record], list[list[str]]]:
-    """Rows of cost tables, rows of comparisons, and for each file its name, kind, good, failed and damaged rows.
+def read_tables(paths: list[Path]) -> tuple[list[Record], list[Record], list[list[str]], list[str]]:
+    """Rows of cost tables, rows of comparisons, and for each file its name, kind, good, failed and damaged rows; then
+    a line for each failure that no later attempt made good.
 
     Raises:
         ValueError: for a file that is neither, or if there is no good row at all.
@@ -48,24 +50,36 @@ def read_tables(paths: list[Path]) -> tuple[list[Record], list[Record], list[lis
     costs: list[Record] = []
     runs: list[Record] = []
     files = []
+    failures: dict[tuple, str] = {}
     for path in paths:
         is_compare = "top1" in header_of(path)
         records, damaged = read_records(path, compare.COLUMNS if is_compare else cost.COLUMNS)
         good = [record for record in records if usable(record, is_compare)]
-        failed = sum(record["error"] is not None for record in records)
-        damaged += len(records) - len(good) - failed
+        failed = [record for record in records if record["error"] is not None]
+        damaged += len(records) - len(good) - len(failed)
         (runs if is_compare else costs).extend(good)
         kind = "comparison" if is_compare else "cost"
-        files.append([path.name, kind, str(len(good)), str(failed), str(damaged)])
-        files[-1] += [f"{short(r['model'])}: {r['error']}" for r in records if r["error"] is not None][:20]
+        files.append([path.name, kind, str(len(good)), str(len(failed)), str(damaged)])
+        for record in failed:
+            failures[key_of(record, RUN_KEY if is_compare else cost.KEY)] = (
+                f"{record['model']}, seed {record['seed']}, from {record['start']}: {record['error']}"
+                if is_compare
+                else cost.describe(record)
+            )
     if not costs and not runs:
         raise ValueError(f"{', '.join(map(str, paths))}: no good row to report")
-    return last_of_each(costs, COST_KEY), last_of_each(runs, COMPARE_KEY), files
+    done = {key_of(record, cost.KEY) for record in costs} | {key_of(record, RUN_KEY) for record in runs}
+    told = [text for key, text in failures.items() if key not in done]
+    return last_of_each(costs, cost.KEY), last_of_each(runs, RUN_KEY + PLACE), files, told
+
+
+def key_of(record: Record, names: Iterable[str]) -> tuple:
+    return tuple(record[name] for name in names)
 
 
 def last_of_each(records: list[Record], key: tuple[str, ...]) -> list[Record]:
     """The rows, and of those with the same key the last."""
-    return list({tuple(record[name] for name in key): record for record in records}.values())
+    return list({key_of(record, key): record for record in records}.values())
 
 
 def usable(record: Record, is_compare: bool) -> bool:
@@ -74,10 +88,6 @@ def usable(record: Record, is_compare: bool) -> bool:
     positive = ("top1",) if is_compare else ("latency_p50_ms",)
     filled = all(record[name] is not None for name in needed) and record["error"] is None
     return filled and all(0 <= record[name] < float("inf") for name in positive)
-
-
-def short(model: str) -> str:
-    return model if len(model) <= 60 else f"{model[:57]}..."
 
 
 def report(paths: list[Path], out: Path) -> list[Path]:
@@ -91,9 +101,9 @@ def report(paths: list[Path], out: Path) -> list[Path]:
         ValueError: for a file that is no such table; nothing is written.
         OSError: for a file that cannot be written.
     """
-    costs, runs, files = read_tables(paths)
+    costs, runs, files, failures = read_tables(paths)
     figures: dict[str, bytes] = {}
-    body = [measured_on(costs, runs, files)]
+    body = [measured_on(costs, runs, files, failures)]
     if runs:
         body.append(comparison_section(runs, figures))
     if costs:
@@ -106,12 +116,11 @@ def report(paths: list[Path], out: Path) -> list[Path]:
     return [out, *written]
 
 
-def measured_on(costs: list[Record], runs: list[Record], files: list[list[str]]) -> str:
+def measured_on(costs: list[Record], runs: list[Record], files: list[list[str]], failures: list[str]) -> str:
     """What was measured on what: machines, versions, files with their failed and damaged rows."""
     names = ("device_name", "device", "threads", "dtype", "torch", "timm", "timm_vix")
     machines = sorted({tuple(str(record[name] or "") for name in names) for record in [*costs, *runs]})
-    failures = [text for file in files for text in file[5:]]
-    counts = table(("file", "kind", "good rows", "failed", "damaged lines"), [file[:5] for file in files])
+    counts = table(("file", "kind", "good rows", "failed", "damaged lines"), files)
     text = f"<h2>What was measured on what</h2>{table(names, machines)}{counts}<p class='note'>{html.escape(NOTES)}</p>"
     if failures:
         text += f"<p>Failed:</p><ul>{''.join(f'<li>{html.escape(failure)}</li>' for failure in failures)}</ul>"
@@ -119,30 +128,32 @@ def measured_on(costs: list[Record], runs: list[Record], files: list[list[str]])
 
 
 def comparison_section(runs: list[Record], figures: dict[str, bytes]) -> str:
-    """Accuracy against each cost, and the means over seeds."""
-    groups: dict[tuple, list[Record]] = {}
+    """Accuracy against each cost, and the means over seeds: of each data set, recipe and machine apart."""
+    settings: dict[tuple, dict[tuple, list[Record]]] = {}
     for record in runs:
-        groups.setdefault(tuple(record[name] for name in ("dataset", "model", "start", "recipe")), []).append(record)
-    parts, datasets = ["<h2>Accuracy against cost</h2>"], dict.fromkeys(key[0] for key in groups)
-    for dataset in datasets:
-        own = [group for key, group in groups.items() if key[0] == dataset]
+        models = settings.setdefault(key_of(record, ("dataset", "recipe", *PLACE)), {})
+        models.setdefault(key_of(record, ("model", "start")), []).append(record)
+    parts = ["<h2>Accuracy against cost</h2>"]
+    for number, ((dataset, recipe, device, machine, threads), models) in enumerate(settings.items(), 1):
+        own = list(models.values())
+        where = f"{device} ({machine})" if machine else f"{device}"
+        what = f"{dataset}, {where}, {threads} threads"
         images = []
         for name, label in AXES.items():
             drawn = trade_off(own, name)
             if drawn is not None:
-                title = f"trade_off_{slug(name)}" + (f"_{slug(dataset)}" if len(datasets) > 1 else "")
+                title = f"trade_off_{slug(name)}" + (f"_{number}_{slug(dataset)}" if len(settings) > 1 else "")
                 figures[title] = png(drawn)
                 alt = f"Validation top-1 over {label} for {len(own)} models, with the Pareto front"
-                images.append(picture(figures[title], alt, f"{dataset}: top-1 over {label}. Dashed: the Pareto front."))
+                images.append(picture(figures[title], alt, f"{what}: top-1 over {label}. Dashed: the Pareto front."))
         parts.append(f"<div class='figures'>{''.join(images)}</div>")
         rows = []
         for group in own:
             means = [compare.mean_text([record[name] for record in group]) for name in compare.MEANS]
             last = [str(group[0][name]) for name in ("epochs", "img_size", "batch_size")]
             rows.append([group[0]["model"], group[0]["start"], str(len(group)), *means, *last])
-        parts.append(f"<h3>{html.escape(dataset)}</h3>{table(COMPARE_COLUMNS, rows)}")
-        recipes = {record["recipe"] for group in own for record in group}
-        parts += [f"<p class='note'>Recipe: {html.escape(recipe)}</p>" for recipe in sorted(map(str, recipes))]
+        parts.append(f"<h3>{html.escape(what)}</h3>{table(COMPARE_COLUMNS, rows)}")
+        parts.append(f"<p class='note'>Recipe: {html.escape(str(recipe))}</p>")
     return "\n".join(parts)
 
 
@@ -196,7 +207,7 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
 
 def setting_of(record: Record) -> tuple:
     """All that tells rows apart but the batch size."""
-    return tuple(record[name] for name in COST_KEY if name != "batch_size")
+    return key_of(record, (name for name in cost.KEY if name != "batch_size"))
 
 
 def slug(text: str) -> str:
@@ -246,8 +257,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Write the report that the command line asks for."""
-    _, _, files = read_tables(arguments.tables)
+    _, _, files, _ = read_tables(arguments.tables)
     written = report(arguments.tables, arguments.out)
-    for name, _, good, failed, damaged, *_ in files:
+    for name, _, good, failed, damaged in files:
         print(f"{name}: {good} good rows, {failed} failed, {damaged} damaged lines")
     print(f"{written[0]} and {len(written) - 1} figures beside it")
