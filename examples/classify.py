@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_input_data_config
 
 import timm_vix  # noqa: F401  registers the names
 from timm_vix.results import one_line
@@ -31,13 +31,21 @@ def main() -> int:
             raise ValueError(f"model={given.model} holds no config.json; train one with examples/reproduce_vix.py")
         try:
             model = timm.create_model(f"local-dir:{given.model}", pretrained=True).eval()
-        except RuntimeError as error:  # timm's for a folder without weights, torch's for weights of another model
-            raise ValueError(f"model={given.model} cannot be loaded: {one_line(error)}") from error
-        names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
-        transform = create_transform(**resolve_model_data_config(model))
+        except Exception as error:  # timm, torch and safetensors raise by kind of damage
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+            raise ValueError(f"model={given.model} cannot be loaded: {reason}") from error
+        config = resolve_input_data_config(model)
+        channels = config["input_size"][0]
+        if channels not in (1, 3):
+            raise ValueError(f"model={given.model} takes images of {channels} channels; allowed is 1 (grey) or 3 (RGB)")
+        names = model.pretrained_cfg.get("label_names") or []
+        if len(names) != model.num_classes:  # names of other classes
+            names = [str(i) for i in range(model.num_classes)]
+        transform = create_transform(**config)
         for photo in given.photos:
             with Image.open(photo) as image, torch.inference_mode():
-                shares = model(transform(image.convert("RGB")).unsqueeze(0)).softmax(1)[0]
+                pixels = transform(image.convert("RGB" if channels == 3 else "L"))
+                shares = model(pixels.unsqueeze(0)).softmax(1)[0]
             best = shares.topk(min(given.top, len(names)))
             answers = (
                 f"{names[i]} {100 * share:.0f} %" for share, i in zip(best.values.tolist(), best.indices.tolist())

@@ -16,6 +16,7 @@ import timm
 import torch
 from conftest import DATA
 from PIL import Image
+from timm.models import save_for_hf
 
 from timm_vix.finetune import finetune
 from timm_vix.hub import COLUMNS, read_rows, write_cards
@@ -220,6 +221,69 @@ def test_classify_says_that_a_folder_has_no_weights(architecture, run, tmp_path)
     code, _, errors = run("classify", "absent.jpg", "--model", tmp_path)
     assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: ")
     assert f"No suitable checkpoints found in {tmp_path}" in errors
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Saves a model of timm's own with four classes, and gives its folder."""
+
+    def save(channels=3, **config):
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4, in_chans=channels,
+            pretrained_cfg_overlay=dict(crop_pct=1.0),
+        )  # fmt: skip
+        torch.nn.init.normal_(model.head.weight)
+        save_for_hf(model, tmp_path / "hub", config or None, safe_serialization=True)
+        return tmp_path / "hub"
+
+    return save
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "no JSON", "keyword", "channels"])
+def test_classify_refuses_a_damaged_folder_in_one_line(damage, run, folder, images):
+    hub = folder(channels=4 if damage == "channels" else 3)
+    config, weights = hub / "config.json", hub / "model.safetensors"
+    if damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "keyword":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "model_args": {"deepness": 3}}))
+    elif damage != "channels":
+        config.write_text("{}" if damage == "config" else "{")
+    code, out, errors = run("classify", images / "test" / "class0" / "0.png", "--model", hub)
+    reason = {
+        "weights": "cannot be loaded: ",
+        "config": "cannot be loaded: it lacks 'architecture'",
+        "no JSON": "cannot be loaded: ",
+        "keyword": "deepness",
+        "channels": "takes images of 4 channels; allowed is 1 (grey) or 3 (RGB)",
+    }[damage]
+    assert (code, out) == (2, "") and errors.startswith(f"error: model={hub} ") and reason in errors
+    assert errors.count("\n") == 1
+
+
+def test_classify_shows_a_grey_model_grey_images(run, folder, images):
+    hub, photo = folder(channels=1), images / "test" / "class0" / "0.png"
+    code, out, _ = run("classify", photo, "--model", hub, "--top", 4)
+    model = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
+    red, green, blue = np.asarray(Image.open(photo)).astype(float).transpose(2, 0, 1)
+    grey = torch.from_numpy(0.299 * red + 0.587 * green + 0.114 * blue).float().round()[None, None] / 255
+    with torch.no_grad():
+        shares = model((grey - 0.5) / 0.5).softmax(1)[0]
+    expected = {str(i): 100 * float(share) for i, share in enumerate(shares)}
+    shown = dict(part.split(" ")[:2] for part in out.strip().split(": ")[1].split(", "))
+    assert code == 0 and max(shares) - min(shares) > 0.2  # or any answer would do
+    assert {name: float(share) for name, share in shown.items()} == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize(
+    "names, shown",
+    [(["ape", "bee"], "0123"), (["ape", "bee", "cat", "dog", "elk"], "0123"), (["ape", "bee", "cat", "dog"], "abcd")],
+)
+def test_classify_names_classes_only_by_as_many_names(names, shown, run, folder, images):
+    hub = folder(label_names=names)
+    code, out, _ = run("classify", images / "test" / "class0" / "0.png", "--model", hub, "--top", 9)
+    assert code == 0 and sorted(part[0] for part in out.strip().split(": ")[1].split(", ")) == list(shown)
 
 
 def test_cards_need_all_columns(tmp_path):
