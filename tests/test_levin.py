@@ -121,6 +121,18 @@ def test_a_checkpoint_that_lacks_a_mixers_weight_is_refused(name, key, tmp_path)
         loaded(state, tmp_path, name, **kwargs)
 
 
+def test_grey_images_with_levits_own_stem(tmp_path):
+    arguments = dict(img_size=32, stem=None, num_classes=5)
+    coloured = settled(timm.create_model("levip_cifar", **arguments))
+    save_file(coloured.state_dict(), tmp_path / "weights.safetensors")
+    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 5}
+    arguments |= dict(in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
+    grey = timm.create_model("levip_cifar", **arguments).eval()
+    # a grey pixel is the same in three channels
+    x = torch.randn(2, 1, 32, 32)
+    assert distance(grey(x), coloured(x.expand(-1, 3, -1, -1))) < 1e-4
+
+
 def test_softmax_is_timms_own():
     reference = settled(timm.create_model("levit_128s", **SHAPE))
     model = timm.create_model("levin_128s", mixer="softmax", **SHAPE).eval()
@@ -139,6 +151,7 @@ def test_the_single_stage_trains_and_comes_back(patch_size, kwargs, tmp_path):
         arguments.pop("num_features")
     if "stem" in kwargs:
         arguments["img_size"] = (80, 64)
+        arguments.pop("patch_size")
     name = "levin_cifar" if kwargs.get("mixer") else "levip_cifar"
     model = timm.create_model(name, **arguments)
     x = torch.randn(4, 3, *arguments["img_size"])
@@ -163,6 +176,13 @@ def test_the_single_stage_trains_and_comes_back(patch_size, kwargs, tmp_path):
         ({"img_size": 0}, ["img_size=0", "positive"]),
         ({"model_name": "levin_128s", "img_size": 100}, ["img_size=100", "16"]),
         ({"use_conv": True}, ["use_conv=True", "False"]),
+        ({"depth": (2, 2)}, ["depth=(2, 2)", "embed_dim=(128,)", "one for each stage"]),
+        ({"depth": 4}, ["depth=4", "positive integers"]),
+        ({"embed_dim": 128}, ["embed_dim=128", "positive integers"]),
+        ({"embed_dim": (128.0,)}, ["embed_dim=(128.0,)", "positive integers"]),
+        ({"patch_size": (2, 2)}, ["patch_size=(2, 2)", "integer"]),
+        ({"model_name": "levin_128s", "patch_size": 8}, ["patch_size=8", "16", "stem"]),
+        ({"model_name": "levin_128s", "patch_size": 16, "stem_type": "s8"}, ["patch_size=16", "8", "stem"]),
     ],
     ids=str,
 )

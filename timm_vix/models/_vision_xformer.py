@@ -19,7 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from ..mixers import MIXERS
-from ..mixers._slot import TokenMixer, check_choice
+from ..mixers._slot import TokenMixer, check_choice, check_integer
 from ..stems import STEMS
 from ..swap import mixer_options, resample_weights, set_grid, swap_attention
 from ._projected import ProjectedNystrom, ProjectedPerformer
@@ -108,16 +108,14 @@ class VisionXformer(VisionTransformer):
         kwargs.setdefault("block_fn", BLOCKS[block])
         if block == "parallel":
             depth = kwargs.get("depth", 12)
+            check_integer("depth", depth, 2)
             if depth % 2:
                 raise ValueError(f"depth={depth}: block='parallel' pairs the layers; allowed is an even number")
             if kwargs.get("fix_init"):
                 raise ValueError("fix_init=True: scales by depth, which parallel layers don't have; allowed is False")
             kwargs["depth"] = depth // 2
         super().__init__(**kwargs)
-        if stem != "linear":
-            # timm adapts the first convolution to other numbers of input channels
-            first = "patch_embed.proj.0.conv" if stem in ("conv", "hmlp") else "patch_embed.proj.0"
-            self._traits = {"first_conv": first}
+        self._traits = {"first_conv": f"patch_embed.{first_convolution(stem)}"}
         swap_attention(self, mixer, rope, **mine)
         self.record_options()
 
@@ -151,6 +149,11 @@ class VisionXformer(VisionTransformer):
         """Note what the mixers chose for this size among timm's arguments for a reload, which may be at another one."""
         chosen = {name: value for mixer in self.mixers() for name, value in mixer.options().items()}
         self._model_args = dict(getattr(self, "_model_args", {}), **chosen)
+
+
+def first_convolution(stem: str) -> str:
+    """The first convolution within a stem of ``STEMS``, which timm adapts to other numbers of input channels."""
+    return {"linear": "proj", "conv": "proj.0.conv", "hmlp": "proj.0.conv"}.get(stem, "proj.0")
 
 
 def refuse_foreign_options(mixer: str, kwargs: dict[str, Any]) -> None:
@@ -283,23 +286,23 @@ def adopt(
 
 
 def paired(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A sequential ViT's weights for parallel blocks: layers 2 i and 2 i + 1 side by side in block i.
+    """A sequential model's weights for parallel blocks: layers 2 i and 2 i + 1 side by side in block i, of each stage.
 
     Raises:
-        ValueError: for an odd number of layers.
+        ValueError: for a ViT with an odd number of layers.
     """
     branch = {"norm1": "attns.{}.norm", "attn": "attns.{}.attn", "ls1": "attns.{}.ls"}
     branch |= {"norm2": "ffns.{}.norm", "mlp": "ffns.{}.mlp", "ls2": "ffns.{}.ls"}
-    found = {key: re.match(r"blocks\.(\d+)\.(\w+)\.", key) for key in state_dict}
-    layers = {int(match[1]) for match in found.values() if match and match[2] in branch}
+    found = {key: re.match(r"(.+\.)?blocks\.(\d+)\.(\w+)\.", key) for key in state_dict}
+    layers = {int(match[2]) for match in found.values() if match and match[3] in branch and match[1] is None}
     if len(layers) % 2:
         raise ValueError(f"the checkpoint has {len(layers)} layers: block='parallel' pairs them, so they must be even")
     out = {}
     for key, value in state_dict.items():
         match = found[key]
-        if match and match[2] in branch:
-            layer = int(match[1])
-            key = f"blocks.{layer // 2}.{branch[match[2]].format(layer % 2)}.{key[match.end() :]}"
+        if match and match[3] in branch:
+            stage, layer = match[1] or "", int(match[2])
+            key = f"{stage}blocks.{layer // 2}.{branch[match[3]].format(layer % 2)}.{key[match.end() :]}"
         out[key] = value
     return out
 

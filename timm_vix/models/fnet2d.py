@@ -31,7 +31,7 @@ from torch import nn
 
 from ..mixers._slot import check_choice
 from ..stems import STEMS
-from ._vision_xformer import build_xformer, check_keys, check_sizes, tensors_of
+from ._vision_xformer import build_xformer, check_keys, check_sizes, first_convolution, tensors_of
 
 
 @torch.fx.wrap
@@ -94,8 +94,7 @@ class FourierMap(nn.Module):
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, flatten=False,
             strict_img_size=False, **dd,
         )  # fmt: skip
-        first = {"linear": "patch_embed.proj", "conv": "patch_embed.proj.0.conv"}.get(stem, "patch_embed.proj.0")
-        self._traits = {"first_conv": first}
+        self._traits = {"first_conv": f"patch_embed.{first_convolution(stem)}"}
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(*(Block(embed_dim, mlp_ratio, proj_drop_rate, rate, **dd) for rate in rates))
         self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]

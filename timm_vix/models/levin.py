@@ -20,10 +20,10 @@ from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistil
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
-from ..mixers._slot import check_choice
+from ..mixers._slot import check_choice, check_integer
 from ..stems import STEMS
 from ._projected import PROJECTED, projected_options
-from ._vision_xformer import adopt, build_xformer, check_sizes, overridden, own_keys, tensors_of
+from ._vision_xformer import adopt, build_xformer, check_sizes, first_convolution, overridden, own_keys, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
@@ -78,19 +78,34 @@ class ProjectedDownsampling(nn.Module):
 PROJECTED_LAYERS = {Attention: ProjectedAttention, AttentionDownsample: ProjectedDownsampling}
 
 
+def check_stages(embed_dim: Any, depth: Any) -> None:
+    """Raise ValueError unless both are tuples of positive integers, one for each stage."""
+    valid = isinstance(embed_dim, (tuple, list)) and isinstance(depth, (tuple, list))
+    valid = valid and len(embed_dim) == len(depth) > 0
+    if not valid or any(type(number) is not int or number < 1 for number in (*embed_dim, *depth)):
+        raise ValueError(
+            f"embed_dim={embed_dim!r}, depth={depth!r}: expected two tuples of positive integers, one for each stage"
+        )
+
+
 def levit_arguments(
     img_size: Union[int, tuple[int, int]],
-    patch_size: int,
+    patch_size: Optional[int],
     in_chans: int,
     stem: Optional[str],
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """What timm's class is to be built with for a stem of ours, which may have a stride of 1."""
     if stem is None:
+        stride = 8 if kwargs.get("stem_type") == "s8" else 16
+        if patch_size not in (None, stride):
+            raise ValueError(f"patch_size={patch_size!r}: LeViT's stem has {stride}; another size needs stem='conv'")
         # timm rounds the grid down and the stem's convolutions round it up
-        check_sizes(img_size, 8 if kwargs.get("stem_type") == "s8" else 16, False)
+        check_sizes(img_size, stride, False)
         return dict(img_size=img_size, in_chans=in_chans, **kwargs)
     check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
+    patch_size = 16 if patch_size is None else patch_size
+    check_integer("patch_size", patch_size, 1)
     check_sizes(img_size, patch_size, False)
     dd = {key: kwargs.get(key) for key in ("device", "dtype")}
     width = kwargs["embed_dim"][0]
@@ -107,7 +122,7 @@ class LevitXformer(Levit):
 
     Args:
         mixer: "softmax" (timm's own attention), "nystrom" or "performer".
-        stem: None: LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``.
+        stem: None: LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``, None: 16.
         **kwargs: the mixer's keywords and those of timm's class.
 
     Raises:
@@ -118,7 +133,7 @@ class LevitXformer(Levit):
     def __init__(
         self,
         img_size: Union[int, tuple[int, int]] = 224,
-        patch_size: int = 16,
+        patch_size: Optional[int] = None,
         in_chans: int = 3,
         mixer: str = "softmax",
         stem: Optional[str] = None,
@@ -128,10 +143,10 @@ class LevitXformer(Levit):
         if kwargs.get("use_conv"):
             raise ValueError("use_conv=True: token mixers work on sequences; allowed is False")
         super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, kwargs))
+        self._traits = {"first_conv": "stem.conv1.linear" if stem is None else f"stem.{first_convolution(stem)}"}
         if stem is not None:
-            self._traits = {"first_conv": "stem.proj.0.conv" if stem == "conv" else "stem.proj.0"}
             for info in self.feature_info:
-                info["reduction"] = info["reduction"] // 2 * patch_size
+                info["reduction"] = info["reduction"] // 2 * (16 if patch_size is None else patch_size)
         if mixer != "softmax":
             for parent in list(self.modules()):
                 for name, attn in list(parent.named_children()):
@@ -199,7 +214,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dic
 def create_levit(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> LevitXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
     arguments = overridden({**SIZES[name.split("_")[1]], **architecture}, kwargs)
+    if arguments.get("stem") is None and "patch_size" not in kwargs:
+        arguments.pop("patch_size", None)  # it was that of another stem
     depth = arguments["depth"]
+    check_stages(arguments["embed_dim"], depth)
     outputs = tuple(range(depth[0] if len(depth) == 1 else len(depth)))
     feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", outputs))
     model_class = LevitXformerDistilled if arguments.pop("distilled", True) else LevitXformer
