@@ -262,6 +262,20 @@ def test_other_labels_channels_and_sizes(name, deit):
         assert distance(grey.patch_embed.proj.weight, weights["patch_embed.proj.weight"].sum(1, keepdim=True)) < 1e-6
 
 
+@pytest.mark.parametrize("stem", ["linear", "conv", "conv_linear", "conv_pool"])
+@pytest.mark.parametrize(
+    "name", ["vix_performer_cifar", "hybrid_vip_cifar", "ccp_cifar", "levip_cifar", "hybrid_pip_cifar"]
+)
+def test_grey_images_with_every_stem(name, stem, tmp_path):
+    arguments = dict(img_size=8, stem=stem)
+    coloured = lively(timm.create_model(name, **arguments))
+    save_file(coloured.state_dict(), tmp_path / "model.safetensors")
+    grey = converted(name, tmp_path / "model.safetensors", in_chans=1, **arguments)
+    # a grey pixel is the same in three channels
+    x = torch.randn(2, 1, 8, 8)
+    assert distance(grey(x), coloured.eval()(x.expand(-1, 3, -1, -1))) < 1e-4
+
+
 def test_a_local_directory_of_softmax_weights(deit, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(deit)
     config = {"architecture": "vix_nystrom_tiny", "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 224, 224]}}

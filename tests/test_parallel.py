@@ -8,10 +8,12 @@ import timm
 import torch
 from conftest import VARIANTS, distance, image, lively, small, small_arguments
 from safetensors.torch import load_file, save_file
+from timm.layers import Attention
 from timm.models import save_for_hf
 from timm.models.vision_transformer import ParallelThingsBlock
 
 from timm_vix.mixers import MIXERS
+from timm_vix.mixers._slot import TokenMixer
 
 
 def side_by_side(model, x: torch.Tensor) -> torch.Tensor:
@@ -21,6 +23,11 @@ def side_by_side(model, x: torch.Tensor) -> torch.Tensor:
         x = x + sum(block.ls1(block.attn(block.norm1(x))) for block in (first, second))
         x = x + sum(block.ls2(block.mlp(block.norm2(x))) for block in (first, second))
     return model.forward_head(model.norm(x))
+
+
+def stages(model) -> list[torch.nn.Module]:
+    """The blocks of each stage."""
+    return [model.blocks] if hasattr(model, "blocks") else [stage.blocks for stage in model.transformers]
 
 
 def loaded(path, mixer="softmax", depth=4, **kwargs):
@@ -79,12 +86,19 @@ def test_a_parallel_model_is_dynamic_trains_and_copies(mixer, rope, options):
             assert mine.grad.isfinite().all() and torch.equal(mine.grad, other.grad)
 
 
-@pytest.mark.parametrize("name", ["vix_nystrom_tiny", "hybrid_vip_cifar_rope", "vix_atrous_tiny"])
+# the seven layers of a CCT-7 make no pairs
+NAMES = timm.list_models(["vix_*", "hybrid_*", "pi[np]_*", "cc*"], exclude_filters=["vix_from_timm", "*_7"])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_name_takes_it(name):
     model = timm.create_model(name, device="meta", block="parallel")
     sequential = timm.create_model(name, device="meta")
-    assert 2 * len(model.blocks) == len(sequential.blocks)
-    assert len(model.mixers()) == len(sequential.mixers())
+    for ours, theirs in zip(stages(model), stages(sequential), strict=True):
+        layers = [len(block.attns) for block in ours]
+        assert layers == [2] * (len(theirs) // 2) + [1] * (len(theirs) % 2)
+    kinds = [[type(m) for m in net.modules() if isinstance(m, (TokenMixer, Attention))] for net in (model, sequential)]
+    assert kinds[0] == kinds[1]
 
 
 def test_inherited_weights_of_deit(deit):
@@ -100,6 +114,7 @@ def test_inherited_weights_of_deit(deit):
     "keywords, words",
     [
         ({"depth": 3}, ["depth=3", "even"]),
+        ({"depth": "3"}, ["depth='3'", "integer"]),
         ({"block": "side_by_side"}, ["block='side_by_side'", "sequential", "parallel"]),
         ({"fix_init": True}, ["fix_init=True"]),
     ],

@@ -94,6 +94,46 @@ def test_features_are_drawn_anew_in_training():
     assert mixer.grid == (5, 3) and int(mixer.passes) == 2 and not torch.equal(mixer.features, before)
 
 
+def side_by_side(model, x: torch.Tensor) -> torch.Tensor:
+    """A sequential model with layers 2 i and 2 i + 1 of each stage at once: attentions, then MLPs."""
+    x, tokens = model.patch_embed(x) + model.pos_embed, model.cls_token.expand(len(x), -1, -1)
+    for stage in model.transformers:
+        if stage.pool is not None:
+            x, tokens = stage.pool(x, tokens)
+        shape = x.shape
+        y = torch.cat([tokens, x.flatten(2).transpose(1, 2)], dim=1)
+        for first in range(0, len(stage.blocks), 2):
+            pair = stage.blocks[first : first + 2]
+            y = y + sum(layer.attn(layer.norm1(y)) for layer in pair)
+            y = y + sum(layer.mlp(layer.norm2(y)) for layer in pair)
+        tokens, x = y[:, :1], y[:, 1:].transpose(1, 2).reshape(shape)
+    return model.forward_head(model.norm(tokens))
+
+
+@pytest.mark.parametrize("depth", [(2, 4), (1, 3)])
+@pytest.mark.parametrize("mixer, options", [("softmax", {}), ("nystrom", {"num_landmarks": 4, "conv_residual": True})])
+def test_layers_side_by_side_load_in_pairs_and_come_back(mixer, options, depth, tmp_path, caplog):
+    arguments = {**SHAPE, "depth": depth, "mixer": mixer, **options}
+    sequential = lively(timm.create_model("pin_tiny", **arguments).eval())
+    save_file(sequential.state_dict(), tmp_path / "pit.safetensors")
+    overlay = {"file": str(tmp_path / "pit.safetensors"), "num_classes": 5}
+    arguments |= {"block": "parallel", "pretrained": True, "pretrained_cfg_overlay": overlay}
+    with caplog.at_level(logging.WARNING):
+        model = timm.create_model("pin_tiny", **arguments).eval()
+    # the convolution of the values says that these weights are ours
+    told = ["needs fine-tuning" in record.message for record in caplog.records]
+    assert told == ([True] if mixer == "softmax" else [])
+    assert [len(stage.blocks) for stage in model.transformers] == [(count + 1) // 2 for count in depth]
+    x = torch.randn(2, 3, 20, 12)
+    assert distance(model.double()(x.double()), side_by_side(sequential.double(), x.double())) < 1e-12
+    save_for_hf(model.float(), tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+    overlay["file"] = str(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"doesn't fit.*Unexpected: transformers\.0\.blocks\.\*\.attns"):
+        timm.create_model("pin_tiny", **{**arguments, "block": "sequential"})
+
+
 def test_weights_of_pit_load_at_another_grid(tmp_path, caplog):
     reference = pit()
     save_file(reference.state_dict(), tmp_path / "pit.safetensors")
@@ -123,7 +163,11 @@ def test_weights_of_pit_load_at_another_grid(tmp_path, caplog):
         ({"mixer": "sofmax"}, ["sofmax", "nystrom"]),
         ({"stem": "convolution"}, ["convolution", "conv_linear"]),
         ({"stem": "hmlp"}, ["'hmlp'", "conv_linear"]),
-        ({"block": "parallel"}, ["block='parallel'", "'sequential'"]),
+        ({"block": "side_by_side"}, ["block='side_by_side'", "'sequential'", "'parallel'"]),
+        ({"img_size": "20"}, ["img_size='20'", "positive integer"]),
+        ({"img_size": 224.0}, ["img_size=224.0", "positive integer"]),
+        ({"patch_size": (16, 16)}, ["patch_size=(16, 16)", "integer"]),
+        ({"stride": 0}, ["stride=0", "at least 1"]),
         ({"stem": "conv", "stride": 8}, ["img_size=(20, 12)", "stride=8"]),
         ({"stem": "conv", "stride": 3, "img_size": 12}, ["patch_size=3", "1, 2, 4, 8 or 16"]),
         ({"img_size": 3}, ["img_size=3", "patch_size=4"]),

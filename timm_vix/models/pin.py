@@ -9,20 +9,34 @@ The paper gives no configuration of its PiN. ``cifar`` is as near as PiT comes t
 MLP ratio 2, heads of 32 channels, every pixel a token of the first stage; 64, 128 and 256 channels.
 """
 
+from collections import OrderedDict
 from typing import Any, Optional, Union
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.pit import checkpoint_filter_fn as pit_checkpoint_filter_fn
+from timm.models.vision_transformer import Block, ParallelThingsBlock
 from torch import nn
 
-from ..mixers._slot import check_choice
+from ..mixers._slot import check_choice, check_integer
 from ..stems import STEMS
 from ..swap import mixer_options, swap_attention
-from ._vision_xformer import absent_keys, adopt, build_xformer, overridden, own_keys, refuse_foreign_options, tensors_of
+from ._vision_xformer import (
+    BLOCKS,
+    absent_keys,
+    adopt,
+    build_xformer,
+    check_sizes,
+    first_convolution,
+    overridden,
+    own_keys,
+    paired,
+    refuse_foreign_options,
+    tensors_of,
+)
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
@@ -39,7 +53,8 @@ class PoolingXformer(PoolingVisionTransformer):
         mixer: a name in ``MIXERS``.
         stem: "linear", PiT's own overlapping patches, or another stem, whose patches are ``stride`` pixels wide.
         rope: None, "axial" or "1d": rotary positions, in addition to PiT's learned ones.
-        block: "sequential"; PiT has no other.
+        block: "sequential", or "parallel": the layers of a stage two by two side by side, as in ``VisionXformer``, and
+            the last of an odd number alone. A sequential PiT's weights load in pairs.
         **kwargs: the mixer's keywords and those of timm's class. A stage of fewer patches than ``num_landmarks`` or
             ``num_proj_tokens`` takes as many as it has.
 
@@ -62,14 +77,22 @@ class PoolingXformer(PoolingVisionTransformer):
     ) -> None:
         # the last normalisation of a hierarchical MLP is for tokens; PiT embeds patches as a map
         check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
-        check_choice("block", block, ("sequential",))
+        check_choice("block", block, tuple(BLOCKS))
         mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
         refuse_foreign_options(mixer, kwargs)
-        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if min(sides) < patch_size or patch_size < 1 or stride < 1:
+        check_sizes(img_size, 1, False)
+        check_integer("patch_size", patch_size, 1)
+        check_integer("stride", stride, 1)
+        sides = to_2tuple(img_size)
+        if min(sides) < patch_size:
             raise ValueError(f"img_size={img_size}, patch_size={patch_size}, stride={stride}: no patch fits")
         super().__init__(img_size=sides, patch_size=patch_size, stride=stride, in_chans=in_chans, **kwargs)
+        if block == "parallel":
+            for stage in self.transformers:
+                layers = list(stage.blocks)
+                stage.blocks = nn.Sequential(*(side_by_side(layers[i : i + 2]) for i in range(0, len(layers), 2)))
         width = self.base_dims[0] * self.heads[0]
+        self._traits = {"first_conv": f"patch_embed.{'conv' if stem == 'linear' else first_convolution(stem)}"}
         if stem != "linear":
             dd = {key: kwargs.get(key) for key in ("device", "dtype")}
             if any(side % stride for side in sides):
@@ -79,13 +102,24 @@ class PoolingXformer(PoolingVisionTransformer):
             )
             self.pos_embed = nn.Parameter(torch.empty(1, width, *self.patch_embed.grid_size, **dd))
             trunc_normal_(self.pos_embed, std=0.02)
-            self._traits = {"first_conv": "patch_embed.proj.0.conv" if stem == "conv" else "patch_embed.proj.0"}
         grid, stages = self.patch_embed.grid_size, []
         for i, stage in enumerate(self.transformers):
             if i:
                 grid = ((grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1)
             stages.append((stage, grid, self.num_tokens))
         swap_attention(self, mixer, rope, stages, **mine)
+
+
+def side_by_side(layers: list[Block]) -> ParallelThingsBlock:
+    """Layers as one block: their attentions at once, then their MLPs."""
+    block = ParallelThingsBlock(dim=0, num_heads=0, num_parallel=0)  # empty; the layers bring their modules
+    block.num_parallel = len(layers)
+    for layer in layers:
+        attn = dict(norm=layer.norm1, attn=layer.attn, ls=layer.ls1, drop_path=layer.drop_path1)
+        mlp = dict(norm=layer.norm2, mlp=layer.mlp, ls=layer.ls2, drop_path=layer.drop_path2)
+        block.attns.append(nn.Sequential(OrderedDict(attn)))
+        block.ffns.append(nn.Sequential(OrderedDict(mlp)))
+    return block
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> dict[str, Any]:
@@ -95,6 +129,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
     state_dict = pit_checkpoint_filter_fn(tensors_of(state_dict), model)
+    parallel = isinstance(model.transformers[0].blocks[0], ParallelThingsBlock)
+    pairs = parallel and not any(".attns." in key for key in state_dict)
+    if pairs:
+        state_dict = paired(state_dict)
     own = own_keys(model)
     ours = bool(own & state_dict.keys())
     dropped = set() if ours else absent_keys(state_dict, model, own)
@@ -103,7 +141,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
     if positions is not None and positions.ndim == 4 and positions.shape != model.pos_embed.shape:
         size = model.pos_embed.shape[2:]
         state_dict["pos_embed"] = nn.functional.interpolate(positions, size, mode="bicubic", antialias=True)
-    return adopt(state_dict, model, ours, dropped)
+    return adopt(state_dict, model, ours, dropped, changed=pairs)
 
 
 def create_pooling(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> PoolingXformer:
