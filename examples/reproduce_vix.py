@@ -4,13 +4,14 @@
     python examples/reproduce_vix.py --data-dir cifar10 --recipes modern --systems ccn_cifar cvn_cifar --epochs 5
     python examples/reproduce_vix.py --cards hub_cards                        # only the cards of what was trained
 
-``cifar10`` holds train/ and test/ with class folders. A tenth of the training images is held out of training, the
-epoch that is best on it is kept, and the test images are looked at once. ``paper`` is the official code's recipe (AdamW
-at a constant 1e-3, no augmentation, the batch that each system had), ``modern`` is the same for all: warm-up, cosine,
-label smoothing, crop and flip, mixup. With an accelerator every pixel is a token and training lasts 40 and 100 epochs;
-without one, patches are 2 x 2 pixels and there are 2 epochs. Nyström and Linformer have the paper's 64 landmarks and
-projected tokens, but at most a quarter of the tokens: with as many as tokens they would approximate nothing. Each row
-of examples/results/reproduce_vix.csv says which it was; weights stay in --runs.
+``cifar10`` holds train/ and test/ with class folders. A tenth of the training images is held out of training, the epoch
+that is best on it is kept, and the test images are looked at once. ``paper`` is the official code's recipe (AdamW at a
+constant 1e-3, no augmentation, the batch that each system had; without the dropout that some of them had), ``modern``
+is the same for all: warm-up, cosine, label smoothing, crop and flip, mixup. With an accelerator every pixel is a token
+and training lasts 40 and 100 epochs; without one, patches are 2 x 2 pixels and there are 2 epochs. Nyström and
+Linformer have the paper's 64 landmarks and projected tokens, but at most a quarter of the tokens: with as many as
+tokens they would approximate nothing. Each row of examples/results/reproduce_vix.csv says which it was; weights stay in
+--runs.
 """
 
 import argparse
@@ -65,8 +66,8 @@ SYSTEMS: dict[str, tuple[str, int]] = {
     "fnet2d_cifar": ("", 128),
     "vix_fnet_cifar": ("", 512),
     "hybrid_fnet_cifar": ("", 512),
-    "vix_mixer_cifar": ("", 512),
-    "hybrid_mixer_cifar": ("", 512),
+    "vix_mixer_cifar": ("", 640),
+    "hybrid_mixer_cifar": ("", 640),
 }
 # the keyword of what attends for the tokens, and whose it is
 FEW = {

@@ -195,7 +195,7 @@ def test_recipes_and_machines_of_a_comparison_are_apart(tmp_path) -> None:
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
     assert [row[2:4] for row in cells if row[:1] == ["vit"]] == [["2", "80.5 ± 0.71"], ["2", "50"], ["2", "60"]]
     assert "Recipe: lr=0.1" in page.read_text() and "Recipe: lr=0.2" in page.read_text()
-    assert "cuda (a card), 2 threads" in page.read_text()
+    assert "cuda (a card), threads: 2" in page.read_text()
 
 
 def test_a_failure_is_told_with_its_setting_and_not_after_another_attempt(tmp_path) -> None:

@@ -56,18 +56,22 @@ def card(row: Record) -> str:
         "not measured" if row[name] is None else f"{row[name]:,.0f} {unit}"
         for name, unit in (("images_per_second", "images a second"), ("peak_memory_mib", "MiB"))
     )
+    number, _, of_log = (row["paper"] or "").partition(" ")
+    paper = f"{number} %, with 1,024 tokens and 40 or more epochs" if number else "not published"
+    if of_log:
+        paper += "; the best epoch on the test images, from the log of its code"
     measured = {
         "top-1, test images": f"{row['top1']:.2f} %",
         "top-5, test images": f"{row['top5']:.2f} %",
         "top-1, held-out images": f"{row['held_out_top1']:.2f} %",
-        "top-1 of the paper": row["paper"] or "not published",
+        "top-1 of the paper": paper,
         "parameters": f"{row['parameters']:,}",
         "tokens": f"{row['tokens']} (patches of {row['patch_size']} px)",
         "keywords": f"`{row['keywords']}`",
         "epochs": f"{row['epochs']}, of which epoch {row['epoch']} was best on the held-out images",
         "training": f"{speed}, peak memory of a step {memory}",
-        "on": f"{row['device']}, {row['dtype']}, batch {row['batch_size']}, seed {row['seed']}, "
-        f"torch {row['torch']}, timm {row['timm']}",
+        "on": f"{row['device']}, threads: {row['threads']}, {row['dtype']}, batch {row['batch_size']}, "
+        f"seed {row['seed']}, torch {row['torch']}, timm {row['timm']}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in measured.items())
     return f"""---

@@ -137,7 +137,7 @@ def comparison_section(runs: list[Record], figures: dict[str, bytes]) -> str:
     for number, ((dataset, recipe, device, machine, threads), models) in enumerate(settings.items(), 1):
         own = list(models.values())
         where = f"{device} ({machine})" if machine else f"{device}"
-        what = f"{dataset}, {where}, {threads} threads"
+        what = f"{dataset}, {where}, threads: {threads}"
         images = []
         for name, label in AXES.items():
             drawn = trade_off(own, name)
@@ -170,7 +170,7 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
             continue
         mode, dtype, compiled, device, machine, threads, batch, trunk = key
         where = f"{device} ({machine})" if machine else device
-        what = f"{mode}, {dtype}, batch {batch}, {where}, {threads} threads{', compiled' * (compiled == 'on')}"
+        what = f"{mode}, {dtype}, batch {batch}, {where}, threads: {threads}{', compiled' * (compiled == 'on')}"
         images = []
         trends: dict[str, dict[str, str]] = {}
         for name, label in (COSTS | SPEEDUP).items():
