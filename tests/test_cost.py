@@ -65,6 +65,16 @@ def nystrom(n: int) -> float:
     return 2 * m * C * 3 * C + 2 * few(n, m) + solve
 
 
+def performer(n: int, features: int = 64) -> float:
+    """Features of queries and keys, their sums with the values and a column of ones, and what the queries read."""
+    projections = 2 * n * C * 3 * C + 2 * n * C * C
+    return projections + 2 * (2 * n * features * C) + 2 * n * features * (C + HEADS) + 2 * n * features * C
+
+
+def token_mlp(n: int) -> float:
+    return 2 * (2 * n * (C // 2) * C)
+
+
 def fourier(n: int) -> float:
     return 2.5 * n * C * np.log2(C) + 5 * n * (C // 2 + 1) * np.log2(n)
 
@@ -76,7 +86,9 @@ def fourier(n: int) -> float:
         ("vit_tiny_patch16_224", softmax),
         ("vix_linformer_tiny", linformer),
         ("vix_nystrom_tiny", nystrom),
+        ("vix_performer_tiny", performer),
         ("vix_fnet_tiny", fourier),
+        ("vix_mixer_tiny", token_mlp),
     ],
 )
 def test_operations_are_those_of_the_formula(name, mixer, side) -> None:
@@ -85,6 +97,20 @@ def test_operations_are_those_of_the_formula(name, mixer, side) -> None:
         model(torch.zeros(B, 3, 16 * side, 16 * side))
     n = side * side + 1
     assert flops.get_total_flops() == pytest.approx(B * (trunk(n) + DEPTH * mixer(n)), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name, mixer, again",
+    [("vit_tiny_patch16_224", softmax, lambda n: 2 * n * n * C), ("vix_mixer_tiny", token_mlp, lambda n: 0)],
+)
+def test_a_training_step_is_three_times_the_forward_pass(name, mixer, again) -> None:
+    """But for the patch embedding, whose images have no gradient, and the scores that SDPA computes again."""
+    side, n = 14, 197
+    model = timm.create_model(name)
+    with counter() as flops:
+        model(torch.zeros(B, 3, 16 * side, 16 * side)).sum().backward()
+    expected = 3 * (trunk(n) + DEPTH * mixer(n)) - 2 * (n - 1) * 3 * P * P * C + DEPTH * again(n)
+    assert flops.get_total_flops() == pytest.approx(B * expected, rel=0.005)
 
 
 def test_fourier_transforms_count_by_their_formulas() -> None:
@@ -229,7 +255,9 @@ def test_the_baseline_of_every_model_of_ours_is_softmax_on_the_same_trunk(name) 
         ("hybrid_pip_tiny.in1k mixer=nystrom", "hybrid_pip_tiny mixer=softmax"),
         ("levin_128s key_dim=8 train_only=head", "levin_128s mixer=softmax key_dim=8"),
         ("cvt_cifar", "cvt_cifar"),
-        ("fnet2d_cifar", "vit_tiny_patch16_224"),
+        ("fnet2d_cifar", "hybrid_vit_cifar"),
+        ("fnet2d_cifar stem=conv_pool embed_dim=64 patch_size=4 proj_drop_rate=0.1 train_only=head",
+         "hybrid_vit_cifar stem=conv_pool embed_dim=64 patch_size=4 proj_drop_rate=0.1"),
     ],
 )  # fmt: skip
 def test_a_baseline_has_the_keywords_of_the_trunk(spec, baseline) -> None:
