@@ -58,11 +58,13 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
 def softmax_of(name: str) -> Optional[str]:
     """The softmax model of the same trunk, stem and positions as one of ours; None for any other model.
 
+    fnet2d mixes maps, so it has no such trunk; beside it stands the model of tokens with its stem and width.
+
     Example:
         >>> softmax_of("vix_nystrom_small"), softmax_of("hybrid_vin_tiny_rope"), softmax_of("resnet50")
         ('vit_small_patch16_224', 'hybrid_vit_tiny_rope', None)
-        >>> softmax_of("ccn_7"), softmax_of("pin_tiny")
-        ('cct_7', 'pin_tiny mixer=softmax')
+        >>> softmax_of("ccn_7"), softmax_of("pin_tiny"), softmax_of("fnet2d_cifar")
+        ('cct_7', 'pin_tiny mixer=softmax', 'hybrid_vit_cifar')
     """
     name = name.split(".")[0]
     family, _, rest = name.partition("_")
@@ -73,6 +75,8 @@ def softmax_of(name: str) -> Optional[str]:
         return f"{name} mixer=softmax"
     if family == "hybrid":
         return f"hybrid_vit_{size}"
+    if family == "fnet2d":
+        return f"hybrid_vit_{rest}"
     if family == "vix":
         return f"vix_softmax_{size}" if timm.is_model(f"vix_softmax_{size}") else f"vit_{size}_patch16_224"
     return None
