@@ -6,9 +6,11 @@ attention (CCP) into it; CCT is the softmax control. ``7`` and ``14`` are CCT-7/
 is the paper's model of four layers, in which each pixel of a 32 px image is a token.
 
 ``cifar`` departs from the official code where that is defective: the residual stream is not replaced by its normalised
-self, landmarks are pooled over the image and not over rows of the raster, no value depends on other images of the
-batch, and the position embedding starts at timm's scale. The MLP ratio is 4, with which the paper's models were
-trained: the code's misspelt 1 had no effect. Stochastic depth of 0.1 is the recipe's, ``drop_path_rate=0.1`` here.
+self, landmarks are pooled over the image and not over rows of the raster, the residual convolution is a depthwise 5x5
+over the image and not over 33 tokens of the raster, no value depends on other images of the batch, and the position
+embedding starts at timm's scale. The MLP ratio is 4, with which the paper's models were trained: the code's misspelt 1
+had no effect. The code's stochastic depth of 0.1 is a keyword, ``drop_path_rate=0.1``: the models have none by default,
+and the reproduction leaves it out.
 """
 
 from typing import Any
@@ -73,7 +75,7 @@ default_cfgs = generate_default_cfgs(_cfgs())
 
 @register_model
 def ccn_cifar(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """The paper's compact convolutional transformer for 32 px, Nyström attention (arXiv 2102.03902)."""
+    """The paper's CCT for 32 px, corrected (see module), Nyström attention (arXiv 2102.03902)."""
     return create_compact("ccn_cifar", pretrained, kwargs, "nystrom", num_landmarks=64, conv_residual=True)
 
 
@@ -91,7 +93,7 @@ def ccn_14(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
 
 @register_model
 def ccp_cifar(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """The paper's compact convolutional transformer for 32 px, Performer attention (arXiv 2009.14794)."""
+    """The paper's CCT for 32 px, corrected (see module), Performer attention (arXiv 2009.14794)."""
     return create_compact("ccp_cifar", pretrained, kwargs, "performer", num_features=110, qkv_bias=True)
 
 
@@ -109,7 +111,7 @@ def ccp_14(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
 
 @register_model
 def cct_cifar(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """The paper's compact convolutional transformer for 32 px, softmax attention, the control (arXiv 2104.05704)."""
+    """The paper's CCT for 32 px, corrected (see module), softmax attention, the control (arXiv 2104.05704)."""
     return create_compact("cct_cifar", pretrained, kwargs, "softmax")
 
 

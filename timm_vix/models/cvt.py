@@ -7,8 +7,10 @@ Sethi 2022 (arXiv 2107.02239) put Nyström (CvN) and Performer (CvP) attention i
 
 ``cifar`` is the paper's model: 128 channels and every pixel of a 32 px image a token in all stages, of 1, 1 and 2
 layers, and the mean of the tokens classified. Its code drops the convolutional projection and ignores the arguments
-that ask for it; ``projection="conv"`` brings it back. Landmarks are pooled over the image, no value depends on other
-images of the batch, and there is a last normalisation, which the paper's code lacks.
+that ask for it; ``projection="conv"`` brings it back. It departs from that code where that is defective: landmarks are
+pooled over the image and not over rows of the raster, the residual convolution is a depthwise 5x5 over the image and
+not over 33 tokens of the raster, no value depends on other images of the batch, any image size can be built, and there
+is a last normalisation.
 """
 
 from typing import Any, Optional, Union
@@ -134,7 +136,7 @@ class ConvolutionalXformer(nn.Module):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Truncated normal weights of standard deviation 0.02, as CvT's."""
+        """Truncated normal weights of standard deviation 0.02: as CvT's linear layers and class token, here all weights."""
         for module in self.modules():
             if needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -277,7 +279,7 @@ default_cfgs = generate_default_cfgs(_cfgs())
 
 @register_model
 def cvn_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's convolutional vision transformer for 32 px, Nyström attention (arXiv 2102.03902)."""
+    """The paper's CvT for 32 px, corrected (see module), Nyström attention (arXiv 2102.03902)."""
     return create_convolutional("cvn_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
 
 
@@ -289,7 +291,7 @@ def cvn_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
 
 @register_model
 def cvp_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's convolutional vision transformer for 32 px, Performer attention (arXiv 2009.14794)."""
+    """The paper's CvT for 32 px, corrected (see module), Performer attention (arXiv 2009.14794)."""
     return create_convolutional("cvp_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True)
 
 
@@ -301,7 +303,7 @@ def cvp_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
 
 @register_model
 def cvt_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's convolutional vision transformer for 32 px, softmax attention, the control (arXiv 2103.15808)."""
+    """The paper's CvT for 32 px, corrected (see module), softmax attention, the control (arXiv 2103.15808)."""
     return create_convolutional("cvt_cifar", pretrained, kwargs, mixer="softmax")
 
 

@@ -8,8 +8,8 @@ every pixel of a 32 px image a token, and the mean of the map classified.
 
 *Differs:* the paper's stem of two convolutions without activation is one linear convolution; here it is the
 convolutional stem of the family, with normalisation and GELU. The transform is computed in float32 at least, and it is
-orthonormal: the paper's sums over N·C entries, of which batch normalisation removes the scale. Dropout of 0.5 in the
-MLP is the recipe's, ``proj_drop_rate=0.5`` here.
+orthonormal: the paper's sums over N·C entries, of which batch normalisation removes the scale. The code's dropout of
+0.5 in the MLP is a keyword, ``proj_drop_rate=0.5``: the model has none by default, and the reproduction leaves it out.
 
 Shapes: maps (B, C, H, W).
 """
@@ -199,6 +199,6 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def fnet2d_cifar(pretrained: bool = False, **kwargs: Any) -> FourierMap:
-    """The paper's Fourier mixing of maps for 32 px (arXiv 2107.02239, after 2105.03824)."""
+    """The paper's Fourier mixing of maps for 32 px, corrected (see module; arXiv 2107.02239, after 2105.03824)."""
     feature_cfg = dict(feature_cls="getter", out_indices=kwargs.pop("out_indices", 3))
     return build_xformer(FourierMap, "fnet2d_cifar", pretrained, kwargs, checkpoint_filter_fn, feature_cfg)

@@ -3,7 +3,12 @@
 Jeevan & Sethi 2022, "Resource-efficient Hybrid X-formers for Vision" (arXiv 2107.02239): ViL, ViP, ViN are its
 Linformer, Performer and Nyströmformer, ViT the softmax control. Sizes and ``_rope`` as in ``vix.py``. The stem at patch
 16 is that of Xiao et al. 2021 (arXiv 2106.14881); at ``cifar`` it is the paper's three 3x3 convolutions, with
-normalisation and GELU between them, which the official code lacks (``stem="conv_linear"``: without).
+normalisation and GELU between them, which the official code lacks, so that its stem is one linear convolution
+(``stem="conv_linear"``: without). Behind the stem ``cifar`` departs from that code as in ``vix.py``: Nyström's
+landmarks are pooled over the image, and its residual convolution is a depthwise 5x5 there and not over 33 tokens of the
+raster; nothing is padded; Linformer's keys are turned after they are projected, and its matrices are resampled for
+another image size; position embedding and class token start at timm's scale; and but for the stem's normalisation in
+training no value depends on other images of the batch.
 """
 
 from typing import Any
@@ -76,7 +81,7 @@ def hybrid_vit_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_vit_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, softmax attention (the control, arXiv 2010.11929)."""
+    """The paper's 32 px model, corrected (see module): convolutional stem, softmax attention (arXiv 2010.11929)."""
     return create_vision_xformer("hybrid_vit_cifar", pretrained, kwargs, mixer="softmax", stem="conv")
 
 
@@ -100,7 +105,7 @@ def hybrid_vil_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_vil_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
+    """The paper's 32 px model, corrected (see module): convolutional stem, Linformer attention (arXiv 2006.04768)."""
     return create_vision_xformer(
         "hybrid_vil_cifar", pretrained, kwargs, mixer="linformer", stem="conv", num_proj_tokens=64
     )
@@ -126,7 +131,7 @@ def hybrid_vip_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_vip_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Performer attention (arXiv 2009.14794)."""
+    """The paper's 32 px model, corrected (see module): convolutional stem, Performer attention (arXiv 2009.14794)."""
     return create_vision_xformer(
         "hybrid_vip_cifar", pretrained, kwargs, mixer="performer", stem="conv", num_features=110, qkv_bias=True
     )
@@ -152,7 +157,7 @@ def hybrid_vin_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_vin_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
+    """The paper's 32 px model, corrected (see module): convolutional stem, Nyström attention (arXiv 2102.03902)."""
     return create_vision_xformer(
         "hybrid_vin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True
     )
@@ -184,7 +189,7 @@ def hybrid_fnet_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_fnet_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Fourier mixing (arXiv 2105.03824)."""
+    """The paper's 32 px model, corrected (see module): convolutional stem, Fourier mixing (arXiv 2105.03824)."""
     return create_vision_xformer("hybrid_fnet_cifar", pretrained, kwargs, mixer="fnet", stem="conv")
 
 
@@ -196,7 +201,7 @@ def hybrid_mixer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def hybrid_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, token MLPs (arXiv 2105.01601)."""
+    """The paper's 32 px model, corrected (see module): convolutional stem, token MLPs (arXiv 2105.01601)."""
     return create_vision_xformer("hybrid_mixer_cifar", pretrained, kwargs, mixer="mixer", stem="conv")
 
 
@@ -216,7 +221,7 @@ def hybrid_vit_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXfor
 
 @register_model
 def hybrid_vit_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, softmax attention and rotary positions (arXiv 2010.11929)."""
+    """The paper's 32 px model, corrected (see module): conv stem, softmax attention, RoPE (arXiv 2010.11929)."""
     return create_vision_xformer(
         "hybrid_vit_cifar_rope", pretrained, kwargs, mixer="softmax", stem="conv", rope="axial"
     )
@@ -240,7 +245,7 @@ def hybrid_vil_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXfor
 
 @register_model
 def hybrid_vil_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Linformer attention and rotary positions (arXiv 2006.04768)."""
+    """The paper's 32 px model, corrected (see module): conv stem, Linformer attention, RoPE (arXiv 2006.04768)."""
     return create_vision_xformer(
         "hybrid_vil_cifar_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial", num_proj_tokens=64
     )
@@ -264,7 +269,7 @@ def hybrid_vip_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXfor
 
 @register_model
 def hybrid_vip_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Performer attention and rotary positions (arXiv 2009.14794)."""
+    """The paper's 32 px model, corrected (see module): conv stem, Performer attention, RoPE (arXiv 2009.14794)."""
     return create_vision_xformer(
         "hybrid_vip_cifar_rope",
         pretrained,
@@ -293,7 +298,7 @@ def hybrid_vin_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXfor
 
 @register_model
 def hybrid_vin_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with convolutional stem, Nyström attention and rotary positions (arXiv 2102.03902)."""
+    """The paper's 32 px model, corrected (see module): conv stem, Nyström attention, RoPE (arXiv 2102.03902)."""
     return create_vision_xformer(
         "hybrid_vin_cifar_rope",
         pretrained,

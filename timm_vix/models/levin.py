@@ -2,12 +2,16 @@
 
 Graham et al. 2021 (arXiv 2104.01136): timm's LeViT. Jeevan & Sethi 2022 (arXiv 2107.02239) put Nyström (LeViN) and
 Performer (LeViP) attention into it; ``mixer="softmax"`` is the control. ``128s`` is LeViT-128S for 224 px and takes its
-weights. LeViT adds a learned bias for each distance to the logits: neither mechanism has logits to add it to, so it is
-left out. Between stages, the queries of every second token ask all tokens.
+weights. LeViT adds a learned bias for each distance to the logits, which is left out: it belongs to a pair of tokens,
+while Nyström's landmarks are cells of tokens, and Performer has no logits. Between stages, the queries of every second
+token ask all tokens.
 
 ``cifar`` is the paper's model: one stage of four layers of 128 channels with 4 heads, every pixel of a 32 px image a
 token, and the mean of the tokens classified. It departs from the official code, which has no normalisation anywhere, so
-that its stem is one linear convolution: stem and layers are normalised as LeViT's are, by batch.
+that its stem is one linear convolution: stem and layers are normalised as LeViT's are, by batch. But for that, no value
+depends on other images of the batch, as there by the start of Nyström's inverse and by Performer's largest key.
+Landmarks are pooled over the image and not over rows of the raster, and the residual convolution is a depthwise 5x5
+over the image and not over 33 tokens of the raster.
 """
 
 from typing import Any, Optional, Union
@@ -240,7 +244,7 @@ default_cfgs = generate_default_cfgs(_cfgs())
 
 @register_model
 def levin_cifar(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """The paper's LeViT for 32 px (arXiv 2104.01136), Nyström attention (arXiv 2102.03902)."""
+    """The paper's LeViT for 32 px, corrected (see module; arXiv 2104.01136), Nyström attention (arXiv 2102.03902)."""
     options = dict(mixer="nystrom", num_landmarks=64, conv_residual=True)
     return create_levit("levin_cifar", pretrained, kwargs, **options)
 
@@ -253,7 +257,7 @@ def levin_128s(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
 
 @register_model
 def levip_cifar(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """The paper's LeViT for 32 px (arXiv 2104.01136), Performer attention (arXiv 2009.14794)."""
+    """The paper's LeViT for 32 px, corrected (see module; arXiv 2104.01136), Performer attention (arXiv 2009.14794)."""
     return create_levit("levip_cifar", pretrained, kwargs, mixer="performer", num_features=110)
 
 

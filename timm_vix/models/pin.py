@@ -5,8 +5,9 @@ strided depthwise convolution halves the grid between three stages. Jeevan & Set
 attention into it (PiN) and, with a convolutional stem, call it Hybrid PiN; here with Performer attention too (PiP).
 ``tiny`` is PiT-Ti for 224 px and takes its weights. ``mixer="softmax"`` is the control.
 
-The paper gives no configuration of its PiN. ``cifar`` is as near as PiT comes to the paper's other models: four layers,
-MLP ratio 2, heads of 32 channels, every pixel a token of the first stage; 64, 128 and 256 channels.
+The paper gives no configuration of its PiN and its repository no code. ``cifar`` is as near as PiT comes to the paper's
+other models: four layers, MLP ratio 2, heads of 32 channels, every pixel a token of the first stage; 64, 128 and 256
+channels. Attention and stem are those of ``vix.py`` and ``hybrid.py``, with what they correct.
 """
 
 from collections import OrderedDict
@@ -169,7 +170,7 @@ default_cfgs = generate_default_cfgs(_cfgs())
 
 @register_model
 def pin_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302), Nyström attention (arXiv 2102.03902)."""
+    """PiT for 32 px (arXiv 2103.16302; see module), Nyström attention (arXiv 2102.03902)."""
     return create_pooling("pin_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
 
 
@@ -181,7 +182,7 @@ def pin_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
 
 @register_model
 def pip_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302), Performer attention (arXiv 2009.14794)."""
+    """PiT for 32 px (arXiv 2103.16302; see module), Performer attention (arXiv 2009.14794)."""
     return create_pooling("pip_cifar", pretrained, kwargs, mixer="performer", num_features=110)
 
 
@@ -193,7 +194,7 @@ def pip_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
 
 @register_model
 def hybrid_pin_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302), convolutional stem, Nyström attention (arXiv 2102.03902)."""
+    """PiT for 32 px (arXiv 2103.16302; see module), convolutional stem, Nyström attention (arXiv 2102.03902)."""
     return create_pooling(
         "hybrid_pin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True
     )
@@ -207,7 +208,7 @@ def hybrid_pin_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
 
 @register_model
 def hybrid_pip_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302), convolutional stem, Performer attention (arXiv 2009.14794)."""
+    """PiT for 32 px (arXiv 2103.16302; see module), convolutional stem, Performer attention (arXiv 2009.14794)."""
     return create_pooling("hybrid_pip_cifar", pretrained, kwargs, mixer="performer", stem="conv", num_features=110)
 
 

@@ -4,9 +4,13 @@ Jeevan & Sethi 2022, "Resource-efficient Hybrid X-formers for Vision" (arXiv 210
 ``base`` are ViT-Ti/S/B with patch 16; ``cifar`` is the paper's model, in which each pixel of a 32 px image is a token.
 ``_rope`` names have 2-D axial rotary positions instead of the learned embedding (``rope="1d"``: the paper's).
 
-``cifar`` departs from the official code where that is defective: landmarks are pooled over the image and not over rows
-of the raster, nothing is padded, no value depends on other images of the batch, position embedding and class token
-start at timm's scale, rotary positions leave the class token alone.
+``cifar`` departs from the official code where that is defective. No value depends on other images of the batch,
+position embedding and class token start at timm's scale, rotary positions leave the class token alone. Nyström:
+landmarks are pooled over the image and not over rows of the raster, and turned by the centres of their cells; nothing
+is padded; the residual convolution (``conv_residual``, off in other sizes) is a depthwise 5x5 over the image and not
+over 33 tokens of the raster. Linformer: its matrices are resampled for another image size, values are not the keys
+again, and keys are turned after they are projected. Performer: features can be drawn anew in training
+(``redraw_interval``), for which the code has a class that it never uses; by default they are not here either.
 """
 
 from typing import Any
@@ -79,7 +83,7 @@ def vix_linformer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer
 
 @register_model
 def vix_linformer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
+    """The paper's 32 px model, corrected (see module): Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
     return create_vision_xformer("vix_linformer_cifar", pretrained, kwargs, mixer="linformer", num_proj_tokens=64)
 
 
@@ -103,7 +107,7 @@ def vix_performer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer
 
 @register_model
 def vix_performer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
+    """The paper's 32 px model, corrected (see module): Performer attention (arXiv 2009.14794)."""
     return create_vision_xformer(
         "vix_performer_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True
     )
@@ -129,7 +133,7 @@ def vix_nystrom_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def vix_nystrom_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
+    """The paper's 32 px model, corrected (see module): Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
     return create_vision_xformer(
         "vix_nystrom_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True
     )
@@ -173,7 +177,7 @@ def vix_fnet_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def vix_fnet_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
+    """The paper's 32 px model, corrected (see module): Fourier mixing (arXiv 2105.03824)."""
     return create_vision_xformer("vix_fnet_cifar", pretrained, kwargs, mixer="fnet")
 
 
@@ -197,13 +201,13 @@ def vix_mixer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
 
 @register_model
 def vix_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
+    """The paper's 32 px model, corrected (see module): token MLPs (arXiv 2105.01601)."""
     return create_vision_xformer("vix_mixer_cifar", pretrained, kwargs, mixer="mixer")
 
 
 @register_model
 def vix_softmax_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with softmax attention (the control, arXiv 2010.11929)."""
+    """The paper's 32 px model, corrected (see module): softmax attention (the control, arXiv 2010.11929)."""
     return create_vision_xformer("vix_softmax_cifar", pretrained, kwargs, mixer="softmax")
 
 
@@ -221,7 +225,7 @@ def vix_softmax_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXfo
 
 @register_model
 def vix_softmax_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with softmax attention and rotary positions (the control, arXiv 2010.11929)."""
+    """The paper's 32 px model, corrected (see module): softmax attention, rotary positions (arXiv 2010.11929)."""
     return create_vision_xformer("vix_softmax_cifar_rope", pretrained, kwargs, mixer="softmax", rope="axial")
 
 
@@ -239,7 +243,7 @@ def vix_linformer_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionX
 
 @register_model
 def vix_linformer_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
+    """The paper's 32 px model, corrected (see module): Linformer attention, rotary positions (arXiv 2006.04768)."""
     return create_vision_xformer(
         "vix_linformer_cifar_rope", pretrained, kwargs, mixer="linformer", rope="axial", num_proj_tokens=64
     )
@@ -259,7 +263,7 @@ def vix_performer_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionX
 
 @register_model
 def vix_performer_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with Performer attention and rotary positions (arXiv 2009.14794)."""
+    """The paper's 32 px model, corrected (see module): Performer attention, rotary positions (arXiv 2009.14794)."""
     return create_vision_xformer(
         "vix_performer_cifar_rope", pretrained, kwargs, mixer="performer", rope="axial", num_features=110, qkv_bias=True
     )
@@ -279,7 +283,7 @@ def vix_nystrom_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXfo
 
 @register_model
 def vix_nystrom_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model with Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
+    """The paper's 32 px model, corrected (see module): Nyström attention, rotary positions (arXiv 2102.03902)."""
     return create_vision_xformer(
         "vix_nystrom_cifar_rope",
         pretrained,
