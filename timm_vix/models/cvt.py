@@ -136,7 +136,7 @@ class ConvolutionalXformer(nn.Module):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Truncated normal weights of standard deviation 0.02: as CvT's linear layers and class token, here all weights."""
+        """Truncated normal weights of standard deviation 0.02: as CvT's linear layers and class token, here all."""
         for module in self.modules():
             if needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
