@@ -143,6 +143,49 @@ def test_interrupted_run_is_saved_and_continues_exactly(digits, finished, tmp_pa
     assert_same_run(out, finished)
 
 
+def test_weights_threads_and_device_may_change_in_between(digits, tmp_path, monkeypatch, script):
+    weights, out = tmp_path / "start.safetensors", tmp_path / "out"
+    torch.manual_seed(5)
+    save_file(
+        timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, **MODEL_KWARGS).state_dict(), weights
+    )
+    whole, _ = finetune(data_dir=str(digits), out=str(tmp_path / "whole"), checkpoint=str(weights), **EXACT)
+
+    def crash(*_):
+        if position(out)["epoch"]:
+            raise RuntimeError
+        return 50.0, 100.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_vix.finetune.evaluate", crash)
+        with pytest.raises(RuntimeError):
+            finetune(data_dir=str(digits), out=str(out), checkpoint=str(weights), checkpoint_every=20, **EXACT)
+    assert (position(out)["epoch"], position(out)["step"]) == (1, 20)
+    other = shutil.copy(weights, tmp_path / "other.safetensors")
+    for change, words in (
+        (["--checkpoint", other], "checkpoint=start.safetensors before, other.safetensors now"),
+        ([], "checkpoint=start.safetensors before, None now"),
+    ):
+        assert_one_clear_line(script(*command(digits, out, **EXACT), "--resume", *change), ["settings differ", words])
+    moved = tmp_path / "moved" / "start.safetensors"
+    moved.parent.mkdir()
+    weights.rename(moved)
+    # as earlier versions left it, and from a device that is not here
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    saved["settings"].update(checkpoint=str(weights), threads=1, device="cuda:7")
+    del saved["position"]["weights"]
+    shutil.copytree(out, tmp_path / "earlier")
+    torch.save(saved, tmp_path / "earlier" / "checkpoint.pt")
+    # two threads add in another order
+    for folder, threads, tolerance in ((tmp_path / "earlier", 1, 0), (out, 2, 1e-4)):
+        settings = dict(EXACT, checkpoint=str(moved), threads=threads)
+        model, _ = finetune(data_dir=str(digits), out=str(folder), resume=True, **settings)
+        torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=tolerance)
+        card = (folder / "hub" / "README.md").read_text()
+        assert "trained from `start.safetensors`" in card
+        assert "- device: cpu" in card and f"- threads: {threads}" in card
+
+
 def test_resuming_a_finished_run_changes_nothing(digits, finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
@@ -181,7 +224,7 @@ def test_full_disk(digits, tmp_path, script):
         code, stderr = script(*command(digits, disk / "out", **EXACT))
         assert code == 2 and stderr.count("\n") == 1
         assert stderr.startswith("error: cannot write") and "No space left on device" in stderr
-        assert position(disk / "out") == dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
+        assert position(disk / "out") == dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[], weights=None)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -5,7 +5,8 @@ continues where it was, one that is finished is not repeated. What a model costs
 
 A run is its model, initial weights, seed, images and recipe. The weights are told by the name and checksum of their
 file, the images by the name of their folder, their number and a checksum of their names and sizes, so that they may
-move. Rows of earlier versions have the names only, and stand for whatever has these.
+move. Rows of earlier versions have the names only, and stand for whatever has these. A run may continue with other
+threads or on another device; its seconds are of the epochs that had the last one's.
 """
 
 import argparse
@@ -98,9 +99,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)["settings"]
     images = int(re.match(r"(\d+) images", saved["images"])[1])  # type: ignore[index]
     last = history[-1]
+    timed = [row for row in history if (row["device"], row["threads"]) == (last["device"], last["threads"])]
     steps = images // last["batch_size"]
-    train_seconds = [steps * last["batch_size"] / row["images_per_second"] for row in history]
-    infer_seconds = [row["seconds"] - seconds for row, seconds in zip(history, train_seconds)]
+    train_seconds = [steps * last["batch_size"] / row["images_per_second"] for row in timed]
+    infer_seconds = [row["seconds"] - seconds for row, seconds in zip(timed, train_seconds)]
     return dict(
         top1=last["top1"],
         top5=last["top5"],

@@ -3,7 +3,8 @@
 A run that was killed continues with the numbers of one that was not. Nothing random has a state that could be lost: the
 order of the images is a function of (seed, epoch), the augmentation of an image of (seed, epoch, image), and mixup,
 dropout and stochastic depth of (seed, epoch, step). So the checkpoint holds weights, optimizer and position, and no
-generator. On a CPU this is exact to the last bit; on CUDA up to kernels that add in no fixed order.
+generator. On a CPU, with as many threads, this is exact to the last bit; on CUDA up to kernels that add in no fixed
+order. Other threads add in another order, and another device may draw other numbers for dropout.
 """
 
 import io
@@ -39,8 +40,9 @@ from .settings import check_folder, check_ranges, check_weights
 # What stands in for an argument that is None: digits are learnt from scratch, a folder is usually fine-tuned.
 DIGITS = dict(model="vix_nystrom_cifar", img_size=32, batch_size=16, epochs=9, lr=1e-3, flip=0.0)
 FOLDER = dict(batch_size=32, epochs=5, lr=2e-4, flip=0.5)
-# What may change between a run and its continuation; the images are recognised by their names instead.
-FREE = {"data_dir", "val_dir", "workers", "out", "checkpoint_every", "resume", "overwrite", "license"}
+# What may change between a run and its continuation; images and initial weights are recognised by their names instead.
+FREE = {"data_dir", "val_dir", "checkpoint", "device", "threads", "workers", "out", "checkpoint_every", "resume"}
+FREE |= {"overwrite", "license"}
 
 
 def finetune(
@@ -101,7 +103,7 @@ def finetune(
         amp: "auto" takes bfloat16 where the processor computes in it; "off"; "bfloat16".
         threads: CPU threads; None leaves torch's number.
         checkpoint_every: Steps between checkpoints inside an epoch; one follows every epoch anyway.
-        resume: Continue the run in ``out``; its settings must be the same.
+        resume: Continue the run in ``out``; its settings must be the same, but for places, device, threads and workers.
         overwrite: Replace the run in ``out``.
         license: For the model card.
 
@@ -125,7 +127,7 @@ def finetune(
     run = SimpleNamespace(**settings)
     folder = Path(run.out)
     check(run, folder)
-    settings["device"] = run.device = find_device(run.device)
+    run.device = find_device(run.device)
     run.dtype = find_dtype(run.amp, run.device)
     settings["amp"] = str(run.dtype).removeprefix("torch.")
     if threads:
@@ -157,9 +159,14 @@ def finetune(
     mix = Mixup(mixup, label_smoothing=label_smoothing, num_classes=len(classes)) if mixup else None
     smoothing = 0.0 if mix else label_smoothing
     normalise = normaliser(config, run.device)
-    position: dict[str, Any] = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
+    weights = Path(run.checkpoint).name if run.checkpoint else None
+    position: dict[str, Any] = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[], weights=weights)
     if resume:
-        position = restore(folder / "checkpoint.pt", settings, net, optimizer)
+        path = folder / "checkpoint.pt"
+        position = restore(path, settings, net, optimizer)
+        before = position.get("weights", weights)  # earlier versions did not tell
+        if before != weights:
+            raise ValueError(f"resume: settings differ from those of {path}: checkpoint={before} before, {weights} now")
     else:
         clear(folder)
     history = position["history"]
@@ -225,8 +232,9 @@ def finetune(
                 top1=top1,
                 top5=top5,
                 lr=max(group["lr"] for group in optimizer.param_groups),
-                seconds=round(time.perf_counter() - start, 2),
-                images_per_second=round(steps * batch_size / train_seconds, 1),
+                # not rounded: a comparison takes the time of training from the rate, and of validation from the rest
+                seconds=time.perf_counter() - start,
+                images_per_second=steps * batch_size / train_seconds,
                 parameters=sum(parameter.numel() for parameter in net.parameters()),
                 device=run.device,
                 dtype=settings["amp"],
@@ -256,17 +264,17 @@ def finetune(
     if keep == "best":
         last = max(history, key=lambda row: row["top1"])
         net.load_state_dict(torch.load(folder / "best.pt", map_location=run.device, weights_only=True))
-    weights = f"`{Path(run.checkpoint).name}`" if run.checkpoint else None
+    quoted = f"`{weights}`" if weights else None
     data = f"`{Path(run.data_dir).name}`" if run.data_dir else "scikit-learn's handwritten digits"
     card = model_card(
         run.model,
         run.license,
         ours=type(net).__module__.startswith("timm_vix"),
-        start=weights or ("timm's weights" if run.pretrained else "random weights"),
+        start=quoted or ("timm's weights" if run.pretrained else "random weights"),
         data=f"{data} ({len(classes)} classes, {len(train):,} images; validation: {len(val):,})",
         last=last,
         picked=keep == "best",
-        recipe={**settings, "checkpoint": weights, **{key: last[key] for key in ("threads", "torch", "timm")}},
+        recipe={**settings, "checkpoint": quoted, **{key: last[key] for key in ("device", "threads", "torch", "timm")}},
     )
     write_hub(folder / "hub", net.eval(), config, card, classes)
     return net, history
