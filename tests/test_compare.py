@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from timm_vix import cli, compare
+from timm_vix import cli, compare, folders
 from timm_vix.finetune import finetune
 from timm_vix.folders import as_folder
 from timm_vix.images import find_images
@@ -87,7 +88,7 @@ def test_runs_are_those_of_finetune_and_a_failing_one_is_a_row(digits, tmp_path,
         out=str(tmp_path / "direct"),
     )
     assert good["top1"] == pytest.approx(history[-1]["top1"], rel=1e-4)
-    assert good["train_s_per_epoch"] + good["infer_s_per_epoch"] > 0
+    assert good["train_s_per_epoch"] > 0 and good["infer_s_per_epoch"] > 0
     trained = timm.create_model(
         name, img_size=32, num_classes=3, **{key: int(value) for key, value in settings.items()}
     )
@@ -96,9 +97,8 @@ def test_runs_are_those_of_finetune_and_a_failing_one_is_a_row(digits, tmp_path,
     assert good["gflops"] > 0 and good["latency_p50_ms"] > 0 and good["step_p50_ms"] > good["latency_p50_ms"]
     # measured once for a model, whatever the seed
     assert [records[3][key] for key in compare.COSTS] == [good[key] for key in compare.COSTS]
-    assert "2" in next(
-        line for line in capfd.readouterr().out.splitlines() if line.startswith(MODEL) and "scratch" in line
-    )
+    table = [re.split("  +", line)[:3] for line in capfd.readouterr().out.splitlines()]
+    assert [MODEL, "scratch", "2"] in table
     assert call(monkeypatch, *arguments) == 0
     again, _ = read_records(tmp_path / "compare.csv", compare.COLUMNS, exact=True)
     assert again[:4] == records
@@ -139,6 +139,35 @@ def test_a_run_that_left_no_checkpoint_starts_anew(digits, tmp_path) -> None:
     settings = dict(data_dir=str(digits), img_size=32, batch_size=4, epochs=1, device="cpu", amp="off", threads=1)
     name, keywords = parse_model(MODEL)
     assert compare.train(dict(settings, model=name, model_kwargs=keywords, out=str(tmp_path)))["epochs"] == 1
+
+
+def test_seconds_are_those_of_a_slow_clock_with_the_last_threads(digits, tmp_path, monkeypatch) -> None:
+    clock = SimpleNamespace(now=0.0, step=100.0, crashes=True)
+
+    def step(*key) -> None:
+        clock.now += clock.step
+
+    def evaluate(*arguments) -> tuple[float, float]:
+        if clock.crashes and clock.now > 1300:  # after the second epoch
+            raise RuntimeError
+        clock.now += 7.25
+        return 50.0, 100.0
+
+    monkeypatch.setattr("timm_vix.finetune.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("timm_vix.finetune.reseed", step)
+    monkeypatch.setattr("timm_vix.finetune.evaluate", evaluate)
+    name, keywords = parse_model(MODEL)
+    settings = dict(data_dir=str(digits), img_size=32, batch_size=4, epochs=2, device="cpu", amp="off")
+    settings.update(model=name, model_kwargs=keywords, out=str(tmp_path / "out"))
+    with pytest.raises(RuntimeError):
+        compare.train(dict(settings, threads=1))
+    clock.crashes, clock.step = False, 30.0
+    row = compare.train(dict(settings, threads=2))
+    # 48 of 60 images are 12 steps
+    assert row["train_s_per_epoch"] == pytest.approx(12 * 30) and row["infer_s_per_epoch"] == pytest.approx(7.25)
+    clock.step = 100.0
+    row = compare.train(dict(settings, threads=1, epochs=1, out=str(tmp_path / "slower")))
+    assert row["train_s_per_epoch"] == pytest.approx(1200) and row["infer_s_per_epoch"] == pytest.approx(7.25)
 
 
 def test_no_threads_are_refused_before_anything_is_trained(digits, tmp_path, trained, monkeypatch, capsys) -> None:
@@ -208,7 +237,10 @@ def test_a_part_of_a_model_trains(digits, tmp_path, monkeypatch) -> None:
 
 def test_a_stopped_comparison_continues(digits, tmp_path) -> None:
     # enough epochs that it is still training when it is stopped
-    arguments = command(digits, tmp_path, OTHER)
+    name, keywords = parse_model(OTHER)
+    weights = tmp_path / "start.safetensors"
+    save_file(timm.create_model(name, img_size=32, num_classes=3, **keywords).state_dict(), weights)
+    arguments = [*command(digits, tmp_path, OTHER), "--checkpoint", str(weights)]
     arguments[arguments.index("--epochs") + 1] = "60"
     line = [sys.executable, "-m", "timm_vix", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -224,6 +256,10 @@ def test_a_stopped_comparison_continues(digits, tmp_path) -> None:
     (saved,) = (tmp_path / "runs").glob("*/history.csv")
     epochs = len(saved.read_text().splitlines()) - 1
     assert 2 <= epochs < 60
+    # the weights moved
+    (tmp_path / "moved").mkdir()
+    weights.rename(tmp_path / "moved" / weights.name)
+    line[-1] = str(tmp_path / "moved" / weights.name)
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first = int(re.search(r"epoch (\d+)/60:", done.stdout)[1])
@@ -262,13 +298,96 @@ def test_a_data_set_of_timms_factory_becomes_a_folder_once(digits, tmp_path) -> 
     # stopped in between: what is there stays, what is missing is written
     victim = train[3][0]
     victim.unlink()
-    (folder / "train" / "complete").unlink()
+    (folder / "complete").unlink()
     kept = train[4][0].stat().st_mtime_ns
     assert as_folder("torch/image_folder", str(tmp_path / "own"), tmp_path / "cache") == str(folder)
     assert victim.exists() and train[4][0].stat().st_mtime_ns == kept
     assert as_folder(str(digits), None, tmp_path) == str(digits)
     with pytest.raises(ValueError, match="'torch/cifar10' cannot be read by timm's dataset factory"):
         as_folder("torch/cifar10", str(tmp_path / "absent"), tmp_path / "cache")
+
+
+def test_images_of_training_are_not_those_of_validation(digits, tmp_path, capsys) -> None:
+    """timm's reader of folders takes the root for a split that has no folder."""
+    folder = Path(as_folder("torch/image_folder", str(digits), tmp_path / "cache"))
+    assert "a share of the training images is held out" in capsys.readouterr().out
+    assert not (folder / "val").exists()
+    train, val, _ = find_images(str(folder))
+    assert (len(train), len(val)) == (48, 12) and not {path for path, _ in train} & {path for path, _ in val}
+    # train/ and test/: for "validation" the root, which holds both
+    (tmp_path / "own").mkdir()
+    shutil.copytree(digits, tmp_path / "own" / "train")
+    shutil.copytree(digits / "digit0", tmp_path / "own" / "test" / "digit0")
+    train, val, _ = find_images(as_folder("torch/image_folder", str(tmp_path / "own"), tmp_path / "cache"))
+    assert (len(train), [label for _, label in val]) == (60, [0] * 20)
+
+
+def test_another_root_is_another_folder(digits, tmp_path, monkeypatch) -> None:
+    for place, numbers in (("first", range(4)), ("second", range(4, 9))):
+        for name in ("digit0", "digit1"):
+            (tmp_path / place / name).mkdir(parents=True)
+            for i in numbers:
+                shutil.copy(digits / name / f"{i}.png", tmp_path / place / name)
+    monkeypatch.chdir(tmp_path)
+    first, second, again = (
+        as_folder("torch/image_folder", root, Path("cache")) for root in ("first", "second", "./first/")
+    )
+    assert first == again != second
+    assert [len(list(Path(folder).rglob("*.png"))) for folder in (first, second)] == [8, 10]
+    assert Path(first).name == Path(second).name == "torch_image_folder", "rows tell images by this name"
+
+
+PIXELS = {label: Image.new("RGB", (4, 4), (40 * label, 0, 0)) for label in range(4)}
+
+
+@pytest.mark.parametrize("name, found", [("valid", [2, 3]), ("unsupervised", None)])
+def test_splits_by_other_names(name, found, tmp_path, monkeypatch, capsys) -> None:
+    splits = {"train": [(PIXELS[i % 2], i % 2) for i in range(10)], name: [(PIXELS[2], 0), (PIXELS[3], 1)]}
+    monkeypatch.setattr(folders, "create_dataset", lambda name, root, split: splits[split])
+    folder = Path(as_folder("tfds/some", None, tmp_path))
+    monkeypatch.setattr(folders, "create_dataset", None)
+    assert as_folder("tfds/some", None, tmp_path) == str(folder), "it is read once"
+    if found is None:
+        assert not (folder / "val").exists() and "held out" in capsys.readouterr().out
+        assert [len(items) for items in find_images(str(folder))[:2]] == [8, 2]
+    else:
+        colours = [Image.open(path).getpixel((0, 0))[0] // 40 for path, _ in find_images(str(folder))[1]]
+        assert colours == found
+
+
+@pytest.mark.parametrize(
+    "bad, words", [((PIXELS[0], None), "TypeError: int()"), (RuntimeError("no\nroute"), "RuntimeError: no route")]
+)
+def test_what_a_reader_raises_on_the_way_is_one_line(bad, words, tmp_path, monkeypatch) -> None:
+    def images():
+        yield PIXELS[0], 0
+        if isinstance(bad, Exception):
+            raise bad
+        yield bad
+
+    monkeypatch.setattr(folders, "create_dataset", lambda name, root, split: images())
+    with pytest.raises(ValueError) as caught:
+        as_folder("wds/some", None, tmp_path)
+    message = str(caught.value)
+    assert message.startswith("data_dir='wds/some' cannot be read by timm's dataset factory: ") and words in message
+    assert "\n" not in message
+    assert not list(tmp_path.rglob("complete"))
+
+
+def test_columns_of_a_data_set_of_the_hub_have_names_of_their_own(digits, tmp_path) -> None:
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's library reads such a data set")
+    names, column = ["cat", "dog"], datasets.ClassLabel
+    features = dict(img=datasets.Image(), fine=column(names=names), coarse=column(names=["animal"]))
+    for split, numbers in (("train", range(8)), ("valid", range(8, 12))):
+        images = [dict(bytes=(digits / f"digit{i % 2}" / f"{i}.png").read_bytes()) for i in numbers]
+        rows = dict(img=images, fine=[i % 2 for i in numbers], coarse=[0] * len(numbers))
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        (tmp_path / "own").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "own" / f"{split}-00000-of-00001.parquet")
+    train, val, classes = find_images(as_folder(f"hfds/{tmp_path / 'own'}", str(tmp_path / "hub"), tmp_path / "cache"))
+    assert (len(train), len(val), classes) == (8, 4, names)
+    with Image.open(val[-1][0]) as mine, Image.open(digits / "digit1" / "11.png") as theirs:
+        assert np.array_equal(np.asarray(mine), np.asarray(theirs.convert("RGB")))
 
 
 def read(path: Path) -> str:
