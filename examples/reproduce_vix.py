@@ -180,7 +180,7 @@ def train(
         epochs=epochs,
         patch_size=patch_size,
         tokens=(32 // patch_size) ** 2,
-        images_per_second=told(step, "images_per_s", 1) or best["images_per_second"],
+        images_per_second=told(step, "images_per_s", 1) or round(best["images_per_second"], 1),
         faster_than_softmax=told(step, "speedup", 3),
         peak_memory_mib=told(step, "peak_memory_mib", 1),
         seconds=round(sum(row["seconds"] for row in history), 1),
