@@ -11,7 +11,8 @@ from timm.utils import ParseKwargs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_vix.mixers.atrous import axis_layout, check_dilations
+from timm_vix.mixers._dilated import axis_layout
+from timm_vix.mixers.atrous import check_dilations
 
 PREFIXES = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
 # branches, largest window, image in patches of 2 px: padding at one, both or no sides, grids smaller than a window or

@@ -33,40 +33,13 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
+from ._dilated import axis_layout, from_windows, to_windows
 from ._slot import AttentionMixer, Grid, admit, check_integer, outside_autocast
 
 DEFAULT_DILATIONS = (1, 2, 4)
 DEFAULT_WINDOW = 8
 # Channels added to a head, of which the mean key's share needs one: kernels want a multiple of 8.
 EXTRA = 8
-
-Axis = tuple[int, int, int]
-
-
-def axis_layout(length: int, dilation: int, window_size: int) -> Axis:
-    """Windows along an axis, rows in each, and dilation: the fewest equal windows of at most ``window_size`` rows."""
-    dilation = min(dilation, length)  # every row is alone from here on
-    windows = -(-length // (dilation * window_size))
-    return windows, -(-length // (windows * dilation)), dilation
-
-
-def to_windows(x: torch.Tensor, grid: Grid, rows: Axis, columns: Axis) -> torch.Tensor:
-    """(A, H·W, D) -> (A, G, L, D), padded with zeros at the bottom and on the right."""
-    A, _, D = x.shape
-    (n, s, d), (m, t, e) = rows, columns
-    below, right = n * s * d - grid[0], m * t * e - grid[1]
-    x = x.reshape(A, grid[0], grid[1], D)
-    if below > 0 or right > 0:  # torch copies also where there is nothing to add
-        x = pad(x, (0, 0, 0, right, 0, below))
-    return x.reshape(A, n, s, d, m, t, e, D).permute(0, 1, 3, 4, 6, 2, 5, 7).reshape(A, n * d * m * e, s * t, D)
-
-
-def from_windows(y: torch.Tensor, grid: Grid, rows: Axis, columns: Axis) -> torch.Tensor:
-    """The way back: (A, G, L, D) -> (A, H·W, D)."""
-    A, _, _, D = y.shape
-    (n, s, d), (m, t, e) = rows, columns
-    y = y.reshape(A, n, d, m, e, s, t, D).permute(0, 1, 5, 2, 3, 6, 4, 7).reshape(A, n * s * d, m * t * e, D)
-    return y[:, : grid[0], : grid[1]].reshape(A, grid[0] * grid[1], D)
 
 
 def beside(windows: torch.Tensor, prefix: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
