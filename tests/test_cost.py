@@ -20,8 +20,8 @@ from timm_vix.cost import COLUMNS, baseline_of, plan, summary, sweep
 from timm_vix.flops import counter
 from timm_vix.measure import JOB, beside_baseline, compare_times, run, take_turns
 from timm_vix.mixers import SoftmaxAttention
-from timm_vix.mixers._slot import TokenMixer, cell_grid
-from timm_vix.models._projected import ProjectedNystrom, ProjectedPerformer
+from timm_vix.mixers._slot import cell_grid
+from timm_vix.models._vision_xformer import MECHANISMS
 from timm_vix.names import parse_model
 from timm_vix.records import append_record, read_records
 
@@ -240,7 +240,7 @@ def trunk_of(model: nn.Module) -> dict[str, torch.Size]:
 def test_the_baseline_of_every_model_of_ours_is_softmax_on_the_same_trunk(name) -> None:
     baseline = on_meta(baseline_of(name))
     assert trunk_of(baseline) == trunk_of(on_meta(name))
-    efficient = [m for m in baseline.modules() if isinstance(m, (TokenMixer, ProjectedNystrom, ProjectedPerformer))]
+    efficient = [m for m in baseline.modules() if isinstance(m, MECHANISMS)]
     assert all(isinstance(module, SoftmaxAttention) for module in efficient)
 
 

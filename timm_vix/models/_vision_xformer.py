@@ -236,20 +236,26 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict = tensors_of(state_dict)
-    pairs = isinstance(model.blocks[0], ParallelThingsBlock) and not any(".attns." in key for key in state_dict)
+    state_dict, found = recognise(tensors_of(state_dict), model)
+    if isinstance(model.patch_embed.proj, nn.Conv2d):
+        state_dict = vit_checkpoint_filter_fn(state_dict, model)
+    elif "pos_embed" in state_dict:
+        stem_keys = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith("patch_embed.")}
+        state_dict = {**vit_checkpoint_filter_fn(state_dict, model), **stem_keys}
+    return adopt(state_dict, model, **found)
+
+
+def recognise(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Pair the layers for parallel blocks, leave out what only softmax attention has, and tell ``adopt`` of both."""
+    parallel = any(isinstance(module, ParallelThingsBlock) for module in model.modules())
+    pairs = parallel and not any(".attns." in key for key in state_dict)
     if pairs:
         state_dict = paired(state_dict)
     own = own_keys(model)
     ours = bool(own & state_dict.keys())
     dropped = set() if ours else absent_keys(state_dict, model, own)
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
-    if isinstance(model.patch_embed.proj, nn.Conv2d):
-        state_dict = vit_checkpoint_filter_fn(state_dict, model)
-    elif "pos_embed" in state_dict:
-        stem_keys = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith("patch_embed.")}
-        state_dict = {**vit_checkpoint_filter_fn(state_dict, model), **stem_keys}
-    return adopt(state_dict, model, ours, dropped, changed=pairs)
+    return state_dict, dict(ours=ours, dropped=dropped, changed=pairs)
 
 
 def adopt(

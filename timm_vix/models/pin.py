@@ -27,14 +27,12 @@ from ..stems import STEMS
 from ..swap import mixer_options, swap_attention
 from ._vision_xformer import (
     BLOCKS,
-    absent_keys,
     adopt,
     build_xformer,
     check_sizes,
     first_convolution,
     overridden,
-    own_keys,
-    paired,
+    recognise,
     refuse_foreign_options,
     tensors_of,
 )
@@ -129,20 +127,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict = pit_checkpoint_filter_fn(tensors_of(state_dict), model)
-    parallel = isinstance(model.transformers[0].blocks[0], ParallelThingsBlock)
-    pairs = parallel and not any(".attns." in key for key in state_dict)
-    if pairs:
-        state_dict = paired(state_dict)
-    own = own_keys(model)
-    ours = bool(own & state_dict.keys())
-    dropped = set() if ours else absent_keys(state_dict, model, own)
-    state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
+    state_dict, found = recognise(pit_checkpoint_filter_fn(tensors_of(state_dict), model), model)
     positions = state_dict.get("pos_embed")
     if positions is not None and positions.ndim == 4 and positions.shape != model.pos_embed.shape:
         size = model.pos_embed.shape[2:]
         state_dict["pos_embed"] = nn.functional.interpolate(positions, size, mode="bicubic", antialias=True)
-    return adopt(state_dict, model, ours, dropped, changed=pairs)
+    return adopt(state_dict, model, **found)
 
 
 def create_pooling(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> PoolingXformer:
