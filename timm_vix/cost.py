@@ -17,7 +17,7 @@ from .machine import device_name, find_device, versions
 from .measure import JOB, run
 from .mixers import MIXERS
 from .names import parse_model, softmax_of
-from .records import Columns, Record, append_record, header_of, read_records
+from .records import Columns, Record, append_record, header_of, key_of, read_records
 from .swap import mixer_options
 
 KEY = (
@@ -121,30 +121,26 @@ def sweep(jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: b
         records, damaged = read_records(path, COLUMNS, exact=True)
         whole = [record for record in records if record["error"] or record["latency_p50_ms"] is not None]
         damaged += len(records) - len(whole)
-        known = {key_of(record): record for record in whole if not (retry_failed and record["error"])}
+        known = {key_of(record, KEY): record for record in whole if not (retry_failed and record["error"])}
         if damaged:
             print(f"{path}: {damaged} damaged lines are ignored, and measured again")
-    left = sum(key_of(job) not in known for job in jobs)
+    left = sum(key_of(job, KEY) not in known for job in jobs)
     if left < len(jobs):
         print(f"{path}: {len(jobs) - left} of {len(jobs)} rows are there already")
     start, done = time.perf_counter(), 0
     for number, job in enumerate(jobs, 1):
-        if key_of(job) in known:
+        if key_of(job, KEY) in known:
             continue
         record = round_off({**job, **versions(), **run(job)})  # a failure has its machine and versions too
         if epoch_images and record.get("images_per_s"):
             record |= dict(epoch_images=epoch_images, epoch_s=round(epoch_images / record["images_per_s"], 1))
         append_record(path, COLUMNS, record)
-        known[key_of(job)] = {name: record.get(name) for name in COLUMNS}
+        known[key_of(job, KEY)] = {name: record.get(name) for name in COLUMNS}
         done += 1
         minutes = (time.perf_counter() - start) / 60
         rest = f"{minutes:.1f} min, about {minutes / done * (left - done):.0f} to go"
         print(f"[{number}/{len(jobs)}] {describe(record)}  [{rest}]", flush=True)
-    return [known[key_of(job)] for job in jobs]
-
-
-def key_of(record: Record) -> tuple:
-    return tuple(record[name] for name in KEY)
+    return [known[key_of(job, KEY)] for job in jobs]
 
 
 def round_off(record: Record) -> Record:

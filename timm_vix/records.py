@@ -7,12 +7,16 @@ so a line that was cut off or overwritten spoils no other.
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 Columns = Mapping[str, type]
 Record = dict[str, Any]
+
+
+def key_of(record: Record, names: Iterable[str]) -> tuple:
+    return tuple(record[name] for name in names)
 
 
 def line_of(values: list[Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import compare, cost
 from .figures import AXES, COSTS, SPEEDUP, over_tokens, png, trade_off
-from .records import Record, header_of, read_records
+from .records import Record, header_of, key_of, read_records
 from .results import write_whole
 
 COST_COLUMNS = (
@@ -71,10 +71,6 @@ def read_tables(paths: list[Path]) -> tuple[list[Record], list[Record], list[lis
     done = {key_of(record, cost.KEY) for record in costs} | {key_of(record, RUN_KEY) for record in runs}
     told = [text for key, text in failures.items() if key not in done]
     return last_of_each(costs, cost.KEY), last_of_each(runs, RUN_KEY + PLACE), files, told
-
-
-def key_of(record: Record, names: Iterable[str]) -> tuple:
-    return tuple(record[name] for name in names)
 
 
 def last_of_each(records: list[Record], key: tuple[str, ...]) -> list[Record]:
@@ -136,8 +132,7 @@ def comparison_section(runs: list[Record], figures: dict[str, bytes]) -> str:
     parts = ["<h2>Accuracy against cost</h2>"]
     for number, ((dataset, recipe, device, machine, threads), models) in enumerate(settings.items(), 1):
         own = list(models.values())
-        where = f"{device} ({machine})" if machine else f"{device}"
-        what = f"{dataset}, {where}, threads: {threads}"
+        what = f"{dataset}, {place(device, machine)}, threads: {threads}"
         images = []
         for name, label in AXES.items():
             drawn = trade_off(own, name)
@@ -169,7 +164,7 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
         if len({record["img_size"] for record in group if record["tokens"]}) < 2:
             continue
         mode, dtype, compiled, device, machine, threads, batch, trunk = key
-        where = f"{device} ({machine})" if machine else device
+        where = place(device, machine)
         what = f"{mode}, {dtype}, batch {batch}, {where}, threads: {threads}{', compiled' * (compiled == 'on')}"
         images = []
         trends: dict[str, dict[str, str]] = {}
@@ -203,6 +198,11 @@ def cost_section(costs: list[Record], figures: dict[str, bytes]) -> str:
         f"<h2>All costs</h2><p>A click on a column's name sorts by it.</p>{table((*COST_COLUMNS, *BEST), rows)}"
     )
     return "\n".join(parts)
+
+
+def place(device: str, machine: str) -> str:
+    """A device with its name, where that is known."""
+    return f"{device} ({machine})" if machine else f"{device}"
 
 
 def setting_of(record: Record) -> tuple:
