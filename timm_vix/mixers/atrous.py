@@ -121,17 +121,17 @@ def attend_in_windows(
     window_size: int,
 ) -> torch.Tensor:
     """Attention of the patches: q, k, v (B, h, N, D) and the gates' logits (B, h, H·W, n) -> (B, h, H·W, D)."""
+    dtype = v.dtype
     # the gates' dtype is also that of autocast, of which normalised queries and keys know nothing
-    if gates is None or gates.dtype != torch.float16:
-        return join_windows(q, k, v, gates, num_prefix_tokens, grid, dilations, window_size)
-    # the share of the mean key is below float16's smallest number where logits are 17 apart
-    q, k, v32 = q.float(), k.float(), v.float()
-    if torch.jit.is_scripting():
-        y = join_windows(q, k, v32, gates, num_prefix_tokens, grid, dilations, window_size)
-    else:
+    half = gates is not None and gates.dtype == torch.float16
+    if half:  # the share of the mean key is below float16's smallest number where logits are 17 apart
+        q, k, v = q.float(), k.float(), v.float()
+    if not torch.jit.is_scripting() and half:
         with outside_autocast(q.device):
-            y = join_windows(q, k, v32, gates, num_prefix_tokens, grid, dilations, window_size)
-    return y.to(v.dtype)
+            y = join_windows(q, k, v, gates, num_prefix_tokens, grid, dilations, window_size)
+    else:
+        y = join_windows(q, k, v, gates, num_prefix_tokens, grid, dilations, window_size)
+    return y.to(dtype)
 
 
 def check_dilations(dilations: Union[int, str, tuple[int, ...], None]) -> list[int]:
