@@ -7,21 +7,22 @@ import torch
 from conftest import distance, image, small
 from torch.nn.functional import adaptive_avg_pool2d
 
-from timm_vix.mixers._windows import from_windows, landmarks_and_windows, window_biases, windows
+from timm_vix.mixers._dilated import from_windows, to_windows
+from timm_vix.mixers._windows import axes, landmarks_and_windows, window_biases
 
 
 @pytest.mark.parametrize("grid, w", [((6, 4), 2), ((7, 5), 3), ((2, 3), 4), ((5, 1), 2)])
 def test_windows_hold_neighbours_and_give_them_back(grid, w):
     H, W = grid
-    x = torch.arange(H * W).float().reshape(1, 1, H * W, 1) + 1
-    cut = windows(x, grid, w)
+    x = torch.arange(H * W).float().reshape(1, H * W, 1) + 1
+    cut = to_windows(x, grid, *axes(grid, w))
     across = -(-W // w)
     for row in range(H):
         for column in range(W):
             window, inside = (row // w) * across + column // w, (row % w) * w + column % w
-            assert cut[0, 0, window, inside, 0] == row * W + column + 1
+            assert cut[0, window, inside, 0] == row * W + column + 1
     assert cut.sum() == x.sum()
-    assert torch.equal(from_windows(cut, grid, w), x)
+    assert torch.equal(from_windows(cut, grid, *axes(grid, w)), x)
 
 
 def naive(q, k, v, keys, values, grid, cells, P, w):

@@ -14,6 +14,7 @@ import torch
 from timm.layers import register_notrace_function
 from torch.nn import functional as F
 
+from ._dilated import Axis, from_windows, to_windows
 from ._folded import keep_little
 from ._resample import Grid, averages
 
@@ -21,22 +22,9 @@ from ._resample import Grid, averages
 LONG = 512
 
 
-def windows(x: torch.Tensor, grid: Grid, w: int) -> torch.Tensor:
-    """Cut patches into windows, zeros beyond the border: (B, h, H·W, D) -> (B, h, n, w·w, D)."""
-    B, h, _, D = x.shape
-    rows, columns = -(-grid[0] // w), -(-grid[1] // w)
-    x = x.reshape(B, h, grid[0], grid[1], D)
-    if rows * w != grid[0] or columns * w != grid[1]:
-        x = F.pad(x, [0, 0, 0, columns * w - grid[1], 0, rows * w - grid[0]])
-    return x.reshape(B, h, rows, w, columns, w, D).transpose(3, 4).reshape(B, h, rows * columns, w * w, D)
-
-
-def from_windows(x: torch.Tensor, grid: Grid, w: int) -> torch.Tensor:
-    """The inverse of ``windows``, what lies beyond the border left out: (B, h, n, w·w, D) -> (B, h, H·W, D)."""
-    B, h, _, _, D = x.shape
-    rows, columns = -(-grid[0] // w), -(-grid[1] // w)
-    x = x.reshape(B, h, rows, columns, w, w, D).transpose(3, 4).reshape(B, h, rows * w, columns * w, D)
-    return x[:, :, : grid[0], : grid[1]].reshape(B, h, grid[0] * grid[1], D)
+def axes(grid: Grid, w: int) -> tuple[Axis, Axis]:
+    """Windows of w x w tokens over a grid, without dilation."""
+    return (-(-grid[0] // w), w, 1), (-(-grid[1] // w), w, 1)
 
 
 def shares(length: int, cells: int, w: int, like: torch.Tensor) -> torch.Tensor:
@@ -55,7 +43,9 @@ def window_biases(like: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells:
     inside = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
     beside = (1.0 - inside).clamp(min=0.0) * (grid[0] * grid[1] / (cells[0] * cells[1]))
     beside = torch.where(beside < 1e-4, 0.0, beside).log()
-    here = windows(torch.ones([1, 1, grid[0] * grid[1], 1], device=like.device), grid, w)[0, 0, :, :, 0].log()
+    window_rows, window_columns = axes(grid, w)
+    ones = torch.ones([1, grid[0] * grid[1], 1], device=like.device)
+    here = to_windows(ones, grid, window_rows, window_columns)[0, :, :, 0].log()
     biases = torch.cat([torch.zeros([here.shape[0], num_prefix_tokens], device=like.device), beside, here], dim=1)
     return biases.unsqueeze(1).to(like.dtype)
 
@@ -94,10 +84,12 @@ def look_around(
     """The work of ``landmarks_and_windows``."""
     B, h, _, D = q.shape
     m = landmark_keys.shape[2]
-    q, k, v = windows(q * D**-0.5, grid, w), windows(k, grid, w), windows(v, grid, w)
-    n = q.shape[2]
-    far = torch.matmul(q.flatten(2, 3), landmark_keys.transpose(2, 3)).reshape(B, h, n, w * w, m)
-    near = torch.matmul(q, k.transpose(3, 4))
-    weights = F.dropout((torch.cat([far, near], dim=4) + biases).softmax(4), dropout, dropout > 0.0)
-    y = torch.matmul(weights[..., :m].flatten(2, 3), landmark_values).reshape(B, h, n, w * w, D)
-    return from_windows(y + torch.matmul(weights[..., m:], v), grid, w)
+    rows, columns = axes(grid, w)
+    q = to_windows(q.flatten(0, 1) * D**-0.5, grid, rows, columns)
+    k, v = to_windows(k.flatten(0, 1), grid, rows, columns), to_windows(v.flatten(0, 1), grid, rows, columns)
+    far = torch.matmul(q.flatten(1, 2), landmark_keys.flatten(0, 1).transpose(1, 2)).unflatten(1, q.shape[1:3])
+    near = torch.matmul(q, k.transpose(2, 3))
+    weights = F.dropout((torch.cat([far, near], dim=3) + biases).softmax(3), dropout, dropout > 0.0)
+    y = torch.matmul(weights[..., :m].flatten(1, 2), landmark_values.flatten(0, 1)).reshape(q.shape)
+    y = from_windows(y + torch.matmul(weights[..., m:], v), grid, rows, columns)
+    return y.reshape(B, h, y.shape[1], D)
