@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import distance
+from conftest import distance, image, small
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils import prune
 
 from timm_vix.mixers import _folded
 
@@ -63,3 +64,53 @@ def test_attention_weights_are_kept_for_short_sequences_only(long, kept, monkeyp
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         folded(**tensors())
     assert (B * N * H * M in saved) == kept
+
+
+def overridden(linear, calls):
+    forward = linear.forward
+
+    def own(x):
+        calls.append(linear)
+        return forward(x)
+
+    linear.forward = own
+
+
+CALLS = {
+    "hook": lambda linear, calls: linear.register_forward_hook(lambda *_: calls.append(linear)),
+    "pre-hook": lambda linear, calls: linear.register_forward_pre_hook(lambda *_: calls.append(linear)),
+    "backward hook": lambda linear, calls: linear.register_full_backward_hook(lambda *_: calls.append(linear)),
+    "backward pre-hook": lambda linear, calls: linear.register_full_backward_pre_hook(lambda *_: calls.append(linear)),
+    "forward": overridden,
+}
+
+
+@pytest.mark.parametrize("mixer", ["linformer", "nystrom"])
+@pytest.mark.parametrize("watch", CALLS)
+def test_projections_that_somebody_watches_are_called(watch, mixer):
+    few = {"linformer": "num_proj_tokens", "nystrom": "num_landmarks"}[mixer]
+    model = small(mixer, depth=1, **{few: 4})
+    attn, calls, x = model.blocks[0].attn, [], image(model)
+    assert attn.folds(5, None)
+    expected = model(x)
+    for linear in (attn.qkv, attn.proj):
+        CALLS[watch](linear, calls)
+    y = model(x)
+    y.sum().backward()
+    assert distance(y, expected) < 1e-5
+    assert {id(linear) for linear in calls} == {id(attn.qkv), id(attn.proj)}
+
+
+@pytest.mark.parametrize("mixer", ["linformer", "nystrom"])
+def test_pruned_projections_train(mixer):
+    few = {"linformer": "num_proj_tokens", "nystrom": "num_landmarks"}[mixer]
+    model = small(mixer, depth=1, **{few: 4})
+    linear = model.blocks[0].attn.proj
+    prune.l1_unstructured(linear, "weight", 0.5)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=0.1), linear.weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(image(model)).square().sum().backward()
+        optimizer.step()
+    model(image(model))
+    assert torch.equal(linear.weight == 0, before == 0) and not torch.equal(linear.weight, before)

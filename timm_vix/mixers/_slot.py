@@ -156,6 +156,12 @@ class TokenMixer(nn.Module):
         return {}
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether somebody wants to know when ``module`` is called: by a hook, as for pruning, or another forward."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
 class AttentionMixer(TokenMixer):
     """A mixer with queries, keys and values, built from the timm attention that it replaces.
 
@@ -202,7 +208,7 @@ class AttentionMixer(TokenMixer):
         if torch.jit.is_scripting():
             return True
         else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
-            return all(type(m) is nn.Linear and not m._forward_hooks for m in (self.qkv, self.proj))
+            return all(type(m) is nn.Linear and not watched(m) for m in (self.qkv, self.proj))
 
     def folds(self, num_few: int, rope: Optional[torch.Tensor]) -> bool:
         """Whether attention with ``num_few`` tokens on one side is to be folded into its projections."""
