@@ -21,7 +21,7 @@ from timm_vix.flops import counter
 from timm_vix.measure import JOB, beside_baseline, compare_times, run, take_turns
 from timm_vix.mixers import SoftmaxAttention
 from timm_vix.mixers._slot import cell_grid
-from timm_vix.models._vision_xformer import MECHANISMS
+from timm_vix.models._checkpoints import MECHANISMS
 from timm_vix.names import parse_model
 from timm_vix.records import append_record, read_records
 

@@ -34,8 +34,8 @@ FLOORS: list[tuple[list[str], set[str]]] = [
     (["swap.py"], {*LAYERS, "timm.models.eva"}),  # the attention of EVA is in its model's file
     (["convert.py"], {*LAYERS, "timm.models"}),  # below the models: one of them is whatever has been converted
     (["names.py", "results.py"], TOOLS),  # how models are named, and files written
-    (["freeze.py"], MODELS),
     (["models/_projected.py"], LAYERS),  # mixers for hosts that project their queries, keys and values themselves
+    (["freeze.py", "models/_checkpoints.py"], MODELS),
     (["models/_[!_]*.py"], MODELS),
     (["models/[!_]*.py"], MODELS),
     (["models/__init__.py"], set()),

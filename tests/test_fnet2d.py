@@ -73,6 +73,7 @@ def test_an_image_does_not_depend_on_its_batch_mates():
         ({"stem": "hmlp"}, ["'hmlp'", "conv_linear"]),
         ({"img_size": 13, "patch_size": 2}, ["img_size=13", "patch_size=2"]),
         ({"global_pool": "token"}, ["global_pool='token'", "avg"]),
+        ({"global_pool": ""}, ["global_pool=''", "avg"]),
     ],
     ids=str,
 )

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import Attention, PatchEmbed
 from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
 
 from timm_vix.mixers import MIXERS
-from timm_vix.models._vision_xformer import own_keys
+from timm_vix.models._checkpoints import own_keys
 from timm_vix.stems import STEMS
 
 # Written out, so that a name can't get lost: family, sizes, sizes with rotary positions.
@@ -81,6 +82,17 @@ def test_every_name_takes_another_mixer(name):
         model = timm.create_model(name, mixer=mixer, device="meta", depth=1)
         kind = Attention if mixer == "softmax" and "_rope" not in name else MIXERS[mixer]
         assert type(model.blocks[0].attn) is kind
+
+
+@pytest.mark.parametrize("family", ["vix_softmax_cifar", "pin_cifar"])
+@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+def test_biases_and_features_keep_their_size_in_training(mixer, rope, options, family):
+    model = timm.create_model(family, mixer=mixer, rope=rope, device="meta", **options)
+    optimizer = create_optimizer_v2(model, weight_decay=0.1)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert any(name.endswith("fc1.weight") for name in names)
+    assert not [name for name in names if name.endswith(("bias", "features", "pos_embed", "cls_token"))]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -89,6 +89,17 @@ def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> N
                     state_dict[key] = resample(state_dict[key], module.grid)
 
 
+def undecayed(model: nn.Module) -> set[str]:
+    """The mixers' parameters that weight decay should spare like those of one axis: grids of biases, and features."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, TokenMixer)
+        for name, _ in module.named_parameters(recurse=False)
+        if name.endswith("bias") or name in module.learning_rates
+    }
+
+
 def find_attention(model: nn.Module) -> list[Slot]:
     """The places of a model that hold attention which can be replaced, first block first."""
     return [
@@ -132,7 +143,10 @@ def build_mixer(
 
 
 def remove_hook(model: nn.Module) -> None:
-    """Take ``BeforeForward`` away from the patch embedding."""
+    """Take ``BeforeForward`` away from the patch embedding: TorchScript wants that of a converted model.
+
+    The model then keeps its image size, and draws no new random features.
+    """
     hooks = model.patch_embed._forward_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, BeforeForward)]:
         del hooks[key]
@@ -153,7 +167,8 @@ def swap_attention(
         rope: None, "axial" or "1d": rotary positions, shared by all blocks, for a model that has none.
         stages: where the grid shrinks on the way, parts of the model with their (H, W) and number of prefix tokens. A
             part of fewer patches than ``num_landmarks`` or ``num_proj_tokens`` takes as many as it has.
-        **options: the mixer's keywords, see ``mixer_options``.
+        **options: the mixer's keywords, see ``mixer_options``. What a mixer adds begins as in a new model, Nyström's
+            residual convolution at random; for a trained model, ``timm_vix.convert`` begins it as nothing.
 
     Raises:
         ValueError: for an unknown mixer, keyword or value, naming what is allowed.

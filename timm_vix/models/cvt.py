@@ -7,7 +7,8 @@ Sethi 2022 (arXiv 2107.02239) put Nyström (CvN) and Performer (CvP) attention i
 
 ``cifar`` is the paper's model: 128 channels and every pixel of a 32 px image a token in all stages, of 1, 1 and 2
 layers, and the mean of the tokens classified. Its code drops the convolutional projection and ignores the arguments
-that ask for it; ``projection="conv"`` brings it back. It departs from that code where that is defective: landmarks are
+that ask for it; ``projection="conv"`` brings it back (in CvN with ``key_stride=1``, or ``conv_residual=False``: the
+residual convolution wants as many values as queries). It departs from that code where that is defective: landmarks are
 pooled over the image and not over rows of the raster, the residual convolution is a depthwise 5x5 over the image and
 not over 33 tokens of the raster, no value depends on other images of the batch, any image size can be built, and there
 is a last normalisation.
@@ -23,9 +24,10 @@ from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
 from ..mixers._slot import Grid, check_choice
+from ._checkpoints import adopt, own_keys, tensors_of
 from ._convolutional import Stage, embed_padding, to_image
 from ._projected import projected_options
-from ._vision_xformer import adopt, build_xformer, check_sizes, overridden, own_keys, tensors_of
+from ._vision_xformer import build_xformer, check_sizes, overridden
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(

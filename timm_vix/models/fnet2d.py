@@ -31,7 +31,8 @@ from torch import nn
 
 from ..mixers._slot import check_choice
 from ..stems import STEMS
-from ._vision_xformer import build_xformer, check_keys, check_sizes, first_convolution, tensors_of
+from ._checkpoints import check_keys, tensors_of
+from ._vision_xformer import build_xformer, check_sizes, first_convolution
 
 
 @torch.fx.wrap
@@ -85,7 +86,7 @@ class FourierMap(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
-        check_choice("global_pool", global_pool, ("avg", ""))
+        check_pooling(global_pool, num_classes)
         check_sizes(img_size, patch_size, False)
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
@@ -116,10 +117,9 @@ class FourierMap(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Take another number of classes, and another pooling if given."""
-        if global_pool is not None:
-            check_choice("global_pool", global_pool, ("avg", ""))
-            self.global_pool = global_pool
-        self.num_classes = num_classes
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_pooling(global_pool, num_classes)
+        self.num_classes, self.global_pool = num_classes, global_pool
         dd = get_device_dtype(self)
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
@@ -170,6 +170,11 @@ class FourierMap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def check_pooling(global_pool: str, num_classes: int) -> None:
+    """Raise ValueError unless the map is pooled, or is the result: a classifier wants one vector for each image."""
+    check_choice("global_pool", global_pool, ("avg", "") if num_classes == 0 else ("avg",))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: FourierMap) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer
 from ..names import check_model
 from ..swap import mixer_options, resample_weights
-from ._vision_xformer import tensors_of
+from ._checkpoints import tensors_of
 
 # far beyond every published model, and small enough to be counted before memory is taken
 LARGEST = {"depth": 1000, "num_classes": 10_000_000}

@@ -26,8 +26,9 @@ from torch import nn
 
 from ..mixers._slot import check_choice, check_integer
 from ..stems import STEMS
+from ._checkpoints import adopt, own_keys, tensors_of
 from ._projected import PROJECTED, projected_options
-from ._vision_xformer import adopt, build_xformer, check_sizes, first_convolution, overridden, own_keys, tensors_of
+from ._vision_xformer import build_xformer, check_sizes, first_convolution, overridden
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),

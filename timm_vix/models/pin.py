@@ -24,18 +24,9 @@ from torch import nn
 
 from ..mixers._slot import check_choice, check_integer
 from ..stems import STEMS
-from ..swap import mixer_options, swap_attention
-from ._vision_xformer import (
-    BLOCKS,
-    adopt,
-    build_xformer,
-    check_sizes,
-    first_convolution,
-    overridden,
-    recognise,
-    refuse_foreign_options,
-    tensors_of,
-)
+from ..swap import mixer_options, swap_attention, undecayed
+from ._checkpoints import adopt, recognise, tensors_of
+from ._vision_xformer import BLOCKS, build_xformer, check_sizes, first_convolution, overridden, refuse_foreign_options
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
@@ -107,6 +98,10 @@ class PoolingXformer(PoolingVisionTransformer):
                 grid = ((grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1)
             stages.append((stage, grid, self.num_tokens))
         swap_attention(self, mixer, rope, stages, **mine)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | undecayed(self)
 
 
 def side_by_side(layers: list[Block]) -> ParallelThingsBlock:
