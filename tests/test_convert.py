@@ -17,6 +17,7 @@ import timm_vix
 from timm_vix.convert import attention_slots
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._slot import AttentionMixer
+from timm_vix.swap import remove_hook
 
 # 16 landmarks on a 4x4 grid and no ridge: Nyström attention is then softmax attention
 EXACT = dict(num_landmarks=16, ridge=0.0, pinv_iterations=60)
@@ -108,6 +109,32 @@ def test_wrong_arguments_change_nothing(arguments, words):
     assert all(word in str(error.value) for word in words), error.value
     assert converted(model) == [] and torch.equal(model(x), before(x))
     assert model._model_args == before._model_args and not model.patch_embed._forward_hooks
+
+
+def test_a_residual_convolution_begins_as_nothing_and_learns():
+    plain, local, x = vit(), vit(), torch.randn(2, 3, 32, 32)
+    local.load_state_dict(plain.state_dict())
+    timm_vix.convert(plain, "nystrom", num_landmarks=4)
+    timm_vix.convert(local, "nystrom", num_landmarks=4, conv_residual=True)
+    assert distance(local(x), plain(x)) < 1e-6
+    local(x).square().sum().backward()
+    # the last block's class token, which is classified, sees no patch's convolution
+    assert all(block.attn.conv.weight.grad.abs().max() > 0 for block in local.blocks[:-1])
+
+
+def test_a_model_of_ours_whose_mixer_was_overridden_is_refused():
+    model = timm.create_model("vix_nystrom_cifar", mixer="softmax", depth=1)
+    with pytest.raises(ValueError, match="vix_nystrom_cifar was created with mixer='softmax'"):
+        timm_vix.convert(model, "linformer")
+    timm_vix.convert(timm.create_model("vix_softmax_cifar", depth=1), "linformer")
+
+
+def test_torchscript_without_the_hook():
+    model = vit()
+    timm_vix.convert(model, "nystrom", num_landmarks=4)
+    remove_hook(model)
+    x = images(model)
+    assert distance(torch.jit.script(model)(x), model(x)) < 1e-6
 
 
 @pytest.mark.parametrize("host", [vit, eva])

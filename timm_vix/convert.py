@@ -193,6 +193,13 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
     """
     check_options(mixer, ())
     slots = attention_slots(model)
+    own = getattr(model, "_model_args", {}).get("mixer")
+    if own is not None and source_of(model) is None:
+        raise ValueError(
+            f"{model.pretrained_cfg['architecture']} was created with mixer={own!r}, which couldn't be told from the "
+            f"conversion's in a saved model; create it with mixer={mixer!r}, or convert vix_softmax_*, hybrid_vit_* or "
+            "a ViT of timm's"
+        )
     wanted = layer_mixers(layers, len(slots), mixer, options)
     built: list[tuple[Slot, nn.Module]] = []
     for index, (name, own) in wanted.items():
@@ -204,6 +211,9 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
                 module = build_mixer(model, slot.attn, name, **own)
             except ValueError as error:
                 raise ValueError(f"{slot.path}: {error}") from error
+            # the weights know no local convolution: it starts as nothing and leaves their function alone
+            if getattr(module, "conv", None) is not None:
+                nn.init.zeros_(module.conv.weight)
             # in a tuple, so that it is no sub-module with a state of its own
             module.replaced = (slot.attn,)
             built.append((slot, module))
