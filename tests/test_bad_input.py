@@ -64,6 +64,7 @@ BUILDS = [
     ("vix_mixer_tiny", {"patch_drop_rate": 0.5}, ["patch_drop_rate=0.5", "mixer"]),
     ("vix_softmax_tiny_rope", {"patch_drop_rate": 0.5}, ["patch_drop_rate=0.5"]),
     ("vix_performer_tiny_rope", {"patch_drop_rate": 0.5}, ["patch_drop_rate=0.5"]),
+    ("cvp_cifar", {"feature_seed": 2**63}, ["feature_seed=9223372036854775808 exceeds"]),
 ]
 
 

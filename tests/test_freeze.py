@@ -199,6 +199,38 @@ def test_parts_of_every_family(name: str, part: str, places: tuple[str, ...]) ->
     assert wanted and trainable(model) == wanted | {key for key in parameters if key.startswith("head")}
 
 
+@pytest.mark.parametrize("name", ["levin_128s", "levin_cifar", "cvn_cifar"])
+def test_other_hosts_take_a_delta_of_their_own_function_only(name: str, tmp_path) -> None:
+    def build(num_classes: int, **kwargs) -> torch.nn.Module:
+        torch.manual_seed(0)
+        size = dict(img_size=32) if name.endswith("cifar") else {}
+        model = timm.create_model(name, num_classes=5, **{"num_landmarks": 9, **size, **kwargs}).eval()
+        if num_classes != 5:
+            model.reset_classifier(num_classes)
+        return model
+
+    model = build(3)
+    timm_vix.freeze_except(model, "attention")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01 * torch.randn_like(parameter)
+    path = tmp_path / "delta.safetensors"
+    timm_vix.save_delta(model, path)
+    shared, images = build(5), torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
+    timm_vix.load_delta(shared, path)
+    assert shared.num_classes == 3 and torch.equal(shared(images), model(images))
+    for other in (dict(num_landmarks=4), dict(pinv_iterations=3)):
+        with pytest.raises(ValueError, match="its mixers are"):
+            timm_vix.load_delta(build(3, **other), path)
+
+
+def test_a_convolution_of_another_host_is_its_mixers() -> None:
+    model = timm.create_model("cvn_cifar", device="meta")
+    timm_vix.freeze_except(model, "mixer")
+    assert trainable(model) == {n for n, _ in model.named_parameters() if n.endswith("attn.core.conv.weight")} != set()
+
+
 def test_what_is_no_delta_of_this_model_is_refused(tmp_path) -> None:
     def other_weights() -> torch.nn.Module:
         model = vit()

@@ -18,19 +18,22 @@ from torch import nn
 
 from .convert import recorded_options, source_of
 from .mixers._slot import AttentionMixer, TokenMixer, check_choice
+from .models._projected import ProjectedMixer
 from .results import one_line, write_whole
 from .swap import REPLACEABLE
 
 PARTS = ("attention", "mlp", "mixer", "head")
+MECHANISMS = (TokenMixer, ProjectedMixer)
 # by class, or by the name that timm gives its place: hierarchical models have classes of their own
 PLACES: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
-    "attention": ((TokenMixer, *REPLACEABLE), ("attn", "attn_downsample")),
+    "attention": ((*MECHANISMS, *REPLACEABLE), ("attn", "attn_downsample")),
     "mlp": ((Mlp, GluMlp, SwiGLU), ("mlp",)),
 }
 # what a mixer takes over from the attention that it replaces
 INHERITED = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias", "q_norm", "k_norm", "norm", "gate", "proj")
 MOMENTS_BYTES = 8  # AdamW keeps two float32 numbers for each parameter that trains
 FORMAT = "timm_vix delta 1"
+ROWS = ("weight", "bias")  # of a classifier: one for each class
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
     check_choice("part", part, PARTS)
     chosen = {id(parameter) for parameter in parameters_of(model, part)}
     if not chosen:
-        mixers = ", ".join(sorted({type(m).__name__ for m in model.modules() if isinstance(m, TokenMixer)}))
+        mixers = ", ".join(sorted({type(m).__name__ for m in model.modules() if isinstance(m, MECHANISMS)}))
         lacks = dict(
             attention="has no attention that timm_vix knows",
             mlp="has no feed-forward network that timm_vix knows",
@@ -107,7 +110,7 @@ def parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
     head = [p for classifier in classifiers(model).values() for p in classifier.parameters()]
     if part == "head":
         return head
-    mixers = [m for m in model.modules() if isinstance(m, TokenMixer)]
+    mixers = [m for m in model.modules() if isinstance(m, MECHANISMS)]
     if part == "mixer":
         return [
             parameter
@@ -165,8 +168,11 @@ def architecture(model: nn.Module) -> str:
 
 def mixers_of(model: nn.Module) -> dict[str, Any]:
     """Class and keywords of each mixer, by path: two models may have the same weights and another function."""
-    mixers = {path: module for path, module in model.named_modules() if isinstance(module, TokenMixer)}
-    return {path: [type(mixer).__name__, recorded_options(mixer)] for path, mixer in mixers.items()}
+    return {
+        path: [type(module).__name__, recorded_options(module) if isinstance(module, TokenMixer) else module.options()]
+        for path, module in model.named_modules()
+        if isinstance(module, MECHANISMS)
+    }
 
 
 def save_delta(model: nn.Module, path: Union[str, Path]) -> None:
@@ -235,7 +241,8 @@ def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
             f"{other}the frozen weights of its {architecture(model)} differ from those here; load the weights from "
             "which it was fine-tuned"
         )
-    heads = {f"{path}.{name}" for path in classifiers(model) for name in ("weight", "bias")}
+    # LeViT's classifiers are linear layers after a normalisation
+    heads = {f"{path}.{part}{name}" for path in classifiers(model) for part in ("", "linear.") for name in ROWS}
     classes = {len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items() if name in heads}
     target = model.state_dict()
 

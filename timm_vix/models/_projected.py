@@ -35,7 +35,15 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Optional[tor
     return torch.matmul(torch.softmax(logits if bias is None else logits + bias, dim=3), v)
 
 
-class ProjectedSoftmax(nn.Module):
+class ProjectedMixer(nn.Module):
+    """What these mechanisms share."""
+
+    def options(self) -> dict[str, Any]:
+        """The keywords with which it was built, for those who compare models."""
+        return {}
+
+
+class ProjectedSoftmax(ProjectedMixer):
     """Softmax attention, the control."""
 
     def __init__(
@@ -47,7 +55,7 @@ class ProjectedSoftmax(nn.Module):
         return scaled_dot_product_attention(q, k, v)
 
 
-class ProjectedPerformer(nn.Module):
+class ProjectedPerformer(ProjectedMixer):
     """Performer attention, see ``mixers/performer.py``."""
 
     features: torch.Tensor
@@ -65,10 +73,13 @@ class ProjectedPerformer(nn.Module):
         super().__init__()
         num_features = DEFAULT_FEATURES if num_features is None else num_features
         check_integer("num_features", num_features, 1)
-        check_integer("feature_seed", feature_seed, 0)
+        check_integer("feature_seed", feature_seed, 0, 2**63 - 1, "that a seed may be")
         self.feature_seed = feature_seed
         self.register_buffer("features", like.new_empty(num_features, head_dim))
         self.reset_parameters()
+
+    def options(self) -> dict[str, Any]:
+        return dict(num_features=len(self.features), feature_seed=self.feature_seed)
 
     def reset_parameters(self) -> None:
         self.features.copy_(orthogonal_features(self.features.shape[0], self.features.shape[1], self.feature_seed))
@@ -77,7 +88,7 @@ class ProjectedPerformer(nn.Module):
         return favor_attention(q, k, v, self.features)
 
 
-class ProjectedNystrom(nn.Module):
+class ProjectedNystrom(ProjectedMixer):
     """Nyström attention, see ``mixers/nystrom.py``; at most as many landmarks as there are patches among the keys."""
 
     def __init__(
@@ -116,6 +127,14 @@ class ProjectedNystrom(nn.Module):
                 value_width, value_width, KERNEL_SIZE, padding="same", groups=value_width, bias=False, **dd
             )
 
+    def options(self) -> dict[str, Any]:
+        return dict(
+            num_landmarks=self.cells[0] * self.cells[1],
+            pinv_iterations=self.pinv_iterations,
+            ridge=self.ridge,
+            conv_residual=self.conv is not None,
+        )
+
     def pool(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         B, h, _, D = x.shape
         return pool_patches(x.flatten(0, 1), self.num_prefix_tokens, grid, self.cells).reshape(B, h, -1, D)
@@ -139,7 +158,12 @@ class ProjectedNystrom(nn.Module):
         return y
 
 
-PROJECTED = {"softmax": ProjectedSoftmax, "nystrom": ProjectedNystrom, "performer": ProjectedPerformer}
+PLACE_ARGUMENTS = {"self", "like", "head_dim", "value_width", "grids", "num_prefix_tokens"}
+PROJECTED: dict[str, type[ProjectedMixer]] = {
+    "softmax": ProjectedSoftmax,
+    "nystrom": ProjectedNystrom,
+    "performer": ProjectedPerformer,
+}
 
 
 def projected_options(mixer: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +173,10 @@ def projected_options(mixer: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         ValueError: for an unknown mixer, or a keyword of another one.
     """
     check_choice("mixer", mixer, tuple(PROJECTED))
-    options = {name: list(inspect.signature(one.__init__).parameters)[6:] for name, one in PROJECTED.items()}
+    options = {
+        name: [option for option in inspect.signature(one.__init__).parameters if option not in PLACE_ARGUMENTS]
+        for name, one in PROJECTED.items()
+    }
     mine = {name: kwargs.pop(name) for name in options[mixer] if name in kwargs}
     for name in {name for names in options.values() for name in names} & kwargs.keys():
         allowed = ", ".join(options[mixer]) or "no keywords"
