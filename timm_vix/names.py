@@ -61,7 +61,7 @@ def softmax_of(name: str) -> Optional[str]:
     fnet2d mixes maps, so it has no such trunk; beside it stands the model of tokens with its stem and width.
 
     Example:
-        >>> softmax_of("vix_nystrom_small"), softmax_of("hybrid_vin_tiny_rope"), softmax_of("resnet50")
+        >>> softmax_of("vix_nystrom_small"), softmax_of("hybrid_vin_tiny_rope"), softmax_of("vix_from_timm")
         ('vit_small_patch16_224', 'hybrid_vit_tiny_rope', None)
         >>> softmax_of("ccn_7"), softmax_of("pin_tiny"), softmax_of("fnet2d_cifar")
         ('cct_7', 'pin_tiny mixer=softmax', 'hybrid_vit_cifar')
@@ -78,5 +78,6 @@ def softmax_of(name: str) -> Optional[str]:
     if family == "fnet2d":
         return f"hybrid_vit_{rest}"
     if family == "vix":
-        return f"vix_softmax_{size}" if timm.is_model(f"vix_softmax_{size}") else f"vit_{size}_patch16_224"
+        twins = (f"vix_softmax_{size}", f"vit_{size}_patch16_224")
+        return next((twin for twin in twins if timm.is_model(twin)), None)
     return None

@@ -56,7 +56,8 @@ class PerformerAttention(AttentionMixer):
     Args:
         num_features: m; None: 64.
         feature_seed: seed of the features.
-        redraw_interval: in training, draw new features after so many forward passes; 0: never.
+        redraw_interval: in training, draw new features after so many forward passes; 0: never. A running average of
+            the weights (timm's ``--model-ema``) averages features too, which leaves them too short: keep it 0 there.
         learned_features: each head has features of its own, and learns them and their weights.
 
     Raises:
