@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import timm_vix
 from timm_vix import cli
 from timm_vix.matching import BlockMatching, Distillation
-from timm_vix.transfer import mixers_of, parse_layers, transfer
+from timm_vix.transfer import parse_layers, told_mixers, transfer
 
 SOURCE = "vit_tiny_patch16_224"
 SMALL = dict(img_size=48, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
@@ -289,7 +289,7 @@ def test_layers_of_a_plan(weights, unlabelled, tmp_path):
 def test_several_mixers_are_all_told():
     model = timm.create_model(SOURCE, depth=4)
     layers = {0: {"mixer": "linformer", "num_proj_tokens": 4}, 1: "performer", 2: {"mixer": "linformer"}}
-    mixer, keywords = mixers_of(timm_vix.convert(model, layers=layers, num_features=8))
+    mixer, keywords = told_mixers(timm_vix.convert(model, layers=layers, num_features=8))
     assert mixer == "linformer, performer"
     assert keywords.split("; ")[0] == "num_proj_tokens=[2, 2]" and "num_features=8" in keywords
 

@@ -226,7 +226,7 @@ def transfer(
                     )
             if steps and rank == 0:
                 last = ", ".join(f"{value:.4f}" for value in position["rows"][-1][2])
-                print(f"{name}: {steps} steps, losses {last}; {position['seconds']:.0f} s")
+                print(f"{name}: {steps} steps, losses {last}; {position['seconds']:.0f} s so far")
     save()
     student.requires_grad_(True).eval()
     if rank == 0:
@@ -290,7 +290,7 @@ def result_row(
     run: SimpleNamespace, report: Conversion, position: dict, images: int, agreement: float, distance: float
 ) -> dict[str, Any]:
     """What was done and what came of it."""
-    mixer, keywords = mixers_of(report)
+    mixer, keywords = told_mixers(report)
     return dict(
         source=run.source,
         mixer=mixer,
@@ -312,7 +312,7 @@ def result_row(
     )
 
 
-def mixers_of(report: Conversion) -> tuple[str, str]:
+def told_mixers(report: Conversion) -> tuple[str, str]:
     """Names and keywords of the mixers in a converted model; a mapping of layers may have several of both."""
     names = {mixer.__name__: name for name, mixer in MIXERS.items()}
     found = dict.fromkeys(

@@ -41,7 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def check_stages(name: str, values: Any) -> None:
+def check_three(name: str, values: Any) -> None:
     """Raise ValueError unless ``values`` are three positive integers, one for each stage."""
     valid = isinstance(values, (tuple, list)) and len(values) == 3
     if not valid or any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
@@ -99,7 +99,7 @@ class ConvolutionalXformer(nn.Module):
             embed_strides=embed_strides,
         )  # fmt: skip
         for name, values in stages.items():
-            check_stages(name, values)
+            check_three(name, values)
         if any(dim % heads for dim, heads in zip(embed_dims, num_heads)):
             raise ValueError(f"num_heads={num_heads}: expected divisors of embed_dims={embed_dims}")
         global_pool = ("token" if class_token else "avg") if global_pool is None else global_pool
