@@ -3,12 +3,12 @@
     python examples/benchmark.py --out examples/results/mixers.csv        # 15 minutes on two CPU cores
 
 Each row pairs a mixer with timm's attention through scaled_dot_product_attention: the two are timed in turn, and the
-ratio is the median over the pairs (above 1: the mixer is faster). Peak memory is that of a training step in a process
-of its own, less what the process holds before it. Rows are appended one by one; what is there already is not repeated.
+ratio is the median over the pairs (above 1: the mixer is faster), low and high are their quartiles. Peak memory is that
+of a training step in a process of its own, less what the process holds before it. Rows are appended one by one; what is
+there already is not repeated.
 """
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -21,13 +21,14 @@ import torch
 
 import timm_vix  # noqa: F401  registers the names
 from timm_vix.measure import PeakMemory, set_malloc, timed, warm_up
+from timm_vix.records import Columns, append_record, key_of, read_records
 
 MIXERS = ("softmax", "nystrom", "linformer", "performer", "atrous", "fnet", "mixer")
-COLUMNS = [
-    *("mixer", "tokens", "batch", "mode", "dtype", "options"),
-    *("ms", "softmax_ms", "ratio", "ratio_low", "ratio_high", "peak_memory_mib"),
-    *("device", "threads", "torch", "timm"),
-]
+COLUMNS: Columns = dict(
+    mixer=str, tokens=int, batch=int, mode=str, dtype=str, options=str,
+    ms=float, softmax_ms=float, ratio=float, ratio_low=float, ratio_high=float, peak_memory_mib=float,
+    device=str, threads=int, torch=str, timm=str,
+)  # fmt: skip
 
 
 def layer(mixer: str, side: int, options: dict) -> torch.nn.Module:
@@ -123,8 +124,8 @@ def main() -> None:
         return
     done = set()
     if args.out.exists():
-        with args.out.open() as file:
-            done = {(r["mixer"], r["tokens"], r["mode"], r["dtype"], r["options"]) for r in csv.DictReader(file)}
+        records, _ = read_records(args.out, COLUMNS, exact=True)
+        done = {key_of(record, ("mixer", "tokens", "mode", "dtype", "options")) for record in records}
     wanted = [
         (mixer, tokens, mode, dtype)
         for dtype in args.dtype
@@ -133,19 +134,14 @@ def main() -> None:
         for mixer in args.mixers
     ]
     for i, (mixer, tokens, mode, dtype) in enumerate(wanted):
-        if (mixer, str(tokens), mode, dtype, " ".join(args.options)) in done:
+        if (mixer, tokens, mode, dtype, " ".join(args.options) or None) in done:
             continue
         one = argparse.Namespace(**vars(args))
         one.only, one.tokens, one.mode, one.dtype = mixer, [tokens], [mode], [dtype]
         if tokens > 10000:
             one.pairs = 1  # half a minute a step of softmax
         result = row(one)
-        new = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(result)
+        append_record(args.out, COLUMNS, result)
         print(
             f"[{i + 1}/{len(wanted)}] {mixer:9s} {tokens:6d} {mode:5s} {dtype:8s} {result['ms']:9.2f} ms, "
             f"softmax / {mixer} {result['ratio']:.2f}, {result['peak_memory_mib']} MiB",
