@@ -11,6 +11,7 @@ from timm_vix.mixers import MIXERS
 def row(mixer: str, side: int, ms: float, memory: float, speedup: float) -> dict:
     name = "vit_tiny_patch16_224" if mixer == "softmax" else f"vix_{mixer}_tiny"
     spread = dict(speedup=speedup, speedup_low=speedup / 1.1, speedup_high=speedup * 1.1)
+    spread["baseline_p50_ms"] = ms * speedup
     return dict(model=f"{name} depth=2", img_size=side, tokens=(side // 16) ** 2 + 1, latency_p50_ms=ms, error=None,
                 peak_memory_mib=memory, difference="none" if 0.91 < speedup < 1.1 else "faster", **spread)  # fmt: skip
 
@@ -42,6 +43,17 @@ def test_the_advice_names_the_fastest_the_smallest_and_the_crossovers() -> None:
     assert [line.split()[0] for line in text.splitlines()[1:4]] == ["fnet", "nystrom", "softmax"]
     even = advise.advice([row("softmax", 160, 10, 20, 1), row("fnet", 160, 9.8, 30, 1.02)])
     assert "At 160 px, 101 tokens: no mechanism is measurably faster than softmax, smallest softmax." in even
+
+
+def test_times_that_were_taken_in_turn_decide() -> None:
+    slow = row("linformer", 640, 95, 30, 2.1)  # while the machine was half as fast
+    text = advise.advice([row("softmax", 640, 100, 60, 1), slow, row("fnet", 640, 66, 30, 1.5)])
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["linformer", "fnet", "softmax"]
+    assert "fastest is linformer, smallest" in text
+    text = advise.advice([row("softmax", 640, 100, 60, 1), row("nystrom", 640, 52, 30, 1.9), slow])
+    assert "fastest is linformer (nystrom as fast within the spread), smallest" in text
+    few = row("fnet", 640, 20, 50, 5) | dict(difference="unknown")
+    assert advise.advice([row("softmax", 640, 100, 60, 1), few]).splitlines()[1].endswith("50")
 
 
 def test_what_could_not_be_measured_is_said() -> None:

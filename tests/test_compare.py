@@ -183,6 +183,16 @@ def test_costs_are_those_of_the_same_threads(digits, tmp_path, trained, monkeypa
     assert [record["latency_p50_ms"] for record in records] == [1, 2, 2, 1]
 
 
+def test_costs_are_those_of_this_machine_and_these_versions(digits, tmp_path, trained, monkeypatch) -> None:
+    measured: list[dict] = []
+    monkeypatch.setattr(compare, "run", lambda job: measured.append(job) or dict(params_m=1.0))
+    for seed, (name, version) in enumerate((("one", "1"), ("two", "1"), ("two", "2"), ("one", "1"))):
+        monkeypatch.setattr(compare, "device_name", lambda device, name=name: name)
+        monkeypatch.setattr(compare, "versions", lambda version=version: dict(torch=version, timm="1", timm_vix="1"))
+        assert call(monkeypatch, *command(digits, tmp_path, MODEL), "--seeds", str(seed)) == 0
+        assert len(measured) == 2 * min(seed + 1, 3)
+
+
 def test_a_cost_that_cannot_be_measured_is_told_and_the_run_stays(
     digits, tmp_path, trained, monkeypatch, capsys
 ) -> None:

@@ -292,6 +292,25 @@ def test_rows_of_another_machine_and_rows_without_a_measurement_do_not_stand_for
     assert "1 damaged lines" in capsys.readouterr().out
 
 
+def test_more_rounds_are_measured_and_other_versions_told(tmp_path, monkeypatch, capsys) -> None:
+    path, measured = tmp_path / "cost.csv", []
+    row = dict(latency_p50_ms=1.0, latency_p90_ms=1.0, images_per_s=1.0, torch="1.0")
+    monkeypatch.setattr("timm_vix.cost.run", lambda job: measured.append(job["rounds"]) or row)
+    (job,) = jobs([f"vix_softmax_cifar {SMALL}"])
+    for rounds in (3, 3, 2, 9, 9):
+        (record,) = sweep([job | dict(rounds=rounds)], path)
+        assert record["rounds"] == max(measured)
+    assert measured == [3, 9]
+    assert "1 of 1 rows are there already, 1 of them by other versions" in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("timm_vix.cost.run", lambda job: pytest.fail("measured for nothing"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write .*cost.csv"):
+        sweep(jobs([f"vix_softmax_cifar {SMALL}"]), tmp_path / "file" / "cost.csv")
+
+
 def test_a_model_that_fits_is_measured_alone_where_its_baseline_does_not() -> None:
     (job,) = jobs([f"vix_fnet_cifar {SMALL}"])
     row = run(dict(job, baseline="vit_tiny_patch16_224 embed_dim=3000000"))

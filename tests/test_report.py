@@ -222,6 +222,22 @@ def test_a_run_without_a_data_set_is_a_damaged_line(tmp_path) -> None:
     assert ["compare.csv", "comparison", "7", "0", "1"] in cells
 
 
+@pytest.mark.parametrize("cell", [{"tokens": -5}, {"peak_memory_mib": -1.0}, {"speedup": float("inf")}], ids=str)
+def test_a_number_that_nothing_can_be_is_a_damaged_line(cell, tmp_path) -> None:
+    path = write(tmp_path / "cost.csv", cost.COLUMNS, [*costs(), costs()[0] | cell])
+    page, *_ = report([path], tmp_path / "report.html")
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    assert ["cost.csv", "cost", "8", "0", "1"] in cells
+
+
+def test_a_table_is_not_replaced_by_its_page(tables, monkeypatch) -> None:
+    before = tables[0].read_bytes()
+    monkeypatch.chdir(tables[0].parent)
+    with pytest.raises(ValueError, match="out=cost.csv is one of the tables"):
+        report(tables, Path("cost.csv"))
+    assert tables[0].read_bytes() == before
+
+
 def test_one_resolution_is_no_curve(tmp_path) -> None:
     page, *images = report([write(tmp_path / "cost.csv", cost.COLUMNS, costs()[:2])], tmp_path / "report.html")
     assert not images and "need rows of several image sizes" in page.read_text()

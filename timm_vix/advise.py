@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cost import add_machine, machine_of, positive, ratio, sweep
+from .figures import paired_times
 from .mixers import MIXERS
 from .records import Record
 from .trends import crossover, crossover_text
@@ -49,14 +50,14 @@ def advice(records: list[Record]) -> str:
     if not good:
         raise ValueError(f"nothing could be measured: {records[0]['error']}")
     asked, largest = (max(record["img_size"] for record in group) for group in (records, good))
-    here = sorted(
-        (record for record in good if record["img_size"] == largest), key=lambda record: record["latency_p50_ms"]
-    )
+    # in the order of times that were taken in turn: the rows' own are of different moments
+    paired = paired_times([record for record in good if record["img_size"] == largest])
+    here = sorted(paired, key=lambda record: record["latency_p50_ms"])
     lines = [f"{'mechanism':10}  {'ms':>9}  {'x softmax (spread)':32}  {'MiB':>7}  overtakes softmax"]
     for record in here:
         name, when, spread, memory = mechanism(record), "", "", record["peak_memory_mib"]
         if name != "softmax":
-            rows = [r for r in good if r["model"] == record["model"] and r["speedup_low"] is not None]
+            rows = [r for r in good if r["model"] == record["model"] and r["difference"] not in (None, "unknown")]
             if rows:
                 tokens = [r["tokens"] for r in rows]
                 ratios = ([r[key] for r in rows] for key in ("speedup", "speedup_low", "speedup_high"))
@@ -82,7 +83,9 @@ def fastest_of(here: list[Record]) -> str:
     mixers = [record for record in here if mechanism(record) != "softmax"]
     faster = [record for record in mixers if record["difference"] == "faster"]
     if faster:
-        return f"fastest is {mechanism(faster[0])}"
+        even = [mechanism(r) for r in faster[1:] if r["speedup_high"] >= faster[0]["speedup_low"]]
+        told = f" ({', '.join(even)} as fast within the spread)" if even else ""
+        return f"fastest is {mechanism(faster[0])}{told}"
     if mixers and len(mixers) == len(here):
         return f"softmax could not be measured, fastest of the others is {mechanism(mixers[0])}"
     if any(record["difference"] == "unknown" for record in mixers):
@@ -104,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=1)
     add("--depth", type=positive, default=2, help="blocks that are measured: 2")
     add("--out", type=Path, help="keep the rows here, and continue from them; default: nowhere")
+    add("--retry-failed", action="store_true", help="measure again what failed")
     add_machine(parser)
 
 
@@ -114,6 +118,7 @@ def main(arguments: argparse.Namespace) -> None:
     settings = {name: getattr(arguments, name) for name in ("mode", "dtype", "batch_size")}
     jobs = plan(sizes, trunk, settings | machine_of(arguments))
     with tempfile.TemporaryDirectory() as folder:
-        records = sweep(jobs, arguments.out or Path(folder) / "advise.csv")
+        out = arguments.out or Path(folder) / "advise.csv"
+        records = sweep(jobs, out, retry_failed=arguments.retry_failed)
     print(f"\n{arguments.mode}, batch {arguments.batch_size}, {arguments.dtype}, {jobs[0]['device']}, "
           f"{arguments.depth} blocks of ViT-Ti, patch {arguments.patch_size}\n{advice(records)}")  # fmt: skip

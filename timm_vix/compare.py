@@ -31,7 +31,7 @@ from .images import Items, find_images
 from .machine import device_name, find_device, find_dtype, versions
 from .measure import run
 from .names import parse_model
-from .records import Columns, Record, append_record, header_of, read_records
+from .records import Columns, Record, append_record, check_writable, header_of, read_records
 from .results import one_line
 from .settings import check_weights
 
@@ -190,6 +190,7 @@ def compare(
     records, damaged = read_records(path, COLUMNS, exact=True) if path.exists() and header_of(path) else ([], 0)
     if damaged:
         print(f"{path}: {damaged} damaged lines are ignored")
+    check_writable(path)
     mine = []
     for seed in seeds:
         for model, weights in models:
@@ -205,7 +206,8 @@ def compare(
                 if "error" not in row:
                     names = ("img_size", "batch_size", "dtype", "threads")
                     at = {"device": where["device"], **{name: row[name] for name in names}}
-                    setting = dict(model=model, dataset=dataset, recipe=told, **at)
+                    here = dict(device_name=device_name(where["device"]), **versions())
+                    setting = dict(model=model, dataset=dataset, recipe=told, **at, **here)
                     same = [r for r in records if r["params_m"] and {name: r[name] for name in setting} == setting]
                     costs = same[0] if same else costs_of(model, len(classes), at)
                     row |= {name: costs[name] for name in COSTS}

@@ -17,7 +17,7 @@ from .machine import device_name, find_device, versions
 from .measure import JOB, run
 from .mixers import MIXERS
 from .names import parse_model, softmax_of
-from .records import Columns, Record, append_record, header_of, key_of, read_records
+from .records import Columns, Record, append_record, check_writable, header_of, key_of, read_records
 from .swap import mixer_options
 
 KEY = (
@@ -107,6 +107,8 @@ def plan(models: list[str], settings: dict[str, list], baseline: Optional[str], 
 def sweep(jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: bool = False) -> list[Record]:
     """Measure the jobs that ``path`` has no row of from this machine, append each row, and return the rows of all jobs.
 
+    A row of fewer rounds than the job asks for doesn't count.
+
     Args:
         epoch_images: Images of an epoch, for its time; 0: left empty.
         retry_failed: Measure jobs again whose row is a failure.
@@ -121,12 +123,20 @@ def sweep(jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: b
         records, damaged = read_records(path, COLUMNS, exact=True)
         whole = [record for record in records if record["error"] or record["latency_p50_ms"] is not None]
         damaged += len(records) - len(whole)
-        known = {key_of(record, KEY): record for record in whole if not (retry_failed and record["error"])}
+        asked = {key_of(job, KEY): job.get("rounds", JOB["rounds"]) for job in jobs}
+        for record in whole:
+            key, failed = key_of(record, KEY), record["error"] is not None
+            if key in asked and (not retry_failed if failed else (record["rounds"] or 0) >= asked[key]):
+                known[key] = record
         if damaged:
             print(f"{path}: {damaged} damaged lines are ignored, and measured again")
     left = sum(key_of(job, KEY) not in known for job in jobs)
     if left < len(jobs):
-        print(f"{path}: {len(jobs) - left} of {len(jobs)} rows are there already")
+        others = sum(any(record[name] != version for name, version in versions().items()) for record in known.values())
+        told = f", {others} of them by other versions of torch, timm or timm_vix" if others else ""
+        print(f"{path}: {len(jobs) - left} of {len(jobs)} rows are there already{told}")
+    if left:
+        check_writable(path)
     start, done = time.perf_counter(), 0
     for number, job in enumerate(jobs, 1):
         if key_of(job, KEY) in known:

@@ -106,7 +106,7 @@ birds, cats, deer, dogs, frogs, horses, ships and lorries.
 
 ## Limits
 
-The model answers every image with one of these classes. One seed was trained; differences of half a point mean
+The model answers every image with one of these classes. One seed was trained; differences of a point mean
 nothing. Nothing was measured on other images, and the terms of CIFAR-10's images apply to what was learnt from them.
 """
 

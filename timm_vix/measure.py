@@ -33,6 +33,7 @@ from .freeze import freeze_except
 from .machine import device_name, kibibytes, versions
 from .names import parse_model
 from .results import one_line
+from .trends import verdict
 
 # What a job holds, with its defaults; "rounds" is the least number, "seconds" the time that they may fill.
 JOB: dict[str, Any] = dict(
@@ -230,21 +231,19 @@ def beside_baseline(call: Callable, job: dict[str, Any]) -> Optional[np.ndarray]
 def compare_times(times: np.ndarray) -> dict[str, Any]:
     """Latencies in ms, and the ratio baseline / model with its spread: 10th to 90th percentile over the rounds.
 
-    A spread that holds 1 is no difference ("none"). Fewer than five rounds leave open whether there is one
-    ("unknown"): of three equal ones, all lie on one side of 1 in a quarter of the cases. One or two have no spread.
+    One or two rounds have no spread.
     """
     p50, p90 = np.percentile(times[:, 0] * 1e3, (50, 90)).tolist()
     row = dict(latency_p50_ms=p50, latency_p90_ms=p90, rounds=len(times))
     if np.isnan(times[:, 1]).any():
         return row
     low, median, high = np.percentile(times[:, 1] / times[:, 0], (10, 50, 90)).tolist()
-    difference = "unknown" if len(times) < 5 else "faster" if low > 1 else "slower" if high < 1 else "none"
     return row | dict(
         baseline_p50_ms=float(np.median(times[:, 1])) * 1e3,
         speedup=median,
         speedup_low=None if len(times) < 3 else low,
         speedup_high=None if len(times) < 3 else high,
-        difference=difference,
+        difference=verdict(len(times), low, high),
     )
 
 

@@ -25,6 +25,15 @@ def line_of(values: list[Any]) -> str:
     return " ".join(text.getvalue().split("\n")) + "\n"
 
 
+def check_writable(path: Path) -> None:
+    """Raise OSError if rows can't be appended, before anything is measured for them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
 def append_record(path: Path, columns: Columns, record: Record) -> None:
     """Add a row, with the header before the first one and a cut-off last line ended.
 

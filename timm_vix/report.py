@@ -79,11 +79,10 @@ def last_of_each(records: list[Record], key: tuple[str, ...]) -> list[Record]:
 
 
 def usable(record: Record, is_compare: bool) -> bool:
-    """Whether a row has what every figure and table needs."""
+    """Whether a row has what every figure and table needs, and no number that nothing can be."""
     needed = ("dataset", "model", "start", "top1") if is_compare else (*cost.KEY, "baseline", "latency_p50_ms")
-    positive = ("top1",) if is_compare else ("latency_p50_ms",)
     filled = all(record[name] is not None for name in needed) and record["error"] is None
-    return filled and all(0 <= record[name] < float("inf") for name in positive)
+    return filled and all(0 <= value < float("inf") for value in record.values() if isinstance(value, (int, float)))
 
 
 def report(paths: list[Path], out: Path) -> list[Path]:
@@ -94,9 +93,11 @@ def report(paths: list[Path], out: Path) -> list[Path]:
         out: The page; figures go beside it as ``<name>_<figure>.png``.
 
     Raises:
-        ValueError: for a file that is no such table; nothing is written.
+        ValueError: for a file that is no such table, or a page in a table's place; nothing is written.
         OSError: for a file that cannot be written.
     """
+    if out.resolve() in {path.resolve() for path in paths}:
+        raise ValueError(f"out={out} is one of the tables, which the page would replace; give another name")
     costs, runs, files, failures = read_tables(paths)
     figures: dict[str, bytes] = {}
     body = [measured_on(costs, runs, files, failures)]

@@ -63,6 +63,17 @@ def crossover_text(tokens: Sequence[float], found: tuple[Optional[float], Option
     return f"from {start} tokens ({low} to {high})"
 
 
+def verdict(rounds: int, low: float, high: float) -> str:
+    """Whether a ratio of times with this spread is a difference: "faster", "slower", "none", or "unknown".
+
+    None: the spread, 10th to 90th percentile over the rounds, holds 1. Fewer than five rounds leave it unknown: of
+    three equal ones, all lie on one side of 1 in a quarter of the cases.
+    """
+    if rounds < 5:
+        return "unknown"
+    return "faster" if low > 1 else "slower" if high < 1 else "none"
+
+
 def pareto(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     """Indices of the points that no other beats in both, cheapest first: less cost, more gain."""
     front: list[int] = []
