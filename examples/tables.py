@@ -82,7 +82,7 @@ def trade_off() -> str:
             top1.setdefault(row["model"].split(".")[0].split()[0], []).append(row["top1"])
     memory = {key[:2]: float(row["peak_memory_mib"]) for key, row in cells.items() if key[2:] == (1024, "train")}
     head = ["model", "GFLOPs, 1,024 px", "inference, 512 px", "inference, 1,024 px", "training, 512 px"]
-    head += ["training, 1,024 px", "training memory, 1,024 px"] + ["top-1 %"] * bool(top1)
+    head += ["training, 1,024 px", "training memory, 1,024 px"] + ["top-1 %, 160 px"] * bool(top1)
     body = []
     for model, fused in dict.fromkeys(key[:2] for key in cells):
         at = [cells.get((model, fused, *place)) for place in ((512, "infer"), (1024, "infer"), (512, "train"))]
@@ -103,15 +103,40 @@ def trade_off() -> str:
 def resolutions() -> str:
     """Speed over softmax at other sizes of image and model, inference and training."""
     cells = {size: whole_models(size) for size in ("tiny", "small")}
-    places = [("tiny", 384), ("tiny", 2048), *(("small", pixels) for pixels in (224, 384, 512, 1024, 2048))]
+    places = [
+        ("tiny", 224),
+        ("tiny", 384),
+        ("tiny", 2048),
+        *(("small", pixels) for pixels in (224, 384, 512, 1024, 2048)),
+    ]
     body = []
     for family in dict.fromkeys(key[0].removesuffix("_tiny") for key in cells["tiny"] if key[0].startswith("vix_")):
         line = []
         for size, pixels in places:
             found = [cells[size].get((f"{family}_{size}", True, pixels, mode)) for mode in ("infer", "train")]
             line.append(", ".join(ratio(row, told=False) for row in found if row))
+        line += [overtakes(cells["tiny"], f"{family}_tiny", mode) for mode in ("infer", "train")]
         body.append([f"`{family}_*`", *line])
-    return markdown(["model", *(f"{size}, {pixels:,} px" for size, pixels in places)], body)
+    head = ["model", *(f"{size}, {pixels:,} px" for size, pixels in places)]
+    return markdown([*head, "inference from (tokens)", "training from (tokens)"], body)
+
+
+def overtakes(cells: dict[tuple[str, bool, int, str], dict[str, str]], model: str, mode: str) -> str:
+    """From how many tokens a model of ViT-Ti's size is faster than softmax, and what the ratios' spread allows."""
+    from timm_vix.trends import crossover
+
+    mine = [row for key, row in cells.items() if (key[0], key[3]) == (model, mode)]
+    known = {row["img_size"]: int(row["tokens"]) for row in cells.values() if row["model"] == row["baseline"]}
+    tokens = [known[row["img_size"]] for row in mine]
+    ratios = ([float(row[key] or row["speedup"]) for row in mine] for key in ("speedup", "speedup_low", "speedup_high"))
+    median, earliest, latest = crossover(tokens, *ratios)
+    if median is None or earliest is None or latest is None:
+        return ""
+    least = min(tokens)
+    if latest == least:
+        return f"below {least}"
+    early = f"below {least}" if earliest == least else f"{earliest:.0f}"
+    return f"{f'below {least}' if median == least else f'{median:.0f}'} ({early} to {latest:.0f})"
 
 
 def systems() -> str:
@@ -222,9 +247,12 @@ def caltech101() -> str:
         ]
         softmax = model.startswith("deit_tiny")  # ViT-Ti under another name
         cost = times.get("vit_tiny_patch16_224" if softmax else model.replace(".deit_fb_in1k", ""))
-        seconds = f"{float(cost['epoch_s']):.0f} s" if cost else ""
-        body.append([f"`{model}`", *scores, seconds, "" if softmax else ratio(cost)])
+        seconds, memory = (
+            (f"{float(cost['epoch_s']):.0f} s", f"{float(cost['peak_memory_mib']):.0f} MiB") if cost else ("", "")
+        )
+        body.append([f"`{model}`", *scores, seconds, "" if softmax else ratio(cost), memory])
     head = ["model", "30 a class: top-1 %", "top-5 %", "10 a class: top-1 %", "top-5 %", "an epoch", "times as fast"]
+    head.append("memory of a step")
     return markdown(head, body)
 
 
