@@ -26,10 +26,13 @@ def line_of(values: list[Any]) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError if rows can't be appended, before anything is measured for them."""
+    """Raise OSError if rows can't be appended, before anything is measured for them; no new file is left."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         open(path, "ab").close()
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
 
