@@ -107,7 +107,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=1)
     add("--depth", type=positive, default=2, help="blocks that are measured: 2")
     add("--out", type=Path, help="keep the rows here, and continue from them; default: nowhere")
-    add("--retry-failed", action="store_true", help="measure again what failed")
     add_machine(parser)
 
 

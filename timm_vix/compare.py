@@ -191,6 +191,7 @@ def compare(
     if damaged:
         print(f"{path}: {damaged} damaged lines are ignored")
     check_writable(path)
+    here = dict(device_name=device_name(where["device"]), **versions())
     mine = []
     for seed in seeds:
         for model, weights in models:
@@ -206,13 +207,11 @@ def compare(
                 if "error" not in row:
                     names = ("img_size", "batch_size", "dtype", "threads")
                     at = {"device": where["device"], **{name: row[name] for name in names}}
-                    here = dict(device_name=device_name(where["device"]), **versions())
                     setting = dict(model=model, dataset=dataset, recipe=told, **at, **here)
                     same = [r for r in records if r["params_m"] and {name: r[name] for name in setting} == setting]
                     costs = same[0] if same else costs_of(model, len(classes), at)
                     row |= {name: costs[name] for name in COSTS}
-                row = round_off({**key, **row, **versions(), "device": where["device"]})
-                row["device_name"] = device_name(where["device"])
+                row = round_off({**key, **row, **here, "device": where["device"]})
                 append_record(path, COLUMNS, row)
                 row = {name: row.get(name) for name in COLUMNS}
                 records.append(row)

@@ -193,10 +193,10 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
     """
     check_options(mixer, ())
     slots = attention_slots(model)
-    own = getattr(model, "_model_args", {}).get("mixer")
-    if own is not None and source_of(model) is None:
+    given = getattr(model, "_model_args", {}).get("mixer")
+    if given is not None and source_of(model) is None:
         raise ValueError(
-            f"{model.pretrained_cfg['architecture']} was created with mixer={own!r}, which couldn't be told from the "
+            f"{model.pretrained_cfg['architecture']} was created with mixer={given!r}, which couldn't be told from the "
             f"conversion's in a saved model; create it with mixer={mixer!r}, or convert vix_softmax_*, hybrid_vit_* or "
             "a ViT of timm's"
         )

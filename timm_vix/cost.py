@@ -237,16 +237,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--softmax", nargs="*", choices=("fused", "unfused"), default=["fused", "unfused"], help="baselines' own rows")
     add("--epoch-images", type=positive, default=50000, help="images of an epoch, for its time: 50000")
     add("--out", type=Path, default=Path("cost.csv"), help="rows are appended; what is there is not measured again")
-    add("--retry-failed", action="store_true", help="measure again what failed")
     add_machine(parser)
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """The arguments about where and how long is measured."""
+    """The arguments about where, how long and how often is measured."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's number")
     parser.add_argument("--rounds", type=positive, default=JOB["rounds"], help="least number of paired rounds: 9")
     parser.add_argument("--seconds", type=float, default=JOB["seconds"], help="that a row's further rounds may take: 5")
+    parser.add_argument("--retry-failed", action="store_true", help="measure again what failed")
 
 
 def positive(text: str) -> int:
