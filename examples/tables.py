@@ -53,9 +53,9 @@ def memory() -> str:
     return markdown(["", *(f"{n:,} tokens" for n in tokens), "exponent"], body)
 
 
-def whole_models(size: str) -> dict[tuple[str, bool, int, str], dict[str, str]]:
-    """Rows of cost_cpu.csv for models of a ViT's size in float32, by model, fused, image size and mode."""
-    table = [row for row in rows("cost_cpu.csv") if row["dtype"] == "float32" and not row["error"]]
+def whole_models(size: str, dtype: str = "float32") -> dict[tuple[str, bool, int, str], dict[str, str]]:
+    """Rows of cost_cpu.csv for models of a ViT's size, by model, fused, image size and mode."""
+    table = [row for row in rows("cost_cpu.csv") if row["dtype"] == dtype and not row["error"]]
     return {
         (row["model"], row["attention"] == "fused", int(row["img_size"]), row["mode"]): row
         for row in table
@@ -100,25 +100,22 @@ def trade_off() -> str:
     return markdown(head, body)
 
 
-def resolutions() -> str:
-    """Speed over softmax at other sizes of image and model, inference and training."""
-    cells = {size: whole_models(size) for size in ("tiny", "small")}
-    places = [
-        ("tiny", 224),
-        ("tiny", 384),
-        ("tiny", 2048),
-        *(("small", pixels) for pixels in (224, 384, 512, 1024, 2048)),
-    ]
+def resolutions(dtype: str, leave_out: tuple[int, ...] = (), crossovers: bool = False) -> str:
+    """Speed over softmax at each size of model and image, but for some of ViT-Ti's, inference and training."""
+    cells = {size: whole_models(size, dtype) for size in ("tiny", "small")}
+    places = [(size, pixels) for size in cells for pixels in sorted({key[2] for key in cells[size]})]
+    places = [place for place in places if place not in [("tiny", pixels) for pixels in leave_out]]
     body = []
     for family in dict.fromkeys(key[0].removesuffix("_tiny") for key in cells["tiny"] if key[0].startswith("vix_")):
         line = []
         for size, pixels in places:
             found = [cells[size].get((f"{family}_{size}", True, pixels, mode)) for mode in ("infer", "train")]
             line.append(", ".join(ratio(row, told=False) for row in found if row))
-        line += [overtakes(cells["tiny"], f"{family}_tiny", mode) for mode in ("infer", "train")]
+        if crossovers:
+            line += [overtakes(cells["tiny"], f"{family}_tiny", mode) for mode in ("infer", "train")]
         body.append([f"`{family}_*`", *line])
     head = ["model", *(f"{size}, {pixels:,} px" for size, pixels in places)]
-    return markdown([*head, "inference from (tokens)", "training from (tokens)"], body)
+    return markdown(head + ["inference from (tokens)", "training from (tokens)"] * crossovers, body)
 
 
 def overtakes(cells: dict[tuple[str, bool, int, str], dict[str, str]], model: str, mode: str) -> str:
@@ -264,7 +261,8 @@ TABLES = {
     "caltech101": caltech101,
     "cifar10": lambda: finetuned("cifar10"),
     "claims": lambda: finetuned("claims"),
-    "resolutions": resolutions,
+    "resolutions": lambda: resolutions("float32", leave_out=(512, 1024), crossovers=True),
+    "bfloat16": lambda: resolutions("bfloat16"),
     "systems": systems,
     "conversions": conversions,
     "parts": parts,
