@@ -103,8 +103,12 @@ def trade_off() -> str:
 def resolutions(dtype: str, leave_out: tuple[int, ...] = (), crossovers: bool = False) -> str:
     """Speed over softmax at each size of model and image, but for some of ViT-Ti's, inference and training."""
     cells = {size: whole_models(size, dtype) for size in ("tiny", "small")}
-    places = [(size, pixels) for size in cells for pixels in sorted({key[2] for key in cells[size]})]
-    places = [place for place in places if place not in [("tiny", pixels) for pixels in leave_out]]
+    places = [
+        (size, pixels)
+        for size in cells
+        for pixels in sorted({key[2] for key in cells[size]})
+        if size != "tiny" or pixels not in leave_out
+    ]
     body = []
     for family in dict.fromkeys(key[0].removesuffix("_tiny") for key in cells["tiny"] if key[0].startswith("vix_")):
         line = []
