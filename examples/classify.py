@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_input_data_config
 
 import timm_vix  # noqa: F401  registers the names
-from timm_vix.results import one_line
+from timm_vix._files import one_line
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 

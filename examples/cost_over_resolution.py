@@ -12,7 +12,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from timm_vix import cost
+from timm_vix.benchmark import cost
 from timm_vix.cli import in_one_line
 
 MIXERS = ("nystrom", "linformer", "performer", "fnet", "mixer", "atrous")

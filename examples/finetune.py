@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from timm_vix.finetune import finetune
-from timm_vix.settings import KeyValue
+from timm_vix.train.finetune import finetune
+from timm_vix.train.settings import KeyValue
 
 
 class Parser(argparse.ArgumentParser):

@@ -25,12 +25,12 @@ import torch
 from timm.data import resolve_model_data_config
 
 import timm_vix  # noqa: F401  registers the names
-from timm_vix.finetune import find_device, finetune
-from timm_vix.hub import COLUMNS, read_rows, seed_suffix, write_cards
-from timm_vix.images import Images, list_images, normaliser, transforms
-from timm_vix.measure import run
-from timm_vix.records import append_record, header_of
-from timm_vix.results import one_line
+from timm_vix._files import one_line
+from timm_vix._records import append_record, header_of
+from timm_vix.measure.process import run
+from timm_vix.train.cards import COLUMNS, read_rows, seed_suffix, write_cards
+from timm_vix.train.finetune import find_device, finetune
+from timm_vix.train.images import Images, list_images, normaliser, transforms
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
 # leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.

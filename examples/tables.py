@@ -124,7 +124,7 @@ def resolutions(dtype: str, leave_out: tuple[int, ...] = (), crossovers: bool = 
 
 def overtakes(cells: dict[tuple[str, bool, int, str], dict[str, str]], model: str, mode: str) -> str:
     """From how many tokens a model of ViT-Ti's size is faster than softmax, and what the ratios' spread allows."""
-    from timm_vix.trends import crossover
+    from timm_vix.measure.statistics import crossover
 
     mine = [row for key, row in cells.items() if (key[0], key[3]) == (model, mode)]
     known = {row["img_size"]: int(row["tokens"]) for row in cells.values() if row["model"] == row["baseline"]}
@@ -208,9 +208,9 @@ def reproduced() -> str:
 
 def figures() -> None:
     """Speed of inference beside softmax, and memory of training, over resolution."""
-    from timm_vix.cost import COLUMNS
-    from timm_vix.figures import over_tokens, png
-    from timm_vix.records import read_records
+    from timm_vix._records import read_records
+    from timm_vix.benchmark.cost import COLUMNS
+    from timm_vix.benchmark.figures import over_tokens, png
 
     records, _ = read_records(RESULTS / "cost_cpu.csv", COLUMNS)
     wanted = [r for r in records if r["dtype"] == "float32" and r["baseline"] == "vit_tiny_patch16_224"]

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from timm_vix import advise, cli
+from timm_vix import cli
+from timm_vix.benchmark import advise
 from timm_vix.mixers import MIXERS
 
 

@@ -7,8 +7,8 @@ import timm
 import torch
 from conftest import image, small
 
+from timm_vix.conversion.replace import mixer_options
 from timm_vix.mixers import MIXERS
-from timm_vix.swap import mixer_options
 
 # (name, keywords, words); images are 224 px with patches of 16 unless a row says otherwise: 196 patch tokens
 BUILDS = [

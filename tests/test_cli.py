@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import timm_vix
 from timm_vix import cli, models
-from timm_vix.flops import counter
+from timm_vix.measure.flops import counter
 
 SCRIPT = """
 import json, sys, timm

@@ -16,12 +16,14 @@ import timm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from timm_vix import cli, compare, folders
-from timm_vix.finetune import finetune
-from timm_vix.folders import as_folder
-from timm_vix.images import find_images
-from timm_vix.names import parse_model
-from timm_vix.records import read_records
+from timm_vix import cli
+from timm_vix._names import parse_model
+from timm_vix._records import read_records
+from timm_vix.benchmark import compare
+from timm_vix.train import folders
+from timm_vix.train.finetune import finetune
+from timm_vix.train.folders import as_folder
+from timm_vix.train.images import find_images
 
 ROOT = Path(__file__).parents[1]
 load_digits = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits
@@ -153,9 +155,9 @@ def test_seconds_are_those_of_a_slow_clock_with_the_last_threads(digits, tmp_pat
         clock.now += 7.25
         return 50.0, 100.0
 
-    monkeypatch.setattr("timm_vix.finetune.time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr("timm_vix.finetune.reseed", step)
-    monkeypatch.setattr("timm_vix.finetune.evaluate", evaluate)
+    monkeypatch.setattr("timm_vix.train.finetune.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("timm_vix.train.finetune.reseed", step)
+    monkeypatch.setattr("timm_vix.train.finetune.evaluate", evaluate)
     name, keywords = parse_model(MODEL)
     settings = dict(data_dir=str(digits), img_size=32, batch_size=4, epochs=2, device="cpu", amp="off")
     settings.update(model=name, model_kwargs=keywords, out=str(tmp_path / "out"))

@@ -14,10 +14,10 @@ from timm.layers import Attention
 from timm.models import save_for_hf
 
 import timm_vix
-from timm_vix.convert import attention_slots
+from timm_vix.conversion.convert import attention_slots
+from timm_vix.conversion.replace import remove_hook
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._slot import AttentionMixer
-from timm_vix.swap import remove_hook
 
 # 16 landmarks on a 4x4 grid and no ridge: Nyström attention is then softmax attention
 EXACT = dict(num_landmarks=16, ridge=0.0, pinv_iterations=60)

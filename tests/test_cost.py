@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from timm_vix import cli, models
-from timm_vix.cost import COLUMNS, baseline_of, plan, summary, sweep
-from timm_vix.flops import counter
-from timm_vix.measure import JOB, beside_baseline, compare_times, run, take_turns
+from timm_vix._names import parse_model
+from timm_vix._records import append_record, read_records
+from timm_vix.benchmark.cost import COLUMNS, baseline_of, plan, summary, sweep
+from timm_vix.measure.flops import counter
+from timm_vix.measure.process import JOB, beside_baseline, compare_times, run, take_turns
 from timm_vix.mixers import SoftmaxAttention
 from timm_vix.mixers._slot import cell_grid
-from timm_vix.models._checkpoints import MECHANISMS
-from timm_vix.names import parse_model
-from timm_vix.records import append_record, read_records
+from timm_vix.models.checkpoints import MECHANISMS
 
 ROOT = Path(__file__).parents[1]
 SMALL = "depth=1 embed_dim=32 num_heads=2 patch_size=8"
@@ -164,7 +164,7 @@ def test_the_two_take_turns_and_change_order() -> None:
 
 
 def test_of_a_long_call_the_first_is_its_time_in_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_vix.measure.LONG_CALL", 0.5)
+    monkeypatch.setattr("timm_vix.measure.process.LONG_CALL", 0.5)
     order = []
 
     def softmax() -> None:
@@ -183,7 +183,7 @@ def test_of_a_long_call_the_first_is_its_time_in_the_first_round(monkeypatch: py
 def test_peak_memory_is_that_of_the_tensors() -> None:
     program = """
 import torch
-from timm_vix.measure import PeakMemory, warm_up
+from timm_vix.measure.process import PeakMemory, warm_up
 warm_up("cpu")
 torch.ones(100 * 2**18).sum()  # 100 MiB before the start don't count
 memory = PeakMemory("cpu")
@@ -268,7 +268,7 @@ def test_a_baseline_has_the_keywords_of_the_trunk(spec, baseline) -> None:
 def test_another_baseline_is_another_row(tmp_path, monkeypatch) -> None:
     measured = []
     row = dict(latency_p50_ms=1.0, images_per_s=1.0)
-    monkeypatch.setattr("timm_vix.cost.run", lambda job: measured.append(job["baseline"]) or row)
+    monkeypatch.setattr("timm_vix.benchmark.cost.run", lambda job: measured.append(job["baseline"]) or row)
     for given in (None, "deit_tiny_patch16_224", None, "deit_tiny_patch16_224"):
         planned = plan(["vix_nystrom_tiny"], SETTINGS, given, [])
         sweep([job | QUICK for job in planned], tmp_path / "cost.csv")
@@ -280,7 +280,7 @@ def test_rows_of_another_machine_and_rows_without_a_measurement_do_not_stand_for
 ) -> None:
     path, measured = tmp_path / "cost.csv", []
     row = dict(latency_p50_ms=1.0, latency_p90_ms=1.0, images_per_s=1.0)
-    monkeypatch.setattr("timm_vix.cost.run", lambda job: measured.append(job["model"]) or row)
+    monkeypatch.setattr("timm_vix.benchmark.cost.run", lambda job: measured.append(job["model"]) or row)
     planned = jobs([f"vix_softmax_cifar {SMALL}"])
     (mine,) = sweep(planned, path)
     path.write_text("")
@@ -295,7 +295,7 @@ def test_rows_of_another_machine_and_rows_without_a_measurement_do_not_stand_for
 def test_more_rounds_are_measured_and_other_versions_told(tmp_path, monkeypatch, capsys) -> None:
     path, measured = tmp_path / "cost.csv", []
     row = dict(latency_p50_ms=1.0, latency_p90_ms=1.0, images_per_s=1.0, torch="1.0")
-    monkeypatch.setattr("timm_vix.cost.run", lambda job: measured.append(job["rounds"]) or row)
+    monkeypatch.setattr("timm_vix.benchmark.cost.run", lambda job: measured.append(job["rounds"]) or row)
     (job,) = jobs([f"vix_softmax_cifar {SMALL}"])
     for rounds in (3, 3, 2, 9, 9):
         (record,) = sweep([job | dict(rounds=rounds)], path)
@@ -305,7 +305,7 @@ def test_more_rounds_are_measured_and_other_versions_told(tmp_path, monkeypatch,
 
 
 def test_a_table_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("timm_vix.cost.run", lambda job: pytest.fail("measured for nothing"))
+    monkeypatch.setattr("timm_vix.benchmark.cost.run", lambda job: pytest.fail("measured for nothing"))
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write .*cost.csv"):
         sweep(jobs([f"vix_softmax_cifar {SMALL}"]), tmp_path / "file" / "cost.csv")
@@ -325,7 +325,7 @@ def test_what_a_baseline_held_that_does_not_fit_is_free_again(monkeypatch) -> No
         built.append(weakref.ref(reference.__closure__[0].cell_contents))
         raise MemoryError
 
-    monkeypatch.setattr("timm_vix.measure.take_turns", fail)
+    monkeypatch.setattr("timm_vix.measure.process.take_turns", fail)
     job = dict(JOB, baseline=f"vix_softmax_cifar {SMALL}", img_size=32)
     assert beside_baseline(lambda: None, job) is None
     assert built[0]() is None
@@ -333,7 +333,7 @@ def test_what_a_baseline_held_that_does_not_fit_is_free_again(monkeypatch) -> No
 
 def test_the_table_shows_the_smallest_batch_whatever_the_order(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
-        "timm_vix.cost.run",
+        "timm_vix.benchmark.cost.run",
         lambda job: dict(latency_p50_ms=7.0 * job["batch_size"], latency_p90_ms=1.0, images_per_s=1.0),
     )
     text = summary(sweep(jobs([f"vix_softmax_cifar {SMALL}"], batch_size=[32, 2]), tmp_path / "cost.csv"))
@@ -502,7 +502,9 @@ def test_a_file_of_another_version_is_not_appended_to(tmp_path, monkeypatch, cap
 
 
 def test_a_sweep_that_measured_nothing_says_why(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("timm_vix.cost.run", lambda job: json.loads('{"error": "img_size=100 is no multiple"}'))
+    monkeypatch.setattr(
+        "timm_vix.benchmark.cost.run", lambda job: json.loads('{"error": "img_size=100 is no multiple"}')
+    )
     path = str(tmp_path / "cost.csv")
     monkeypatch.setattr(sys, "argv", ["timm-vix", "cost", "vix_nystrom_tiny", "--img-size", "100", "--out", path])
     with pytest.raises(SystemExit):

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
 import timm_vix
-from timm_vix.finetune import build_model, finetune
-from timm_vix.images import Images, find_images, transforms
+from timm_vix.train.finetune import build_model, finetune
+from timm_vix.train.images import Images, find_images, transforms
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "finetune.py"
@@ -157,7 +157,7 @@ def test_weights_threads_and_device_may_change_in_between(digits, tmp_path, monk
         return 50.0, 100.0
 
     with monkeypatch.context() as patch:
-        patch.setattr("timm_vix.finetune.evaluate", crash)
+        patch.setattr("timm_vix.train.finetune.evaluate", crash)
         with pytest.raises(RuntimeError):
             finetune(data_dir=str(digits), out=str(out), checkpoint=str(weights), checkpoint_every=20, **EXACT)
     assert (position(out)["epoch"], position(out)["step"]) == (1, 20)

@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
 from timm_vix.mixers import MIXERS
-from timm_vix.models._checkpoints import own_keys
+from timm_vix.models.checkpoints import own_keys
 from timm_vix.stems import STEMS
 
 # Written out, so that a name can't get lost: family, sizes, sizes with rotary positions.

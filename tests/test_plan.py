@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_vix
 from timm_vix import cli
-from timm_vix.plan import Option, after, cheapest, in_order, load_plan, plan_layers
-from timm_vix.sensitivity import Measured, Sensitivity, block_costs, text_of
+from timm_vix.train.plan import Option, after, cheapest, in_order, load_plan, plan_layers
+from timm_vix.train.sensitivity import Measured, Sensitivity, block_costs, text_of
 
 NAME, SIDE = "deit_tiny_patch16_224", 96
 # the cheapest change most
@@ -154,7 +154,7 @@ def test_the_chosen_plan_keeps_what_was_wanted_and_is_nearly_the_best(
 
 def test_every_row_of_the_table_is_true(photos: Path, weights: Path, everything: dict, tmp_path: Path) -> None:
     plan_layers(**arguments(photos, weights, tmp_path / "plan.json", keep=0.75))
-    rows = timm_vix.sensitivity.read_records(tmp_path / "plan.csv", timm_vix.sensitivity.COLUMNS)[0]
+    rows = timm_vix.train.sensitivity.read_records(tmp_path / "plan.csv", timm_vix.train.sensitivity.COLUMNS)[0]
     assert len(rows) >= 9
     for row in rows:
         measured = (row["agreement"], row["distance"], row["gflops"])

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_vix import cli, compare, cost
-from timm_vix.figures import over_tokens, png, trade_off
-from timm_vix.report import report
-from timm_vix.trends import crossing, crossover, crossover_text, exponent, pareto
+from timm_vix import cli
+from timm_vix.benchmark import compare, cost
+from timm_vix.benchmark.figures import over_tokens, png, trade_off
+from timm_vix.benchmark.report import report
+from timm_vix.measure.statistics import crossing, crossover, crossover_text, exponent, pareto
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -18,10 +18,10 @@ from conftest import DATA
 from PIL import Image
 from timm.models import save_for_hf
 
-from timm_vix.finetune import finetune
-from timm_vix.hub import COLUMNS, read_rows, write_cards
-from timm_vix.records import append_record
-from timm_vix.results import write_whole
+from timm_vix._files import write_whole
+from timm_vix._records import append_record
+from timm_vix.train.cards import COLUMNS, read_rows, write_cards
+from timm_vix.train.finetune import finetune
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = DATA / "cifar10.tar.xz"
@@ -118,7 +118,7 @@ def test_the_best_epoch_is_kept_also_after_a_stop(images, tmp_path):
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("timm_vix.finetune.write_curve", stop)
+        patch.setattr("timm_vix.train.finetune.write_curve", stop)
         with pytest.raises(Stop):
             finetune(out=str(tmp_path / "stopped"), **settings)
     again, _ = finetune(out=str(tmp_path / "stopped"), resume=True, **settings)
@@ -333,7 +333,7 @@ def test_what_cannot_end_well_is_refused_before_training(damage, words, run, ima
 
 
 def test_a_system_that_fails_does_not_take_the_others_with_it(run, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_vix.measure.run", lambda job: dict(error="out of memory"))
+    monkeypatch.setattr("timm_vix.measure.process.run", lambda job: dict(error="out of memory"))
     (tmp_path / "runs" / "modern-1-4").mkdir(parents=True)
     (tmp_path / "runs" / "modern-1-4" / "vix_mixer_cifar").write_text("where its folder would be")
     arguments = ["--data-dir", images, "--systems", "vix_mixer_cifar", "vix_fnet_cifar", "--recipes", "modern"]
@@ -351,7 +351,7 @@ def test_a_system_that_fails_does_not_take_the_others_with_it(run, images, tmp_p
 
 
 def test_another_seed_has_a_run_of_its_own_and_the_speed_of_its_training(run, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_vix.measure.run", lambda job: dict(error="out of memory"))
+    monkeypatch.setattr("timm_vix.measure.process.run", lambda job: dict(error="out of memory"))
     arguments = ["--data-dir", images, "--systems", "vix_fnet_cifar", "--recipes", "modern", "--patch-size", 4]
     arguments += ["--epochs", 1, "--device", "cpu", "--threads", 1, "--runs", tmp_path / "runs"]
     arguments += ["--results", tmp_path / "r.csv"]

@@ -8,10 +8,9 @@ import torch
 from conftest import distance
 from timm.layers import Attention
 
-from timm_vix import swap_attention
+from timm_vix.conversion.replace import mixer_options, swap_attention
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._slot import AttentionMixer
-from timm_vix.swap import mixer_options
 
 
 def vit(**kwargs):

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import timm_vix
 from timm_vix import cli
-from timm_vix.matching import BlockMatching, Distillation
-from timm_vix.transfer import parse_layers, told_mixers, transfer
+from timm_vix.train.losses import BlockMatching, Distillation
+from timm_vix.train.transfer import parse_layers, told_mixers, transfer
 
 SOURCE = "vit_tiny_patch16_224"
 SMALL = dict(img_size=48, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
@@ -163,7 +163,7 @@ def test_learned_features_start_from_the_teachers_tokens_and_move_faster(weights
 
 
 def command(settings):
-    program = f"from timm_vix.transfer import transfer; transfer(**{settings!r})"
+    program = f"from timm_vix.train.transfer import transfer; transfer(**{settings!r})"
     return [sys.executable, "-c", program]
 
 
@@ -202,7 +202,7 @@ def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):
     one, _ = transfer(**arguments(weights, unlabelled, tmp_path / "one", **few))
     settings = arguments(weights, unlabelled, tmp_path / "two", **few)
     program = tmp_path / "program.py"
-    program.write_text(f"from timm_vix.transfer import transfer; transfer(**{settings!r})")
+    program.write_text(f"from timm_vix.train.transfer import transfer; transfer(**{settings!r})")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     environment = {**os.environ, "PYTHONPATH": str(Path(timm_vix.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False)

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Optional
 
-from . import __version__, advise, compare, cost, models, plan, report, transfer
-from .names import near_names
+from . import __version__, models
+from ._names import near_names
+from .benchmark import advise, compare, cost, report
+from .train import plan, transfer
 
 COMMANDS = dict(
     cost=(cost, "latency, memory and FLOPs of any timm models, beside softmax"),
@@ -69,8 +71,8 @@ def size_of(name: str) -> tuple[int, int, Optional[int]]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from .flops import counter
-    from .measure import tokens_of
+    from .measure.flops import counter
+    from .measure.process import tokens_of
 
     # torch's counter can't follow a weight that is handed from module to module while gradients are off
     model = timm.create_model(name, device="meta").eval().requires_grad_(False)

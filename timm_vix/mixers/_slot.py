@@ -30,28 +30,6 @@ def outside_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None, meaning: str = "") -> None:
-    """Raise ValueError unless ``value`` is an integer in [lowest, highest]; ``meaning`` says what highest counts."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r}: expected an integer of at least {lowest}")
-    if value < lowest:
-        raise ValueError(f"{name}={value}: expected an integer of at least {lowest}")
-    if highest is not None and value > highest:
-        raise ValueError(f"{name}={value} exceeds the {highest} {meaning}")
-
-
-def check_number(name: str, value: object, lowest: float) -> None:
-    """Raise ValueError unless ``value`` is a finite number of at least ``lowest``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < math.inf:
-        raise ValueError(f"{name}={value!r}: expected a finite number of at least {lowest}")
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
-
-
 # A leaf for torch.fx: timm's forward hands attn_mask on as a proxy there, and only the run can say whether it is None.
 # The tokens pass through, so that the check is not removed as dead code.
 @torch.fx.wrap

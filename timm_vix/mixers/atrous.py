@@ -33,8 +33,9 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
+from .._checks import check_integer
 from ._dilated import axis_layout, from_windows, to_windows
-from ._slot import AttentionMixer, Grid, admit, check_integer, outside_autocast
+from ._slot import AttentionMixer, Grid, admit, outside_autocast
 
 DEFAULT_DILATIONS = (1, 2, 4)
 DEFAULT_WINDOW = 8

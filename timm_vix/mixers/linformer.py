@@ -27,8 +27,9 @@ from typing import Optional, Union
 import torch
 from torch import nn
 
+from .._checks import check_choice, check_integer
 from ._resample import averages, resample_reading
-from ._slot import AttentionMixer, Grid, admit, cell_grid, check_choice, check_integer, count_bias
+from ._slot import AttentionMixer, Grid, admit, cell_grid, count_bias
 
 DEFAULT_PROJ_TOKENS = 49
 

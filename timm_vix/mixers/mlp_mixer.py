@@ -22,8 +22,9 @@ from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn import functional as F
 
+from .._checks import check_number
 from ._resample import resample_reading, resample_writing
-from ._slot import Grid, TokenMixer, admit, check_number, refuse_attention_dropout
+from ._slot import Grid, TokenMixer, admit, refuse_attention_dropout
 
 
 class TokenMlp(TokenMixer):

@@ -35,18 +35,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
+from .._checks import check_choice, check_integer, check_number
 from ._resample import pool_patches
-from ._slot import (
-    AttentionMixer,
-    Grid,
-    admit,
-    cell_grid,
-    check_choice,
-    check_integer,
-    check_number,
-    count_bias,
-    outside_autocast,
-)
+from ._slot import AttentionMixer, Grid, admit, cell_grid, count_bias, outside_autocast
 
 DEFAULT_LANDMARKS = 49
 KERNEL_SIZE = 5

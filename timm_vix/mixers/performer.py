@@ -42,8 +42,9 @@ from typing import Optional
 import torch
 from torch import nn
 
+from .._checks import check_choice, check_integer
 from ._favor import centres, favor_attention, orthogonal_features
-from ._slot import AttentionMixer, Grid, admit, check_choice, check_integer, refuse_attention_dropout
+from ._slot import AttentionMixer, Grid, admit, refuse_attention_dropout
 
 DEFAULT_FEATURES = 64
 # Of the sums at which features start: found best of 0.5 to 1 (examples/results/convert_tried.md).

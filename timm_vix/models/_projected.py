@@ -13,9 +13,10 @@ from timm.layers import register_notrace_function
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from .._checks import check_choice, check_integer, check_number
 from ..mixers._favor import favor_attention, orthogonal_features
 from ..mixers._resample import pool_patches
-from ..mixers._slot import Grid, cell_grid, check_choice, check_integer, check_number, count_bias
+from ..mixers._slot import Grid, cell_grid, count_bias
 from ..mixers.nystrom import DEFAULT_LANDMARKS, KERNEL_SIZE, landmark_values
 from ..mixers.performer import DEFAULT_FEATURES
 

@@ -21,8 +21,8 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ._vision_xformer import VisionXformer, create_vision_xformer, default_cfgs_for
-from ._vision_xformer import checkpoint_filter_fn as checkpoint_filter_fn  # timm's tools look for it beside the class
+from .vit import VisionXformer, create_vision_xformer, default_cfgs_for
+from .vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm's tools look for it beside the class
 
 SIZES: dict[str, dict[str, Any]] = {
     "7": dict(patch_size=16, embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0, qkv_bias=False),

@@ -23,11 +23,12 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
-from ..mixers._slot import Grid, check_choice
-from ._checkpoints import adopt, own_keys, tensors_of
+from .._checks import check_choice
+from ..mixers._slot import Grid
 from ._convolutional import Stage, embed_padding, to_image
 from ._projected import projected_options
-from ._vision_xformer import build_xformer, check_sizes, overridden
+from .checkpoints import adopt, own_keys, tensors_of
+from .vit import build_xformer, check_sizes, overridden
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(

@@ -29,10 +29,10 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..mixers._slot import check_choice
+from .._checks import check_choice
 from ..stems import STEMS
-from ._checkpoints import check_keys, tensors_of
-from ._vision_xformer import build_xformer, check_sizes, first_convolution
+from .checkpoints import check_keys, tensors_of
+from .vit import build_xformer, check_sizes, first_convolution
 
 
 @torch.fx.wrap

@@ -24,11 +24,11 @@ from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistil
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
-from ..mixers._slot import check_choice, check_integer
+from .._checks import check_choice, check_integer
 from ..stems import STEMS
-from ._checkpoints import adopt, own_keys, tensors_of
 from ._projected import PROJECTED, projected_options
-from ._vision_xformer import build_xformer, check_sizes, first_convolution, overridden
+from .checkpoints import adopt, own_keys, tensors_of
+from .vit import build_xformer, check_sizes, first_convolution, overridden
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),

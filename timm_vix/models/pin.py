@@ -22,11 +22,11 @@ from timm.models.pit import checkpoint_filter_fn as pit_checkpoint_filter_fn
 from timm.models.vision_transformer import Block, ParallelThingsBlock
 from torch import nn
 
-from ..mixers._slot import check_choice, check_integer
+from .._checks import check_choice, check_integer
+from ..conversion.replace import mixer_options, swap_attention, undecayed
 from ..stems import STEMS
-from ..swap import mixer_options, swap_attention, undecayed
-from ._checkpoints import adopt, recognise, tensors_of
-from ._vision_xformer import BLOCKS, build_xformer, check_sizes, first_convolution, overridden, refuse_foreign_options
+from .checkpoints import adopt, recognise, tensors_of
+from .vit import BLOCKS, build_xformer, check_sizes, first_convolution, overridden, refuse_foreign_options
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),

@@ -17,7 +17,7 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from ._vision_xformer import VisionXformer, create_vision_xformer, default_cfgs_for
+from .vit import VisionXformer, create_vision_xformer, default_cfgs_for
 
 default_cfgs = generate_default_cfgs(
     default_cfgs_for(

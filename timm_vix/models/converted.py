@@ -24,12 +24,12 @@ from timm.models.eva import checkpoint_filter_fn as eva_checkpoint_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from ..convert import NAME, Layers, convert
+from .._names import check_model
+from ..conversion.convert import NAME, Layers, convert
+from ..conversion.replace import mixer_options, resample_weights
 from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer
-from ..names import check_model
-from ..swap import mixer_options, resample_weights
-from ._checkpoints import tensors_of
+from .checkpoints import tensors_of
 
 # far beyond every published model, and small enough to be counted before memory is taken
 LARGEST = {"depth": 1000, "num_classes": 10_000_000}

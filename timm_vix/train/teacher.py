@@ -9,9 +9,9 @@ import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from .mixers._slot import TokenMixer
-from .names import check_model
-from .results import one_line
+from .._files import one_line
+from .._names import check_model
+from ..mixers._slot import TokenMixer
 from .settings import check_weights
 
 

@@ -8,8 +8,8 @@ import io
 import statistics
 from typing import Any, Optional
 
-from .records import Record
-from .trends import crossover, crossover_text, exponent, pareto
+from .._records import Record
+from ..measure.statistics import crossover, crossover_text, exponent, pareto
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")

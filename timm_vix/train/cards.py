@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .records import Columns, Record, read_records
+from .._records import Columns, Record, read_records
 
 COLUMNS: Columns = dict(
     system=str,

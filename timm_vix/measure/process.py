@@ -1,6 +1,6 @@
 """One row of the cost table: what a model costs in a process of its own, timed in turn with a softmax baseline.
 
-    python -m timm_vix.measure '{"model": "vix_nystrom_tiny", ...}'     # prints the row as JSON; ``run`` calls it
+    python -m timm_vix.measure.process '{"model": "vix_nystrom_tiny", ...}'   # prints one row as JSON
 
 Order of events: build the model, call it twice and read the peak memory of the second call, build it again and the
 baseline, then time the two in turn, each first in every other round, so that a machine that slows down slows both. A
@@ -28,12 +28,12 @@ from timm.layers import set_fused_attn
 from timm.models import resolve_model_input_args
 from torch import nn
 
+from .._device import device_name, kibibytes, versions
+from .._files import one_line
+from .._names import parse_model
+from ..conversion.freeze import freeze_except
 from .flops import counter
-from .freeze import freeze_except
-from .machine import device_name, kibibytes, versions
-from .names import parse_model
-from .results import one_line
-from .trends import verdict
+from .statistics import verdict
 
 # What a job holds, with its defaults; "rounds" is the least number, "seconds" the time that they may fill.
 JOB: dict[str, Any] = dict(
@@ -310,7 +310,7 @@ def explain(error: BaseException) -> str:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """``measure`` in a fresh process; a failure comes back as ``{"error": reason}``."""
-    command = [sys.executable, "-m", "timm_vix.measure", json.dumps(job)]
+    command = [sys.executable, "-m", "timm_vix.measure.process", json.dumps(job)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         errors: list[str] = []

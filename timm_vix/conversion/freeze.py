@@ -16,11 +16,12 @@ from safetensors.torch import save
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
+from .._checks import check_choice
+from .._files import one_line, write_whole
+from ..mixers._slot import AttentionMixer, TokenMixer
+from ..models._projected import ProjectedMixer
 from .convert import recorded_options, source_of
-from .mixers._slot import AttentionMixer, TokenMixer, check_choice
-from .models._projected import ProjectedMixer
-from .results import one_line, write_whole
-from .swap import REPLACEABLE
+from .replace import REPLACEABLE
 
 PARTS = ("attention", "mlp", "mixer", "head")
 MECHANISMS = (TokenMixer, ProjectedMixer)

@@ -12,9 +12,10 @@ from timm.layers import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import nn
 
-from .mixers import MIXERS
-from .mixers._rotary import RotaryPositions
-from .mixers._slot import AttentionMixer, Grid, TokenMixer, check_choice
+from .._checks import check_choice
+from ..mixers import MIXERS
+from ..mixers._rotary import RotaryPositions
+from ..mixers._slot import AttentionMixer, Grid, TokenMixer
 
 SLOT_ARGUMENTS = {"self", "attn", "grid", "num_prefix_tokens", "rope"}
 # whose mathematics the mixers continue: any other class, a subclass too, may do something else

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .convert import convert
-from .flops import counter
-from .records import Columns, append_record, read_records
+from .._records import Columns, append_record, read_records
+from ..conversion.convert import convert
+from ..measure.flops import counter
 
 COLUMNS: Columns = dict(run=str, layers=str, agreement=float, distance=float, gflops=float)
 

@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .._records import Record
+from ..measure.statistics import crossover, crossover_text
+from ..mixers import MIXERS
 from .cost import add_machine, machine_of, positive, ratio, sweep
 from .figures import paired_times
-from .mixers import MIXERS
-from .records import Record
-from .trends import crossover, crossover_text
 
 RUNGS = 5
 

@@ -11,8 +11,8 @@ import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
+from ..conversion.replace import resample_weights
 from ..mixers._slot import TokenMixer
-from ..swap import resample_weights
 from ._projected import ProjectedNystrom, ProjectedPerformer
 
 _logger = logging.getLogger(__name__)

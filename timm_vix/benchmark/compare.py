@@ -25,15 +25,15 @@ from typing import Any, Optional
 
 import torch
 
+from .._device import device_name, find_device, find_dtype, versions
+from .._files import one_line
+from .._names import parse_model
+from .._records import Columns, Record, append_record, check_writable, header_of, read_records
+from ..measure.process import run
+from ..train.folders import as_folder
+from ..train.images import Items, find_images
+from ..train.settings import check_weights
 from .cost import baseline_of, positive, round_off
-from .folders import as_folder
-from .images import Items, find_images
-from .machine import device_name, find_device, find_dtype, versions
-from .measure import run
-from .names import parse_model
-from .records import Columns, Record, append_record, check_writable, header_of, read_records
-from .results import one_line
-from .settings import check_weights
 
 COLUMNS: Columns = dict(
     model=str,
@@ -91,7 +91,7 @@ RECIPE: dict[str, type] = dict(
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Run ``finetune`` with these keywords, and return what a row takes from it."""
-    from .finetune import finetune
+    from ..train.finetune import finetune
 
     out = Path(settings["out"])
     started = (out / "checkpoint.pt").exists()

@@ -1,8 +1,6 @@
 """The files of a training run: checkpoint, history, curve and Hub folder. Each is replaced as a whole, or stays."""
 
-import contextlib
 import csv
-import errno
 import io
 import os
 import shutil
@@ -13,13 +11,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-
-def one_line(error: Any, width: int = 300) -> str:
-    """What was raised or logged, without line breaks and long lists of keys."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "weights_only" in text:  # torch's advice is to unpickle whatever the file holds
-        text = "it is damaged, or holds more than tensors and plain values, which is never unpickled"
-    return text if len(text) <= width else f"{text[:width]} ..."
+from .._files import one_line, write_whole
 
 
 def clear(out: Path) -> None:
@@ -32,31 +24,6 @@ def clear(out: Path) -> None:
             shutil.rmtree(out / "hub")
     except OSError as error:
         raise OSError(f"out={out} cannot be written: {error.strerror}; choose a folder that can") from error
-
-
-def write_whole(path: Path, data: Any) -> None:
-    """Replace a file, or on any failure leave the previous one.
-
-    Raises:
-        OSError: in one line, with the file's name and size; also for a folder, a pipe or a device, which stays.
-    """
-    if path.exists() and not path.is_file():
-        raise OSError(f"cannot write {path}: it is there and is no regular file; choose another name")
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = f"cannot write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}"
-        kept = "; the previous one is intact" if path.exists() else ""
-        room = "; make room, then resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise OSError(f"{reason}{kept}{room}") from error
 
 
 def restore(path: Path, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -106,13 +73,6 @@ def write_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     write_figure(path, figure)
-
-
-def write_table(path: Path, header: list[str], rows: list[list[Any]]) -> None:
-    """A CSV, as a whole."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_whole(path, text.getvalue().encode())
 
 
 def write_layer_errors(path: Path, rows: list[list[Any]], layers: list[int], title: str) -> None:

@@ -29,12 +29,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .freeze import PARTS, freeze_except, save_delta
+from .._device import autocast, find_device, find_dtype
+from .._files import one_line, write_whole
+from .._names import check_model
+from ..conversion.freeze import PARTS, freeze_except, save_delta
 from .images import STEP, Images, find_images, normaliser, reseed, seed_of, transforms
 from .interrupt import deferred_interrupt
-from .machine import autocast, find_device, find_dtype
-from .names import check_model
-from .results import clear, model_card, one_line, restore, write_curve, write_history, write_hub, write_whole
+from .results import clear, model_card, restore, write_curve, write_history, write_hub
 from .settings import check_folder, check_ranges, check_weights
 
 # What stands in for an argument that is None: digits are learnt from scratch, a folder is usually fine-tuned.

@@ -31,15 +31,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .convert import Conversion, Layers, convert
+from .._device import autocast, find_device, find_dtype, versions
+from .._files import write_table, write_whole
+from ..conversion.convert import Conversion, Layers, convert
+from ..mixers import MIXERS
+from ..mixers._slot import TokenMixer
 from .images import Images, find_unlabelled, normaliser, transforms
 from .interrupt import deferred_interrupt
-from .machine import autocast, find_device, find_dtype, versions
-from .matching import BlockMatching, Distillation
-from .mixers import MIXERS
-from .mixers._slot import TokenMixer
+from .losses import BlockMatching, Distillation
 from .plan import load_plan
-from .results import restore, write_history, write_hub, write_layer_errors, write_table, write_whole
+from .results import restore, write_history, write_hub, write_layer_errors
 from .settings import KeyValue, check_folder, check_ranges
 from .teacher import build_teacher, check_teacher, start_mixers
 

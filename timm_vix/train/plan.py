@@ -19,14 +19,15 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import nn
 
-from .convert import attention_slots, layer_mixers
-from .figures import agreement_over_cost, png
-from .freeze import architecture, fingerprint
+from .._checks import check_choice
+from .._device import find_device, versions
+from .._files import one_line, write_whole
+from ..benchmark.figures import agreement_over_cost, png
+from ..conversion.convert import attention_slots, layer_mixers
+from ..conversion.freeze import architecture, fingerprint
+from ..mixers import MIXERS
+from ..mixers._slot import TokenMixer
 from .images import Images, find_unlabelled, normaliser, transforms
-from .machine import find_device, versions
-from .mixers import MIXERS
-from .mixers._slot import TokenMixer, check_choice
-from .results import one_line, write_whole
 from .sensitivity import Measured, Plan, Sensitivity, block_costs, converted, plan_of, text_of
 from .settings import KeyValue, check_ranges
 from .teacher import build_teacher, check_teacher

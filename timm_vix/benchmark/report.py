@@ -13,10 +13,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .._files import write_whole
+from .._records import Record, header_of, key_of, read_records
 from . import compare, cost
 from .figures import AXES, COSTS, SPEEDUP, over_tokens, png, trade_off
-from .records import Record, header_of, key_of, read_records
-from .results import write_whole
 
 COST_COLUMNS = (
     *("model", "attention", "img_size", "tokens", "batch_size", "mode", "dtype", "compile", "params_m", "gflops"),

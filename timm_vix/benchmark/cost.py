@@ -13,12 +13,12 @@ from typing import Any, Optional
 
 import torch
 
-from .machine import device_name, find_device, versions
-from .measure import JOB, run
-from .mixers import MIXERS
-from .names import parse_model, softmax_of
-from .records import Columns, Record, append_record, check_writable, header_of, key_of, read_records
-from .swap import mixer_options
+from .._device import device_name, find_device, versions
+from .._names import parse_model, softmax_of
+from .._records import Columns, Record, append_record, check_writable, header_of, key_of, read_records
+from ..conversion.replace import mixer_options
+from ..measure.process import JOB, run
+from ..mixers import MIXERS
 
 KEY = (
     *("model", "attention", "baseline", "img_size", "batch_size", "mode", "dtype", "compile"),

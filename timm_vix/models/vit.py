@@ -16,11 +16,12 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTra
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
+from .._checks import check_choice, check_integer
+from ..conversion.replace import mixer_options, set_grid, swap_attention, undecayed
 from ..mixers import MIXERS
-from ..mixers._slot import TokenMixer, check_choice, check_integer
+from ..mixers._slot import TokenMixer
 from ..stems import STEMS
-from ..swap import mixer_options, set_grid, swap_attention, undecayed
-from ._checkpoints import adopt, recognise, tensors_of
+from .checkpoints import adopt, recognise, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),

@@ -14,7 +14,7 @@ from typing import Any, Optional
 from timm.data import create_dataset
 from tqdm import tqdm
 
-from .results import one_line
+from .._files import one_line
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 VALIDATION = ("validation", "val", "valid", "test")

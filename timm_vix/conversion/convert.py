@@ -12,9 +12,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .mixers import MIXERS
-from .mixers._slot import TokenMixer
-from .swap import REPLACEABLE, BeforeForward, Slot, build_mixer, check_options, mixer_options, remove_hook
+from ..mixers import MIXERS
+from ..mixers._slot import TokenMixer
+from .replace import REPLACEABLE, BeforeForward, Slot, build_mixer, check_options, mixer_options, remove_hook
 
 HOSTS = (VisionTransformer, Eva)
 NAME = "vix_from_timm"

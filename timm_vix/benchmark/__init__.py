@@ -1,0 +1,1 @@
+"""What several models cost and score, beside each other."""

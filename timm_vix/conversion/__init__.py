@@ -1,0 +1,1 @@
+"""Another attention for a trained model, and training only a part of one."""

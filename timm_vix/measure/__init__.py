@@ -1,0 +1,1 @@
+"""What one model costs: operations, memory and time."""

@@ -1,0 +1,1 @@
+"""Training: images, fine-tuning, attention transfer and plans."""
