@@ -14,10 +14,9 @@ from timm.layers import Attention
 from timm.models import save_for_hf
 
 import timm_vix
-from timm_vix.conversion.convert import attention_slots
+from timm_vix.conversion.convert import attention_sites
 from timm_vix.conversion.replace import remove_hook
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._slot import AttentionMixer
 
 # 16 landmarks on a 4x4 grid and no ridge: Nyström attention is then softmax attention
 EXACT = dict(num_landmarks=16, ridge=0.0, pinv_iterations=60)
@@ -119,7 +118,7 @@ def test_a_residual_convolution_begins_as_nothing_and_learns():
     assert distance(local(x), plain(x)) < 1e-6
     local(x).square().sum().backward()
     # the last block's class token, which is classified, sees no patch's convolution
-    assert all(block.attn.conv.weight.grad.abs().max() > 0 for block in local.blocks[:-1])
+    assert all(block.attn.core.conv.weight.grad.abs().max() > 0 for block in local.blocks[:-1])
 
 
 def test_a_model_of_ours_whose_mixer_was_overridden_is_refused():
@@ -154,7 +153,7 @@ def test_there_and_back(mixer):
     y = model(x)
     few = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}}
     timm_vix.convert(model, mixer, **few.get(mixer, {}))
-    if issubclass(MIXERS[mixer], AttentionMixer):
+    if MIXERS[mixer].supports_rotary:
         assert all(dict(model.named_parameters())[name] is p for name, p in weights.items()), "weights are shared"
     if mixer == "softmax":
         with pytest.raises(ValueError, match="nothing to revert"):
@@ -344,7 +343,7 @@ def test_dropped_patches_are_refused():
 def test_parallel_blocks_and_features():
     model = vit("vit_small_patch16_18x2_224", depth=2)
     timm_vix.convert(model, "nystrom", "last-1", num_landmarks=4)
-    slots = attention_slots(model)
+    slots = attention_sites(model)
     assert [len(block) for block in slots] == [2, 2]
     assert [type(getattr(s.parent, s.name)).__name__ for block in slots for s in block] == ["Attention"] * 2 + [
         "NystromAttention"
@@ -373,7 +372,7 @@ def test_by_name_it_is_the_same_model(deit):
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "softmax"])
 @pytest.mark.parametrize("host", [vit, eva])
 def test_saved_and_loaded_it_is_the_same_function(host, mixer, safe, tmp_path):
-    if host is eva and not issubclass(MIXERS[mixer], AttentionMixer):
+    if host is eva and not MIXERS[mixer].supports_rotary:
         return
     model = host()
     timm_vix.convert(
@@ -389,7 +388,7 @@ def test_saved_and_loaded_it_is_the_same_function(host, mixer, safe, tmp_path):
         f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=3, img_size=(56, 70) if host is eva else (32, 40)
     )
     assert other(images(other)).isfinite().all()
-    if issubclass(MIXERS[mixer], AttentionMixer):
+    if MIXERS[mixer].supports_rotary:
         timm_vix.revert(loaded)
         timm_vix.revert(model)
         assert torch.equal(loaded(x), model(x))

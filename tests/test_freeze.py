@@ -121,7 +121,7 @@ def test_a_converted_model_keeps_its_task(tmp_path) -> None:
     timm_vix.convert(model, "linformer", layers="last-2", num_proj_tokens=4)
     timm_vix.freeze_except(model, "mixer")
     timm_vix.save_delta(train(model, 1), tmp_path / "delta.safetensors")
-    assert set(load_file(tmp_path / "delta.safetensors")) == {f"blocks.{i}.attn.token_proj" for i in (1, 2)}
+    assert set(load_file(tmp_path / "delta.safetensors")) == {f"blocks.{i}.attn.core.token_proj" for i in (1, 2)}
     other = vit()
     timm_vix.convert(other, "linformer", layers="last-2", num_proj_tokens=4)
     timm_vix.load_delta(other, tmp_path / "delta.safetensors")

@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
 from timm_vix.mixers import MIXERS
-from timm_vix.models.checkpoints import own_keys
+from timm_vix.models.checkpoints import mixer_keys, stem_keys
 from timm_vix.stems import STEMS
 
 # Written out, so that a name can't get lost: family, sizes, sizes with rotary positions.
@@ -231,7 +231,7 @@ def test_inherited_weights_are_those_of_the_file(name, deit, caplog):
     with caplog.at_level(logging.WARNING):
         model = converted(name, deit)
     weights, state = load_file(deit), model.state_dict()
-    own = own_keys(model)
+    own = mixer_keys(model) | stem_keys(model)
     inherited = set(state) - own
     assert inherited <= set(weights)
     assert all(torch.equal(state[key], weights[key]) for key in inherited)
@@ -253,7 +253,7 @@ def test_own_weights_keep_their_initial_value(name, deit):
     model = converted(name, deit)
     torch.manual_seed(3)
     state = timm.create_model(name).state_dict()
-    assert all(torch.equal(model.state_dict()[key], state[key]) for key in own_keys(model))
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in (mixer_keys(model) | stem_keys(model)))
 
 
 @pytest.mark.parametrize("name", ["vix_nystrom_tiny", "vix_mixer_tiny", "hybrid_vil_tiny", "vix_performer_tiny_rope"])

@@ -4,6 +4,7 @@ import csv
 import errno
 import importlib.util
 import json
+import math
 import os
 import sys
 import tarfile
@@ -78,9 +79,9 @@ def test_nothing_approximates_with_as_many_tokens_as_there_are(patch_size):
     for system in example.SYSTEMS:
         model = timm.create_model(system, device="meta", **example.patched(system, patch_size))
         few = {
-            module.cells[0] * module.cells[1] if hasattr(module, "cells") else module.num_proj_tokens
+            min(module.num_landmarks, tokens) if hasattr(module, "num_landmarks") else math.prod(module.regions)
             for module in model.modules()
-            if hasattr(module, "cells") or hasattr(module, "num_proj_tokens")
+            if hasattr(module, "num_landmarks") or hasattr(module, "regions")
         }
         assert not few or max(few) == min(64, tokens // 4), system
 

@@ -7,7 +7,6 @@
 from . import models
 from .conversion.convert import convert, revert
 from .conversion.freeze import freeze_except, load_delta, save_delta
-from .conversion.replace import swap_attention
 
 __version__ = "0.1.0"
-__all__ = ["convert", "freeze_except", "load_delta", "models", "revert", "save_delta", "swap_attention"]
+__all__ = ["convert", "freeze_except", "load_delta", "models", "revert", "save_delta"]

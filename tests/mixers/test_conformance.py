@@ -10,7 +10,7 @@ from conftest import LAYOUTS, VARIANTS, distance, image, small
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
-from timm_vix.mixers import _folded, _windows
+from timm_vix.mixers import _fused, _windows
 
 TRAITS = [
     {"qk_norm": True},
@@ -73,7 +73,7 @@ def test_what_a_long_sequence_computes_again_is_the_same(mixer, rope, options, m
     x = image(model)
     found = []
     for long in (1, 10**9):
-        for module in (_folded, _windows):
+        for module in (_fused, _windows):
             monkeypatch.setattr(module, "LONG", long)
         torch.manual_seed(1)
         found.append(gradients(model, x))

@@ -18,20 +18,17 @@ from torch import nn
 
 from .._checks import check_choice
 from .._files import one_line, write_whole
-from ..mixers._slot import AttentionMixer, TokenMixer
-from ..models._projected import ProjectedMixer
-from .convert import recorded_options, source_of
+from ..mixers._mechanism import MechanismHost
+from .convert import source_of
 from .replace import REPLACEABLE
 
 PARTS = ("attention", "mlp", "mixer", "head")
-MECHANISMS = (TokenMixer, ProjectedMixer)
+MECHANISMS = (MechanismHost,)
 # by class, or by the name that timm gives its place: hierarchical models have classes of their own
 PLACES: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
     "attention": ((*MECHANISMS, *REPLACEABLE), ("attn", "attn_downsample")),
     "mlp": ((Mlp, GluMlp, SwiGLU), ("mlp",)),
 }
-# what a mixer takes over from the attention that it replaces
-INHERITED = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias", "q_norm", "k_norm", "norm", "gate", "proj")
 MOMENTS_BYTES = 8  # AdamW keeps two float32 numbers for each parameter that trains
 FORMAT = "timm_vix delta 1"
 ROWS = ("weight", "bias")  # of a classifier: one for each class
@@ -113,12 +110,7 @@ def parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
         return head
     mixers = [m for m in model.modules() if isinstance(m, MECHANISMS)]
     if part == "mixer":
-        return [
-            parameter
-            for mixer in mixers
-            for name, parameter in mixer.named_parameters()
-            if not (isinstance(mixer, AttentionMixer) and name.split(".")[0] in INHERITED)
-        ]
+        return [parameter for mixer in mixers for parameter in mixer.core.parameters()]
     classes, names = PLACES[part]
     # an MLP over tokens is a mixer's
     others = {id(m) for mixer in mixers for m in mixer.modules()} if part == "mlp" else set()
@@ -170,7 +162,7 @@ def architecture(model: nn.Module) -> str:
 def mixers_of(model: nn.Module) -> dict[str, Any]:
     """Class and keywords of each mixer, by path: two models may have the same weights and another function."""
     return {
-        path: [type(module).__name__, recorded_options(module) if isinstance(module, TokenMixer) else module.options()]
+        path: [type(module.core).__name__, module.core.config()]
         for path, module in model.named_modules()
         if isinstance(module, MECHANISMS)
     }

@@ -24,11 +24,11 @@ from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
 from .._checks import check_choice
-from ..mixers._slot import Grid
+from ..conversion.replace import no_decay_names
+from ..mixers._layout import Grid
 from ._convolutional import Stage, embed_padding, to_image
-from ._projected import projected_options
-from .checkpoints import adopt, own_keys, tensors_of
-from .vit import build_xformer, check_sizes, overridden
+from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
+from .vit import build_xformer, check_sizes, overridden, projected_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(
@@ -53,7 +53,7 @@ class ConvolutionalXformer(nn.Module):
     """CvT with a token mixer chosen by name.
 
     Args:
-        mixer: "softmax", "nystrom" or "performer".
+        mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values.
         projection: "conv" or "linear": of queries, keys and values.
         key_stride: stride of the convolutions of keys and values.
         embed_strides: of the three embeddings; the first is the patch size of other models.
@@ -90,7 +90,7 @@ class ConvolutionalXformer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        options = projected_options(mixer, kwargs)
+        keywords = projected_keywords(mixer, kwargs)
         if kwargs:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(kwargs)}")
         check_choice("projection", projection, ("conv", "linear"))
@@ -126,7 +126,7 @@ class ConvolutionalXformer(nn.Module):
                 )
             stage = Stage(
                 before, embed_dims[i], kernel, stride, depths[i], class_token and i == 2, rates[i],
-                num_heads=num_heads[i], grid=(height, width), mixer=mixer, options=options, projection=projection,
+                num_heads=num_heads[i], grid=(height, width), mixer=mixer, keywords=keywords, projection=projection,
                 key_stride=key_stride, qkv_bias=qkv_bias, mlp_ratio=mlp_ratio, drop=proj_drop_rate, **dd,
             )  # fmt: skip
             setattr(self, f"stage{i}", stage)
@@ -151,7 +151,7 @@ class ConvolutionalXformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"stage2.cls_token"}
+        return {"stage2.cls_token"} | no_decay_names(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -254,7 +254,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ConvolutionalXformer
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
     state_dict = tensors_of(state_dict)
-    return adopt(state_dict, model, bool(own_keys(model) & state_dict.keys()), set())
+    new = new_keys(state_dict, model)
+    ours = bool(mixer_keys(model) & state_dict.keys())
+    return complete_checkpoint(state_dict, model, new, ours)
 
 
 def create_convolutional(

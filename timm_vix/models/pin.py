@@ -23,10 +23,13 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock
 from torch import nn
 
 from .._checks import check_choice, check_integer
-from ..conversion.replace import mixer_options, swap_attention, undecayed
+from ..conversion.layers import Layers, layer_mixers
+from ..conversion.replace import no_decay_names, replace_attention
+from ..mixers import MIXERS
+from ..mixers._layout import TokenLayout
 from ..stems import STEMS
-from .checkpoints import adopt, recognise, tensors_of
-from .vit import BLOCKS, build_xformer, check_sizes, first_convolution, overridden, refuse_foreign_options
+from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
+from .vit import BLOCKS, build_xformer, check_sizes, first_convolution, overridden, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
@@ -41,6 +44,7 @@ class PoolingXformer(PoolingVisionTransformer):
 
     Args:
         mixer: a name in ``MIXERS``.
+        layers: the blocks that have it, counted over all stages, as for ``timm_vix.convert``.
         stem: "linear", PiT's own overlapping patches, or another stem, whose patches are ``stride`` pixels wide.
         rope: None, "axial" or "1d": rotary positions, in addition to PiT's learned ones.
         block: "sequential", or "parallel": the layers of a stage two by two side by side, as in ``VisionXformer``, and
@@ -60,6 +64,7 @@ class PoolingXformer(PoolingVisionTransformer):
         stride: int = 8,
         in_chans: int = 3,
         mixer: str = "softmax",
+        layers: Layers = "all",
         stem: str = "linear",
         rope: Optional[str] = None,
         block: str = "sequential",
@@ -68,8 +73,8 @@ class PoolingXformer(PoolingVisionTransformer):
         # the last normalisation of a hierarchical MLP is for tokens; PiT embeds patches as a map
         check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
         check_choice("block", block, tuple(BLOCKS))
-        mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
-        refuse_foreign_options(mixer, kwargs)
+        check_choice("mixer", mixer, tuple(MIXERS))
+        keywords = take_keywords(kwargs)
         check_sizes(img_size, 1, False)
         check_integer("patch_size", patch_size, 1)
         check_integer("stride", stride, 1)
@@ -92,16 +97,17 @@ class PoolingXformer(PoolingVisionTransformer):
             )
             self.pos_embed = nn.Parameter(torch.empty(1, width, *self.patch_embed.grid_size, **dd))
             trunc_normal_(self.pos_embed, std=0.02)
-        grid, stages = self.patch_embed.grid_size, []
+        grid, stages = tuple(self.patch_embed.grid_size), []
         for i, stage in enumerate(self.transformers):
             if i:
                 grid = ((grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1)
-            stages.append((stage, grid, self.num_tokens))
-        swap_attention(self, mixer, rope, stages, **mine)
+            stages.append((stage.blocks, TokenLayout(self.num_tokens, grid)))
+        depth = sum(len(blocks) for blocks, _ in stages)
+        replace_attention(stages, self, layer_mixers(layers, depth, mixer, keywords), rope)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | undecayed(self)
+        return super().no_weight_decay() | no_decay_names(self)
 
 
 def side_by_side(layers: list[Block]) -> ParallelThingsBlock:
@@ -122,12 +128,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict, found = recognise(pit_checkpoint_filter_fn(tensors_of(state_dict), model), model)
+    state_dict, found = split_checkpoint(pit_checkpoint_filter_fn(tensors_of(state_dict), model), model)
     positions = state_dict.get("pos_embed")
     if positions is not None and positions.ndim == 4 and positions.shape != model.pos_embed.shape:
         size = model.pos_embed.shape[2:]
         state_dict["pos_embed"] = nn.functional.interpolate(positions, size, mode="bicubic", antialias=True)
-    return adopt(state_dict, model, **found)
+    return complete_checkpoint(state_dict, model, **found)
 
 
 def create_pooling(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> PoolingXformer:

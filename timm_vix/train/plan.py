@@ -23,8 +23,9 @@ from .._checks import check_choice
 from .._device import find_device, versions
 from .._files import one_line, write_whole
 from ..benchmark.figures import agreement_over_cost, png
-from ..conversion.convert import attention_slots, layer_mixers
+from ..conversion.convert import attention_sites
 from ..conversion.freeze import architecture, fingerprint
+from ..conversion.layers import layer_mixers
 from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer
 from .images import Images, find_unlabelled, normaliser, transforms
@@ -126,7 +127,7 @@ def plan_layers(
         raise ValueError(f"source={source} has mixers already; a plan starts from a softmax model")
     if not model.num_classes:
         raise ValueError(f"source={source} has no classifier, so there are no predictions that could agree")
-    attention_slots(model)
+    attention_sites(model)
     found = find_unlabelled(Path(data_dir))
     spread = [found[i * len(found) // min(images, len(found))] for i in range(min(images, len(found)))]
     resize, _, plain = transforms(config, "none", 0.0)
@@ -365,7 +366,7 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
         raise ValueError(f"{path} cannot be read as a plan: {one_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("layers"), dict):
         raise ValueError(f"{path} is no plan; expected a file of timm-vix plan")
-    depth = len(attention_slots(model))
+    depth = len(attention_sites(model))
     if (content.get("architecture"), content.get("depth")) != (architecture(model), depth):
         raise ValueError(
             f"{path} is a plan for {content.get('architecture')} with {content.get('depth')} layers; "

@@ -1,4 +1,4 @@
-"""Attention folded into its projections, against attention that projects first; long sequences keep less."""
+"""Attention fused with its projections, against attention that projects first; long sequences keep less."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import distance, image, small
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import prune
 
-from timm_vix.mixers import _folded
+from timm_vix.mixers import _fused
 
 B, N, H, D, M = 2, 37, 3, 8, 5
 C = H * D
@@ -18,10 +18,10 @@ def tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
 
 
-def folded(x, q, k, v, bias, w, b, dropout=0.0):
-    """Both folded attentions, as one list of outputs."""
-    read = _folded.all_ask_few(x, k, v, bias, w[0], b[0], w[3], b[3], dropout)
-    return [read, _folded.few_ask_all(x, q, w[1], w[2], b[2])]
+def fused(x, q, k, v, bias, w, b, dropout=0.0):
+    """Both fused attentions, as one list of outputs."""
+    read = _fused.fused_attend_to(x, k, v, bias, w[0], b[0], w[3], b[3], dropout)
+    return [read, _fused.fused_attend_from(x, q, w[1], w[2], b[2])]
 
 
 def projected(x, q, k, v, bias, w, b):
@@ -37,9 +37,9 @@ def gradients(outputs, inputs):
 
 @pytest.mark.parametrize("long", [1, 10**9], ids=["long", "short"])
 def test_equals_projecting_first(long, monkeypatch):
-    monkeypatch.setattr(_folded, "LONG", long)
+    monkeypatch.setattr(_fused, "LONG", long)
     inputs = tensors()
-    outputs, expected = folded(**inputs), projected(**inputs)
+    outputs, expected = fused(**inputs), projected(**inputs)
     for y, right in zip(outputs, expected):
         assert distance(y, right) < 1e-12
     for name, ours, right in zip(inputs, gradients(outputs, inputs), gradients(expected, inputs)):
@@ -50,19 +50,19 @@ def test_a_long_sequence_drops_the_same_weights_again(monkeypatch):
     inputs = tensors()
     found = []
     for long in (1, 10**9):
-        monkeypatch.setattr(_folded, "LONG", long)
+        monkeypatch.setattr(_fused, "LONG", long)
         torch.manual_seed(1)
-        outputs = folded(**inputs, dropout=0.5)
+        outputs = fused(**inputs, dropout=0.5)
         found.append([*outputs, *gradients(outputs, inputs)])
     assert all(torch.equal(ours, right) for ours, right in zip(*found))
 
 
 @pytest.mark.parametrize("long, kept", [(1, False), (10**9, True)], ids=["long", "short"])
 def test_attention_weights_are_kept_for_short_sequences_only(long, kept, monkeypatch):
-    monkeypatch.setattr(_folded, "LONG", long)
+    monkeypatch.setattr(_fused, "LONG", long)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        folded(**tensors())
+        fused(**tensors())
     assert (B * N * H * M in saved) == kept
 
 
@@ -86,15 +86,15 @@ CALLS = {
 
 
 @pytest.mark.parametrize("mixer", ["linformer", "nystrom"])
-@pytest.mark.parametrize("watch", CALLS)
-def test_projections_that_somebody_watches_are_called(watch, mixer):
+@pytest.mark.parametrize("attach", CALLS)
+def test_projections_with_hooks_are_called(attach, mixer):
     few = {"linformer": "num_proj_tokens", "nystrom": "num_landmarks"}[mixer]
     model = small(mixer, depth=1, **{few: 4})
     attn, calls, x = model.blocks[0].attn, [], image(model)
-    assert attn.folds(5, None)
+    assert attn.can_fuse_projections(5, None)
     expected = model(x)
     for linear in (attn.qkv, attn.proj):
-        CALLS[watch](linear, calls)
+        CALLS[attach](linear, calls)
     y = model(x)
     y.sum().backward()
     assert distance(y, expected) < 1e-5
