@@ -15,7 +15,6 @@ from timm.models import save_for_hf
 
 import timm_vix
 from timm_vix.conversion.convert import attention_sites
-from timm_vix.conversion.replace import remove_hook
 from timm_vix.mixers import MIXERS
 
 # 16 landmarks on a 4x4 grid and no ridge: Nyström attention is then softmax attention

@@ -11,7 +11,11 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models._features_fx import GraphExtractNet
 
-from timm_vix.models._projected import PROJECTED
+from timm_vix.mixers import MIXERS
+from timm_vix.mixers._layout import TokenLayout
+from timm_vix.mixers._mechanism import AttentionMechanism, AttentionShape
+
+PROJECTED = {name: kind for name, kind in MIXERS.items() if issubclass(kind, AttentionMechanism)}
 
 MIXER = {"cvn": "nystrom", "cvp": "performer", "cvt": "softmax"}
 NAMES = [f"{family}_{size}" for family in MIXER for size in ("cifar", "13")]
@@ -140,10 +144,10 @@ def test_attention_is_the_formula_at_the_exact_limit(mixer, projection):
 def test_few_landmarks_are_nystroms_formula(num_prefix_tokens, key_grid, ridge):
     """F (V~ + (A^T A + r I)^-1 A^T (O - A V~)) with landmarks averaged by a loop, values wider than keys."""
     P, query_grid, cells = num_prefix_tokens, (8, 6), (2, 2)
-    core = PROJECTED["nystrom"](
-        torch.empty(0, dtype=torch.float64), 5, 7, (query_grid, key_grid), P, 4, pinv_iterations=60, ridge=ridge
-    )
-    assert core.cells == cells
+    queries, keys = TokenLayout(P, query_grid), TokenLayout(P, key_grid)
+    shape = AttentionShape(15, 3, 5, 7, queries, keys)
+    core = PROJECTED["nystrom"](shape, 4, pinv_iterations=60, ridge=ridge)
+    assert core.cells(key_grid) == cells
     counts = [P + grid[0] * grid[1] for grid in (query_grid, key_grid, key_grid)]
     q, k, v = (
         torch.randn(2, 3, n, width, dtype=torch.float64, requires_grad=True)

@@ -9,7 +9,10 @@ from conftest import distance, lively
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from timm_vix.models._projected import PROJECTED
+from timm_vix.mixers import MIXERS
+from timm_vix.mixers._mechanism import AttentionMechanism
+
+PROJECTED = {name: kind for name, kind in MIXERS.items() if issubclass(kind, AttentionMechanism)}
 
 NAMES = ["levin_cifar", "levin_128s", "levip_cifar", "levip_128s"]
 SHAPE = dict(img_size=(80, 48), embed_dim=(32, 64), key_dim=8, num_heads=(2, 4), depth=(1, 2), num_classes=5)

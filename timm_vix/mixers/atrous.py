@@ -18,8 +18,8 @@ number for it, so there windows are computed in float32. Windows are equal and t
 little is padded; padding is masked. Prefix tokens attend to all tokens. All branches share queries, keys and values,
 which are a ViT's.
 
-*Pays:* one attention layer of ViT-Ti is 0.46, 0.71, 1.05 and 3.3 times as fast as with softmax through SDPA at 197, 577,
-1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
+*Pays:* one attention layer of ViT-Ti is 0.46, 0.71, 1.05 and 3.3 times as fast as with softmax through SDPA at 197,
+577, 1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
 (``examples/results/mixers.csv``).
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, A = B·h, G windows of L patches.

@@ -27,9 +27,9 @@ whose last term is the same for all keys, so it cancels, and c^T k is known: the
 u is the mean of the keys under the weights exp(c^T k), what the mean query sees.
 
 Learned features can start where a trained model's queries and keys are (``init_from_inputs``) instead of anywhere. A
-feature tells most about a pair at w = q + k, where the integrand exp(w^T (q + k) - (|q|^2 + |k|^2 + |w|^2) / 2) is largest; so
-they start at such sums for pairs that attend to each other, a little shrunk, with -|w|^2 / 2 as the log of their
-weights.
+feature tells most about a pair at w = q + k, where the integrand exp(w^T (q + k) - (|q|^2 + |k|^2 + |w|^2) / 2) is
+largest. So they start at such sums for pairs that attend to each other, a little shrunk, with -|w|^2 / 2 as the log of
+their weights.
 
 *Pays:* one attention layer of ViT-Ti is 0.95, 1.47, 2.2 and 6.1 times as fast as with softmax through SDPA at 197, 577,
 1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads

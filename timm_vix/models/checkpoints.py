@@ -1,7 +1,7 @@
-"""Checkpoints of models whose attention was replaced: our own as they are, a softmax ViT's with new weights for the rest.
+"""Checkpoints of models whose attention was replaced: our own as they are, a softmax ViT's with new weights beside.
 
-Keys are those of the softmax model wherever a slot took over its weights, so that both fit. What a model adds falls into
-groups, its mixers and its stem; a group of which a checkpoint has no key at all keeps its initial weights.
+Keys are those of the softmax model wherever a slot took over its weights, so that both fit. What a model adds falls
+into groups, its mixers and its stem; a group of which a checkpoint has no key at all keeps its initial weights.
 """
 
 import logging
