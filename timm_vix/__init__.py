@@ -6,7 +6,8 @@
 
 from . import models
 from .conversion.convert import convert, revert
-from .conversion.freeze import freeze_except, load_delta, save_delta
+from .conversion.delta import load_delta, save_delta
+from .conversion.freeze import freeze_except
 from .conversion.replace import swap_attention
 
 __version__ = "0.1.0"

@@ -24,7 +24,7 @@ from .._device import find_device, versions
 from .._files import one_line, write_whole
 from ..benchmark.figures import agreement_over_cost, png
 from ..conversion.convert import attention_slots, layer_mixers
-from ..conversion.freeze import architecture, fingerprint
+from ..conversion.delta import architecture, fingerprint
 from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer
 from .images import Images, find_unlabelled, normaliser, transforms
