@@ -26,7 +26,7 @@ from ..mixers.atrous import check_dilations
 from .convert import recorded_options, source_of
 from .freeze import MECHANISMS, PARTS, classifiers, unfrozen_tensors, unwrapped_name
 
-FORMAT = "timm_vix delta 2"
+FORMAT = "timm_vix delta 2"  # a mechanism with a further keyword needs another format: files of this one lack it
 ROWS = ("weight", "bias")  # of a classifier: one for each class
 # from the finest to the coarsest
 DTYPES = dict(float64=torch.float64, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
@@ -221,11 +221,12 @@ def difference(saved: Description, model: nn.Module, frozen: dict[str, torch.Ten
         return f"of {saved.architecture}; this one is {architecture(model)}"
     if saved.pooling not in (None, pooling(model)):
         return f"it pools by global_pool={saved.pooling!r}; this one by {pooling(model)!r}"
-    here = mechanisms_of(model)
-    for path in sorted({*saved.mechanisms, *here}):
-        there, mine = saved.mechanisms.get(path), here.get(path)
-        if there != mine:
-            return f"its mixers differ: {path} is {in_words(there, mine)} in the file and {in_words(mine, there)} here"
+    mechanisms = mechanisms_of(model)
+    for path in sorted({*saved.mechanisms, *mechanisms}):
+        theirs, ours = saved.mechanisms.get(path), mechanisms.get(path)
+        if theirs != ours:
+            theirs_in_words, ours_in_words = in_words(theirs, ours), in_words(ours, theirs)
+            return f"its mixers differ: {path} is {theirs_in_words} in the file and {ours_in_words} here"
     finest = min(saved.backbone, key=list(DTYPES).index)
     coarser = max(finest, dtype_of(frozen), key=list(DTYPES).index)
     if saved.backbone.get(coarser) != fingerprint(frozen, DTYPES[coarser]):
@@ -247,11 +248,11 @@ def in_words(mechanism: Optional[list[Any]], other: Optional[list[Any]]) -> str:
     return f"{name}({', '.join(differing)})"
 
 
-def read_delta(path: Union[str, Path], here: dict[str, list[Any]]) -> tuple[Description, dict[str, torch.Tensor]]:
+def read_delta(path: Union[str, Path], mechanisms: dict[str, list[Any]]) -> tuple[Description, dict[str, torch.Tensor]]:
     """The description of a delta's model, and the delta's tensors.
 
     Args:
-        here: ``mechanisms_of`` the model that is to take the delta.
+        mechanisms: ``mechanisms_of`` the model that is to take the delta.
 
     Raises:
         ValueError: for a file that is no delta.
@@ -266,7 +267,7 @@ def read_delta(path: Union[str, Path], here: dict[str, list[Any]]) -> tuple[Desc
         raise ValueError(f"{path} is no delta; expected a file of timm_vix.save_delta")
     try:
         if metadata["format"] == FORMAT_1:
-            return from_format_1(metadata, here), tensors
+            return from_format_1(metadata, mechanisms), tensors
         saved = Description(*(json.loads(metadata[name]) for name in Description._fields))
         forms = [[str(name), dict(config)] for name, config in saved.mechanisms.values()]
         dtypes = set(saved.backbone)
@@ -277,12 +278,12 @@ def read_delta(path: Union[str, Path], here: dict[str, list[Any]]) -> tuple[Desc
         raise ValueError(f"{path} is a damaged delta: its metadata cannot be read: {one_line(error)}") from error
 
 
-def from_format_1(metadata: dict[str, str], here: dict[str, list[Any]]) -> Description:
-    """The description in a file of format 1; keywords that came later are taken to be as they are ``here``."""
+def from_format_1(metadata: dict[str, str], current: dict[str, list[Any]]) -> Description:
+    """The description in a file of format 1; keywords that it doesn't know are those of the ``current`` mechanisms."""
     mechanisms = {}
     for place, (class_name, options) in json.loads(metadata["mixers"]).items():
         path, name = place.removesuffix(".core"), FORMAT_1_NAMES.get(class_name, class_name)
-        later = here[path][1] if path in here and here[path][0] == name else {}
+        later = current[path][1] if path in current and current[path][0] == name else {}
         given = {keyword: value for keyword, value in options.items() if value is not None}
         config = {**later, **FORMAT_1_DEFAULTS.get(name, {}), **given}
         if name == "atrous":
