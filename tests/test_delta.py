@@ -430,3 +430,38 @@ def test_a_file_of_the_first_format_loads(mixer: str, class_name: str, recorded:
     as_format_1(path, "deit_tiny_patch16_224", old, backbone)
     with pytest.raises(ValueError, match="frozen weights of its deit_tiny_patch16_224 differ"):
         timm_vix.load_delta(model, path)
+
+
+@pytest.mark.parametrize(
+    "name, class_name, recorded",
+    [
+        (
+            "levin_cifar",
+            "ProjectedNystrom",
+            dict(num_landmarks=9, pinv_iterations=8, ridge=0.01, conv_residual=False),
+        ),
+        ("cvp_cifar", "ProjectedPerformer", dict(num_features=64, feature_seed=0)),
+    ],
+)
+def test_a_file_of_the_first_format_loads_into_a_convolutional_host(
+    name: str, class_name: str, recorded: dict, tmp_path
+) -> None:
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model(name, num_classes=5, **recorded).eval()
+
+    path = tmp_path / "delta.safetensors"
+    model = build()
+    timm_vix.freeze_except(model, "head")
+    timm_vix.save_delta(train(model, 3), path)
+    backbone = {n: p for n, p in build().named_parameters() if not n.startswith("head")}
+    cores = [path for path, _ in build().named_modules() if path.endswith(".core")]
+    as_format_1(path, name, {core: [class_name, recorded] for core in cores}, backbone)
+    other = build()
+    assert not torch.equal(answer(other), answer(model))
+    timm_vix.load_delta(other, path)
+    assert torch.equal(answer(other), answer(model))
+    wrong = {core: [class_name, {**recorded, next(iter(recorded)): 4}] for core in cores}
+    as_format_1(path, name, wrong, backbone)
+    with pytest.raises(ValueError, match=f"{next(iter(recorded))}=4. in the file"):
+        timm_vix.load_delta(other, path)

@@ -284,9 +284,10 @@ def from_format_1(metadata: dict[str, str], current: dict[str, list[Any]]) -> De
     for place, (class_name, options) in json.loads(metadata["mixers"]).items():
         path, name = place.removesuffix(".core"), FORMAT_1_NAMES.get(class_name, class_name)
         later = current[path][1] if path in current and current[path][0] == name else {}
+        defaults = {keyword: value for keyword, value in FORMAT_1_DEFAULTS.get(name, {}).items() if keyword in later}
         given = {keyword: value for keyword, value in options.items() if value is not None}
-        config = {**later, **FORMAT_1_DEFAULTS.get(name, {}), **given}
-        if name == "atrous":
+        config = {**later, **defaults, **given}
+        if "dilations" in config:
             config["dilations"] = check_dilations(config["dilations"])
         mechanisms[path] = [name, config]
     # the dtype of the checksum is not in the file, so it may be that of any model
