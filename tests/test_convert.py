@@ -120,19 +120,30 @@ def test_a_residual_convolution_begins_as_nothing_and_learns():
     assert all(block.attn.core.conv.weight.grad.abs().max() > 0 for block in local.blocks[:-1])
 
 
-def test_a_model_of_ours_whose_mixer_was_overridden_is_refused():
-    model = timm.create_model("vix_nystrom_cifar", mixer="softmax", depth=1)
-    with pytest.raises(ValueError, match="vix_nystrom_cifar was created with mixer='softmax'"):
-        timm_vix.convert(model, "linformer")
-    timm_vix.convert(timm.create_model("vix_softmax_cifar", depth=1), "linformer")
-
-
-def test_torchscript_without_the_hook():
-    model = vit()
-    timm_vix.convert(model, "nystrom", num_landmarks=4)
-    remove_hook(model)
+def test_a_model_of_ours_whose_mixer_was_overridden_comes_back(tmp_path):
+    """Its own keywords and those of the conversion have the same names."""
+    model = timm.create_model("vix_nystrom_cifar", mixer="softmax", depth=2, img_size=8).eval()
+    timm_vix.convert(model, "linformer", layers=[1], num_proj_tokens=9)
     x = images(model)
-    assert distance(torch.jit.script(model)(x), model(x)) < 1e-6
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+    timm_vix.revert(again)
+    timm_vix.revert(model)
+    assert torch.equal(again(x), model(x))
+    assert again._model_args["mixer"] == "softmax" and "layers" not in again._model_args
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("host", [vit, eva, giant])
+def test_torchscript(host, mixer):
+    model = host()
+    if host is not vit and not MIXERS[mixer].supports_rotary and getattr(model, "rope", None) is not None:
+        return
+    timm_vix.convert(model, mixer)
+    model.set_input_size((24, 40))
+    x = torch.randn(2, 3, 24, 40)
+    assert distance(torch.jit.script(model)(x), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize("host", [vit, eva])

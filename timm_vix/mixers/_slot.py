@@ -61,6 +61,11 @@ class MixerSlot(MechanismHost):
         self.replaced: tuple[nn.Module, ...] = ()
 
     @property
+    def keys(self) -> TokenLayout:
+        """The layout of the tokens for which the slot was built."""
+        return TokenLayout(self.num_prefix_tokens, self.grid)
+
+    @property
     def num_tokens(self) -> int:
         """N at the grid for which the slot was built."""
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]

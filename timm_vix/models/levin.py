@@ -51,15 +51,15 @@ class ProjectedAttention(MechanismHost):
         super().__init__()
         self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
         self.qkv = attn.qkv
-        self.layout = TokenLayout(0, tuple(attn.resolution))
-        self.set_core(build_core(attn, self.qkv.linear.weight, self.layout, self.layout, mixer, keywords))
+        self.keys = TokenLayout(0, tuple(attn.resolution))
+        self.set_core(build_core(attn, self.qkv.linear.weight, self.keys, self.keys, mixer, keywords))
         self.proj = attn.proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, _ = x.shape
         qkv = self.qkv(x).unflatten(2, (self.num_heads, 2 * self.key_dim + self.val_dim)).transpose(1, 2)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
-        y = self.mix(q, k, v, self.layout, self.layout, x)
+        y = self.mix(q, k, v, self.keys, self.keys, x)
         return self.proj(y.transpose(1, 2).reshape(B, N, self.num_heads * self.val_dim))
 
 
