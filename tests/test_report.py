@@ -301,7 +301,7 @@ def test_what_a_table_says_is_text_and_no_markup(tmp_path) -> None:
     assert len([attributes for tag, attributes in elements if tag == "img" and evil in attributes["alt"]]) == 7
 
 
-def test_machines_are_apart_and_a_table_given_twice_counts_once(tmp_path) -> None:
+def test_each_machine_has_its_figures_and_a_table_given_twice_counts_once(tmp_path) -> None:
     paths = [
         write(tmp_path / f"{name}.csv", cost.COLUMNS, [dict(row, device_name=name) for row in costs()])
         for name in ("first", "second")
@@ -316,7 +316,7 @@ def test_machines_are_apart_and_a_table_given_twice_counts_once(tmp_path) -> Non
     assert next(row for row in cells if row[:2] == ["bad", "scratch"])[2] == "2"  # seeds
 
 
-def test_recipes_and_machines_of_a_comparison_are_apart(tmp_path) -> None:
+def test_each_recipe_and_machine_of_a_comparison_has_its_figures(tmp_path) -> None:
     others = [
         *[dict(row, recipe="lr=0.2", top1=50.0) for row in runs()],
         *[dict(row, device="cuda", device_name="a card", latency_p50_ms=0.5, top1=60.0) for row in runs()],
@@ -331,7 +331,7 @@ def test_recipes_and_machines_of_a_comparison_are_apart(tmp_path) -> None:
     assert "cuda (a card), threads: 2" in page.read_text()
 
 
-def test_a_failure_is_told_with_its_setting_and_not_after_another_attempt(tmp_path) -> None:
+def test_a_failure_is_shown_with_its_setting_and_not_after_another_attempt(tmp_path) -> None:
     failed = dict(cost_row("vit", 2048, 1.0, 1.0), latency_p50_ms=None, error="out of memory", mode="train")
     unfused = dict(failed, attention="unfused")
     run = dict(runs()[0], top1=None, threads=None, error="killed")
