@@ -153,7 +153,7 @@ def comparison_group(runs: list[list[Record]]) -> Group:
         rows.append([group[0]["model"], group[0]["start"], len(group), *means, *last])
     names = [run_name(group[0]) for group in runs]
     recipe = f"Recipe: {runs[0][0]['recipe']}"
-    return Group(title, "", figures, legend(names), table(COMPARE_COLUMNS, rows), recipe)
+    return Group(title, "", figures, legend(names) if figures else [], table(COMPARE_COLUMNS, rows), recipe)
 
 
 def cost_group(rows: list[Record]) -> Group:
