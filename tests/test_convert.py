@@ -31,6 +31,12 @@ def eva(**kwargs):
     return timm.create_model("eva02_tiny_patch14_224", **{**small, **kwargs}).eval()
 
 
+def giant(**kwargs):
+    """A host without positions of its own in attention, and with biases apart from the joint projection."""
+    small = dict(img_size=56, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    return timm.create_model("eva_giant_patch14_224", **{**small, **kwargs}).eval()
+
+
 def images(model, batch=2):
     return torch.randn(batch, 3, *model.patch_embed.img_size)
 
@@ -141,8 +147,10 @@ def test_torchscript(host, mixer):
     if host is not vit and not MIXERS[mixer].supports_rotary and getattr(model, "rope", None) is not None:
         return
     timm_vix.convert(model, mixer)
-    model.set_input_size((24, 40))
-    x = torch.randn(2, 3, 24, 40)
+    patch = model.patch_embed.patch_size[0]
+    size = (3 * patch, 5 * patch)
+    model.set_input_size(size)
+    x = torch.randn(2, 3, *size)
     assert distance(torch.jit.script(model)(x), model(x)) < 1e-5
 
 

@@ -159,7 +159,7 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
         >>> model = timm.create_model("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=True, img_size=518)
         >>> print(timm_vix.convert(model, "nystrom", layers="last-6", num_landmarks=64).table())
     """
-    check_keywords(mixer, ())
+    check_keywords(mixer, {})
     sites = attention_sites(model)
     layout = layout_of(model)
     wanted = layer_mixers(layers, len(sites), mixer, keywords)

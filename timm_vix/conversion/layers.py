@@ -51,5 +51,5 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any
     used = sorted({name for name, _ in found.values()})
     for name in used:
         others = set(keywords) - {name for mixer in used for name in mixer_keywords(mixer)}
-        check_keywords(name, sorted(others))
+        check_keywords(name, {keyword: keywords[keyword] for keyword in others})
     return dict(sorted(found.items()))

@@ -3,7 +3,7 @@
 The registered models, conversions and models that come back from the Hub all build their mixers here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -44,12 +44,12 @@ def mixer_keywords(mixer: str) -> list[str]:
     return MIXERS[mixer].keywords()
 
 
-def check_keywords(mixer: str, keywords: Iterable[str]) -> None:
+def check_keywords(mixer: str, keywords: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown mixer, or a keyword that it doesn't take."""
     allowed = mixer_keywords(mixer)
-    for name in keywords:
+    for name, value in sorted(keywords.items()):
         if name not in allowed:
-            raise ValueError(f"mixer={mixer!r} takes no {name}; it takes {', '.join(allowed) or 'no keywords'}")
+            raise ValueError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed) or 'no keywords'}")
 
 
 def mixer_name(module: nn.Module) -> str:

@@ -48,7 +48,7 @@ class LandmarkAttention(AttentionMechanism):
 
     zero_init = ("conv.weight",)
     # whether landmarks have queries, whose exact attention decides their values
-    needs_queries = False
+    needs_queries: torch.jit.Final[bool] = False
 
     def __init__(self, shape: AttentionShape, window_size: int, conv_residual: bool = False) -> None:
         super().__init__(shape)

@@ -45,8 +45,9 @@ class Mixer(nn.Module):
         ValueError: where the mixer can't honour what the host asks for.
     """
 
-    # the name in errors
+    # the name in errors and in the documentation of models, and the paper
     title = "this token mixer"
+    source = ""
     # whether tokens must be the whole patch grid, so that none may be dropped
     uses_grid = True
     # whether attention weights can be dropped, and masked or made causal
@@ -104,9 +105,16 @@ class AttentionMechanism(Mixer):
     """
 
     needs_tokens = False
+    # whether queries and keys must be the same tokens, and values as wide as these
+    needs_self_attention = False
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__(shape)
+        if self.needs_self_attention and (shape.queries != shape.keys or shape.head_dim != shape.value_dim):
+            raise ValueError(
+                f"{self.title} needs queries and keys on one grid and values as wide as these; here the grids are "
+                f"{shape.queries.grid} and {shape.keys.grid}, the widths {shape.head_dim} and {shape.value_dim}"
+            )
         self.dropout = float(shape.dropout)
 
     def init_from_inputs(self, q: torch.Tensor, k: torch.Tensor) -> None:

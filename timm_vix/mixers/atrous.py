@@ -164,8 +164,10 @@ class AtrousAttention(AttentionMechanism):
     """
 
     title = "atrous attention"
+    source = "after Ibtehaz et al. 2024, arXiv 2403.04200"
     supports_dropout = False
     needs_tokens = True
+    needs_self_attention = True
     candidates = ({},)
 
     def __init__(
@@ -175,11 +177,6 @@ class AtrousAttention(AttentionMechanism):
         window_size: int = DEFAULT_WINDOW,
     ) -> None:
         super().__init__(shape)
-        if shape.queries != shape.keys or shape.head_dim != shape.value_dim:
-            raise ValueError(
-                "atrous attention needs queries and keys on one grid and values as wide as these; here the grids are "
-                f"{shape.queries.grid} and {shape.keys.grid}, the widths {shape.head_dim} and {shape.value_dim}"
-            )
         self.dilations = check_dilations(dilations)
         check_integer("window_size", window_size, 1)
         self.window_size = window_size

@@ -62,6 +62,7 @@ class FourierMixing(TokenMixing):
     """FNet's mixing sub-layer."""
 
     title = "Fourier mixing"
+    source = "Lee-Thorp et al. 2021, arXiv 2105.03824"
     uses_grid = False
 
     def forward(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:

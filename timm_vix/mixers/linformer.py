@@ -64,7 +64,8 @@ class LinformerAttention(LandmarkAttention):
         ValueError: for a wrong keyword, naming what is allowed.
     """
 
-    title = "Linformer"
+    title = "Linformer attention"
+    source = "Wang et al. 2020, arXiv 2006.04768"
     token_counts = ("num_proj_tokens",)
     candidates = ({}, {"window_size": 2}, {"window_size": 4})
     grid_parameters = {"token_proj": resample_reading}

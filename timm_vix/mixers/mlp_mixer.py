@@ -38,6 +38,7 @@ class TokenMlp(TokenMixing):
     """
 
     title = "a token MLP"
+    source = "Tolstikhin et al. 2021, arXiv 2105.01601"
     grid_parameters = {
         "read_patches": resample_reading,
         "write_patches": resample_writing,

@@ -49,15 +49,17 @@ def newton_inverse(M: torch.Tensor, lowest: float, iterations: int) -> torch.Ten
     Schreiber 1991, "An improved Newton iteration for the generalized inverse of a matrix", section 4).
     """
     eye = torch.eye(M.shape[1], device=M.device, dtype=M.dtype)
-    norm = M.abs().sum(2, keepdim=True).amax(1, keepdim=True)
-    # with a ridge near zero the lowest eigenvalue is unknown, and this one is as good as any
-    low = max(lowest, 1e-3) / norm
-    Z = eye / norm
-    for _ in range(iterations - 1):
-        a = 2.0 / (1.0 + low)
-        Z = a * Z
-        Z = torch.bmm(Z, torch.baddbmm(2.0 * eye, M, Z, alpha=-1.0))
-        low = low * a * (2.0 - a * low)
+    with torch.no_grad():
+        norm = M.abs().sum(2, keepdim=True).amax(1, keepdim=True)
+        # with a ridge near zero the lowest eigenvalue is unknown, and this one is as good as any
+        low = max(lowest, 1e-3) / norm
+        Z = eye / norm
+        for _ in range(iterations - 1):
+            a = 2.0 / (1.0 + low)
+            Z = a * Z
+            Z = torch.bmm(Z, torch.baddbmm(2.0 * eye, M, Z, alpha=-1.0))
+            low = low * a * (2.0 - a * low)
+    # the last step alone has the inverse's first derivative, -Z dM Z
     return torch.bmm(Z, torch.baddbmm(2.0 * eye, M, Z, alpha=-1.0))
 
 
@@ -96,7 +98,7 @@ def ridge_inverse(A: torch.Tensor, ridge: float, iterations: int) -> torch.Tenso
     # rounding can make the lowest eigenvalue of A^T A negative, and the iteration would blow it up
     ridge = max(ridge, m * (2.2e-16 if A.dtype == torch.float64 else 1.2e-7))
     M = torch.baddbmm(ridge * eye, A.transpose(1, 2), A)
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # neither knows derivatives of derivatives
         return newton_inverse(M, ridge, iterations).reshape(B, h, m, m)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         return Inverse.apply(M, ridge, iterations).reshape(B, h, m, m)
@@ -131,9 +133,10 @@ class NystromAttention(LandmarkAttention):
     """
 
     title = "Nyström attention"
+    source = "Xiong et al. 2021, arXiv 2102.03902"
     token_counts = ("num_landmarks",)
     candidates = ({}, {"window_size": 2}, {"window_size": 4})
-    needs_queries = True
+    needs_queries: torch.jit.Final[bool] = True
 
     def __init__(
         self,

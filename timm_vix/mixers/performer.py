@@ -67,7 +67,8 @@ class PerformerAttention(AttentionMechanism):
         ValueError: for a wrong keyword, naming what is allowed.
     """
 
-    title = "Performer"
+    title = "Performer attention"
+    source = "Choromanski et al. 2021, arXiv 2009.14794"
     uses_grid = False
     supports_dropout = False
     candidates = ({},)

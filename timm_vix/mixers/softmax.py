@@ -21,6 +21,7 @@ class SoftmaxAttention(AttentionMechanism):
     """Softmax attention through ``scaled_dot_product_attention``."""
 
     title = "softmax attention"
+    source = "Vaswani et al. 2017, arXiv 1706.03762"
     uses_grid = False
     supports_mask = True
 

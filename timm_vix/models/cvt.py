@@ -19,7 +19,7 @@ from typing import Any, Optional, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import calculate_drop_path_rates, get_device_dtype, to_2tuple, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
@@ -27,8 +27,9 @@ from .._checks import check_choice
 from ..conversion.replace import no_decay_names
 from ..mixers._layout import Grid
 from ._convolutional import Stage, embed_padding, to_image
+from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
-from .vit import build_xformer, check_sizes, overridden, projected_keywords
+from .vit import NYSTROM, PERFORMER, build_xformer, check_sizes, overridden, projected_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(
@@ -259,13 +260,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ConvolutionalXformer
     return complete_checkpoint(state_dict, model, new, ours)
 
 
-def create_convolutional(
-    name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any
-) -> ConvolutionalXformer:
+def create_convolutional(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> ConvolutionalXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = overridden({**SIZES[name.split("_")[1]], **architecture}, kwargs)
+    arguments = overridden(row, SIZES, kwargs)
     feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", (0, 1, 2)))
-    return build_xformer(ConvolutionalXformer, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+    return build_xformer(ConvolutionalXformer, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def describe(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    return "The paper's CvT for 32 px, corrected (see module)" if row.size == "cifar" else "CvT-13 for 224 px"
 
 
 def _cfgs() -> dict[str, dict[str, Any]]:
@@ -281,38 +285,14 @@ def _cfgs() -> dict[str, dict[str, Any]]:
 
 default_cfgs = generate_default_cfgs(_cfgs())
 
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("cvn_cifar", "nystrom", None, "cifar", None, NYSTROM),
+    ModelName("cvn_13", "nystrom", None, "13"),
+    ModelName("cvp_cifar", "performer", None, "cifar", None, PERFORMER),
+    ModelName("cvp_13", "performer", None, "13"),
+    ModelName("cvt_cifar", "softmax", None, "cifar"),
+    ModelName("cvt_13", "softmax", None, "13"),
+]
 
-@register_model
-def cvn_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's CvT for 32 px, corrected (see module), Nyström attention (arXiv 2102.03902)."""
-    return create_convolutional("cvn_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
-
-
-@register_model
-def cvn_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """CvT-13 for 224 px, Nyström attention (arXiv 2102.03902)."""
-    return create_convolutional("cvn_13", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def cvp_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's CvT for 32 px, corrected (see module), Performer attention (arXiv 2009.14794)."""
-    return create_convolutional("cvp_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True)
-
-
-@register_model
-def cvp_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """CvT-13 for 224 px, Performer attention (arXiv 2009.14794)."""
-    return create_convolutional("cvp_13", pretrained, kwargs, mixer="performer")
-
-
-@register_model
-def cvt_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's CvT for 32 px, corrected (see module), softmax attention, the control (arXiv 2103.15808)."""
-    return create_convolutional("cvt_cifar", pretrained, kwargs, mixer="softmax")
-
-
-@register_model
-def cvt_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """CvT-13 for 224 px, softmax attention, the control (arXiv 2103.15808)."""
-    return create_convolutional("cvt_13", pretrained, kwargs, mixer="softmax")
+register_names(__name__, NAMES, create_convolutional, describe)

@@ -19,7 +19,7 @@ from typing import Any, Optional, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import register_notrace_module
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
@@ -31,8 +31,9 @@ from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost
 from ..stems import STEMS
+from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
-from .vit import build_xformer, check_sizes, first_convolution, overridden, projected_keywords
+from .vit import NYSTROM, build_xformer, check_sizes, first_convolution, overridden, projected_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
@@ -250,9 +251,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dic
     return complete_checkpoint(state_dict, model, new, ours or not (own or dropped), dropped)
 
 
-def create_levit(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> LevitXformer:
+def create_levit(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> LevitXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = overridden({**SIZES[name.split("_")[1]], **architecture}, kwargs)
+    arguments = overridden(row, SIZES, kwargs)
     if arguments.get("stem") is None and "patch_size" not in kwargs:
         arguments.pop("patch_size", None)  # it was that of another stem
     depth = arguments["depth"]
@@ -260,7 +261,13 @@ def create_levit(name: str, pretrained: bool, kwargs: dict[str, Any], **architec
     outputs = tuple(range(depth[0] if len(depth) == 1 else len(depth)))
     feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", outputs))
     model_class = LevitXformerDistilled if arguments.pop("distilled", True) else LevitXformer
-    return build_xformer(model_class, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+    return build_xformer(model_class, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def describe(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    title = "The paper's LeViT for 32 px, corrected (see module)" if row.size == "cifar" else "LeViT-128S"
+    return f"{title} (Graham et al. 2021, arXiv 2104.01136)"
 
 
 def _cfgs() -> dict[str, dict[str, Any]]:
@@ -276,27 +283,12 @@ def _cfgs() -> dict[str, dict[str, Any]]:
 
 default_cfgs = generate_default_cfgs(_cfgs())
 
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("levin_cifar", "nystrom", None, "cifar", None, NYSTROM),
+    ModelName("levin_128s", "nystrom", None, "128s"),
+    ModelName("levip_cifar", "performer", None, "cifar", None, dict(num_features=110)),
+    ModelName("levip_128s", "performer", None, "128s"),
+]
 
-@register_model
-def levin_cifar(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """The paper's LeViT for 32 px, corrected (see module; arXiv 2104.01136), Nyström attention (arXiv 2102.03902)."""
-    options = dict(mixer="nystrom", num_landmarks=64, conv_residual=True)
-    return create_levit("levin_cifar", pretrained, kwargs, **options)
-
-
-@register_model
-def levin_128s(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """LeViT-128S (arXiv 2104.01136), Nyström attention (arXiv 2102.03902)."""
-    return create_levit("levin_128s", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def levip_cifar(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """The paper's LeViT for 32 px, corrected (see module; arXiv 2104.01136), Performer attention (arXiv 2009.14794)."""
-    return create_levit("levip_cifar", pretrained, kwargs, mixer="performer", num_features=110)
-
-
-@register_model
-def levip_128s(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """LeViT-128S (arXiv 2104.01136), Performer attention (arXiv 2009.14794)."""
-    return create_levit("levip_128s", pretrained, kwargs, mixer="performer")
+register_names(__name__, NAMES, create_levit, describe)

@@ -16,7 +16,7 @@ from typing import Any, Optional, Union
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.pit import checkpoint_filter_fn as pit_checkpoint_filter_fn
 from timm.models.vision_transformer import Block, ParallelThingsBlock
@@ -28,8 +28,9 @@ from ..conversion.replace import no_decay_names, replace_attention
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..stems import STEMS
+from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
-from .vit import BLOCKS, build_xformer, check_sizes, first_convolution, overridden, take_keywords
+from .vit import BLOCKS, NYSTROM, build_xformer, check_sizes, first_convolution, overridden, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
@@ -84,8 +85,8 @@ class PoolingXformer(PoolingVisionTransformer):
         super().__init__(img_size=sides, patch_size=patch_size, stride=stride, in_chans=in_chans, **kwargs)
         if block == "parallel":
             for stage in self.transformers:
-                layers = list(stage.blocks)
-                stage.blocks = nn.Sequential(*(side_by_side(layers[i : i + 2]) for i in range(0, len(layers), 2)))
+                own = list(stage.blocks)
+                stage.blocks = nn.Sequential(*(side_by_side(own[i : i + 2]) for i in range(0, len(own), 2)))
         width = self.base_dims[0] * self.heads[0]
         self._traits = {"first_conv": f"patch_embed.{'conv' if stem == 'linear' else first_convolution(stem)}"}
         if stem != "linear":
@@ -136,11 +137,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
     return complete_checkpoint(state_dict, model, **found)
 
 
-def create_pooling(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> PoolingXformer:
+def create_pooling(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> PoolingXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = overridden({**SIZES[name.split("_")[-1]], **architecture}, kwargs)
+    arguments = overridden(row, SIZES, kwargs)
     feature_cfg = dict(feature_cls="hook", out_indices=arguments.pop("out_indices", (0, 1, 2)))
-    return build_xformer(PoolingXformer, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+    return build_xformer(PoolingXformer, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def describe(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    title = "PiT for 32 px (see module)" if row.size == "cifar" else "PiT-Ti"
+    return f"{title} (Heo et al. 2021, arXiv 2103.16302){', convolutional stem' if row.stem == 'conv' else ''}"
 
 
 def _cfgs() -> dict[str, dict[str, Any]]:
@@ -158,52 +165,16 @@ def _cfgs() -> dict[str, dict[str, Any]]:
 
 default_cfgs = generate_default_cfgs(_cfgs())
 
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("pin_cifar", "nystrom", "linear", "cifar", None, NYSTROM),
+    ModelName("pin_tiny", "nystrom", "linear", "tiny"),
+    ModelName("pip_cifar", "performer", "linear", "cifar", None, dict(num_features=110)),
+    ModelName("pip_tiny", "performer", "linear", "tiny"),
+    ModelName("hybrid_pin_cifar", "nystrom", "conv", "cifar", None, NYSTROM),
+    ModelName("hybrid_pin_tiny", "nystrom", "conv", "tiny"),
+    ModelName("hybrid_pip_cifar", "performer", "conv", "cifar", None, dict(num_features=110)),
+    ModelName("hybrid_pip_tiny", "performer", "conv", "tiny"),
+]
 
-@register_model
-def pin_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302; see module), Nyström attention (arXiv 2102.03902)."""
-    return create_pooling("pin_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
-
-
-@register_model
-def pin_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT-Ti (arXiv 2103.16302), Nyström attention (arXiv 2102.03902)."""
-    return create_pooling("pin_tiny", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def pip_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302; see module), Performer attention (arXiv 2009.14794)."""
-    return create_pooling("pip_cifar", pretrained, kwargs, mixer="performer", num_features=110)
-
-
-@register_model
-def pip_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT-Ti (arXiv 2103.16302), Performer attention (arXiv 2009.14794)."""
-    return create_pooling("pip_tiny", pretrained, kwargs, mixer="performer")
-
-
-@register_model
-def hybrid_pin_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302; see module), convolutional stem, Nyström attention (arXiv 2102.03902)."""
-    return create_pooling(
-        "hybrid_pin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True
-    )
-
-
-@register_model
-def hybrid_pin_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT-Ti (arXiv 2103.16302), convolutional stem, Nyström attention (arXiv 2102.03902)."""
-    return create_pooling("hybrid_pin_tiny", pretrained, kwargs, mixer="nystrom", stem="conv")
-
-
-@register_model
-def hybrid_pip_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302; see module), convolutional stem, Performer attention (arXiv 2009.14794)."""
-    return create_pooling("hybrid_pip_cifar", pretrained, kwargs, mixer="performer", stem="conv", num_features=110)
-
-
-@register_model
-def hybrid_pip_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT-Ti (arXiv 2103.16302), convolutional stem, Performer attention (arXiv 2009.14794)."""
-    return create_pooling("hybrid_pip_tiny", pretrained, kwargs, mixer="performer", stem="conv")
+register_names(__name__, NAMES, create_pooling, describe)

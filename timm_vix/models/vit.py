@@ -17,6 +17,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .._checks import check_choice, check_integer
+from ..conversion.convert import source_of
 from ..conversion.layers import Layers, layer_mixers
 from ..conversion.replace import (
     check_keywords,
@@ -30,6 +31,7 @@ from ..conversion.replace import (
 from ..mixers import MIXERS
 from ..mixers._mechanism import AttentionMechanism
 from ..stems import STEMS
+from ._register import ModelName
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -38,10 +40,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
     "cifar": dict(img_size=32, patch_size=1, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0, qkv_bias=False),
 }
+# the keywords of the paper's mixers, for models in which each pixel is a token
+NYSTROM = dict(num_landmarks=64, conv_residual=True)
+PERFORMER = dict(num_features=110, qkv_bias=True)
+LINFORMER = dict(num_proj_tokens=64)
+TITLES = {"tiny": "ViT-Ti/16", "small": "ViT-S/16", "base": "ViT-B/16"}
 BLOCKS = {"sequential": Block, "parallel": ParallelThingsBlock}
 
 
-def default_cfgs_for(names: list[str], first_conv: str = "patch_embed.proj") -> dict[str, dict[str, Any]]:
+def describe_vit(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    title = TITLES.get(row.size, "The paper's 32 px model, corrected (see module)")
+    return f"{title}, convolutional stem" if row.stem == "conv" else title
+
+
+def default_cfgs_for(rows: list[ModelName], first_conv: str = "patch_embed.proj") -> dict[str, dict[str, Any]]:
     """timm default configurations: softmax ViT and DeiT weights for the patch-16 sizes, none for ``cifar``."""
     shared = dict(
         pool_size=None,
@@ -53,8 +66,8 @@ def default_cfgs_for(names: list[str], first_conv: str = "patch_embed.proj") -> 
         license="apache-2.0",
     )
     cfgs: dict[str, dict[str, Any]] = {}
-    for name in names:
-        size = next(part for part in name.split("_") if part in SIZES)
+    for row in rows:
+        name, size = row.name, row.size
         if size == "cifar":
             mean_std = dict(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
             cfgs[name] = dict(shared, num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, **mean_std)
@@ -148,6 +161,8 @@ class VisionXformer(VisionTransformer):
         )
         super().set_input_size(img_size=None if img_size is None else to_2tuple(img_size), patch_size=patch_size)
         set_grid(self, self.patch_embed.grid_size)
+        if source_of(self) is None:  # Linformer's regions stay; with another grid a reload would choose others
+            self._model_args = {**self._model_args, **shared_config(self)}
 
 
 def first_convolution(stem: str) -> str:
@@ -209,28 +224,28 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
 
 
 def create_vision_xformer(
-    name: str,
+    row: ModelName,
     pretrained: bool,
     kwargs: dict[str, Any],
     model_class: type[VisionXformer] = VisionXformer,
-    **architecture: Any,
+    sizes: dict[str, dict[str, Any]] = SIZES,
 ) -> VisionXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``.
 
     Raises:
         ValueError: for a checkpoint that can't be read or doesn't fit.
     """
-    size: dict[str, Any] = next((SIZES[part] for part in name.split("_") if part in SIZES), {})
-    arguments = overridden({**size, **architecture}, kwargs)
+    arguments = overridden(row, sizes, kwargs)
     feature_cfg = dict(out_indices=arguments.pop("out_indices", 3), feature_cls="getter")
-    return build_xformer(model_class, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+    return build_xformer(model_class, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
 
 
-def overridden(architecture: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """An architecture under the user's keywords: where they ask for another mixer, without its own mixer's keywords."""
-    own = architecture["mixer"]
-    left_out = mixer_keywords(own) if kwargs.get("mixer", own) != own else []
-    return {**{name: value for name, value in architecture.items() if name not in left_out}, **kwargs}
+def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A row's architecture under the user's keywords: with another mixer, without the keywords of the row's own."""
+    chosen = {name: value for name, value in row._asdict().items() if name in ("mixer", "stem", "rope") and value}
+    left_out = mixer_keywords(row.mixer) if kwargs.get("mixer", row.mixer) != row.mixer else []
+    own = {name: value for name, value in row.keywords.items() if name not in left_out}
+    return {**sizes.get(row.size, {}), **chosen, **own, **kwargs}
 
 
 def build_xformer(
