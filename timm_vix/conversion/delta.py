@@ -181,7 +181,7 @@ def config_of(module: nn.Module) -> dict[str, Any]:
     rope = getattr(module, "rope", None)
     config = {**module.core.config(), "rope": rope and ("1d" if rope.raster else "axial")}
     # as many as there are patches is as good as more
-    patches = math.prod(module.keys.grid)
+    patches = math.prod(getattr(module, "key_grid", None) or module.grid)
     counts = {name: min(config[name], patches) for name in module.core.token_counts if isinstance(config[name], int)}
     return {**config, **counts}
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..conversion.replace import resample_weights
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot, rename_core_keys
+from ..mixers.softmax import SoftmaxAttention
 
 _logger = logging.getLogger(__name__)
 
@@ -83,8 +84,10 @@ def summary(keys: set[str]) -> str:
 
 
 def new_keys(state_dict: dict[str, Any], model: nn.Module) -> set[str]:
-    """The keys of those groups, mixers and stem, of which a checkpoint has none."""
-    return {key for group in (mixer_keys(model), stem_keys(model)) if not group & state_dict.keys() for key in group}
+    """The keys of those groups of which a checkpoint has none: mixers, stem, and biases of queries, keys and values."""
+    biases = {key for key in model.state_dict() if key.endswith("attn.qkv.bias")}
+    groups = (mixer_keys(model), stem_keys(model), biases)
+    return {key for group in groups if not group & state_dict.keys() for key in group}
 
 
 def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,12 +134,14 @@ def complete_checkpoint(
     zeros = {
         f"{path}.core.{name}" for path, module in hosts_of(model).items() for name in module.core.zero_init if not ours
     }
+    zeros |= {key for key in new if key.endswith("attn.qkv.bias")}
     fresh = {key: torch.zeros_like(target[key]) if key in zeros else target[key] for key in new}
     state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
     # a mixer without parameters of its own can't tell whose weights these are; a saved model brings its configuration
-    if new or dropped or paired or (not ours and hosts_of(model) and not cfg.get("source")):
+    mixers = any(not isinstance(module.core, SoftmaxAttention) for module in hosts_of(model).values())
+    if new or (not ours and (dropped or paired or (mixers and not cfg.get("source")))):
         _logger.warning(
             f"{cfg.get('architecture', 'model')}: weights of a softmax ViT loaded, the model needs fine-tuning. "
             f"Fresh: {summary(new)}. Left out: {summary(dropped)}."

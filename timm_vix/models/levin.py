@@ -52,15 +52,18 @@ class ProjectedAttention(MechanismHost):
         super().__init__()
         self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
         self.qkv = attn.qkv
-        self.keys = TokenLayout(0, tuple(attn.resolution))
-        self.set_core(build_core(attn, self.qkv.linear.weight, self.keys, self.keys, mixer, keywords))
+        height, width = attn.resolution
+        self.grid = (height, width)
+        layout = TokenLayout(0, self.grid)
+        self.set_core(build_core(attn, self.qkv.linear.weight, layout, layout, mixer, keywords))
         self.proj = attn.proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, _ = x.shape
         qkv = self.qkv(x).unflatten(2, (self.num_heads, 2 * self.key_dim + self.val_dim)).transpose(1, 2)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
-        y = self.mix(q, k, v, self.keys, self.keys, x)
+        layout = TokenLayout(0, self.grid)
+        y = self.mix(q, k, v, layout, layout, x)
         return self.proj(y.transpose(1, 2).reshape(B, N, self.num_heads * self.val_dim))
 
 
@@ -73,11 +76,12 @@ class ProjectedDownsampling(MechanismHost):
         self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
         self.kv, self.q = attn.kv, attn.q
         height, width = attn.resolution
-        self.queries = TokenLayout(0, ((height - 1) // attn.stride + 1, (width - 1) // attn.stride + 1))
-        self.keys = TokenLayout(0, (height, width))
+        self.grid = ((height - 1) // attn.stride + 1, (width - 1) // attn.stride + 1)
+        self.key_grid = (height, width)
+        queries, keys = TokenLayout(0, self.grid), TokenLayout(0, self.key_grid)
         # there is no residual between grids
         keywords = {name: value for name, value in keywords.items() if name != "conv_residual"}
-        self.set_core(build_core(attn, self.kv.linear.weight, self.queries, self.keys, mixer, keywords))
+        self.set_core(build_core(attn, self.kv.linear.weight, queries, keys, mixer, keywords))
         self.proj = attn.proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +89,7 @@ class ProjectedDownsampling(MechanismHost):
         k, v = kv.split([self.key_dim, self.val_dim], dim=3)
         tokens = self.q(x)
         q = tokens.unflatten(2, (self.num_heads, self.key_dim)).transpose(1, 2)
-        y = self.mix(q, k, v, self.queries, self.keys, tokens)
+        y = self.mix(q, k, v, TokenLayout(0, self.grid), TokenLayout(0, self.key_grid), tokens)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
