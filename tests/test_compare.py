@@ -23,7 +23,7 @@ from timm_vix.benchmark import compare
 from timm_vix.train import folders
 from timm_vix.train.finetune import finetune
 from timm_vix.train.folders import as_folder
-from timm_vix.train.images import find_images
+from timm_vix.train.listing import find_images
 
 ROOT = Path(__file__).parents[1]
 load_digits = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits
@@ -155,7 +155,8 @@ def test_seconds_are_those_of_a_slow_clock_with_the_last_threads(digits, tmp_pat
         clock.now += 7.25
         return 50.0, 100.0
 
-    monkeypatch.setattr("timm_vix.train.finetune.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for module in ("finetune", "loop"):
+        monkeypatch.setattr(f"timm_vix.train.{module}.time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr("timm_vix.train.finetune.reseed", step)
     monkeypatch.setattr("timm_vix.train.finetune.evaluate", evaluate)
     name, keywords = parse_model(MODEL)

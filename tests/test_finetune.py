@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
 import timm_vix
-from timm_vix.train.finetune import build_model, finetune
-from timm_vix.train.images import Images, find_images, transforms
+from timm_vix.train.build import build_model
+from timm_vix.train.finetune import finetune
+from timm_vix.train.images import Images, transforms
+from timm_vix.train.listing import find_images
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "finetune.py"
@@ -511,7 +513,7 @@ def test_fewer_tensors_than_the_model_are_named(tmp_path, capsys):
     run = SimpleNamespace(
         **TINY, checkpoint=str(tmp_path / "shallow.safetensors"), pretrained=False, resume=False, in_chans=None
     )
-    build_model(SimpleNamespace(**vars(run) | dict(drop_path=0, device="cpu", dtype=torch.float32)), 4)
+    build_model(SimpleNamespace(**vars(run) | dict(drop_path=0, device="cpu")), torch.float32, 4)
     assert "new in vit_tiny_patch16_224: blocks.1." in capsys.readouterr().out
 
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import timm_vix
 from timm_vix import cli
 from timm_vix.train.losses import BlockMatching, Distillation
-from timm_vix.train.transfer import parse_layers, told_mixers, transfer
+from timm_vix.train.transfer import mixers_in_words, transfer
+from timm_vix.train.transfer_settings import parse_layers
 
 SOURCE = "vit_tiny_patch16_224"
 SMALL = dict(img_size=48, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
@@ -229,7 +230,7 @@ def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):
         (dict(batch_size=0), ["batch_size=0"]),
         (dict(batch_size=100), ["batch_size=100"]),
         (dict(block_steps=-1), ["block_steps=-1"]),
-        (dict(block_lr=1e30), ["loss became", "lower lr"]),
+        (dict(block_lr=1e30), ["loss became", "lower block_lr=1e+30"]),
         (dict(amp="half"), ["amp=half"]),
         (dict(device="tpu"), ["device='tpu'"]),
         (dict(resume=True), ["no checkpoint.pt"]),
@@ -289,7 +290,7 @@ def test_layers_of_a_plan(weights, unlabelled, tmp_path):
 def test_several_mixers_are_all_told():
     model = timm.create_model(SOURCE, depth=4)
     layers = {0: {"mixer": "linformer", "num_proj_tokens": 4}, 1: "performer", 2: {"mixer": "linformer"}}
-    mixer, keywords = told_mixers(timm_vix.convert(model, layers=layers, num_features=8))
+    mixer, keywords = mixers_in_words(timm_vix.convert(model, layers=layers, num_features=8))
     assert mixer == "linformer, performer"
     assert keywords.split("; ")[0] == "num_proj_tokens=[2, 2]" and "num_features=8" in keywords
 

@@ -22,12 +22,13 @@ from torch import nn
 from .._checks import check_choice
 from .._device import find_device, versions
 from .._files import one_line, write_whole
-from ..benchmark.figures import agreement_over_cost, png
 from ..conversion.convert import attention_slots, layer_mixers
 from ..conversion.freeze import architecture, fingerprint
 from ..mixers import MIXERS
 from ..mixers._slot import TokenMixer
-from .images import Images, find_unlabelled, normaliser, transforms
+from .images import Images, normaliser, transforms
+from .listing import find_unlabelled
+from .plots import agreement_over_cost, png
 from .sensitivity import Measured, Plan, Sensitivity, block_costs, converted, plan_of, text_of
 from .settings import KeyValue, check_ranges
 from .teacher import build_teacher, check_teacher

@@ -1,7 +1,6 @@
 """The frozen original of a converted model: how it is built, and what new mixers may see of it before training."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -15,7 +14,7 @@ from ..mixers._slot import TokenMixer
 from .settings import check_weights
 
 
-def check_teacher(run: SimpleNamespace) -> None:
+def check_teacher(run: Any) -> None:
     """Raise ValueError for a source that timm doesn't know, or that would have random weights."""
     check_model(run.source, "source")
     check_weights("weights", run.weights)
@@ -23,8 +22,15 @@ def check_teacher(run: SimpleNamespace) -> None:
         raise ValueError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
 
 
-def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The frozen original, and timm's data configuration for it."""
+def build_teacher(run: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The frozen original in eval mode, and timm's data configuration for it.
+
+    Args:
+        run: Settings with source, source_kwargs, weights, img_size and device.
+
+    Raises:
+        ValueError: for keywords or weights that don't fit the source.
+    """
     arguments = dict(run.source_kwargs or {})
     if run.img_size:
         arguments["img_size"] = run.img_size
