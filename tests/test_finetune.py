@@ -376,8 +376,8 @@ def test_a_damaged_image_is_replaced_in_training_and_left_out_of_validation(digi
     readable = [i for i in range(len(files)) if i not in damaged]
     (keys,) = images.batches(len(images), epoch=0)
     ((pixels, labels),) = images.loader([keys], workers)
-    told = capsys.readouterr().out
-    assert f"skipped 3 of {len(files)} images" in told and all(str(files[i]) in told for i in damaged)
+    printed = capsys.readouterr().out
+    assert f"skipped 3 of {len(files)} images" in printed and all(str(files[i]) in printed for i in damaged)
     for (_, i), image, label in zip(keys, pixels, labels, strict=True):
         shown = {50: 52, 51: 52, len(files) - 1: 0}.get(i, i)
         with Image.open(images.items[shown][0]) as expected:
@@ -386,7 +386,7 @@ def test_a_damaged_image_is_replaced_in_training_and_left_out_of_validation(digi
     validated = torch.cat([labels for _, labels in images.loader(images.batches(8), workers)])
     assert validated.tolist() == [images.items[i][1] for i in readable]
     assert images.readable == len(readable)
-    assert capsys.readouterr().out == "", "told once"
+    assert capsys.readouterr().out == "", "printed once"
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit"])

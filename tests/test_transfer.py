@@ -135,7 +135,7 @@ def test_a_run(weights, unlabelled, tmp_path, capsys):
     settings = arguments(weights, unlabelled, tmp_path / "run", block_steps=60, distill_steps=20)
     settings.update(block_lr=3e-3, layers="last-2")
     student, report = transfer(**settings)
-    assert "skipped 1 of" in (told := capsys.readouterr().out) and "torn.jpg" in told
+    assert "skipped 1 of" in (printed := capsys.readouterr().out) and "torn.jpg" in printed
     assert [row.layer for row in report.rows if row.changed] == [1, 2]
 
     with open(tmp_path / "run" / "steps.csv") as file:

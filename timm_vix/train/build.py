@@ -27,7 +27,7 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     if run.drop_path:
         extra["drop_path_rate"] = run.drop_path
     weighted = bool(run.pretrained or run.checkpoint)
-    # timm tells only its log which keys of a file found no place
+    # timm only logs which keys of a file fit no parameter
     notes: dict[str, str] = {}
     logger, pattern = logging.getLogger("timm.models._builder"), re.compile(r"(Missing|Unexpected) keys \((.*?)\)")
 
@@ -41,7 +41,7 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     logger.addFilter(listen)
     try:
         given = resolve_model_input_args(run.model, dict(img_size=run.img_size, in_chans=run.in_chans), **extra)
-        given["num_classes"] = num_classes  # a saved converted model tells its own
+        given["num_classes"] = num_classes  # instead of those that a saved converted model records
         # a continued run has its weights in its own checkpoint
         model = timm.create_model(**given, pretrained=weighted and not run.resume)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
@@ -57,10 +57,10 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     if "Missing" in notes:
         print(f"new in {run.model}: {one_line(notes['Missing'])}")
 
-    wish: dict[str, Any] = dict(img_size=run.img_size) if run.img_size else {}
+    wanted: dict[str, Any] = dict(img_size=run.img_size) if run.img_size else {}
     if not weighted:
-        wish.update(mean=(0.5,), std=(0.5,))
-    config = resolve_input_data_config(model, wish)
+        wanted.update(mean=(0.5,), std=(0.5,))
+    config = resolve_input_data_config(model, wanted)
     if min(config["input_size"]) <= 64 and not weighted:
         config["crop_pct"] = 1.0  # small images have no margin to cut away
     model.to(run.device).eval()

@@ -121,7 +121,7 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
                 images_per_second=steps * batch_size / position["seconds"],
                 **circumstances(net, config, settings["amp"], run.device, batch_size),
             )
-            end_epoch(checkpoint, row, keep_best=run.keep == "best")
+            end_epoch(checkpoint, row, run)
     finish(checkpoint, run, config, classes, f"{train.readable:,} images; validation: {val.readable:,}")
     return net, history
 
@@ -130,11 +130,11 @@ def prepare_images(
     run: FinetuneSettings, config: dict[str, Any], train: Items, val: Items, classes: list[str]
 ) -> tuple[Images, Images]:
     """The images of training and validation, which are decoded when they are needed."""
-    resize, augmented, plain = transforms(config, run.augment, run.flip)
+    resize, augmented, evaluated = transforms(config, run.augment, run.flip)
     channels = config["input_size"][0]
     return (
         Images(train, classes, channels, resize, augmented, run.seed, lazy=True),
-        Images(val, classes, channels, resize, plain, run.seed, lazy=True),
+        Images(val, classes, channels, resize, evaluated, run.seed, lazy=True),
     )
 
 
@@ -190,18 +190,18 @@ def circumstances(net: nn.Module, config: dict[str, Any], dtype: str, device: st
     )
 
 
-def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], keep_best: bool) -> None:
+def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], run: FinetuneSettings) -> None:
     """Write history and checkpoint, and the weights as ``best.pt`` if they are the best so far."""
     folder, history = checkpoint.path.parent, checkpoint.position["history"]
-    if keep_best and row["top1"] > max((earlier["top1"] for earlier in history), default=-1.0):
+    if run.keep == "best" and row["top1"] > max((earlier["top1"] for earlier in history), default=-1.0):
         write_tensors(folder / "best.pt", checkpoint.model.state_dict())
     history.append(row)
     write_history(folder / "history.csv", history)
     checkpoint.position.update(epoch=row["epoch"], step=0, loss=0.0, seconds=0.0)
     checkpoint.save()
     print(
-        f"epoch {row['epoch']}: loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, "
-        f"{row['seconds']:.0f} s",
+        f"epoch {row['epoch']}/{run.epochs}: loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %, "
+        f"top-5 {row['top5']:.2f} %, {row['seconds']:.0f} s",
         flush=True,
     )
 

@@ -122,7 +122,7 @@ def columns_of(name: str, root: Optional[str]) -> dict[str, str]:
     prefix, _, rest = name.partition("/")
     columns: dict[str, str] = {}
     if prefix.lower() in ("hfds", "hfids"):
-        with contextlib.suppress(Exception):  # opening the data set will tell
+        with contextlib.suppress(Exception):  # opening the data set gives the reason
             # as a stream it knows its columns before its images are fetched
             reader = create_dataset(f"hfids/{rest}", root, split="train", num_samples=1).reader
             features = reader.builder.as_streaming_dataset(split="train").features

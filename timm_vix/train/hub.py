@@ -101,8 +101,8 @@ def transferred_card(row: dict[str, Any], table: str) -> ModelCard:
     facts = "\n".join(f"- {name}: {value}" for name, value in row.items())
     text = f"""# {row["source"]} with {row["mixer"]} attention
 
-The attention of `{row["source"]}` was replaced and fitted to the original without labels. On images that were kept
-apart it predicts what the original predicts in {row["agreement"]} % of the cases.
+The attention of `{row["source"]}` was replaced and trained to match the original without labels. On held-out
+images it predicts what the original predicts in {row["agreement"]} % of the cases.
 
 {LOAD.format(package=", timm_vix")}
 

@@ -231,7 +231,7 @@ class Images(Dataset):
             self.report_damaged()
 
     def digest(self) -> str:
-        """Number and checksum of the file names, to recognise the same data at another place."""
+        """Number of images and checksum of the file names, the same for a copy of the folder at another place."""
         names = ["/".join(source.parts[-2:]) for source, _ in self.items if isinstance(source, Path)]
         return f"{len(self)} images, names {zlib.crc32(repr(names).encode()):08x}"
 

@@ -1,4 +1,4 @@
-"""The frozen original of a converted model: how it is built, and what new mixers may see of it before training."""
+"""The frozen original of a converted model, and how new mixers are initialised from it before training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,22 +43,22 @@ def build_teacher(run: Any) -> tuple[nn.Module, dict[str, Any]]:
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         weights = f" with weights={run.weights}" if run.weights else ""
         raise ValueError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
-    wish = dict(img_size=run.img_size) if run.img_size else {}
-    return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, wish)
+    size = dict(img_size=run.img_size) if run.img_size else {}
+    return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)
 
 
 @torch.no_grad()
 def start_mixers(teacher: nn.Module, mixers: dict[str, TokenMixer], images: torch.Tensor) -> None:
-    """Show the mixers, by their paths, what the teacher's attention there sees of some images (B, 3, H, W)."""
+    """Initialise mixers from the inputs of the teacher's attention at their paths, for some images (B, 3, H, W)."""
 
-    def show(mixer: TokenMixer) -> Callable:
+    def initialise(mixer: TokenMixer) -> Callable:
         def hook(attn: nn.Module, args: tuple, kwargs: dict) -> None:
             mixer.start_from(args[0], kwargs.get("rope"))
 
         return hook
 
     handles = [
-        teacher.get_submodule(path).register_forward_pre_hook(show(mixer), with_kwargs=True)
+        teacher.get_submodule(path).register_forward_pre_hook(initialise(mixer), with_kwargs=True)
         for path, mixer in mixers.items()
     ]
     try:

@@ -4,7 +4,7 @@
     stage 2   |z' - z|^2 / |z|^2  +  KL(softmax(y) || softmax(y'))                     z: last tokens, y: logits
 
 B is a block of the frozen original and B' the same block with another attention. In stage 1 all layers learn at once
-and none hears of another's errors; stage 2 trains the whole model, gently. Both train the parameters of the replaced
+and none depends on another's errors; stage 2 trains the whole model, gently. Both train the parameters of the replaced
 attention alone. Stage 3, with labels, is ordinary fine-tuning of the folder that is written.
 
 The idea of stage 1 is that of Zhang et al. 2024, "LoLCATs" (arXiv 2410.10254, section 3.1), on blocks' outputs.
@@ -84,7 +84,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
 
     teacher, config = build_teacher(run)
     student, report, groups = convert_copy(teacher, run)
-    images, apart = prepare_images(run, config)
+    images, held_out = prepare_images(run, config)
     settings = json.loads(json.dumps(run.recorded() | dict(layers=str(run.layers)), default=str))
     settings.update(
         images=images.digest(),
@@ -127,10 +127,10 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     save()
     student.requires_grad_(True).eval()
     if rank == 0:
-        figures = compare(teacher, student, apart, normalise, run, dtype)
+        figures = compare(teacher, student, held_out, normalise, run, dtype)
         finish(run, report, position, student, config, dict(images=images.readable, dtype=str(dtype), **figures))
-        share = f"{figures['agreement']} % of {apart.readable} images"
-        print(f"agrees with {run.source} on {share} kept apart; wrote {folder / 'hub'}")
+        share = f"{figures['agreement']} % of {held_out.readable} held-out images"
+        print(f"agrees with {run.source} on {share}; wrote {folder / 'hub'}")
     return student, report
 
 
@@ -163,22 +163,22 @@ def mixers_of(student: nn.Module, report: Conversion) -> dict[str, Any]:
 
 
 def prepare_images(run: TransferSettings, config: dict[str, Any]) -> tuple[Images, Images]:
-    """The images to learn from, and every twentieth, which is kept apart to say what was lost.
+    """The images to learn from, and every twentieth, which is held out to measure agreement on.
 
     Raises:
         ValueError: for a folder with too few.
     """
-    resize, augmented, plain = transforms(config, "light", 0.5)
+    resize, augmented, evaluated = transforms(config, "light", 0.5)
     found = find_unlabelled(Path(run.data_dir))
-    images, apart = (
+    images, held_out = (
         Images(part, ["image"], config["input_size"][0], resize, transform, run.seed, lazy=True)
-        for part, transform in (([item for i, item in enumerate(found) if i % 20], augmented), (found[::20], plain))
+        for part, transform in (([item for i, item in enumerate(found) if i % 20], augmented), (found[::20], evaluated))
     )
     if len(images) < run.batch_size:
         raise ValueError(
             f"data_dir={run.data_dir} has {len(images)} images to learn from, fewer than batch_size={run.batch_size}"
         )
-    return images, apart
+    return images, held_out
 
 
 def lr_of(run: TransferSettings, stage: int) -> float:
