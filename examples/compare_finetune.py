@@ -20,8 +20,8 @@ from torch import nn
 
 from timm_vix._names import parse_model
 from timm_vix.measure.process import run
+from timm_vix.train.checkpoint import write_history
 from timm_vix.train.finetune import finetune
-from timm_vix.train.results import write_history
 
 # DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.
 CALTECH101 = dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0.05, augment="light")

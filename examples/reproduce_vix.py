@@ -31,7 +31,8 @@ from timm_vix._records import append_record, header_of
 from timm_vix.measure.process import run
 from timm_vix.train.cards import COLUMNS, read_rows, seed_suffix, write_cards
 from timm_vix.train.finetune import find_device, finetune
-from timm_vix.train.images import Images, list_images, normaliser, transforms
+from timm_vix.train.images import Images, normaliser, transforms
+from timm_vix.train.listing import list_images
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
 # leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.

@@ -30,8 +30,8 @@ from .._files import one_line
 from .._names import parse_model
 from .._records import Columns, Record, append_record, check_writable, header_of, read_records
 from ..measure.process import run
-from ..train.folders import as_folder
-from ..train.images import Items, find_images
+from ..train.folders import Items, as_folder
+from ..train.listing import find_images
 from ..train.settings import check_weights
 from .cost import baseline_of, positive, round_off
 
@@ -175,13 +175,13 @@ def compare(
     Args:
         models: "NAME key=value ..." and the file of its initial weights, or "pretrained", or None: from scratch.
         recipe: Keywords of ``finetune``, the same for all.
-        where: Its ``data_dir``, ``val_dir``, ``workers``, ``device`` and ``threads``.
+        where: Its ``data_dir``, ``data_root``, ``val_dir``, ``workers``, ``device`` and ``threads``.
         runs: Folder of unfinished runs and trained models.
 
     Raises:
         ValueError: for data that cannot be used, or a file of another version; before anything is trained.
     """
-    train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"])
+    train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"], data_root=where["data_root"])
     plain = f"{Path(where['data_dir']).name} ({len(classes)} classes)"
     count, checksum = len(train_items) + len(val_items), checksum_of(train_items, val_items)
     dataset = f"{plain[:-1]}, {count} images {checksum})"
@@ -311,6 +311,7 @@ def main(arguments: argparse.Namespace) -> None:
         parse_model(model)  # a wrong name shows before a data set is fetched
     data_dir = as_folder(arguments.data_dir, arguments.data_root, arguments.runs / "data")
     where = dict(data_dir=data_dir, val_dir=arguments.val_dir, workers=arguments.workers, device=device)
+    where["data_root"] = arguments.data_root
     where["threads"] = arguments.threads or torch.get_num_threads()
     weights = "pretrained" if arguments.pretrained else arguments.checkpoint
     models = [(model, weights) for model in arguments.models] + [(model, None) for model in arguments.from_scratch]

@@ -23,12 +23,13 @@ from torch import nn
 from .._checks import check_choice
 from .._device import find_device, versions
 from .._files import one_line, write_whole
-from ..benchmark.figures import agreement_over_cost, png
 from ..conversion.convert import attention_sites
 from ..conversion.delta import architecture, fingerprint, mechanisms_of
 from ..conversion.layers import layer_mixers
 from ..mixers import MIXERS
-from .images import Images, find_unlabelled, normaliser, transforms
+from .images import Images, normaliser, transforms
+from .listing import find_unlabelled
+from .plots import agreement_over_cost, png
 from .search import Search, measure_options
 from .sensitivity import Measurement, Plan, Sensitivity, block_gflops, plan_to_json
 from .settings import KeyValue, check_ranges
