@@ -245,7 +245,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_together(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of jobs that differ in their model only, without memory and first call: much faster than one by one.
+    """The rows of jobs that differ in their model only and don't compile, without memory and first call.
 
     All models and the baseline are in memory at once and timed in turn. A model that fails has a row with its reason.
     """
