@@ -28,7 +28,7 @@ from timm.data import resolve_model_data_config
 import timm_vix  # noqa: F401  registers the names
 from timm_vix._files import one_line
 from timm_vix._records import append_record, header_of
-from timm_vix.measure.process import run
+from timm_vix.measure.job import measure_in_process
 from timm_vix.train.cards import COLUMNS, read_rows, seed_suffix, write_cards
 from timm_vix.train.finetune import find_device, finetune
 from timm_vix.train.images import Images, normaliser, transforms
@@ -173,7 +173,7 @@ def train(
     best = max(history, key=lambda row: row["top1"])
     top1, top5 = measure(out / "hub", given.data_dir, device)
     keywords = " ".join(f"{name}={value}".replace(" ", "") for name, value in patched(system, patch_size).items())
-    step = run(  # in a process of its own, whose memory is nothing else's
+    step = measure_in_process(  # in a process of its own, whose memory is nothing else's
         {name: best[name] for name in ("device", "dtype", "threads", "batch_size")}
         | dict(
             model=f"{system} {keywords}",
