@@ -118,7 +118,7 @@ def read_records(path: Path, columns: Columns, exact: bool = False) -> tuple[lis
         try:
             (cells,) = csv.DictReader([line], header, strict=True)
             if None in cells or None in cells.values():
-                raise ValueError("too many or too few cells")
+                raise InputError("too many or too few cells")
             records.append({name: kind(cells[name]) if cells[name] else None for name, kind in columns.items()})
         except (ValueError, csv.Error):
             damaged += 1

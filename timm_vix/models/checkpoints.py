@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
+from .._checks import InputError
 from ..conversion.replace import resample_weights
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot, rename_core_keys
@@ -68,10 +69,10 @@ def tensors_of(checkpoint: Any) -> dict[str, torch.Tensor]:
         if isinstance(checkpoint, dict):
             checkpoint = checkpoint.get(name, checkpoint)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"the checkpoint is a {type(checkpoint).__name__}; expected a dictionary from text to tensors")
+        raise InputError(f"the checkpoint is a {type(checkpoint).__name__}; expected a dictionary from text to tensors")
     for key, value in checkpoint.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint holds a {type(value).__name__} at {key!r}; expected a dictionary from text to tensors"
             )
     return checkpoint
@@ -160,7 +161,7 @@ def pair_layers(state_dict: dict[str, Any]) -> dict[str, Any]:
     found = {key: re.match(r"(.+\.)?blocks\.(\d+)\.(\w+)\.", key) for key in state_dict}
     layers = {int(match[2]) for match in found.values() if match and match[3] in branch and match[1] is None}
     if len(layers) % 2:
-        raise ValueError(f"the checkpoint has {len(layers)} layers: block='parallel' pairs them, so they must be even")
+        raise InputError(f"the checkpoint has {len(layers)} layers: block='parallel' pairs them, so they must be even")
     out = {}
     for key, value in state_dict.items():
         match = found[key]
@@ -188,7 +189,7 @@ def check_keys(state_dict: dict[str, Any], model: nn.Module, target: dict[str, t
         if tuple(getattr(state_dict[key], "shape", ())) != tuple(target[key].shape)
     }
     if missing or unexpected or reshaped:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint doesn't fit {cfg.get('architecture', 'the model')}. Missing: {summary(missing)}. "
             f"Unexpected: {summary(unexpected)}. Of another shape: {summary(reshaped)}."
         )

@@ -25,7 +25,7 @@ from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistil
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
-from .._checks import check_choice, check_integer
+from .._checks import InputError, check_choice, check_integer
 from ..conversion.replace import no_decay_names
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
@@ -123,7 +123,7 @@ def check_stages(embed_dim: Any, depth: Any) -> None:
     valid = isinstance(embed_dim, (tuple, list)) and isinstance(depth, (tuple, list))
     valid = valid and len(embed_dim) == len(depth) > 0
     if not valid or any(type(number) is not int or number < 1 for number in (*embed_dim, *depth)):
-        raise ValueError(
+        raise InputError(
             f"embed_dim={embed_dim!r}, depth={depth!r}: expected two tuples of positive integers, one for each stage"
         )
 
@@ -139,7 +139,7 @@ def levit_arguments(
     if stem is None:
         stride = 8 if kwargs.get("stem_type") == "s8" else 16
         if patch_size not in (None, stride):
-            raise ValueError(f"patch_size={patch_size!r}: LeViT's stem has {stride}; another size needs stem='conv'")
+            raise InputError(f"patch_size={patch_size!r}: LeViT's stem has {stride}; another size needs stem='conv'")
         # timm rounds the grid down and the stem's convolutions round it up
         check_sizes(img_size, stride, False)
         return dict(img_size=img_size, in_chans=in_chans, **kwargs)
@@ -181,7 +181,7 @@ class LevitXformer(Levit):
     ) -> None:
         keywords = projected_keywords(mixer, kwargs)
         if kwargs.get("use_conv"):
-            raise ValueError("use_conv=True: token mixers work on sequences; allowed is False")
+            raise InputError("use_conv=True: token mixers work on sequences; allowed is False")
         super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, kwargs))
         self._traits = {"first_conv": "stem.conv1.linear" if stem is None else f"stem.{first_convolution(stem)}"}
         if stem is not None:

@@ -11,6 +11,7 @@ from timm.data import resolve_input_data_config
 from timm.models import get_model_args, resolve_model_input_args
 from torch import nn
 
+from .._checks import InputError
 from .._device import autocast
 from .._files import one_line
 
@@ -47,13 +48,13 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         source = f" with checkpoint={run.checkpoint}" if run.checkpoint else ""
         options = f" and model_kwargs={run.model_kwargs}" if run.model_kwargs else ""
-        raise ValueError(f"model={run.model}{source}{options} cannot be built: {one_line(error)}") from error
+        raise InputError(f"model={run.model}{source}{options} cannot be built: {one_line(error)}") from error
     finally:
         logger.removeFilter(listen)
         logger.setLevel(level)
     if run.checkpoint and "Unexpected" in notes:
         keys = one_line(notes["Unexpected"])
-        raise ValueError(f"checkpoint={run.checkpoint} does not fit model={run.model}, which has no {keys}")
+        raise InputError(f"checkpoint={run.checkpoint} does not fit model={run.model}, which has no {keys}")
     if "Missing" in notes:
         print(f"new in {run.model}: {one_line(notes['Missing'])}")
 
@@ -68,7 +69,7 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
         with torch.inference_mode(), autocast(run.device, dtype):
             model(torch.zeros(1, *config["input_size"], device=run.device))
     except Exception as error:
-        raise ValueError(f"model={run.model} fails on {config['input_size']} images: {one_line(error)}") from error
+        raise InputError(f"model={run.model} fails on {config['input_size']} images: {one_line(error)}") from error
     return model, config
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._checks import InputError
 from .._files import one_line, write_whole
 
 
@@ -51,7 +52,7 @@ class Checkpoint:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             return {name: state[name] for name in ("settings", "model", "optimizer", "position")}
         except Exception as error:  # torch.load raises by kind of damage
-            raise ValueError(f"resume: {self.path} cannot be read: {one_line(error)}") from error
+            raise InputError(f"resume: {self.path} cannot be read: {one_line(error)}") from error
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take weights, optimizer and position of what ``read`` gave; raise ValueError for other settings."""
@@ -63,7 +64,7 @@ class Checkpoint:
             for before, now in [only_differing(saved[name], value)]
         ]
         if differing:
-            raise ValueError(f"resume: settings differ from those of {self.path}: {'; '.join(differing)}")
+            raise InputError(f"resume: settings differ from those of {self.path}: {'; '.join(differing)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.position.update(state["position"])

@@ -24,6 +24,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import nn
 from tqdm import tqdm
 
+from .._checks import InputError
 from .._device import autocast, find_device, find_dtype
 from ..conversion.delta import save_delta
 from ..conversion.freeze import freeze_except
@@ -161,7 +162,7 @@ def start_or_resume(checkpoint: Checkpoint, run: FinetuneSettings) -> None:
         state = checkpoint.read()
         before = state["position"].get("weights", weights)  # earlier versions did not record them
         if before != weights:
-            raise ValueError(
+            raise InputError(
                 f"resume: settings differ from those of {checkpoint.path}: checkpoint={before} before, {weights} now"
             )
         checkpoint.restore(state)

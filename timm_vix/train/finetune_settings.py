@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from .._checks import InputError
 from .._names import check_model
 from ..conversion.freeze import PARTS
 from .settings import (
@@ -95,12 +96,12 @@ class FinetuneSettings(Settings):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if not self.model:  # None, where there is no default
-            raise ValueError(
+            raise InputError(
                 "model is missing: with data_dir it is a name of timm.list_models(), such as vix_nystrom_tiny"
             )
         super().__post_init__()
         if self.mixup and self.batch_size % 2:
-            raise ValueError(f"batch_size={self.batch_size}: mixup pairs images; allowed is an even number")
+            raise InputError(f"batch_size={self.batch_size}: mixup pairs images; allowed is an even number")
         check_model(self.model)
         check_weights("checkpoint", self.checkpoint)
         check_folder(Path(self.out), self.resume, self.overwrite)

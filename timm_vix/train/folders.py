@@ -18,6 +18,7 @@ from PIL import Image
 from timm.data import create_dataset
 from tqdm import tqdm
 
+from .._checks import InputError
 from .._files import one_line
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -145,7 +146,7 @@ def open_split(name: str, options: dict[str, Any], splits: tuple[str, ...], take
         if taken.isdisjoint(files_of(dataset)):
             return dataset
         reasons.append(f"{split}: holds images of train")  # timm takes the root where it has no folder of that name
-    raise ValueError(f"data_dir={name!r} cannot be read by timm's dataset factory: {'; '.join(reasons)}")
+    raise InputError(f"data_dir={name!r} cannot be read by timm's dataset factory: {'; '.join(reasons)}")
 
 
 def files_of(dataset: Any) -> frozenset[str]:
@@ -180,7 +181,7 @@ def read_images(dataset: Any, name: str, length: int) -> Iterator[tuple[Any, int
             yield image, int(label)
     except Exception as error:  # readers raise as they like
         reason = f"{type(error).__name__}: {one_line(error, 150)}"
-        raise ValueError(f"data_dir={name!r} cannot be read by timm's dataset factory: {reason}") from error
+        raise InputError(f"data_dir={name!r} cannot be read by timm's dataset factory: {reason}") from error
 
 
 def class_names(dataset: Any) -> dict[int, str]:

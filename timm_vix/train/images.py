@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from torchvision.transforms import Compose, RandomCrop
 from tqdm import tqdm
 
+from .._checks import InputError
 from .folders import Items, Sample, Source
 
 CACHE_BYTES = 2 << 30  # decoded pixels kept in memory per split; images beyond are decoded again in every epoch
@@ -52,7 +53,7 @@ def transforms(data_config: dict[str, Any], augment: str, flip: float) -> tuple[
     """
     channels = data_config["input_size"][0]
     if channels not in (1, 3):
-        raise ValueError(f"in_chans={channels}: allowed is 1 (grey) or 3 (RGB), which is what image files hold")
+        raise InputError(f"in_chans={channels}: allowed is 1 (grey) or 3 (RGB), which is what image files hold")
     shared = {key: data_config[key] for key in ("input_size", "interpolation", "mean")}
     shared["use_prefetcher"] = True  # stay uint8: whole batches are normalised on the device
     steps = create_transform(**shared, crop_pct=data_config["crop_pct"], crop_mode=data_config["crop_mode"]).transforms
@@ -114,7 +115,7 @@ class Images(Dataset):
             if own[0] in self.damaged:
                 self.remember(self.decode(own))
             if self.damaged.issuperset(own):
-                raise ValueError(
+                raise InputError(
                     f"class {classes[label]!r}: none of its {len(own)} images can be read, such as {self.name(own[0])}"
                 )
         if not lazy:

@@ -13,6 +13,7 @@ from timm.data import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 
+from .._checks import InputError
 from .folders import Items, class_names, is_dataset, labelled_images, open_dataset
 
 VALIDATION = ("val", "validation", "test")
@@ -38,10 +39,10 @@ def find_images(
     root = Path(data_dir)
     splits = [root / name for name in VALIDATION if (root / name).is_dir()]
     if splits and not (root / "train").is_dir():
-        raise ValueError(f"data_dir={root} has {splits[0].name}/ but no train/; allowed: both, or class folders only")
+        raise InputError(f"data_dir={root} has {splits[0].name}/ but no train/; allowed: both, or class folders only")
     train, classes = list_images(root / "train" if (root / "train").is_dir() else root)
     if len(classes) < 2:
-        raise ValueError(f"data_dir={root} has one class only, {classes[0]!r}; at least two class folders are needed")
+        raise InputError(f"data_dir={root} has one class only, {classes[0]!r}; at least two class folders are needed")
     if val_dir or splits:
         return train, list_images(Path(val_dir or splits[0]), classes)[0], classes
     return *hold_out(train, held_out), classes
@@ -52,7 +53,7 @@ def list_digits() -> tuple[Items, list[str]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("data_dir is missing, and the built-in digits need scikit-learn; allowed: a folder") from None
+        raise InputError("data_dir is missing, and the built-in digits need scikit-learn; allowed: a folder") from None
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     return list(zip(pixels, digits.target.tolist())), [str(name) for name in digits.target_names]
@@ -64,11 +65,11 @@ def list_dataset(
     """``find_images`` of a data set of timm's factory."""
     train_set, val_set = open_dataset(name, root)
     if not hasattr(train_set, "__getitem__"):
-        raise ValueError(f"data_dir={name!r} can only be read in order; allowed is a data set that can be indexed")
+        raise InputError(f"data_dir={name!r} can only be read in order; allowed is a data set that can be indexed")
     images = labelled_images(train_set)
     classes = list(names_by_label(train_set, images).values())
     if len(classes) < 2:
-        raise ValueError(f"data_dir={name!r} has one class only, {''.join(classes)!r}; at least two are needed")
+        raise InputError(f"data_dir={name!r} has one class only, {''.join(classes)!r}; at least two are needed")
     train = by_class_name(name, train_set, images, classes)
     if val_dir:
         return train, list_images(Path(val_dir), classes)[0], classes
@@ -90,7 +91,7 @@ def by_class_name(name: str, dataset: Any, images: Items, classes: list[str]) ->
     for source, label in images:
         number = labels.get(label)
         if number is None:
-            raise ValueError(f"data_dir={name!r} has an image of label {label}, which is none of its classes")
+            raise InputError(f"data_dir={name!r} has an image of label {label}, which is none of its classes")
         found.append((source, number))
     return found
 
@@ -99,16 +100,16 @@ def list_images(folder: Path, known: Optional[list[str]] = None) -> tuple[Items,
     """List the images of class folders, and the class names in timm's order; ``known`` names set the labels."""
     layout = f"expected {folder}/<class>/<image>.jpg"
     if not folder.is_dir():
-        raise ValueError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {layout}")
+        raise InputError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {layout}")
     names = sorted((path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=order)
     known = known or names
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{folder} has classes that the training images lack: {', '.join(unknown)}")
+        raise InputError(f"{folder} has classes that the training images lack: {', '.join(unknown)}")
     files = {name: image_files(folder / name) for name in names}
     if not any(files.values()):
-        raise ValueError(f"{folder} holds no images in class folders; {layout}")
+        raise InputError(f"{folder} holds no images in class folders; {layout}")
     if empty := [name for name in names if not files[name]]:
-        raise ValueError(f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them")
+        raise InputError(f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them")
     labels = {name: label for label, name in enumerate(known)}
     return [(file, labels[name]) for name in names for file in files[name]], names
 
@@ -120,12 +121,12 @@ def find_unlabelled(folder: Path) -> Items:
         ValueError: for a folder that isn't there or holds no image.
     """
     if not folder.is_dir():
-        raise ValueError(
+        raise InputError(
             f"{folder} {'is a file' if folder.exists() else 'does not exist'}; expected a folder of images"
         )
     files = image_files(folder)
     if not files:
-        raise ValueError(f"{folder} holds no images; allowed are {', '.join(sorted(get_img_extensions()))}")
+        raise InputError(f"{folder} holds no images; allowed are {', '.join(sorted(get_img_extensions()))}")
     return [(file, 0) for file in files]
 
 
@@ -162,5 +163,5 @@ def hold_out(items: Items, share: float) -> tuple[Items, Items]:
         val += own[:cut]
         train += own[cut:]
     if not val:
-        raise ValueError("no class has two images, so none can be held out; give val_dir")
+        raise InputError("no class has two images, so none can be held out; give val_dir")
     return train, val

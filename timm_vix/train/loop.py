@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .._checks import InputError
 from .checkpoint import Checkpoint
 
 
@@ -61,7 +62,7 @@ class Loop:
         """
         if not loss.isfinite():
             step = self.checkpoint.position["step"] + 1
-            raise ValueError(f"the loss became {loss.item()} in {self.stage}, step {step}; {advice}")
+            raise InputError(f"the loss became {loss.item()} in {self.stage}, step {step}; {advice}")
         self.checkpoint.optimizer.zero_grad()
         loss.backward()
         self.checkpoint.optimizer.step()

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union, get_args, get_orig
 
 from timm.utils import ParseKwargs
 
+from .._checks import InputError
+
 Ranges = Iterable[tuple[str, str, Callable[[Any], bool]]]
 Function = TypeVar("Function", bound=Callable[..., Any])
 # for the type of a field: what a value may be an instance of, and what that is called
@@ -83,7 +85,7 @@ class Settings:
             # True is an integer for Python, and no number of epochs
             right = isinstance(value, accepted) and (accepted in (bool, object) or not isinstance(value, bool))
             if not right and not (value is None and is_optional(own)):
-                raise ValueError(f"{own.name}={value!r}: allowed is {words}{' or None' if is_optional(own) else ''}")
+                raise InputError(f"{own.name}={value!r}: allowed is {words}{' or None' if is_optional(own) else ''}")
         check_ranges(self, [(own.name, *allowed) for own in fields(self) if (allowed := own.metadata["allowed"])])
 
     def recorded(self) -> dict[str, Any]:
@@ -169,20 +171,20 @@ def check_ranges(run: Any, ranges: Ranges) -> None:
         for name in names.split():
             value = getattr(run, name)
             if value is not None and not holds(value):
-                raise ValueError(f"{name}={value}: allowed is {allowed}")
+                raise InputError(f"{name}={value}: allowed is {allowed}")
 
 
 def check_weights(name: str, path: Optional[str]) -> None:
     """Raise ValueError if a file of weights is named and not there."""
     if path and not Path(path).is_file():
-        raise ValueError(f"{name}={path} is no file; allowed is a .safetensors or .pth file")
+        raise InputError(f"{name}={path} is no file; allowed is a .safetensors or .pth file")
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise ValueError for a folder of results that can't be continued, or that holds something to keep."""
     if resume and overwrite:
-        raise ValueError("resume and overwrite were both given; allowed is one of them")
+        raise InputError("resume and overwrite were both given; allowed is one of them")
     if resume and not (out / "checkpoint.pt").is_file():
-        raise ValueError(f"resume: {out} holds no checkpoint.pt; start without resume")
+        raise InputError(f"resume: {out} holds no checkpoint.pt; start without resume")
     if not (resume or overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")
+        raise InputError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")

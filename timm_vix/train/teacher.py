@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 
+from .._checks import InputError
 from .._files import one_line
 from .._names import check_model
 from ..mixers._slot import AttentionSlot, MixerSlot
@@ -19,7 +20,7 @@ def check_teacher(run: Any) -> None:
     check_model(run.source, "source")
     check_weights("weights", run.weights)
     if not run.weights and not run.pretrained and ":" not in run.source:
-        raise ValueError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
+        raise InputError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
 
 
 def build_teacher(run: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -42,7 +43,7 @@ def build_teacher(run: Any) -> tuple[nn.Module, dict[str, Any]]:
         teacher = timm.create_model(run.source, pretrained=True, **arguments)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         weights = f" with weights={run.weights}" if run.weights else ""
-        raise ValueError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
+        raise InputError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
     size = dict(img_size=run.img_size) if run.img_size else {}
     return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from .._checks import InputError
 from .._device import autocast, find_device, find_dtype, versions
 from .._files import write_table
 from ..conversion.convert import Conversion, convert
@@ -77,7 +78,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = init_distributed_device_so(device=device)["global_rank"] if world > 1 else 0
     if run.batch_size < world:
-        raise ValueError(f"batch_size={run.batch_size}: allowed is at least 1 for each of the {world} processes")
+        raise InputError(f"batch_size={run.batch_size}: allowed is at least 1 for each of the {world} processes")
     if world > 1 and device == "cuda":
         run.device = f"cuda:{os.environ['LOCAL_RANK']}"
     dtype = find_dtype(run.amp, run.device)
@@ -146,10 +147,10 @@ def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, 
     report = convert(student, run.mixer, run.layers, **(run.mixer_kwargs or {}))
     mixers = mixers_of(student, report)
     if not mixers:
-        raise ValueError(f"mixer={run.mixer!r}, layers={run.layers!r} leave every layer as it is: nothing to transfer")
+        raise InputError(f"mixer={run.mixer!r}, layers={run.layers!r} leave every layer as it is: nothing to transfer")
     groups = parameter_groups(list(mixers.values()))
     if not groups:
-        raise ValueError(f"mixer={run.mixer!r} has no parameters to fit")
+        raise InputError(f"mixer={run.mixer!r} has no parameters to fit")
     student.requires_grad_(False)
     for group in groups:
         for parameter in group["params"]:
@@ -175,7 +176,7 @@ def prepare_images(run: TransferSettings, config: dict[str, Any]) -> tuple[Image
         for part, transform in (([item for i, item in enumerate(found) if i % 20], augmented), (found[::20], evaluated))
     )
     if len(images) < run.batch_size:
-        raise ValueError(
+        raise InputError(
             f"data_dir={run.data_dir} has {len(images)} images to learn from, fewer than batch_size={run.batch_size}"
         )
     return images, held_out
