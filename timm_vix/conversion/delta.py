@@ -133,10 +133,10 @@ def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
     if misfits or len(classes) > 1 or 0 in classes:
         raise InputError(f"{other}{one_line(', '.join(misfits or ['classifiers']))} are of another shape, or not here")
     if classes and classes != {model.num_classes}:
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        frozen_names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         model.reset_classifier(*classes)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
+            parameter.requires_grad_(name not in frozen_names)
     names = {unwrapped_name(name): name for name in model.state_dict()}
     model.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()}, strict=False)
 

@@ -87,8 +87,8 @@ class LinformerAttention(LandmarkAttention):
             self.regions = (num_proj_tokens[0], num_proj_tokens[1])
         else:
             num_proj_tokens = DEFAULT_PROJ_TOKENS if num_proj_tokens is None else num_proj_tokens
-            check_integer("num_proj_tokens", num_proj_tokens, 1)  # type: ignore[arg-type]
-            self.regions = cell_grid(num_proj_tokens, grid)  # type: ignore[arg-type]
+            check_integer("num_proj_tokens", num_proj_tokens, 1)
+            self.regions = cell_grid(num_proj_tokens, grid)
         self.sharing = sharing
         self.pools_tokens = sharing != "none"
         self.pools_once = sharing == "kv"
