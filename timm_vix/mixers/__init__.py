@@ -7,6 +7,7 @@ from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
 from .performer import PerformerAttention
+from .pool import Pooling
 from .softmax import SoftmaxAttention
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -17,4 +18,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "atrous": AtrousAttention,
     "fnet": FourierMixing,
     "mixer": TokenMlp,
+    "pool": Pooling,
 }

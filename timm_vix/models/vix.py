@@ -43,6 +43,8 @@ NAMES = [
     ModelName("vix_mixer_small", "mixer", "linear", "small"),
     ModelName("vix_mixer_base", "mixer", "linear", "base"),
     ModelName("vix_mixer_cifar", "mixer", "linear", "cifar"),
+    ModelName("vix_pool_tiny", "pool", "linear", "tiny"),
+    ModelName("vix_pool_cifar", "pool", "linear", "cifar"),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
