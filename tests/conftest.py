@@ -36,6 +36,8 @@ VARIANTS = [
     for rope in ((None, "axial", "1d") if issubclass(mixer_class, AttentionMixer) else (None,))
     for options in OPTIONS.get(mixer, [{}])
 ]
+# Enough where positions and options don't act together: each option without positions, each mixer with axial ones.
+FEW_VARIANTS = [v for v in VARIANTS if v.values[1] is None or (v.values[1] == "axial" and v.values[2] == {})]
 # prefix tokens: the class token; none; class and registers; registers without a class token
 LAYOUTS = {
     "class": {},

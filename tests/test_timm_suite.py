@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
-
 from conftest import REGISTERED
 
 import timm_vix

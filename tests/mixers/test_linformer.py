@@ -100,7 +100,7 @@ def test_a_constant_image_is_attended_to_as_by_softmax():
         block.attn.reset_parameters()
     softmax.load_state_dict({k: v for k, v in linformer.state_dict().items() if "token_proj" not in k})
     x = torch.randn(2, 3, 1, 1, dtype=torch.float64).expand(2, 3, 14, 10)
-    assert distance(linformer(x), softmax(x)) < rounding(torch.float64, 100)
+    assert distance(linformer(x), softmax(x)) < rounding(torch.float32)  # averages are initial weights, in float32
 
 
 @pytest.mark.parametrize("rope", ["axial", "1d"])
