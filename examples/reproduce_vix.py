@@ -2,7 +2,7 @@
 
     python examples/reproduce_vix.py --data-dir cifar10                       # all systems, both recipes
     python examples/reproduce_vix.py --data-dir cifar10 --recipes modern --systems ccn_cifar cvn_cifar --epochs 5
-    python examples/reproduce_vix.py --cards hub_cards                        # only the cards of what was trained
+    python examples/reproduce_vix.py --cards hub_cards                        # only the cards of weights that exist
 
 ``cifar10`` holds train/ and test/ with class folders. A tenth of the training images is held out of training, the epoch
 that is best on it is kept, and the test images are looked at once. ``paper`` is the official code's recipe (AdamW at a
@@ -17,6 +17,7 @@ tokens they would approximate nothing. Each row of examples/results/reproduce_vi
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ SYSTEMS: dict[str, tuple[str, int]] = {
     "vix_mixer_cifar": ("", 640),
     "hybrid_mixer_cifar": ("", 640),
 }
+# the row whose weights are in examples/checkpoint
+SHIPPED = dict(system="hybrid_pin_cifar", recipe="modern", epochs=10, patch_size=4, seed=0)
 # the keyword of what attends for the tokens, and whose it is
 FEW = {
     "num_landmarks": ("vix_nystrom", "hybrid_vin", "ccn", "cvn", "levin", "pin", "hybrid_pin"),
@@ -106,6 +109,18 @@ def extent(recipe: str, given: argparse.Namespace, device: str) -> tuple[int, in
     return given.epochs or (reduced if device == "cpu" else full), given.patch_size or (2 if device == "cpu" else 1)
 
 
+def run_folder(runs: str, row: dict[str, Any]) -> Path:
+    """Where a run has its checkpoint and model."""
+    return Path(runs) / f"{row['recipe']}-{row['epochs']}-{row['patch_size']}{seed_suffix(row['seed'])}" / row["system"]
+
+
+def checkpoint_of(runs: str, row: dict[str, Any]) -> Path:
+    """Where the weights of a row are: in its run or, for the shipped ones without their run, in examples/checkpoint."""
+    trained = run_folder(runs, row) / "hub"
+    is_shipped = SHIPPED.items() <= row.items() and not trained.exists()
+    return Path(__file__).parent / "checkpoint" if is_shipped else trained
+
+
 @torch.inference_mode()
 def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
     """Top-1 and top-5 accuracy on the test images, in percent, of the model in ``folder``."""
@@ -125,7 +140,7 @@ def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
     return 100 * top1 / len(images), 100 * top5 / len(images)
 
 
-def told(step: dict[str, Any], name: str, digits: int) -> Any:
+def rounded(step: dict[str, Any], name: str, digits: int) -> Any:
     """A measured number, or nothing where there is none: a device without a memory count, a failed measurement."""
     return "" if step.get(name) is None else round(step[name], digits)
 
@@ -135,7 +150,8 @@ def train(
 ) -> dict[str, Any]:
     """Train or continue one system by one recipe, test it, and return its row."""
     settings = RECIPES[recipe][0]
-    out = Path(given.runs) / f"{recipe}-{epochs}-{patch_size}{seed_suffix(given.seed)}" / system
+    key = dict(system=system, recipe=recipe, epochs=epochs, patch_size=patch_size, seed=given.seed)
+    out = run_folder(given.runs, key)
     _, history = finetune(
         system,
         model_kwargs=patched(system, patch_size),
@@ -180,9 +196,9 @@ def train(
         epochs=epochs,
         patch_size=patch_size,
         tokens=(32 // patch_size) ** 2,
-        images_per_second=told(step, "images_per_s", 1) or round(best["images_per_second"], 1),
-        faster_than_softmax=told(step, "speedup", 3),
-        peak_memory_mib=told(step, "peak_memory_mib", 1),
+        images_per_second=rounded(step, "images_per_s", 1) or round(best["images_per_second"], 1),
+        faster_than_softmax=rounded(step, "speedup", 3),
+        peak_memory_mib=rounded(step, "peak_memory_mib", 1),
         seconds=round(sum(row["seconds"] for row in history), 1),
         seed=given.seed,
         **{key: best[key] for key in shared},
@@ -200,9 +216,9 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--runs", default="runs/reproduce", help="folder for checkpoints and models")
+    parser.add_argument("--runs", default="runs/reproduce", help="folder of checkpoints and models")
     parser.add_argument("--results", default=str(Path(__file__).parent / "results" / "reproduce_vix.csv"))
-    parser.add_argument("--cards", metavar="DIR", help="write a model card for each row of the results")
+    parser.add_argument("--cards", metavar="DIR", help="write a model card for each row whose weights exist")
     given = parser.parse_args()
     path = Path(given.results)
     try:
@@ -236,8 +252,8 @@ def main() -> int:
             append_record(path, COLUMNS, row)
             print(f"test images: top-1 {row['top1']} %, paper {row['paper'] or 'without a number'}", flush=True)
         if given.cards:
-            for card in write_cards(path, Path(given.cards)):
-                print(card)
+            cards = write_cards(path, partial(checkpoint_of, given.runs), Path(given.cards))
+            print("\n".join(map(str, cards)) or f"no card: the weights of no row of {path} are in {given.runs}")
         if failed:
             print(f"without a row: {', '.join(failed)}", file=sys.stderr)
             return 2

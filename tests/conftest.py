@@ -17,7 +17,6 @@ from torch.torch_version import TorchVersion
 
 import timm_vix  # noqa: F401  registers the names
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._slot import AttentionMixer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEIT = DATA / "deit_tiny_patch16_224.fb_in1k.safetensors"
@@ -33,7 +32,7 @@ OPTIONS: dict[str, list[dict]] = {
 VARIANTS = [
     pytest.param(mixer, rope, options, id="-".join([mixer, *([rope] if rope else []), *map(str, options.values())]))
     for mixer, mixer_class in MIXERS.items()
-    for rope in ((None, "axial", "1d") if issubclass(mixer_class, AttentionMixer) else (None,))
+    for rope in ((None, "axial", "1d") if mixer_class.supports_rotary else (None,))
     for options in OPTIONS.get(mixer, [{}])
 ]
 # Enough where positions and options don't act together: each option without positions, each mixer with axial ones.

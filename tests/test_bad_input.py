@@ -8,7 +8,7 @@ import timm
 import torch
 from conftest import image, small
 
-from timm_vix.conversion.replace import mixer_options
+from timm_vix.conversion.replace import mixer_keywords
 from timm_vix.mixers import MIXERS
 
 # (name, keywords, words); images are 224 px with patches of 16 unless a row says otherwise: 196 patch tokens
@@ -84,7 +84,7 @@ def test_a_wrong_keyword_is_named(name, keywords, words):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_keyword_of_every_other_mixer_is_refused(mixer):
-    for name in set().union(*map(mixer_options, MIXERS)) - set(mixer_options(mixer)):
+    for name in set().union(*map(mixer_keywords, MIXERS)) - set(mixer_keywords(mixer)):
         with pytest.raises(ValueError) as error:
             small(mixer, **{name: 1})
         assert not missing_words(error, [name, mixer])

@@ -14,10 +14,8 @@ from timm.layers import Attention
 from timm.models import save_for_hf
 
 import timm_vix
-from timm_vix.conversion.convert import attention_slots
-from timm_vix.conversion.replace import remove_hook
+from timm_vix.conversion.convert import attention_sites
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._slot import AttentionMixer
 
 # 16 landmarks on a 4x4 grid and no ridge: Nyström attention is then softmax attention
 EXACT = dict(num_landmarks=16, ridge=0.0, pinv_iterations=60)
@@ -31,6 +29,12 @@ def vit(name="vit_tiny_patch16_224", **kwargs):
 def eva(**kwargs):
     small = dict(img_size=56, embed_dim=32, depth=3, num_heads=2, num_classes=5)
     return timm.create_model("eva02_tiny_patch14_224", **{**small, **kwargs}).eval()
+
+
+def giant(**kwargs):
+    """A host without positions of its own in attention, and with biases apart from the joint projection."""
+    small = dict(img_size=56, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    return timm.create_model("eva_giant_patch14_224", **{**small, **kwargs}).eval()
 
 
 def images(model, batch=2):
@@ -119,22 +123,35 @@ def test_a_residual_convolution_begins_as_nothing_and_learns():
     assert distance(local(x), plain(x)) < 1e-6
     local(x).square().sum().backward()
     # the last block's class token, which is classified, sees no patch's convolution
-    assert all(block.attn.conv.weight.grad.abs().max() > 0 for block in local.blocks[:-1])
+    assert all(block.attn.core.conv.weight.grad.abs().max() > 0 for block in local.blocks[:-1])
 
 
-def test_a_model_of_ours_whose_mixer_was_overridden_is_refused():
-    model = timm.create_model("vix_nystrom_cifar", mixer="softmax", depth=1)
-    with pytest.raises(ValueError, match="vix_nystrom_cifar was created with mixer='softmax'"):
-        timm_vix.convert(model, "linformer")
-    timm_vix.convert(timm.create_model("vix_softmax_cifar", depth=1), "linformer")
-
-
-def test_torchscript_without_the_hook():
-    model = vit()
-    timm_vix.convert(model, "nystrom", num_landmarks=4)
-    remove_hook(model)
+def test_a_model_of_ours_whose_mixer_was_overridden_comes_back(tmp_path):
+    """Its own keywords and those of the conversion have the same names."""
+    model = timm.create_model("vix_nystrom_cifar", mixer="softmax", depth=2, img_size=8).eval()
+    timm_vix.convert(model, "linformer", layers=[1], num_proj_tokens=9)
     x = images(model)
-    assert distance(torch.jit.script(model)(x), model(x)) < 1e-6
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+    timm_vix.revert(again)
+    timm_vix.revert(model)
+    assert torch.equal(again(x), model(x))
+    assert again._model_args["mixer"] == "softmax" and "layers" not in again._model_args
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("host", [vit, eva, giant])
+def test_torchscript(host, mixer):
+    model = host()
+    if host is not vit and not MIXERS[mixer].supports_rotary and getattr(model, "rope", None) is not None:
+        return
+    timm_vix.convert(model, mixer)
+    patch = model.patch_embed.patch_size[0]
+    size = (3 * patch, 5 * patch)
+    model.set_input_size(size)
+    x = torch.randn(2, 3, *size)
+    assert distance(torch.jit.script(model)(x), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize("host", [vit, eva])
@@ -154,7 +171,7 @@ def test_there_and_back(mixer):
     y = model(x)
     few = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}}
     timm_vix.convert(model, mixer, **few.get(mixer, {}))
-    if issubclass(MIXERS[mixer], AttentionMixer):
+    if MIXERS[mixer].supports_rotary:
         assert all(dict(model.named_parameters())[name] is p for name, p in weights.items()), "weights are shared"
     if mixer == "softmax":
         with pytest.raises(ValueError, match="nothing to revert"):
@@ -344,7 +361,7 @@ def test_dropped_patches_are_refused():
 def test_parallel_blocks_and_features():
     model = vit("vit_small_patch16_18x2_224", depth=2)
     timm_vix.convert(model, "nystrom", "last-1", num_landmarks=4)
-    slots = attention_slots(model)
+    slots = attention_sites(model)
     assert [len(block) for block in slots] == [2, 2]
     assert [type(getattr(s.parent, s.name)).__name__ for block in slots for s in block] == ["Attention"] * 2 + [
         "NystromAttention"
@@ -373,7 +390,7 @@ def test_by_name_it_is_the_same_model(deit):
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "softmax"])
 @pytest.mark.parametrize("host", [vit, eva])
 def test_saved_and_loaded_it_is_the_same_function(host, mixer, safe, tmp_path):
-    if host is eva and not issubclass(MIXERS[mixer], AttentionMixer):
+    if host is eva and not MIXERS[mixer].supports_rotary:
         return
     model = host()
     timm_vix.convert(
@@ -389,7 +406,7 @@ def test_saved_and_loaded_it_is_the_same_function(host, mixer, safe, tmp_path):
         f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=3, img_size=(56, 70) if host is eva else (32, 40)
     )
     assert other(images(other)).isfinite().all()
-    if issubclass(MIXERS[mixer], AttentionMixer):
+    if MIXERS[mixer].supports_rotary:
         timm_vix.revert(loaded)
         timm_vix.revert(model)
         assert torch.equal(loaded(x), model(x))

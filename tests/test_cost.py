@@ -22,7 +22,7 @@ from timm_vix.benchmark.cost import COLUMNS, baseline_of, plan, summary, sweep
 from timm_vix.measure.flops import counter
 from timm_vix.measure.process import JOB, beside_baseline, compare_times, run, take_turns
 from timm_vix.mixers import SoftmaxAttention
-from timm_vix.mixers._slot import cell_grid
+from timm_vix.mixers._layout import cell_grid
 from timm_vix.models.checkpoints import MECHANISMS
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models._features_fx import GraphExtractNet
 
-from timm_vix.models._projected import PROJECTED
+from timm_vix.mixers import MIXERS
+from timm_vix.mixers._layout import TokenLayout
+from timm_vix.mixers._mechanism import AttentionMechanism, AttentionShape
+
+# those whose keys may lie on a coarser grid than the queries
+PROJECTED = {
+    name: kind
+    for name, kind in MIXERS.items()
+    if issubclass(kind, AttentionMechanism) and not kind.needs_self_attention
+}
 
 MIXER = {"cvn": "nystrom", "cvp": "performer", "cvt": "softmax"}
 NAMES = [f"{family}_{size}" for family in MIXER for size in ("cifar", "13")]
@@ -19,6 +28,7 @@ SHAPE = dict(img_size=(20, 12), embed_dims=(16, 16, 32), depths=(1, 1, 2), num_h
 EXACT = {
     "softmax": {},
     "nystrom": {"num_landmarks": 999, "ridge": 0.0, "pinv_iterations": 80},
+    "linformer": {"num_proj_tokens": 999},
     "performer": {"num_features": 2048},
 }
 
@@ -85,7 +95,7 @@ def naive(module, x: torch.Tensor) -> torch.Tensor:
     """Softmax attention with convolutional projections, from CvT's formula: logits over the root of all channels."""
     B, _, C = x.shape
     P, h = module.num_prefix_tokens, module.num_heads
-    image = x[:, P:].transpose(1, 2).reshape(B, C, *module.grid)
+    image = x[:, P:].transpose(1, 2).reshape(B, C, *module.queries.grid)
     parts = {}
     for name in "qkv":
         tokens = x
@@ -94,7 +104,7 @@ def naive(module, x: torch.Tensor) -> torch.Tensor:
             stride = 1 if name == "q" else 2
             weight, bn = convolution.conv.weight, convolution.bn
             padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
-            rows, columns = (math.ceil(side / stride) for side in module.grid)
+            rows, columns = (math.ceil(side / stride) for side in module.queries.grid)
             out = torch.zeros(B, C, rows, columns, dtype=x.dtype)
             for i in range(3):
                 for j in range(3):
@@ -125,8 +135,8 @@ def test_attention_is_the_formula_at_the_exact_limit(mixer, projection):
     for bn in (m for m in module.modules() if hasattr(m, "running_mean")):
         bn.running_mean.normal_()
         bn.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 1 + module.grid[0] * module.grid[1], 32, dtype=torch.float64, requires_grad=True)
-    tolerance = {"softmax": 1e-10, "nystrom": 1e-4, "performer": 0.1}[mixer]
+    x = torch.randn(2, 1 + module.queries.grid[0] * module.queries.grid[1], 32, dtype=torch.float64, requires_grad=True)
+    tolerance = {"softmax": 1e-10, "nystrom": 1e-4, "linformer": 1e-4, "performer": 0.1}[mixer]
     ours, reference = module(x), naive(module, x)
     assert distance(ours, reference) < tolerance
     weight = torch.randn_like(ours)
@@ -140,10 +150,10 @@ def test_attention_is_the_formula_at_the_exact_limit(mixer, projection):
 def test_few_landmarks_are_nystroms_formula(num_prefix_tokens, key_grid, ridge):
     """F (V~ + (A^T A + r I)^-1 A^T (O - A V~)) with landmarks averaged by a loop, values wider than keys."""
     P, query_grid, cells = num_prefix_tokens, (8, 6), (2, 2)
-    core = PROJECTED["nystrom"](
-        torch.empty(0, dtype=torch.float64), 5, 7, (query_grid, key_grid), P, 4, pinv_iterations=60, ridge=ridge
-    )
-    assert core.cells == cells
+    queries, keys = TokenLayout(P, query_grid), TokenLayout(P, key_grid)
+    shape = AttentionShape(15, 3, 5, 7, queries, keys)
+    core = PROJECTED["nystrom"](shape, 4, pinv_iterations=60, ridge=ridge)
+    assert core.cells(key_grid) == cells
     counts = [P + grid[0] * grid[1] for grid in (query_grid, key_grid, key_grid)]
     q, k, v = (
         torch.randn(2, 3, n, width, dtype=torch.float64, requires_grad=True)
@@ -166,7 +176,7 @@ def test_few_landmarks_are_nystroms_formula(num_prefix_tokens, key_grid, ridge):
     exact = (Q @ k.transpose(2, 3) / math.sqrt(5)).softmax(3) @ v
     At = A.transpose(2, 3)
     X = V + torch.linalg.solve(At @ A + ridge * torch.eye(P + 4), At @ (exact - A @ V))
-    ours, reference = core(q, k, v), kernel @ X
+    ours, reference = core(q, k, v, queries, keys), kernel @ X
     assert distance(ours, reference) < 1e-8
     weight = torch.randn_like(ours)
     for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (ours, reference))):
@@ -269,7 +279,7 @@ def test_a_checkpoint_that_lacks_a_mixers_weight_is_refused(name, key, tmp_path)
         ({"num_features": 3}, ["num_features=3", "nystrom", "num_landmarks"]),
         ({"num_landmarks": 0}, ["num_landmarks=0", "at least 1"]),
         ({"ridge": -1}, ["ridge=-1"]),
-        ({"mixer": "linformer"}, ["linformer", "softmax", "nystrom", "performer"]),
+        ({"mixer": "fnet"}, ["fnet", "softmax", "nystrom", "performer"]),
         ({"projection": "average"}, ["average", "conv", "linear"]),
         ({"key_stride": 3}, ["key_stride=3", "1, 2"]),
         ({"conv_residual": True}, ["conv_residual=True", "grid", "key_stride=1"]),

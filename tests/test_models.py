@@ -30,7 +30,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_vix.mixers import MIXERS
-from timm_vix.models.checkpoints import own_keys
+from timm_vix.models.checkpoints import mixer_keys, stem_keys
 from timm_vix.stems import STEMS
 
 # Of the plain ViT with a mixer and a stem; of these, the ones that differ in more than their widths.
@@ -55,7 +55,7 @@ def test_a_name_says_what_is_built(name):
     model = timm.create_model(name, device="meta")
     width, depth, heads, patch, pixels = SIZES[size]
     kind = Attention if mixer == "softmax" and not rope else MIXERS[mixer]
-    assert [type(block.attn) for block in model.blocks] == [kind] * depth
+    assert [type(getattr(block.attn, "core", block.attn)) for block in model.blocks] == [kind] * depth
     assert all(getattr(block.attn, "num_heads", heads) == heads for block in model.blocks)
     assert type(model.patch_embed) is (PatchEmbed if family == "vix" else STEMS["conv"])
     assert model.patch_embed.patch_size == (patch, patch) and model.patch_embed.img_size == (pixels, pixels)
@@ -70,7 +70,7 @@ def test_every_name_takes_another_mixer(name):
     for mixer in ("softmax", "linformer"):
         model = timm.create_model(name, mixer=mixer, device="meta", depth=1)
         kind = Attention if mixer == "softmax" and "_rope" not in name else MIXERS[mixer]
-        assert type(model.blocks[0].attn) is kind
+        assert type(getattr(model.blocks[0].attn, "core", model.blocks[0].attn)) is kind
 
 
 @pytest.mark.parametrize("family", ["vix_softmax_cifar", "pin_cifar"])
@@ -243,7 +243,7 @@ def test_inherited_weights_are_those_of_the_file(name, deit, caplog):
     with caplog.at_level(logging.WARNING):
         model = converted(name, deit)
     weights, state = load_file(deit), model.state_dict()
-    own = own_keys(model)
+    own = mixer_keys(model) | stem_keys(model)
     inherited = set(state) - own
     assert inherited <= set(weights)
     assert all(torch.equal(state[key], weights[key]) for key in inherited)
@@ -265,7 +265,7 @@ def test_own_weights_keep_their_initial_value(name, deit):
     model = converted(name, deit)
     torch.manual_seed(3)
     state = timm.create_model(name).state_dict()
-    assert all(torch.equal(model.state_dict()[key], state[key]) for key in own_keys(model))
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in (mixer_keys(model) | stem_keys(model)))
 
 
 @pytest.mark.parametrize("name", ["vix_nystrom_tiny", "vix_mixer_tiny", "hybrid_vil_tiny", "vix_performer_tiny_rope"])

@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import ParallelThingsBlock
 
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._slot import TokenMixer
+from timm_vix.mixers._slot import MixerSlot
 
 
 def side_by_side(model, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_every_name_takes_it(name):
     for ours, theirs in zip(stages(model), stages(sequential), strict=True):
         layers = [len(block.attns) for block in ours]
         assert layers == [2] * (len(theirs) // 2) + [1] * (len(theirs) % 2)
-    kinds = [[type(m) for m in net.modules() if isinstance(m, (TokenMixer, Attention))] for net in (model, sequential)]
+    kinds = [[type(m) for m in net.modules() if isinstance(m, (MixerSlot, Attention))] for net in (model, sequential)]
     assert kinds[0] == kinds[1]
 
 

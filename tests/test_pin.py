@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._slot import AttentionMixer
+from timm_vix.mixers._slot import AttentionSlot
 
 NAMES = [
     f"{stem}{family}_{size}" for stem in ("", "hybrid_") for family in ("pin", "pip") for size in ("tiny", "cifar")
@@ -34,8 +34,8 @@ def test_registered_names():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_says_what_is_built(name):
     model = timm.create_model(name, device="meta")
-    mixers = [m for m in model.modules() if isinstance(m, AttentionMixer)]
-    assert {type(m) for m in mixers} == {MIXERS["nystrom" if "pin" in name else "performer"]}
+    mixers = [m for m in model.modules() if isinstance(m, AttentionSlot)]
+    assert {type(m.core) for m in mixers} == {MIXERS["nystrom" if "pin" in name else "performer"]}
     if "tiny" in name:
         grids = [(28, 28)] * 2 if "hybrid" in name else [(27, 27)] * 2
         grids += [(14, 14)] * 6 + [(7, 7)] * 4
@@ -88,10 +88,10 @@ def test_every_mixer_trains_and_comes_back(mixer, stem, tmp_path):
 def test_features_are_drawn_anew_in_training():
     model = timm.create_model("pip_tiny", **SHAPE, redraw_interval=2).train()
     mixer = model.transformers[1].blocks[0].attn
-    before = mixer.features.clone()
+    before = mixer.core.features.clone()
     for _ in range(2):
         model(torch.randn(2, 3, 20, 12))
-    assert mixer.grid == (5, 3) and int(mixer.passes) == 2 and not torch.equal(mixer.features, before)
+    assert mixer.grid == (5, 3) and int(mixer.core.passes) == 2 and not torch.equal(mixer.core.features, before)
 
 
 def side_by_side(model, x: torch.Tensor) -> torch.Tensor:

@@ -1,28 +1,313 @@
-"""The README says what was measured."""
+"""README.md and RESULTS.md say what was measured, and name what exists."""
 
-import subprocess
+import argparse
+import ast
+import csv
+import functools
+import importlib
+import re
+import runpy
+import shlex
 import sys
 from pathlib import Path
 
+import pytest
+import timm
+
+import timm_vix
+from timm_vix import cli
+from timm_vix.mixers import MIXERS
+from timm_vix.stems import hierarchical_mlp
+
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "examples" / "results"
+README, MEASURED = ROOT / "README.md", RESULTS / "RESULTS.md"
+DOCUMENTS = pytest.mark.parametrize("path", [README, MEASURED], ids=lambda path: path.name)
+MARK = re.compile(r"<!-- table: ([^\n]+) -->\n")
 
 
-def check(readme: Path | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "examples" / "tables.py"), "--check"]
-    if readme is not None:
-        command += ["--readme", str(readme)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def tables(monkeypatch):
+    """examples/tables.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("tables")
 
 
-def test_its_tables_are_those_of_the_results():
-    done = check()
-    assert done.returncode == 0, done.stderr
+def blocks(language: str, path: Path = README) -> list[str]:
+    """The code of a document in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_another_figure_is_noticed(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines() if line.startswith("| `nystrom` | 0."))
-    (tmp_path / "README.md").write_text(text.replace(row, row.replace("0.", "9.", 1)), encoding="utf-8")
-    done = check(tmp_path / "README.md")
-    assert done.returncode == 1
-    assert "differs" in done.stderr
+def prose(path: Path) -> str:
+    """What is written by hand, but for code, addresses and HTML comments."""
+    text = re.sub(r"<!-- table: .*?<!-- end -->|```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|<!--.*?-->", " ", text)
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+# Tables
+
+
+@DOCUMENTS
+def test_tables_are_those_of_the_results(tables, path):
+    text = path.read_text(encoding="utf-8")
+    assert MARK.search(text)
+    assert tables.filled(text) == text
+
+
+def test_every_table_stands_in_a_document(tables):
+    names = [name for path in (README, MEASURED) for name in MARK.findall(path.read_text(encoding="utf-8"))]
+    assert sorted(names) == sorted(tables.TABLES)
+
+
+def test_another_figure_is_noticed_and_mended(tables, tmp_path, monkeypatch, capsys):
+    copies = [tmp_path / path.name for path in (README, MEASURED)]
+    for copy, path in zip(copies, (README, MEASURED)):
+        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    right = copies[0].read_text(encoding="utf-8")
+    wrong = re.sub(r"(\| `vix_nystrom_tiny` \| )0\.", r"\g<1>9.", right)
+    assert wrong != right
+    copies[0].write_text(wrong, encoding="utf-8")
+    monkeypatch.setattr(tables, "DOCUMENTS", copies)
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    assert tables.main() == 1
+    told = capsys.readouterr().err
+    assert "README.md" in told and "RESULTS.md" not in told
+    assert copies[0].read_text(encoding="utf-8") == wrong
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    assert tables.main() == 0
+    assert copies[0].read_text(encoding="utf-8") == right
+
+
+def test_an_unknown_mark_is_refused_and_no_text_is_lost(tables):
+    with pytest.raises(ValueError, match="kost") as caught:
+        tables.filled("<!-- table: kost -->\n<!-- end -->")
+    assert "crossovers" in str(caught.value)
+    empty = "<!-- table: parts -->\n<!-- end -->\nbetween\n<!-- table: plans -->\n<!-- end -->\n"
+    assert "\nbetween\n" in tables.filled(empty)
+    without_end = "<!-- table: parts -->\nbetween\n<!-- table: plans -->\n<!-- end -->\n"
+    assert tables.filled(without_end).startswith("<!-- table: parts -->\nbetween\n")
+
+
+def test_cells_are_the_rows_of_the_file(tables):
+    """The README's table of costs, against the file read here."""
+    with open(RESULTS / "cost_cpu.csv", encoding="utf-8") as file:
+        ours = [r for r in csv.DictReader(file) if r["model"] == "vix_performer_tiny" and r["batch_size"] == "1"]
+    speeds = {(r["img_size"], r["mode"], r["dtype"]): r for r in ours}
+    lines = README.read_text(encoding="utf-8").splitlines()
+    cells = next(line for line in lines if line.startswith("| `vix_performer_tiny` |")).split(" | ")
+    for cell, size in zip(cells[1:5], ("224", "384", "512", "1024")):
+        for text, mode in zip(cell.split(" / "), ("infer", "train")):
+            row = speeds[size, mode, "float32"]
+            low, high = float(row["speedup_low"]), float(row["speedup_high"])
+            assert (text == "same") == (low <= 1 <= high)
+            assert text == "same" or float(text) == pytest.approx(float(row["speedup"]), abs=0.005)
+    assert "2,048" not in "\n".join(lines)  # one round
+
+
+def test_a_ratio_is_told_with_enough_rounds_only(tables):
+    cost = importlib.import_module("result_tables.cost")
+    row = dict(speedup="1.2345", speedup_low="1.1", speedup_high="1.3", rounds="3")
+    assert cost.is_timed(row)
+    assert cost.speed(row) == "1.23 (1.10 to 1.30)"
+    assert cost.speed(dict(row, speedup_low="0.9")) == "same (0.90 to 1.30)"
+    assert not cost.is_timed(dict(row, rounds="2"))
+    assert cost.speed(dict(row, speedup_low="", speedup_high="")) == ""
+
+
+def test_crossovers_are_interpolated_on_logarithmic_axes(tables):
+    cost = importlib.import_module("result_tables.cost")
+    spread = dict(speedup_low="0.5", speedup_high="0.5", rounds="5")
+    slow = dict(spread, tokens="100", speedup="0.5")
+    fast = dict(slow, tokens="10000", speedup="2.0", speedup_low="2.0", speedup_high="2.0")
+    cells = {cost.Key("m", True, 1, "infer"): slow, cost.Key("m", True, 2, "infer"): fast}
+    assert cost.crossing(cells, "m", "infer", spread=False) == "1,000"
+    assert cost.crossing(cells, "m", "infer") == "1,000 (1,000 to 1,000)"
+    assert cost.crossing({cost.Key("m", True, 1, "infer"): slow}, "m", "infer") == "not up to 100"
+    assert cost.crossing({cost.Key("m", True, 2, "infer"): fast}, "m", "infer") == "below 10,000"
+
+
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "softmax"])
+def test_docstrings_say_what_was_measured(tables, mixer):
+    cost = importlib.import_module("result_tables.cost")
+    if mixer not in cost.timed_mixers():
+        pytest.skip(f"mixers.csv has no row of {mixer}")
+    assert cost.pays(mixer) in " ".join(sys.modules[MIXERS[mixer].__module__].__doc__.split())
+
+
+def test_the_docstring_of_a_stem_says_what_it_adds(tables):
+    mechanisms = importlib.import_module("result_tables.mechanisms")
+    assert mechanisms.stem_pays() in " ".join(hierarchical_mlp.__doc__.split())
+
+
+# Prose
+
+
+@DOCUMENTS
+def test_no_measured_figure_is_written_by_hand(path):
+    unit = r"(?:%|times|points?|percent|[MGk]i?B|ms|s|seconds|minutes|hours|GFLOPs)"
+    assert re.findall(rf"\d[\d.,]*[ -]{unit}(?![\w-])|\d+\.\d+", prose(path)) == []
+
+
+def test_the_advice_holds(tables):
+    cost = importlib.import_module("result_tables.cost")
+    cells = cost.models("tiny")
+
+    def value(mixer: str, size: int, mode: str, column: str) -> float:
+        name = "vit_tiny_patch16_224" if mixer == "softmax" else f"vix_{mixer}_tiny"
+        return float(cells[cost.Key(name, True, size, mode)][column])
+
+    attention = ("nystrom", "linformer", "performer", "atrous")
+    # few tokens: stay with softmax
+    assert all(value(mixer, 224, "infer", "speedup_low") < 1 for mixer in attention)
+    # many tokens: Linformer for speed, Nyström for accuracy
+    for size in (512, 1024):
+        for mode in ("infer", "train"):
+            speeds = {mixer: value(mixer, size, mode, "speedup") for mixer in attention}
+            assert max(speeds, key=speeds.get) == "linformer"
+            assert min(speeds.values()) > 1
+    conversion = importlib.import_module("result_tables.conversion")
+    rows = conversion.read("convert_deit_tiny.csv")
+    for size in ("224", "448"):
+        kept = {m: conversion.find(rows, f"{m}, 4x4 windows", "none", size)["top1"] for m in ("nystrom", "linformer")}
+        assert float(kept["nystrom"]) > float(kept["linformer"])
+    # a transfer at that size restores most of what is lost
+    nystrom = [conversion.find(rows, "nystrom, 4x4 windows", training, "448") for training in ("none", "transfer")]
+    before, after = (float(row["relative"]) for row in nystrom)
+    assert after - before > (100 - before) / 2
+    # memory alone: stay with softmax
+    used = {mixer: value(mixer, 1024, "train", "peak_memory_mib") for mixer in ("softmax", *attention)}
+    assert min(used.values()) > 0.75 * used["softmax"]
+
+
+def test_what_is_said_of_the_tables_holds(tables):
+    training = importlib.import_module("result_tables.training")
+    gains = {line.split(" | ")[0][2:]: line for line in training.compared().splitlines()[2:]}
+    for change in ("convolutional stem", "rotary positions, softmax, Performer, Nyström"):
+        assert "-" not in gains[change]
+    top1 = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in training.caltech101().splitlines()[2:9]}
+    for column in (0, 2):  # all images, and a part of them
+        names = ("deit_tiny_patch16_224.fb_in1k", "vix_nystrom_tiny.deit_fb_in1k", "vix_linformer_tiny.deit_fb_in1k")
+        softmax, nystrom, linformer = (float(top1[f"`{name}`"][column]) for name in names)
+        assert softmax > nystrom > linformer
+    parts = [line.strip("| ").split(" | ") for line in training.parts().splitlines()[2:8]]
+    score = {(row[0], row[1]): float(row[2]) for row in parts}
+    assert score["attention", "CIFAR-10"] > score["all", "CIFAR-10"]
+    assert score["attention", "Caltech-101"] < score["all", "Caltech-101"]
+
+
+# Commands, code, names and links
+
+
+class ParsedError(Exception):
+    """Raised where a program would begin, after its arguments were taken."""
+
+
+def parse(monkeypatch, words: list[str]) -> None:
+    """Give a command line to the program's own parser, and stop there."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args, **kwargs):
+        parse_args(self, *args, **kwargs)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", words)
+    program = cli.main
+    if words[0] != "timm-vix":
+        program = functools.partial(runpy.run_path, str(ROOT / words[0]), run_name="__main__")
+    with pytest.raises(ParsedError):
+        program()
+
+
+def command_lines() -> list[list[str]]:
+    """The words of every command in the README."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(part) for line in lines for part in line.split(" #")[0].split("&&") if part.strip()]
+
+
+@pytest.mark.parametrize("words", command_lines(), ids=" ".join)
+def test_commands_take_their_options(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "validate.py").touch()
+    program, *rest = words
+    if program == "timm-vix":
+        parse(monkeypatch, words)
+    elif program == "python" and rest[0].startswith("examples/"):
+        parse(monkeypatch, rest)
+    elif program == "pip":
+        extras = re.search(r"\[(.*)\]", rest[-1])[1].split(",")
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+    else:  # timm's script, which is not ours to parse, and pytest
+        assert words == ["pytest"] or words[:2] == ["python", "train.py"]
+
+
+def test_a_wrong_option_is_noticed(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, ["timm-vix", "advise", "--img-sizes-of-all", "224"])
+    assert "--img-size" in capsys.readouterr().err
+
+
+def test_the_marked_commands_are_whole_blocks():
+    """.ci/run takes the block after each mark as one command."""
+    text = README.read_text(encoding="utf-8")
+    for mark, last in (("main job", "python examples/finetune.py"), ("tests", "pytest")):
+        block = text.split(f"<!-- ci: {mark} -->\n```bash\n")[1].split("```")[0]
+        assert block.startswith("pip install") and block.endswith(f"&& {last}\n") and block.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_code_names_what_exists(code):
+    for node in ast.walk(compile(code, "README.md", "exec", ast.PyCF_ONLY_AST)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("timm.", "timm_vix.")):
+            assert eval(ast.unparse(node), dict(timm=timm, timm_vix=timm_vix)) is not None
+        elif isinstance(node, ast.Import):
+            assert {alias.name for alias in node.names} <= {"timm", "timm_vix"}
+        elif isinstance(node, ast.ImportFrom):
+            assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+
+
+def test_the_public_names_are_those_of_the_package():
+    section = README.read_text(encoding="utf-8").split("## Python API")[1].split("\n## ")[0]
+    names = re.findall(r"^\| `(\w+)\(", section, re.MULTILINE)
+    assert names and all(callable(getattr(timm_vix, name)) for name in names)
+    assert set(names) == {name for name in timm_vix.__all__ if name != "models"}
+
+
+def expand(pattern: str) -> list[str]:
+    """Registered names that a pattern of the README stands for, one entry for each choice in braces."""
+    choice = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if choice:
+        return [name for part in choice[1].split(",") for name in expand(pattern.replace(choice[0], part, 1))]
+    return [re.sub(r"\{\w+\}", "*", pattern)]
+
+
+def test_model_names_are_registered():
+    families = r"(?:vix|hybrid|cct|ccn|ccp|cvt|cvn|cvp|levin|levip|pin|pip|fnet2d|vit|deit)_"
+    found = re.findall(rf"(?<![\w/]){families}[\w*{{}},]+", README.read_text(encoding="utf-8"))
+    found += re.findall(r"--model (\S+)", README.read_text(encoding="utf-8"))
+    patterns = {name for pattern in found for name in expand(pattern.rstrip(","))}
+    assert len(patterns) > 30
+    assert [pattern for pattern in sorted(patterns) if not timm.list_models(pattern)] == []
+
+
+@pytest.mark.parametrize("path", [README, MEASURED, RESULTS / "README.md"], ids=["README", "RESULTS", "commands"])
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in anchors
+        elif not link.startswith("https://"):
+            assert (path.parent / link).exists(), link
+
+
+def test_the_contents_list_every_section():
+    sections = re.findall(r"^## (.+)$", MEASURED.read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.findall(r"^- \[(.+)\]\(#", MEASURED.read_text(encoding="utf-8"), re.MULTILINE) == sections

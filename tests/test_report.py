@@ -2,11 +2,13 @@
 
 import csv
 import html
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from PIL import Image
 
 from timm_vix import cli
 from timm_vix.benchmark import compare, cost
-from timm_vix.benchmark.figures import over_tokens, png, trade_off
+from timm_vix.benchmark.answer import answer, fastest, mean_top1
+from timm_vix.benchmark.figures import legend, over_tokens, png, png_of_page, series_of, trade_off
 from timm_vix.benchmark.report import report
-from timm_vix.measure.statistics import crossing, crossover, crossover_text, exponent, pareto
+from timm_vix.measure.statistics import crossing, crossover, crossover_text, exponent, pareto, verdict
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -28,7 +31,13 @@ def cost_row(model: str, side: int, ms: float, speedup: float, **other) -> dict:
     row |= dict(model=model, attention="fused", img_size=side, tokens=(side // 16) ** 2 + 1, batch_size=1, mode="infer")
     row |= dict(dtype="float32", compile="off", params_m=5.7, gflops=2.5, latency_p50_ms=ms, latency_p90_ms=1.1 * ms)
     row |= dict(images_per_s=1000 / ms, peak_memory_mib=30.0 + side, speedup=speedup, speedup_low=0.9 * speedup)
-    row |= dict(speedup_high=1.1 * speedup, difference="none", rounds=9, baseline="vit_tiny_patch16_224", device="cpu")
+    row |= dict(
+        speedup_high=1.1 * speedup,
+        difference=verdict(9, 0.9 * speedup, 1.1 * speedup),
+        rounds=9,
+        baseline="vit_tiny_patch16_224",
+        device="cpu",
+    )
     row |= dict(device_name="a <processor>", threads=2, torch="2", timm="1", timm_vix="0", baseline_p50_ms=ms * speedup)
     return row | other
 
@@ -64,6 +73,12 @@ def write(path: Path, columns, rows: list[dict]) -> Path:
         table.writeheader()
         table.writerows(rows)
     return path
+
+
+def cells_of(page: Path) -> list[list[str]]:
+    """The rows of all tables of a page, as they are read."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)] for row in rows]
 
 
 @pytest.fixture
@@ -143,8 +158,98 @@ def test_axes_have_plain_numbers_and_the_legend_hides_no_point() -> None:
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
 
 
+def test_figures_of_a_group_share_one_legend() -> None:
+    rows = costs()
+    other = [dict(row, model="vix_y") for row in rows[1::2]]
+    # no memory was measured of the second model: the third keeps its look
+    drawn, _ = over_tokens([*(dict(row, peak_memory_mib=None) for row in rows), *other], "peak_memory_mib")
+    entries = {entry["name"]: entry for entry in legend(series_of([*rows, *other]))}
+    assert list(entries) == ["vit_tiny_patch16_224", "vix_x", "vix_y"]
+    (line,) = drawn.axes[0].lines
+    assert line.get_color() == entries["vix_y"]["color"] != entries["vix_x"]["color"]
+    corners = [tuple(map(float, corner.split(","))) for corner in entries["vix_x"]["points"].split()]
+    assert set(corners) == {(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)}  # the marker is a square
+
+    groups = [[dict(runs()[0], gflops=None)], runs()[2:4]]
+    axes = trade_off(groups, "gflops").axes[0]
+    assert axes.lines[0].get_color() == legend(["vit (scratch)", "vix_<x> (scratch)"])[1]["color"]
+
+
+def test_the_image_in_the_page_has_no_legend_and_larger_text() -> None:
+    figure, _ = over_tokens(costs(), "speedup")
+    with Image.open(io.BytesIO(png(figure))) as image:
+        share = image.width / 7.5 / 110
+    assert figure.legends and share == pytest.approx(1, abs=0.01)
+    with Image.open(io.BytesIO(png_of_page(figure))) as image:
+        assert image.width == 960  # 4.8 inches: text of 10 points is 11 px high where the image is 370 px wide
+    assert not figure.legends
+
+
+def test_a_dollar_sign_in_a_name_is_no_formula() -> None:
+    rows = [dict(row, model="a$_b" if row["model"] == "vix_x" else row["model"]) for row in costs()]
+    figure, _ = over_tokens(rows, "speedup")
+    assert png(figure)
+    assert png(trade_off([[dict(row, model="$^$_") for row in runs()[:2]]], "gflops"))
+
+
 def test_a_figure_is_the_same_file_again() -> None:
     assert png(over_tokens(costs(), "latency_p50_ms")[0]) == png(over_tokens(costs(), "latency_p50_ms")[0])
+
+
+# --- the answer
+
+
+def accuracies(**top1: float) -> list[list[dict]]:
+    return [[dict(runs()[0], model=model, top1=value)] for model, value in top1.items()]
+
+
+def test_the_fastest_of_a_size_is_softmax_where_no_difference_was_found() -> None:
+    # vix_x has 0.2, 1.03, 4.1 and 16.4 times softmax's speed; 1.03 has a spread around 1
+    assert fastest(costs()) == {
+        224: "vit_tiny_patch16_224",
+        512: "vit_tiny_patch16_224",
+        1024: "vix_x",
+        2048: "vix_x",
+    }
+    quick = [dict(row, model="vix_y", speedup=2 * row["speedup"]) for row in costs()[5::2]]
+    unfused = [dict(row, attention="unfused", speedup=99.0) for row in costs()[::2]]
+    assert fastest([*costs(), *quick, *unfused])[1024] == "vix_y"
+    assert fastest([*costs(), *quick, *unfused], allowed=["vix_x"])[1024] == "vix_x"
+    assert fastest([dict(row, speedup=None) for row in costs()]) == {}
+
+
+def test_the_answer_says_what_to_use_at_which_size() -> None:
+    assert answer(costs(), []) == (
+        "Use vit_tiny_patch16_224 (softmax attention) at 224 and 512 px and vix_x at 1,024 and 2,048 px, "
+        "the fastest here."
+    )
+    slow = [dict(row, speedup=0.5, difference="slower") for row in costs()]
+    assert answer(slow, []) == "Use vit_tiny_patch16_224 (softmax attention) at 224 to 2,048 px, the fastest here."
+
+
+def test_accuracy_limits_the_answer() -> None:
+    rows = [*costs(), *(dict(row, model="vix_y", speedup=2 * row["speedup"]) for row in costs()[5::2])]
+    sizes = "vit_tiny_patch16_224 (softmax attention) at 224 and 512 px and {} at 1,024 and 2,048 px"
+    trained = accuracies(**{"deit.fb_in1k": 80.0, "vix_x.deit_fb_in1k": 75.0, "vix_y": 74.9})
+    assert mean_top1(trained) == {"deit": 80.0, "vix_x": 75.0, "vix_y": 74.9}
+    assert answer(rows, trained) == (
+        f"Use {sizes.format('vix_x')}: the fastest of the models that lose at most 5 points of top-1 to the best, "
+        f"deit.fb_in1k with 80.0 % on photos at 224 px; without regard to accuracy, {sizes.format('vix_y')} would be "
+        "faster."
+    )
+    trained = accuracies(deit=80.0, vix_y=79.0)
+    assert answer(rows, trained) == (
+        f"Use {sizes.format('vix_y')}: the fastest of the models that lose at most 5 points of top-1 to the best, "
+        "deit with 80.0 % on photos at 224 px."
+    )
+
+
+def test_the_answer_without_a_model_in_both_tables() -> None:
+    best = "he most accurate of 2 models trained on photos at 224 px is a with 80.0 % top-1."
+    trained = accuracies(a=80.0, b=20.0)
+    assert answer([], trained) == f"T{best}"
+    assert answer(costs(), trained).endswith(f"px, the fastest here; t{best}")
+    assert "none is recommended" in answer([dict(row, speedup=None) for row in costs()], [])
 
 
 # --- the page
@@ -156,9 +261,14 @@ def test_the_page_stands_alone_and_counts_what_it_leaves_out(tables, tmp_path) -
     assert not re.search(r"(src|href)=['\"](?!data:)", text)
     assert "http" not in text
     assert "out of memory: &lt;all&gt;" in text and "vix_&lt;x&gt;" in text
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    cells = cells_of(page)
     assert ["cost.csv", "cost", "8", "1", "2"] in cells
     assert ["compare.csv", "comparison", "6", "0", "0"] in cells
+    assert text.index('class="answer"') < text.index("<figure>") < text.index("What was measured on what")
+    lead, others = text[: text.index("What was measured on what")], text[text.index("What was measured on what") :]
+    assert lead.count("<figure>") == 1 and "Dashed: the Pareto front" in lead
+    assert others.count("<figure>") == 6 and text.count('<ul class="legend">') == 3  # of the answer and two groups
+    assert ["vix_x", "0.20", "1.02", "4.10", "16.4", ""] in cells
     trend = next(row for row in cells if row[:2] == ["vix_x", "1.00"])
     assert trend[-1] == "from 1,000 tokens (909 to 1,111)"
     assert next(row[-2:] for row in cells if row[:1] == ["vix_x"] and len(row) > 20) == [f"{1000 / 19.7}", "1"]
@@ -169,7 +279,29 @@ def test_the_page_stands_alone_and_counts_what_it_leaves_out(tables, tmp_path) -
             assert image.format == "PNG" and min(image.size) > 300
 
 
-def test_machines_are_apart_and_a_table_given_twice_counts_once(tmp_path) -> None:
+def test_what_a_table_says_is_text_and_no_markup(tmp_path) -> None:
+    evil = "\"'><img src=x onerror=alert(1)>"
+    words = {name: f"{name}{evil}" for name, kind in cost.COLUMNS.items() if kind is str and name != "error"}
+    kept = dict(attention="fused", mode="infer", difference="none")
+    failed = dict(cost_row("huge", 224, 1.0, 1.0), latency_p50_ms=None, error=evil)
+    rows = [row | words | kept | {"model": row["model"] + evil} for row in costs()]
+    trained = [row | {name: f"{row[name]}{evil}" for name in ("model", "start", "dataset", "recipe")} for row in runs()]
+    paths = [
+        write(tmp_path / "cost.csv", cost.COLUMNS, [*rows, failed]),
+        write(tmp_path / f"{evil.replace('/', '')}.csv", compare.COLUMNS, trained),
+    ]
+    page, *_ = report(paths, tmp_path / "report.html")
+    elements: list[tuple[str, dict]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: elements.append((tag, dict(attributes)))  # type: ignore[method-assign]
+    parser.feed(page.read_text(encoding="utf-8"))
+    assert len([tag for tag, _ in elements if tag == "img"]) == 7
+    assert len([tag for tag, _ in elements if tag == "script"]) == 1
+    assert not [attributes for _, attributes in elements if "onerror" in attributes]
+    assert len([attributes for tag, attributes in elements if tag == "img" and evil in attributes["alt"]]) == 7
+
+
+def test_each_machine_has_its_figures_and_a_table_given_twice_counts_once(tmp_path) -> None:
     paths = [
         write(tmp_path / f"{name}.csv", cost.COLUMNS, [dict(row, device_name=name) for row in costs()])
         for name in ("first", "second")
@@ -179,12 +311,12 @@ def test_machines_are_apart_and_a_table_given_twice_counts_once(tmp_path) -> Non
     page, *images = report([*paths, paths[-1]], tmp_path / "report.html")
     assert len([image for image in images if "first" in image.name]) == 3
     assert len([image for image in images if "second" in image.name]) == 3
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    cells = cells_of(page)
     assert sorted(row[9] for row in cells if len(row) > 20) == ["2.5"] * 8 + ["9.5"] * 8
     assert next(row for row in cells if row[:2] == ["bad", "scratch"])[2] == "2"  # seeds
 
 
-def test_recipes_and_machines_of_a_comparison_are_apart(tmp_path) -> None:
+def test_each_recipe_and_machine_of_a_comparison_has_its_figures(tmp_path) -> None:
     others = [
         *[dict(row, recipe="lr=0.2", top1=50.0) for row in runs()],
         *[dict(row, device="cuda", device_name="a card", latency_p50_ms=0.5, top1=60.0) for row in runs()],
@@ -193,13 +325,13 @@ def test_recipes_and_machines_of_a_comparison_are_apart(tmp_path) -> None:
         [write(tmp_path / "compare.csv", compare.COLUMNS, [*runs(), *others])], tmp_path / "report.html"
     )
     assert len(images) == len(set(images)) == 3 * 4
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    cells = cells_of(page)
     assert [row[2:4] for row in cells if row[:1] == ["vit"]] == [["2", "80.5 ± 0.71"], ["2", "50"], ["2", "60"]]
     assert "Recipe: lr=0.1" in page.read_text() and "Recipe: lr=0.2" in page.read_text()
     assert "cuda (a card), threads: 2" in page.read_text()
 
 
-def test_a_failure_is_told_with_its_setting_and_not_after_another_attempt(tmp_path) -> None:
+def test_a_failure_is_shown_with_its_setting_and_not_after_another_attempt(tmp_path) -> None:
     failed = dict(cost_row("vit", 2048, 1.0, 1.0), latency_p50_ms=None, error="out of memory", mode="train")
     unfused = dict(failed, attention="unfused")
     run = dict(runs()[0], top1=None, threads=None, error="killed")
@@ -210,7 +342,7 @@ def test_a_failure_is_told_with_its_setting_and_not_after_another_attempt(tmp_pa
         write(tmp_path / "compare.csv", compare.COLUMNS, [run, dict(run, seed=7), runs()[0]]),
     ]
     page, *_ = report(tables, tmp_path / "report.html")
-    assert re.findall(r"<li>(.*?)</li>", page.read_text()) == [
+    assert re.findall(r'<li class="failure">(.*?)</li>', page.read_text()) == [
         "vit, unfused, 2048 px, batch 1, train, float32: failed: out of memory",
         "vit, seed 7, from scratch: killed",
     ]
@@ -219,7 +351,7 @@ def test_a_failure_is_told_with_its_setting_and_not_after_another_attempt(tmp_pa
 def test_a_run_without_a_data_set_is_a_damaged_line(tmp_path) -> None:
     rows = [*runs(), dict(runs()[0], dataset="other"), dict(runs()[0], dataset=None)]
     page, *_ = report([write(tmp_path / "compare.csv", compare.COLUMNS, rows)], tmp_path / "report.html")
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    cells = cells_of(page)
     assert ["compare.csv", "comparison", "7", "0", "1"] in cells
 
 
@@ -227,7 +359,7 @@ def test_a_run_without_a_data_set_is_a_damaged_line(tmp_path) -> None:
 def test_a_number_that_nothing_can_be_is_a_damaged_line(cell, tmp_path) -> None:
     path = write(tmp_path / "cost.csv", cost.COLUMNS, [*costs(), costs()[0] | cell])
     page, *_ = report([path], tmp_path / "report.html")
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
+    cells = cells_of(page)
     assert ["cost.csv", "cost", "8", "0", "1"] in cells
 
 
@@ -272,8 +404,8 @@ def test_images_per_second_are_those_of_the_best_batch(tmp_path) -> None:
         for batch in (1, 4)
     ]
     page, *_ = report([write(tmp_path / "cost.csv", cost.COLUMNS, rows)], tmp_path / "report.html")
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.read_text())]
-    assert [row[-2:] for row in cells if row and row[0] == "x"] == [["200.0", "4"]] * 2
+    cells = cells_of(page)
+    assert [row[-2:] for row in cells if len(row) > 20] == [["200.0", "4"]] * 2
 
 
 def test_the_command_says_what_it_wrote(tables, tmp_path, monkeypatch, capsys) -> None:
@@ -294,31 +426,47 @@ const values = () => [...table.tBodies[0].rows].map(row => row.children[column].
 const before = values(); head.click(); const up = values(); head.click(); const down = values();
 const whole = image => image.complete && image.naturalWidth > 300 && image.clientWidth <= innerWidth && !!image.alt;
 const images = [...document.images].map(whole);
-const page = document.documentElement;
-const told = JSON.stringify({before, up, down, images, width: page.scrollWidth, window: innerWidth,
-  sorted: head.closest("th").getAttribute("aria-sort"), screenfuls: page.scrollHeight / innerHeight});
-const note = document.createElement("pre"); note.id = "probe"; note.textContent = told;
+const page = document.documentElement, answer = document.querySelector(".answer"), box = answer.getBoundingClientRect();
+const seen = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2) === answer;
+const found = JSON.stringify({before, up, down, images, width: page.scrollWidth, window: innerWidth,
+  answer: seen && box.bottom < innerHeight && box.right <= innerWidth ? answer.textContent : null,
+  small: [...document.querySelectorAll("body *")].filter(e => parseFloat(getComputedStyle(e).fontSize) < 14).length,
+  sorted: head.closest("th").getAttribute("aria-sort")});
+const note = document.createElement("pre"); note.id = "probe"; note.textContent = found;
 (parent === window ? document : parent.document).body.append(note);
 </script>"""
+
+
+def browse(text: str, width: int, folder: Path) -> tuple[str, list[str]]:
+    """Open a page in a frame of this width, which a window could not have; its document and what the console says."""
+    frame = f"<!DOCTYPE html><body><iframe width={width} height=800 srcdoc='{html.escape(text, quote=True)}'></iframe>"
+    (folder / "frame.html").write_text(frame, encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--enable-logging=stderr", "--v=0"]
+    done = subprocess.run(
+        [*command, "--dump-dom", str(folder / "frame.html")], capture_output=True, text=True, timeout=300, check=True
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium or google-chrome on the PATH")
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
 def test_a_browser_shows_and_sorts_it(width, tables, tmp_path) -> None:
     page, *images = report(tables, tmp_path / "report.html")
-    inner = page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>")
-    # a window cannot be as narrow as a phone, but a frame can
-    frame = f"<!DOCTYPE html><body><iframe width={width} height=800 srcdoc='{html.escape(inner, quote=True)}'></iframe>"
-    (tmp_path / "frame.html").write_text(frame, encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "frame.html")], capture_output=True, text=True, timeout=120, check=True
-    )
-    told = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)[1]))
-    numbers = sorted(float(value) for value in told["before"])
-    assert [float(value) for value in told["up"]] == numbers
-    assert [float(value) for value in told["down"]] == numbers[::-1]
-    assert told["sorted"] == "descending"
-    assert told["images"] == [True] * len(images)
-    assert told["window"] == pytest.approx(width, abs=20) and told["width"] <= told["window"]
+    document, console = browse(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), width, tmp_path)
+    assert not console
+    found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', document)[1]))
+    numbers = sorted(float(value) for value in found["before"])
+    assert found["before"] != found["up"] and [float(value) for value in found["up"]] == numbers
+    assert [float(value) for value in found["down"]] == numbers[::-1]
+    assert found["sorted"] == "descending"
+    assert found["images"] == [True] * len(images)
+    assert found["window"] == pytest.approx(width, abs=20) and found["width"] <= found["window"]
+    assert found["answer"].startswith("Use vit_tiny_patch16_224 (softmax attention) at 224 and 512 px and vix_x at")
+    assert found["small"] == 0
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium or google-chrome on the PATH")
+def test_an_error_in_the_console_would_be_seen(tmp_path) -> None:
+    _, console = browse("<body><script>absent.click()</script></body>", 390, tmp_path)
+    assert len(console) == 1 and "absent is not defined" in console[0]

@@ -4,6 +4,7 @@ import csv
 import errno
 import importlib.util
 import json
+import math
 import os
 import sys
 import tarfile
@@ -15,7 +16,9 @@ import pytest
 import timm
 import torch
 from conftest import DATA
+from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from timm_vix._files import write_whole
@@ -78,9 +81,9 @@ def test_nothing_approximates_with_as_many_tokens_as_there_are(patch_size):
     for system in example.SYSTEMS:
         model = timm.create_model(system, device="meta", **example.patched(system, patch_size))
         few = {
-            module.cells[0] * module.cells[1] if hasattr(module, "cells") else module.num_proj_tokens
+            min(module.num_landmarks, tokens) if hasattr(module, "num_landmarks") else math.prod(module.regions)
             for module in model.modules()
-            if hasattr(module, "cells") or hasattr(module, "num_proj_tokens")
+            if hasattr(module, "num_landmarks") or hasattr(module, "regions")
         }
         assert not few or max(few) == min(64, tokens // 4), system
 
@@ -165,6 +168,11 @@ def test_rows_are_measured_once_and_cards_are_theirs(run, images, tmp_path):
     assert float(row["images_per_second"]) > 0 and float(row["faster_than_softmax"]) > 0
     card = (tmp_path / "cards" / "vix_softmax_cifar-patch4-modern-2epochs.md").read_text()
     assert f"| top-1, test images | {float(row['top1']):.2f} % |" in card and "64 (patches" in card
+    assert len(list((tmp_path / "cards").iterdir())) == 1
+    (hub / "model.safetensors").rename(hub / "moved")
+    code, out, _ = run("reproduce_vix", *arguments[-4:-1], tmp_path / "none", "--runs", tmp_path / "runs")
+    assert code == 0 and "no card: the weights of no row" in out and not (tmp_path / "none").exists()
+    (hub / "moved").rename(hub / "model.safetensors")
     assert "56.82 %, with 1,024 tokens and 40 or more epochs; the best epoch on the test images" in card
 
     code, out, _ = run("reproduce_vix", *arguments)
@@ -290,7 +298,7 @@ def test_cards_need_all_columns(tmp_path):
     (tmp_path / "r.csv").write_text("system,recipe\nccn_cifar,paper\n")
     told = r"r.csv was written by another version or program: it lacks keywords, paper, top1"
     with pytest.raises(ValueError, match=told):
-        write_cards(tmp_path / "r.csv", tmp_path / "cards")
+        write_cards(tmp_path / "r.csv", lambda row: tmp_path, tmp_path / "cards")
 
 
 def test_damaged_rows_are_left_out_and_missing_numbers_are_told(tmp_path):
@@ -303,11 +311,34 @@ def test_damaged_rows_are_left_out_and_missing_numbers_are_told(tmp_path):
     append_record(path, COLUMNS, good)
     path.write_bytes(path.read_bytes()[:-40])  # the last line is cut off
     assert [row["seed"] for row in read_rows(path)[0]] == [1] and read_rows(path)[1] == 2
-    (card,) = write_cards(path, tmp_path / "cards")
+    (tmp_path / "model.safetensors").touch()
+    (card,) = write_cards(path, lambda row: tmp_path, tmp_path / "cards")
     assert card.name == "hybrid_pin_cifar-patch4-modern-10epochs-seed1.md"
     assert "| training | not measured, peak memory of a step not measured |" in card.read_text()
-    for card in write_cards(committed, tmp_path / "cards"):
-        assert card.read_text() == (ROOT / "hub_cards" / card.name).read_text()
+
+
+def test_there_is_a_card_for_each_checkpoint_that_exists(run, tmp_path):
+    code, out, _ = run("reproduce_vix", "--cards", tmp_path, "--runs", tmp_path / "runs")
+    (written,) = tmp_path.iterdir()
+    assert code == 0 and out == f"{written}\n"
+    committed = ROOT / "hub_cards" / written.name
+    index = (ROOT / "hub_cards" / "README.md").read_text()
+    assert {path.name for path in (ROOT / "hub_cards").iterdir()} == {"README.md", committed.name}
+    assert f"hub_cards/{committed.name} README.md" in index and "| 75.42 % |" in index
+    mine, shipped = ModelCard.load(written), ModelCard.load(committed)
+    assert mine.text == shipped.text and mine.data.to_dict() == shipped.data.to_dict()
+
+    # what the Hub shows beside the model is the row of the table
+    with (ROOT / "examples" / "results" / "reproduce_vix.csv").open() as file:
+        (row,) = (row for row in csv.DictReader(file) if (row["system"], row["epochs"]) == ("hybrid_pin_cifar", "10"))
+    results = {result.metric_name: result.metric_value for result in shipped.data.eval_results}
+    assert results == {"Top-1 accuracy (%)": float(row["top1"]), "Top-5 accuracy (%)": float(row["top5"])}
+    assert {result.dataset_split for result in shipped.data.eval_results} == {"test"}
+    # and the weights are those of the card
+    weights = load_file(ROOT / "examples" / "checkpoint" / "model.safetensors")
+    model = timm.create_model(shipped.data.model_name, device="meta", patch_size=4, stride=4, num_landmarks=16)
+    parameters = sum(weights[name].numel() for name, _ in model.named_parameters())
+    assert f"| parameters | {parameters:,} |" in shipped.text
 
 
 @pytest.mark.parametrize(

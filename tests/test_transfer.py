@@ -125,7 +125,7 @@ def test_a_run(weights, unlabelled, tmp_path, capsys):
     before, after = load_file(weights), student.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith(("blocks.1.attn.", "blocks.2.attn.")) for key in changed)
-    assert after.keys() - before.keys() == {f"blocks.{i}.attn.token_proj" for i in (1, 2)}
+    assert after.keys() - before.keys() == {f"blocks.{i}.attn.core.token_proj" for i in (1, 2)}
 
     loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True).eval()
     x = torch.randn(2, 3, 48, 48)
@@ -152,8 +152,9 @@ def test_learned_features_start_from_the_teachers_tokens_and_move_faster(weights
     random = model()
     timm_vix.convert(random, "performer", **options)
     for drawn, placed in zip(random.blocks, start.blocks):
-        assert not torch.equal(drawn.attn.features, placed.attn.features)
-        assert distance(placed.attn.feature_bias, -0.5 * placed.attn.features.square().sum(2).unsqueeze(1)) < 1e-5
+        assert not torch.equal(drawn.attn.core.features, placed.attn.core.features)
+        core = placed.attn.core
+        assert distance(core.feature_bias, -0.5 * core.features.square().sum(2).unsqueeze(1)) < 1e-5
     steps = dict(block_steps=1, distill_steps=0, block_lr=1e-3)
     moved, _ = transfer(**{**settings, **steps, "out": str(tmp_path / "moved")})
     # a step of AdamW is as long as its learning rate; a warm-up starts at a hundredth of block_lr

@@ -2,12 +2,40 @@
 
 >>> import timm, timm_vix
 >>> model = timm.create_model("vix_nystrom_tiny", pretrained=True)
+
+What trains and measures is imported when it is asked for, so that names are registered without waiting for it.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import models
 from .conversion.convert import convert, revert
-from .conversion.freeze import freeze_except, load_delta, save_delta
-from .conversion.replace import swap_attention
+from .conversion.delta import load_delta, save_delta
+from .conversion.freeze import freeze_except
+
+if TYPE_CHECKING:
+    from .train.finetune import finetune
+    from .train.plan import load_plan
+    from .train.transfer import transfer
 
 __version__ = "0.1.0"
-__all__ = ["convert", "freeze_except", "load_delta", "models", "revert", "save_delta", "swap_attention"]
+__all__ = [
+    "convert",
+    "finetune",
+    "freeze_except",
+    "load_delta",
+    "load_plan",
+    "models",
+    "revert",
+    "save_delta",
+    "transfer",
+]
+
+LAZY = {"finetune": "train.finetune", "load_plan": "train.plan", "transfer": "train.transfer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,7 +41,7 @@ def together(i: int, j: int, length: int, dilation: int, window_size: int) -> bo
 def naive(module, x: torch.Tensor, rope: str | None) -> torch.Tensor:
     """A token at a time: sums of gated exponentials over the tokens of its windows."""
     B, N, C = x.shape
-    h, P, (H, W), n = module.num_heads, module.num_prefix_tokens, module.grid, len(module.dilations)
+    h, P, (H, W), n = module.num_heads, module.num_prefix_tokens, module.grid, len(module.core.dilations)
     D = C // h
     qkv = (x @ module.qkv.weight.T + module.qkv.bias).reshape(B, N, 3, h, D)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -51,7 +51,7 @@ def naive(module, x: torch.Tensor, rope: str | None) -> torch.Tensor:
         q, k = (torch.einsum("nij,bhnj->bhni", turn, t) for t in (q, k))
     gates = torch.ones(B, N, h, n, dtype=x.dtype)
     if n > 1:
-        gates = n * (x @ module.gate_weight.T + module.gate_bias).reshape(B, N, h, n).softmax(3)
+        gates = n * (x @ module.core.gate_weight.T + module.core.gate_bias).reshape(B, N, h, n).softmax(3)
     out = []
     for i in range(N):
         r, c = places[i][:2]
@@ -61,9 +61,9 @@ def naive(module, x: torch.Tensor, rope: str | None) -> torch.Tensor:
             if i < P or j < P or i == j:
                 weight[:, :, j] = 1  # once, whatever the gates, which add up to n
                 continue
-            for b, dilation in enumerate(module.dilations):
-                shared = together(r, places[j][0], H, dilation, module.window_size)
-                if shared and together(c, places[j][1], W, dilation, module.window_size):
+            for b, dilation in enumerate(module.core.dilations):
+                shared = together(r, places[j][0], H, dilation, module.core.window_size)
+                if shared and together(c, places[j][1], W, dilation, module.core.window_size):
                     weight[:, :, j] += gates[:, i, :, b]
         weight = weight * (logits - logits.amax(2, keepdim=True)).exp()
         out.append(torch.einsum("bhn,bhnd->bhd", weight / weight.sum(2, keepdim=True), v).flatten(1))
@@ -165,4 +165,4 @@ def test_dilations_from_the_command_line():
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
     kwargs = parser.parse_args(["--model-kwargs", "dilations=1,3", "window_size=4"]).model_kwargs
     module = timm.create_model("vix_atrous_tiny", device="meta", depth=1, **kwargs).blocks[0].attn
-    assert (module.dilations, module.window_size) == ([1, 3], 4)
+    assert (module.core.dilations, module.core.window_size) == ([1, 3], 4)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
-from timm_vix.mixers import _folded, _windows
+from timm_vix.mixers import _fused, _windows
 
 TRAITS = [
     {"qk_norm": True},
@@ -68,7 +68,7 @@ def test_what_a_long_sequence_computes_again_is_the_same(mixer, rope, options, m
     x = image(model)
     found = []
     for long in (1, 10**9):
-        for module in (_folded, _windows):
+        for module in (_fused, _windows):
             monkeypatch.setattr(module, "LONG", long)
         torch.manual_seed(1)
         found.append(gradients(model, x))

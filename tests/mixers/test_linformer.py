@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import distance, rounding, small
 
+from timm_vix.mixers._layout import TokenLayout
+
 LAYOUTS = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
 
 
@@ -29,16 +31,16 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
     h, P, (H, W) = module.num_heads, module.num_prefix_tokens, module.grid
     D, k = C // h, cells[0] * cells[1]
     q, keys, values = (x @ module.qkv.weight.T + module.qkv.bias).reshape(B, N, 3, h, D).permute(2, 0, 3, 1, 4)
-    E = module.token_proj.flatten(2)
+    E = module.core.token_proj.flatten(2)
     bias = torch.tensor([0.0] * P + [math.log(H * W / k)] * k, dtype=x.dtype)
     out = torch.zeros(B, N, h, D, dtype=x.dtype)
     for b in range(B):
         for head in range(h):
-            first, second = {"kv": (0, 0), "headwise": (0, 1), "none": (head, h + head)}[module.sharing]
+            first, second = {"kv": (0, 0), "headwise": (0, 1), "none": (head, h + head)}[module.core.sharing]
             for_keys, for_values = E[first], E[second]
             # the paper's E (x W) adds the bias of W once for each projected token; ours (E x) W + b adds it whole
             shift_k = shift_v = torch.zeros(k, 1, dtype=x.dtype)
-            if module.sharing != "none":
+            if module.core.sharing != "none":
                 shift_k, shift_v = (1 - M.sum(1, keepdim=True) for M in (for_keys, for_values))
             bias_k, bias_v = module.qkv.bias.reshape(3, h, D)[1:, head]
             K = torch.cat([keys[b, head, :P], for_keys @ keys[b, head, P:] + shift_k * bias_k])
@@ -62,7 +64,7 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
 def test_equals_a_loop(sharing, rope, layout):
     model = small("linformer", rope, sharing=sharing, num_proj_tokens=6, **layout).double()
     module = model.blocks[0].attn
-    module.token_proj.data.normal_(std=0.3)
+    module.core.token_proj.data.normal_(std=0.3)
     x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
     ours, reference = module(x), naive(module, x, rope, (3, 2))
     bound = rounding(torch.float32 if rope else torch.float64, 10)  # the table of rotations was made in float32
@@ -79,7 +81,7 @@ def test_equals_a_loop(sharing, rope, layout):
 def test_a_projection_for_each_patch_is_softmax(sharing, rope, layout):
     linformer = small("linformer", rope, sharing=sharing, num_proj_tokens=35, **layout).double()
     for block in linformer.blocks:
-        block.attn.reset_parameters()  # the average over a region of one patch: the identity
+        block.attn.core.reset_parameters()  # the average over a region of one patch: the identity
     softmax = small("softmax", rope, **layout).double()
     softmax.load_state_dict({k: v for k, v in linformer.state_dict().items() if "token_proj" not in k})
     x = torch.randn(2, 3, 14, 10, dtype=torch.float64, requires_grad=True)
@@ -97,7 +99,7 @@ def test_a_constant_image_is_attended_to_as_by_softmax():
     linformer = small("linformer", num_proj_tokens=6, no_embed_class=True, pos_embed="none").double()
     softmax = small("softmax", no_embed_class=True, pos_embed="none").double()
     for block in linformer.blocks:
-        block.attn.reset_parameters()
+        block.attn.core.reset_parameters()
     softmax.load_state_dict({k: v for k, v in linformer.state_dict().items() if "token_proj" not in k})
     x = torch.randn(2, 3, 1, 1, dtype=torch.float64).expand(2, 3, 14, 10)
     assert distance(linformer(x), softmax(x)) < rounding(torch.float32)  # averages are initial weights, in float32
@@ -108,6 +110,8 @@ def test_a_region_meets_queries_by_relative_position(rope):
     """The same query and region content, both moved by a whole region: the same logit."""
     module = small("linformer", rope, img_size=(16, 12), num_proj_tokens=12).double().blocks[0].attn
     q, k = (torch.randn(16, dtype=torch.float64).expand(1, 1, n, 16) for n in (49, 13))
-    logits = (module.rotate(q) @ module.rotate(k, None, (4, 3)).transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
+    layout = TokenLayout(1, (8, 6))
+    k = module.rotate(k, layout, (4, 3))
+    logits = (module.rotate(q, layout, layout.grid) @ k.transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
     assert distance(logits[2:, 2:, 1:, 1:], logits[:-2, :-2, :-1, :-1]) < rounding(torch.float32)
     assert distance(logits[2:, 2:, 1:, :-1], logits[:-2, :-2, :-1, 1:]) > 0.1

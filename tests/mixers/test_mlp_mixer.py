@@ -13,7 +13,7 @@ from torch import nn
 def test_equals_two_linear_layers(ratio, P, layout):
     module = small("mixer", tokens_mlp_ratio=ratio, **layout).double().blocks[0].attn
     hidden, N = int(ratio * 32), P + 35
-    state = {name: t.detach() for name, t in module.named_parameters()}
+    state = {name: t.detach() for name, t in module.core.named_parameters()}
     for name in ("read_prefix", "write_prefix"):
         state.setdefault(name, torch.zeros(hidden, 0, dtype=torch.float64))
     state.setdefault("prefix_bias", torch.zeros(1, 0, dtype=torch.float64))

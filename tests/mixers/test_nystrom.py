@@ -8,7 +8,8 @@ from conftest import distance, rounding, small
 from test_linformer import rotation
 from torch.nn.functional import scaled_dot_product_attention
 
-from timm_vix.mixers.nystrom import landmark_values
+from timm_vix.mixers._layout import TokenLayout
+from timm_vix.mixers.nystrom import fit_landmarks
 
 LAYOUTS = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
 EXACT = {"ridge": 0.0, "pinv_iterations": 80}
@@ -44,7 +45,7 @@ def test_a_landmark_for_each_token_needs_no_other_values(ridge):
     k, v = torch.randn(2, 2, 2, 35, 16, dtype=torch.float64).requires_grad_().unbind()
     q = 2 * k  # so that A has an inverse
     exact = scaled_dot_product_attention(q, k, v)
-    values = landmark_values(q, k, v, exact, torch.zeros(1, 1, 1, 35, dtype=torch.float64), ridge, 80)
+    values = fit_landmarks(q, k, v, exact, torch.zeros(1, 1, 1, 35, dtype=torch.float64), ridge, 80)
     A = (q @ k.transpose(2, 3) / 4).softmax(3)
     squared = torch.linalg.cond((A.transpose(2, 3) @ A + ridge * torch.eye(35, dtype=A.dtype)).detach()).max()
     assert squared < 1e4, "an ill-conditioned case shows nothing"
@@ -91,8 +92,8 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
     c = torch.tensor([0.0] * P + [math.log(H * W / (cells[0] * cells[1]))] * (cells[0] * cells[1]), dtype=x.dtype)
     kernel, A = (torch.softmax(t @ K.transpose(2, 3) / math.sqrt(D) + c, dim=3) for t in (q, Q))
     exact = torch.softmax(Q @ k.transpose(2, 3) / math.sqrt(D), dim=3) @ v
-    squares = A.transpose(2, 3) @ A + module.ridge * torch.eye(A.shape[3], dtype=x.dtype)
-    if module.ridge:
+    squares = A.transpose(2, 3) @ A + module.core.ridge * torch.eye(A.shape[3], dtype=x.dtype)
+    if module.core.ridge:
         values = V + torch.linalg.solve(squares, A.transpose(2, 3) @ (exact - A @ V))
     else:
         values = torch.linalg.pinv(A) @ exact
@@ -121,10 +122,10 @@ def test_equals_the_formula(ridge, rope, layout):
 def test_convolution_adds_what_a_loop_adds_from_the_values():
     module = small("nystrom", conv_residual=True, reg_tokens=1).double().blocks[0].attn
     x = torch.randn(1, 37, 32, dtype=torch.float64)
-    weight = module.conv.weight.detach().clone()
-    module.conv.weight.data.zero_()
+    weight = module.core.conv.weight.detach().clone()
+    module.core.conv.weight.data.zero_()
     without = module(x)
-    module.conv.weight.data.copy_(weight)
+    module.core.conv.weight.data.copy_(weight)
     v = (x @ module.qkv.weight.T + module.qkv.bias)[0, 2:, 64:].reshape(7, 5, 32)
     local = torch.zeros(37, 32, dtype=torch.float64)
     for r in range(7):
@@ -141,7 +142,9 @@ def test_a_landmark_meets_queries_by_relative_position(rope):
     """The same query and landmark content, both moved by a whole cell: the same logit."""
     module = small("nystrom", rope, img_size=(16, 12), num_landmarks=12).double().blocks[0].attn
     q, k = (torch.randn(16, dtype=torch.float64).expand(1, 1, n, 16) for n in (49, 13))
-    logits = (module.rotate(q) @ module.rotate(k, None, module.cells).transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
+    layout = TokenLayout(1, (8, 6))
+    k = module.rotate(k, layout, module.core.cells(layout.grid))
+    logits = (module.rotate(q, layout, layout.grid) @ k.transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
     assert distance(logits[2:, 2:, 1:, 1:], logits[:-2, :-2, :-1, :-1]) < rounding(torch.float32)
     assert distance(logits[2:, 2:, 1:, :-1], logits[:-2, :-2, :-1, 1:]) > 0.1
 
@@ -167,7 +170,7 @@ def test_any_attention_matrix_is_solved_in_float32(scale):
     y = module(x)
     y.square().mean().backward()
     # A^T A + ridge is at worst 12 / ridge = 1,200 times as large in one direction as in another
-    assert distance(y, module.double()(x.double())) < rounding(torch.float32, 12 / module.ridge)
+    assert distance(y, module.double()(x.double())) < rounding(torch.float32, 12 / module.core.ridge)
     assert x.grad.isfinite().all() and y.abs().max() < 100 * x.abs().max()
 
 
@@ -177,11 +180,11 @@ def test_iterating_on_does_no_harm(pinv_iterations, ridge):
     """A singular matrix in float32: what it cannot see must not grow from step to step."""
     q, k, v = torch.randn(3, 2, 2, 197, 16).unbind()
     exact = scaled_dot_product_attention(q, k, v)
-    values = landmark_values(q, k, v, exact, torch.zeros(1, 1, 1, 197), ridge, pinv_iterations)
+    values = fit_landmarks(q, k, v, exact, torch.zeros(1, 1, 1, 197), ridge, pinv_iterations)
     # with each token as its own landmark the values that give the exact outputs are the tokens' own
     assert distance(scaled_dot_product_attention(q, k, values), exact) < 1e-3
     # and wrong ones come closer
     wrong = v.roll(1, 2)
-    values = landmark_values(q, k, wrong, exact, torch.zeros(1, 1, 1, 197), ridge, pinv_iterations)
+    values = fit_landmarks(q, k, wrong, exact, torch.zeros(1, 1, 1, 197), ridge, pinv_iterations)
     before, after = (distance(scaled_dot_product_attention(q, k, x), exact) for x in (wrong, values))
     assert after < before * (1 if pinv_iterations == 1 else 0.5)

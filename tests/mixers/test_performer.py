@@ -5,6 +5,7 @@ import torch
 from conftest import condition, distance, image, rounding, small
 from torch import nn
 
+from timm_vix.mixers._layout import TokenLayout
 from timm_vix.mixers.performer import favor_attention, orthogonal_features
 
 
@@ -50,17 +51,17 @@ def test_features_that_learn_begin_as_those_that_do_not():
     plain, learned = (small("performer", learned_features=value) for value in (False, True))
     learned.load_state_dict({k: v for k, v in plain.state_dict().items() if "features" not in k}, strict=False)
     for block in learned.blocks:
-        block.attn.reset_parameters()
+        block.attn.core.reset_parameters()
     x = image(plain)
     assert distance(learned(x), plain(x)) < rounding(torch.float32, condition(nn.Module.__call__, plain, x))
     names = [name for name, _ in learned.blocks[0].attn.named_parameters()]
-    assert {"features", "feature_bias"} < set(names)
+    assert {"core.features", "core.feature_bias"} < set(names)
     with pytest.raises(ValueError, match="redraw_interval=3.*allowed is 0"):
         small("performer", learned_features=True, redraw_interval=3)
 
 
 @pytest.mark.parametrize("rope", [None, "axial"])
-def test_features_that_start_from_typical_input_estimate_better(rope):
+def test_features_that_init_from_inputs_typical_input_estimate_better(rope):
     """Tokens in a few groups, with logits that random features cannot estimate; softmax attention is the oracle."""
     model = small("performer", rope, learned_features=True, num_features=64, depth=1, embed_dim=32, num_heads=2)
     mixer = model.blocks[0].attn
@@ -72,42 +73,43 @@ def test_features_that_start_from_typical_input_estimate_better(rope):
 
     def error():
         q, k, v = mixer.project(unseen, 0, 3)
-        q, k = mixer.rotate(q), mixer.rotate(k)
+        layout = TokenLayout(mixer.num_prefix_tokens, mixer.grid)
+        q, k = (mixer.rotate(part, layout, layout.grid) for part in (q, k))
         exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return float(distance(mixer(unseen), mixer.merge(exact, unseen)))
 
-    mixer.reset_parameters()
+    mixer.core.reset_parameters()
     before = error()
-    mixer.start_from(seen)
-    after, features = error(), mixer.features.clone()
+    mixer.init_from_inputs(seen)
+    after, features = error(), mixer.core.features.clone()
     assert after < 0.8 * before
-    mixer.start_from(seen)
-    assert torch.equal(mixer.features, features), "the seed decides"
+    mixer.init_from_inputs(seen)
+    assert torch.equal(mixer.core.features, features), "the seed decides"
 
 
 def test_features_start_at_sums_of_queries_and_the_keys_that_they_attend_to():
     model = small("performer", learned_features=True, num_features=30, depth=1)
     mixer = model.blocks[0].attn.double()
     x = torch.randn(4, 9, model.embed_dim, dtype=torch.float64)
-    mixer.start_from(x)
+    mixer.init_from_inputs(x)
     q, k, _ = (part * mixer.head_dim**-0.25 for part in mixer.project(x, 0, 3))
     c = q.mean(2, keepdim=True)
     weights = torch.exp((c * k).sum(3, keepdim=True))
     u = (weights * k).sum(2, keepdim=True) / weights.sum(2, keepdim=True)
     for head in range(mixer.num_heads):
         sums = 0.8 * ((q - c)[:, head, :, None] + (k - u)[:, head, None]).flatten(0, 2)
-        nearest = torch.cdist(mixer.features[head], sums).min(1).values
-        assert nearest.max() < rounding(
-            torch.float32, float(sums.detach().norm(dim=1).max())
-        )  # features are kept in float32
-    assert distance(mixer.feature_bias, -0.5 * mixer.features.square().sum(2).unsqueeze(1)) < rounding(torch.float32)
+        nearest = torch.cdist(mixer.core.features[head], sums).min(1).values
+        # features are kept in float32
+        assert nearest.max() < rounding(torch.float32, float(sums.detach().norm(dim=1).max()))
+    wanted = -0.5 * mixer.core.features.square().sum(2).unsqueeze(1)
+    assert distance(mixer.core.feature_bias, wanted) < rounding(torch.float32)
 
 
-def test_random_features_do_not_start_from_input():
+def test_random_features_do_not_start_from_inputs():
     mixer = small("performer", depth=1).blocks[0].attn
-    before = mixer.features.clone()
-    mixer.start_from(torch.randn(2, 9, mixer.qkv.in_features))
-    assert torch.equal(mixer.features, before)
+    before = mixer.core.features.clone()
+    mixer.init_from_inputs(torch.randn(2, 9, mixer.qkv.in_features))
+    assert torch.equal(mixer.core.features, before)
 
 
 @pytest.mark.parametrize("block", [1, 7, 62, 63])
@@ -193,7 +195,7 @@ def test_features_are_orthogonal_in_blocks_with_gaussian_lengths():
 
 def test_seed_decides_the_features():
     first, again, other = (small("performer", feature_seed=seed, depth=1) for seed in (0, 0, 1))
-    features = [model.blocks[0].attn.features for model in (first, again, other)]
+    features = [model.blocks[0].attn.core.features for model in (first, again, other)]
     assert torch.equal(features[0], features[1]) and not torch.equal(features[0], features[2])
 
 
@@ -203,7 +205,7 @@ def test_redraw_every_few_training_passes(dynamic):
     x = image(model)
 
     def features():
-        return [block.attn.features.clone() for block in model.blocks]
+        return [block.attn.core.features.clone() for block in model.blocks]
 
     first = features()
     for _ in range(7):
@@ -226,7 +228,7 @@ def test_redraws_go_on_after_a_reload():
     other.load_state_dict(model.state_dict())
     for _ in range(4):
         assert torch.equal(model(x), other(x))
-    assert torch.equal(model.blocks[1].attn.features, other.blocks[1].attn.features)
+    assert torch.equal(model.blocks[1].attn.core.features, other.blocks[1].attn.core.features)
 
 
 def test_redraw_leaves_the_backward_pass_alone():

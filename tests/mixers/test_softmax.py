@@ -7,6 +7,8 @@ import torch
 from conftest import distance, image, rounding, small
 from timm.layers import AttentionRope, RotaryEmbeddingCat
 
+from timm_vix.mixers._layout import TokenLayout
+
 
 def timm_twin(module, rope: bool = True) -> AttentionRope:
     """timm's rotary attention with the same weights."""
@@ -66,7 +68,7 @@ def raster_attention(module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", [{}, {"class_token": False, "global_pool": "avg"}], ids=len)
 def test_raster_positions_are_those_of_a_loop(layout):
     module = small("softmax", "1d", img_size=(6, 8), **layout).double().blocks[0].attn
-    x = torch.randn(1, module.num_tokens, 32, dtype=torch.float64)
+    x = torch.randn(1, math.prod(module.grid) + module.num_prefix_tokens, 32, dtype=torch.float64)
     assert distance(module(x), raster_attention(module, x)) < rounding(torch.float32)  # so is the table's
 
 
@@ -75,7 +77,9 @@ def test_attention_depends_on_relative_positions_only(rope):
     """Rolling query and key by the same offset leaves their product alone."""
     module = small("softmax", rope, class_token=False, global_pool="avg").double().blocks[0].attn
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).expand(2, 1, 1, 35, 16)
-    logits = (module.rotate(q) @ module.rotate(k).transpose(2, 3)).reshape(7, 5, 7, 5)
+    layout = TokenLayout(0, (7, 5))
+    q, k = (module.rotate(part, layout, layout.grid) for part in (q, k))
+    logits = (q @ k.transpose(2, 3)).reshape(7, 5, 7, 5)
     assert distance(logits[2:, 1:, 2:, 1:], logits[:-2, :-1, :-2, :-1]) < rounding(torch.float32)
     assert distance(logits[2:, 1:, 2:, :-1], logits[:-2, :-1, :-2, 1:]) > 0.1
 

@@ -16,7 +16,7 @@ import torch
 from .._device import device_name, find_device, versions
 from .._names import parse_model, softmax_of
 from .._records import Columns, Record, append_record, check_writable, header_of, key_of, read_records
-from ..conversion.replace import mixer_options
+from ..conversion.replace import mixer_keywords
 from ..measure.process import JOB, run
 from ..mixers import MIXERS
 
@@ -61,7 +61,7 @@ COLUMNS: Columns = dict(
 )
 # keywords that the softmax model of the same trunk is not given: these and those of the mixers;
 # where that is timm's own ViT, what only ours have too
-NOT_TRUNK = {"mixer", "layers", "source", "train_only"} | {name for mixer in MIXERS for name in mixer_options(mixer)}
+NOT_TRUNK = {"mixer", "layers", "source", "train_only"} | {name for mixer in MIXERS for name in mixer_keywords(mixer)}
 OURS_ONLY = {"stem", "rope", "block"}
 NOTE = (
     "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline\n"

@@ -6,6 +6,7 @@ a black-and-white print can be read too.
 
 import io
 import statistics
+from collections.abc import Iterable
 from typing import Any, Optional
 
 from .._records import Record
@@ -14,7 +15,7 @@ from ..measure.statistics import crossover, crossover_text, exponent, pareto
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
 COSTS = dict(latency_p50_ms="ms per call", peak_memory_mib="peak memory (MiB)")
-# timed in turn: other programmes on the machine slow both, so this is steadier than the times themselves
+# both are timed in turn: other programmes on the machine slow both, so the ratio is steadier than the times
 SPEEDUP = dict(speedup="times softmax's speed")
 AXES = dict(
     latency_p50_ms="latency, batch 1 (ms)",
@@ -34,8 +35,35 @@ def is_softmax(record: Record) -> bool:
     return record["model"] == record["baseline"]
 
 
-def style(number: int) -> dict[str, str]:
-    return dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
+def run_name(record: Record) -> str:
+    """How a trained model is called in figures: with its start where that is random weights."""
+    return f"{record['model']}{' (scratch)' * (record['start'] == 'scratch')}"
+
+
+def series_of(records: list[Record]) -> list[str]:
+    """The names of all lines of a figure over resolution, softmax first."""
+    return list(dict.fromkeys(map(series_name, sorted(records, key=is_softmax, reverse=True))))
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """A colour and a marker for each name, by its place: figures of the same names share one legend."""
+    return {
+        name: dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
+        for number, name in enumerate(dict.fromkeys(names))
+    }
+
+
+def legend(names: Iterable[str]) -> list[dict[str, str]]:
+    """The legend of a group of figures, for the page: name, colour and the marker's outline as points of an SVG."""
+    from matplotlib.markers import MarkerStyle
+
+    entries = []
+    for name, style in styles(names).items():
+        marker: Any = MarkerStyle(style["marker"])
+        (outline,) = marker.get_path().transformed(marker.get_transform()).to_polygons()
+        points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in outline)
+        entries.append(dict(name=name, color=style["color"], points=points))
+    return entries
 
 
 def paired_times(records: list[Record]) -> list[Record]:
@@ -59,7 +87,7 @@ def paired_times(records: list[Record]) -> list[Record]:
 def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, str]]]:
     """Figure of one cost over resolution, and for each model its exponent and crossover.
 
-    A resolution is told by the tokens of its softmax baseline, also for models that have other tokens or none.
+    The x axis has the tokens of the softmax baseline, also for models that have other tokens or none.
 
     Args:
         records: Rows of one mode, dtype and so on, with one row for a model and resolution.
@@ -68,18 +96,19 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
     """
     figure, axes = canvas()
     lines = []
+    looks = styles(series_of(records))
     known = {r["img_size"]: r["tokens"] for r in sorted(records, key=is_softmax) if r["tokens"]}
     records = paired_times(records) if cost == "latency_p50_ms" else records
     records = [r for r in records if r[cost] and r["img_size"] in known]
-    for number, name in enumerate(dict.fromkeys(map(series_name, sorted(records, key=is_softmax, reverse=True)))):
+    for name in series_of(records):
         rows = sorted((r for r in records if series_name(r) == name), key=lambda r: r["img_size"])
         tokens, values = [known[r["img_size"]] for r in rows], [r[cost] for r in rows]
         power = None if cost == "speedup" else exponent(tokens, values)
-        label = name if power is None else f"{name}: N^{power:.2f}"
-        axes.plot(tokens, values, label=label, markersize=6, linewidth=1.5, **style(number))
+        label = plain_text(name) if power is None else f"{plain_text(name)}: N^{power:.2f}"
+        axes.plot(tokens, values, label=label, markersize=6, linewidth=1.5, **looks[name])
         if cost == "speedup":
             spread = [[r["speedup_low"] or r[cost] for r in rows], [r["speedup_high"] or r[cost] for r in rows]]
-            axes.vlines(tokens, *spread, color=style(number)["color"], linewidth=1)
+            axes.vlines(tokens, *spread, color=looks[name]["color"], linewidth=1)
         line = dict(model=name, exponent="" if power is None else f"{power:.2f}", crossover="")
         timed = [r for r in rows if r["speedup_low"] is not None]
         if cost == "latency_p50_ms" and not is_softmax(rows[0]) and timed:
@@ -88,16 +117,16 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
             found = crossover(tokens, *ratios)
             line["crossover"] = crossover_text(tokens, found)
             if found[0] is not None and found[0] > min(tokens):
-                axes.axvline(found[0], color=style(number)["color"], linestyle=":", linewidth=1)
+                axes.axvline(found[0], color=looks[name]["color"], linestyle=":", linewidth=1)
         lines.append(line)
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="tokens N of the softmax baseline (image side)",
+        xlabel="tokens N of the softmax baseline\nimage side (px)",
         ylabel=(COSTS | SPEEDUP)[cost],
     )
     sides = sorted({r["img_size"] for r in records})
-    axes.set_xticks([known[side] for side in sides], [f"{known[side]:,}\n{side} px" for side in sides])
+    axes.set_xticks([known[side] for side in sides], [f"{known[side]:,}\n{side:,}" for side in sides])
     axes.xaxis.minorticks_off()
     plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
@@ -107,19 +136,19 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
 
 def trade_off(runs: list[list[Record]], cost: str) -> Optional[Any]:
     """Figure of top-1 over one cost: a point for each model, its mean over seeds, with the Pareto front drawn."""
+    looks = styles(run_name(group[0]) for group in runs)
     known = [group for group in runs if group[0][cost]]
     if not known:
         return None
     figure, axes = canvas()
     costs = [group[0][cost] for group in known]
     means = [statistics.mean(record["top1"] for record in group) for group in known]
-    for number, (group, x, y) in enumerate(zip(known, costs, means)):
+    for group, x, y in zip(known, costs, means):
         top1 = [record["top1"] for record in group]
         spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
-        start = "" if group[0]["start"] != "scratch" else " (scratch)"
-        own = style(number)
-        point = dict(fmt=own["marker"], color=own["color"], markersize=8, capsize=3)
-        axes.errorbar(x, y, yerr=spread or None, label=f"{group[0]['model']}{start}", **point)
+        name = run_name(group[0])
+        point = dict(fmt=looks[name]["marker"], color=looks[name]["color"], markersize=8, capsize=3)
+        axes.errorbar(x, y, yerr=spread or None, label=plain_text(name), **point)
     front = pareto(costs, means)
     best = [[values[i] for i in front] for values in (costs, means)]
     axes.plot(*best, color="#7F7F7F", linestyle="--", linewidth=1, zorder=0, label="Pareto front")
@@ -156,15 +185,24 @@ def legend_below(figure: Any) -> None:
     figure.legend(fontsize=9, loc="outside lower center", ncols=2)
 
 
+def plain_text(name: str) -> str:
+    """The name without mathematics: a dollar sign would start a formula."""
+    return name.replace("$", r"\$")
+
+
 def plain_numbers(axis: Any) -> None:
-    """20 instead of 2 x 10^1; where the range is small, between the powers of ten as well."""
+    """20,000 instead of 2 x 10^4; where the range is small, between the powers of ten as well."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
         def __call__(self, x: float, pos: Optional[int] = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""  # it knows which ticks have room for a number
+            low, high = sorted(axis.get_view_interval())
+            # two powers of ten leave no room between them, and 9 touches 10
+            is_crowded = high > 100 * low or f"{x:e}".startswith("9")
+            # matplotlib knows which of the others have room
+            return f"{x:,.9g}" if not is_crowded and super().__call__(x, pos) else ""
 
-    axis.set_major_formatter("{x:g}")
+    axis.set_major_formatter("{x:,.9g}")
     axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
 
 
@@ -182,8 +220,17 @@ def canvas() -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Any, dpi: int = 110) -> bytes:
     """The figure as a file, the same for the same figure."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
     return image.getvalue()
+
+
+def png_of_page(figure: Any) -> bytes:
+    """The figure as the page shows it: without its legend, since a group has one, and small enough that its numbers
+    can be read on a phone. The figure is changed."""
+    for own in list(figure.legends):
+        own.remove()
+    figure.set_size_inches(4.8, 3.5)
+    return png(figure, dpi=200)

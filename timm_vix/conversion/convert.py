@@ -4,21 +4,33 @@ The mixers share the weights of the attention that they replace. A converted mod
 among timm's arguments, under the name ``vix_from_timm``, so that ``save_for_hf`` and ``push_to_hf_hub`` keep them.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from functools import partial
+from typing import Any, Optional
 
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..mixers import MIXERS
-from ..mixers._slot import TokenMixer
-from .replace import REPLACEABLE, BeforeForward, Slot, build_mixer, check_options, mixer_options, remove_hook
+from ..mixers._slot import AttentionSlot, MixerSlot
+from .layers import Layers, layer_mixers
+from .replace import (
+    REPLACEABLE,
+    AttentionSite,
+    build_mixer,
+    check_keywords,
+    is_softmax,
+    layout_of,
+    mixer_name,
+    no_decay_names,
+    update_hooks,
+)
 
 HOSTS = (VisionTransformer, Eva)
 NAME = "vix_from_timm"
-Layers = Union[str, Sequence[int], Mapping[Any, Any]]
+# what a conversion notes among the arguments of a model; arguments of the source with these names are noted apart
+NOTED = {"source", "source_kwargs", "mixer", "layers"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class ConvertedLayer:
     before: str
     after: str
     changed: bool
-    options: dict[str, Any]
+    config: dict[str, Any]
     new_parameters: int
 
 
@@ -46,7 +58,7 @@ class Conversion:
         width = max(len(row.path) for row in self.rows)
         lines = [f"layer  {'module':{width}}  what became of it, at {self.tokens} tokens"]
         for row in self.rows:
-            keywords = ", ".join(f"{name}={value}" for name, value in row.options.items())
+            keywords = ", ".join(f"{name}={value}" for name, value in row.config.items())
             became = f"-> {row.after}" if row.changed else "kept"
             fresh = f", {row.new_parameters} new parameters" if row.new_parameters else ""
             lines.append(
@@ -57,23 +69,20 @@ class Conversion:
 
 def original_attention(module: nn.Module) -> nn.Module:
     """The attention that stood where ``module`` stands, with the weights as they are now; unconverted: itself."""
-    if not isinstance(module, TokenMixer) or not hasattr(module, "replaced"):
+    if not isinstance(module, MixerSlot) or not module.replaced:
         return module
     (attn,) = module.replaced
-    # moved to another device, or built anew, a module may have other tensors than those that it once took over
+    # a slot that was built anew may have other tensors than those that it once took over
     for name in attn._modules:
-        if name in module._modules:
+        if name in module._modules and name != "core":
             setattr(attn, name, module._modules[name])
     for name in attn._parameters:
         if name in module._parameters:
             setattr(attn, name, module._parameters[name])
-    for name, buffer in attn._buffers.items():
-        if buffer is not None:
-            attn._buffers[name] = buffer.to(module.proj.weight)
     return attn.train(module.training)
 
 
-def attention_slots(model: nn.Module) -> list[list[Slot]]:
+def attention_sites(model: nn.Module) -> list[list[AttentionSite]]:
     """For each block of a host, the places of its attention, converted or not.
 
     Raises:
@@ -88,26 +97,26 @@ def attention_slots(model: nn.Module) -> list[list[Slot]]:
             f"{type(model).__name__} can't be converted: {path} ({type(module).__name__} of {type(module).__module__}) "
             f"{reason(module)}; what can be converted is timm's VisionTransformer and Eva"
         )
-    found: list[list[Slot]] = []
+    found: list[list[AttentionSite]] = []
     for index, block in enumerate(model.blocks):
-        slots = [
-            Slot(f"blocks.{index}.{prefix}{'.' if prefix else ''}{name}", parent, name, attn)
+        sites = [
+            AttentionSite(f"blocks.{index}.{prefix}{'.' if prefix else ''}{name}", parent, name, attn)
             for prefix, parent in block.named_modules()
             for name, module in parent.named_children()
-            if type(attn := original_attention(module)) in REPLACEABLE
+            if is_softmax(attn := original_attention(module))
         ]
-        if not slots:
+        if not sites:
             attn = getattr(block, "attn", block)
             path = f"blocks.{index}.attn" if attn is not block else f"blocks.{index}"
-            raise ValueError(f"{path} ({type(attn).__name__}) can't be replaced: it {reason(attn)}")
-        found.append(slots)
+            raise ValueError(f"{path} ({class_name(attn)}) can't be replaced: it {reason(attn)}")
+        found.append(sites)
     return found
 
 
 def reason(module: nn.Module) -> str:
     """Why attention of another class is not replaced, for an error message."""
     names = {name for name, _ in module.named_modules()} | set(vars(module)) | set(module._parameters)
-    if isinstance(module, TokenMixer):
+    if isinstance(module, MixerSlot):
         return "is a mixer without the attention that it replaced; create the model with another mixer= instead"
     if type(module) in REPLACEABLE:
         return "works on tokens that are not prefix tokens and one patch grid"
@@ -122,54 +131,12 @@ def reason(module: nn.Module) -> str:
     return "is none of timm's Attention, AttentionRope and EvaAttention over a class token and a patch grid"
 
 
-def layer_mixers(layers: Layers, depth: int, mixer: str, options: dict[str, Any]) -> dict[int, tuple[str, dict]]:
-    """Mixer and keywords for each layer that ``layers`` names, see ``convert``.
-
-    Raises:
-        ValueError: for a form, a layer, a mixer or a keyword that isn't there.
-    """
-    forms = "expected 'all', 'first-n', 'last-n', 'every-n', a list of indices or a mapping from index to mixer"
-    chosen: dict[Any, Any]
-    if isinstance(layers, str):
-        form, _, count = layers.partition("-")
-        if layers != "all" and not (
-            form in ("first", "last", "every") and count.isdecimal() and 0 < int(count) <= depth
-        ):
-            raise ValueError(f"layers={layers!r}: {forms}, with n from 1 to {depth}")
-        n = depth if layers == "all" else int(count)
-        indices = {"all": range(depth), "first": range(n), "last": range(depth - n, depth)}
-        chosen = dict.fromkeys(indices.get(form, range(n - 1, depth, n)), mixer)
-    elif isinstance(layers, Mapping):
-        chosen = dict(layers)
-    elif isinstance(layers, Sequence) and all(isinstance(layer, (int, str)) for layer in layers):
-        chosen = dict.fromkeys(layers, mixer)
-    else:
-        raise ValueError(f"layers={layers!r}: {forms}")
-    if not chosen:
-        raise ValueError(f"layers={layers!r} names no layer: {forms}")
-    found: dict[int, tuple[str, dict]] = {}
-    for key, value in chosen.items():
-        # a mapping that went through a JSON file has text for its keys
-        index = int(key) if isinstance(key, str) and key.isdecimal() else key
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < depth:
-            raise ValueError(f"layers: {key!r} is no layer; the model has {depth}, from 0 to {depth - 1}")
-        own = dict(value) if isinstance(value, Mapping) else {"mixer": value}
-        name = own.pop("mixer", mixer)
-        if not isinstance(name, str) or index in found:
-            raise ValueError(
-                f"layers: {value!r} at layer {index}: expected one mixer's name, or a mapping with 'mixer'"
-            )
-        check_options(name, own)
-        takes = mixer_options(name)
-        found[index] = name, {**{k: v for k, v in options.items() if k in takes}, **own}
-    used = sorted({name for name, _ in found.values()})
-    for name in used:
-        others = set(options) - {option for mixer in used for option in mixer_options(mixer)}
-        check_options(name, sorted(others))
-    return dict(sorted(found.items()))
+def class_name(module: nn.Module) -> str:
+    """The class of an attention module; of a slot, that of its mixer."""
+    return type(module.core if isinstance(module, MixerSlot) else module).__name__
 
 
-def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **options: Any) -> Conversion:
+def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **keywords: Any) -> Conversion:
     """Replace the attention of some layers of a timm ViT by a token mixer, in place; weights are shared, not copied.
 
     Args:
@@ -178,7 +145,8 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
         layers: "all"; "first-n" or "last-n"; "every-n": each n-th, from the n-th on, so that the first stay; indices
             from 0; or a mapping from index to a mixer, or to a dict with "mixer" and keywords. Other layers stay as
             they are, converted ones too.
-        **options: keywords of the mixer, ``timm_vix.swap.mixer_options``; with a mapping, for those that take them.
+        **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
+            them.
 
     Returns:
         What became of each layer.
@@ -191,85 +159,72 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
         >>> model = timm.create_model("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=True, img_size=518)
         >>> print(timm_vix.convert(model, "nystrom", layers="last-6", num_landmarks=64).table())
     """
-    check_options(mixer, ())
-    slots = attention_slots(model)
-    given = getattr(model, "_model_args", {}).get("mixer")
-    if given is not None and source_of(model) is None:
-        raise ValueError(
-            f"{model.pretrained_cfg['architecture']} was created with mixer={given!r}, which couldn't be told from the "
-            f"conversion's in a saved model; create it with mixer={mixer!r}, or convert vix_softmax_*, hybrid_vit_* or "
-            "a ViT of timm's"
-        )
-    wanted = layer_mixers(layers, len(slots), mixer, options)
-    built: list[tuple[Slot, nn.Module]] = []
+    check_keywords(mixer, {})
+    sites = attention_sites(model)
+    layout = layout_of(model)
+    wanted = layer_mixers(layers, len(sites), mixer, keywords)
+    built: list[tuple[AttentionSite, nn.Module]] = []
     for index, (name, own) in wanted.items():
-        for slot in slots[index]:
+        for site in sites[index]:
             if name == "softmax":
-                built.append((slot, slot.attn))
+                built.append((site, site.attn))
                 continue
             try:
-                module = build_mixer(model, slot.attn, name, **own)
+                rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
+                slot = build_mixer(model, site.attn, name, layout, rope, **own)
             except ValueError as error:
-                raise ValueError(f"{slot.path}: {error}") from error
-            # the weights know no local convolution: it starts as nothing and leaves their function alone
-            if getattr(module, "conv", None) is not None:
-                nn.init.zeros_(module.conv.weight)
-            # in a tuple, so that it is no sub-module with a state of its own
-            module.replaced = (slot.attn,)
-            built.append((slot, module))
-    former = {slot.path: getattr(slot.parent, slot.name) for block in slots for slot in block}
-    for slot, module in built:
-        setattr(slot.parent, slot.name, module)
-    note_conversion(model, slots, mixer)
-    grid = model.patch_embed.grid_size
+                raise ValueError(f"{site.path}: {error}") from error
+            for parameter in slot.core.zero_init:  # the weights around it know nothing of it
+                if parameter in dict(slot.core.named_parameters()):
+                    nn.init.zeros_(slot.core.get_parameter(parameter))
+            slot.replaced = (site.attn,)
+            slot.patch_embed = (model.patch_embed,)  # the host's own set_input_size doesn't know the slots
+            built.append((site, slot))
+    former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
+    for site, module in built:
+        setattr(site.parent, site.name, module)
+    note_conversion(model, sites, mixer)
     return Conversion(
-        [layer_row(index, slot, former[slot.path]) for index, block in enumerate(slots) for slot in block],
-        model.num_prefix_tokens + grid[0] * grid[1],
+        [layer_row(index, site, former[site.path]) for index, block in enumerate(sites) for site in block],
+        layout.num_prefix_tokens + layout.grid[0] * layout.grid[1],
     )
 
 
-def layer_row(index: int, slot: Slot, former: nn.Module) -> ConvertedLayer:
-    module = getattr(slot.parent, slot.name)
-    inherited = {id(p) for p in slot.attn.parameters()}
+def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLayer:
+    module = getattr(site.parent, site.name)
+    inherited = {id(p) for p in site.attn.parameters()}
     new_parameters = sum(p.numel() for p in module.parameters() if id(p) not in inherited)
-    return ConvertedLayer(
-        index,
-        slot.path,
-        type(former).__name__,
-        type(module).__name__,
-        module is not former,
-        {} if module is slot.attn else recorded_options(module),
-        new_parameters,
-    )
+    config = {} if module is site.attn else module.config()
+    changed = module is not former
+    return ConvertedLayer(index, site.path, class_name(former), class_name(module), changed, config, new_parameters)
 
 
-def recorded_options(mixer: TokenMixer) -> dict[str, Any]:
-    """The keywords with which ``mixer`` was built, and those that it chose for itself."""
-    return {**mixer.given, **mixer.options()}
-
-
-def note_conversion(model: nn.Module, slots: list[list[Slot]], mixer: str) -> None:
+def note_conversion(model: nn.Module, sites: list[list[AttentionSite]], mixer: str) -> None:
     """Note source, layers and keywords where timm looks when it saves a model; nothing if no layer is converted."""
     layers = {}
-    for index, block in enumerate(slots):
+    for index, block in enumerate(sites):
         module = getattr(block[0].parent, block[0].name)
         if module is not block[0].attn:
-            name = next(name for name, mixer_class in MIXERS.items() if type(module) is mixer_class)
-            layers[str(index)] = {"mixer": name, **recorded_options(module)}
+            layers[str(index)] = {"mixer": mixer_name(module), **module.config()}
     forget_conversion(model)
+    update_hooks(model)
+    if not layers:
+        return
+    model.no_weight_decay = partial(no_weight_decay, model)
     cfg = getattr(model, "pretrained_cfg", None)
-    if layers:
-        model.patch_embed.register_forward_hook(BeforeForward(model, follow=True))
-        # a model that was built from its class has no name, and timm can't save it either
-        if cfg and cfg.get("architecture"):
-            source = model.pretrained_cfg["architecture"]
-            model.pretrained_cfg = {**model.pretrained_cfg, "architecture": NAME}
-            model._model_args = {
-                **getattr(model, "_model_args", {}),
-                "source": source,
-                "mixer": mixer,
-                "layers": layers,
-            }
+    # a model that was built from its class has no name, and timm can't save it either
+    if cfg and cfg.get("architecture"):
+        own = dict(getattr(model, "_model_args", {}))
+        names = NOTED | {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
+        apart = {name: own.pop(name) for name in names & own.keys()}
+        noted = {"source": cfg["architecture"], "mixer": mixer, "layers": layers}
+        model.pretrained_cfg = {**cfg, "architecture": NAME}
+        model._model_args = {**own, **noted, **({"source_kwargs": apart} if apart else {})}
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """The parameters that weight decay spares: the host's and the mixers'."""
+    return set(type(model).no_weight_decay(model)) | no_decay_names(model)
 
 
 def source_of(model: nn.Module) -> Optional[str]:
@@ -279,13 +234,14 @@ def source_of(model: nn.Module) -> Optional[str]:
 
 
 def forget_conversion(model: nn.Module) -> None:
-    """Undo ``note_conversion``, and take the hook away."""
-    remove_hook(model)
+    """Undo ``note_conversion``."""
+    model.__dict__.pop("no_weight_decay", None)
     source = source_of(model)
     if source is not None:
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": source}
-        ours = {"source", "mixer", "layers", *(option for name in MIXERS for option in mixer_options(name))}
-        model._model_args = {name: value for name, value in model._model_args.items() if name not in ours}
+        keywords = {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
+        own = {name: value for name, value in model._model_args.items() if name not in NOTED | keywords}
+        model._model_args = {**own, **model._model_args.get("source_kwargs", {})}
 
 
 def revert(model: nn.Module) -> None:
@@ -294,10 +250,11 @@ def revert(model: nn.Module) -> None:
     Raises:
         ValueError: for a model that isn't converted, or that was saved by a mixer which keeps no attention weights.
     """
-    slots = [slot for block in attention_slots(model) for slot in block]
-    converted = [slot for slot in slots if getattr(slot.parent, slot.name) is not slot.attn]
+    sites = [site for block in attention_sites(model) for site in block]
+    converted = [site for site in sites if getattr(site.parent, site.name) is not site.attn]
     if not converted:
         raise ValueError(f"{type(model).__name__} is not converted: there is nothing to revert")
-    for slot in converted:
-        setattr(slot.parent, slot.name, slot.attn)
+    for site in converted:
+        setattr(site.parent, site.name, site.attn)
     forget_conversion(model)
+    update_hooks(model)

@@ -1,10 +1,9 @@
-"""The primitive: replace the softmax attention of a timm vision transformer by a token mixer.
+"""Replace the softmax attention of a timm vision transformer by a token mixer.
 
-The registered models, conversions and models that come back from the Hub all build their mixers by ``build_mixer``.
+The registered models, conversions and models that come back from the Hub all build their mixers here.
 """
 
-import inspect
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -14,15 +13,19 @@ from torch import nn
 
 from .._checks import check_choice
 from ..mixers import MIXERS
+from ..mixers._layout import CarryGrid, Grid, RecordGrid, TokenLayout
+from ..mixers._mechanism import MechanismHost
 from ..mixers._rotary import RotaryPositions
-from ..mixers._slot import AttentionMixer, Grid, TokenMixer
+from ..mixers._slot import AttentionSlot, MixerSlot, build_slot
+from ..mixers.performer import PerformerAttention
+from ..mixers.softmax import SoftmaxAttention
 
-SLOT_ARGUMENTS = {"self", "attn", "grid", "num_prefix_tokens", "rope"}
-# whose mathematics the mixers continue: any other class, a subclass too, may do something else
+# attention that the mixers continue: another class, a subclass too, may do something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
+HOOKS = (RecordGrid, CarryGrid)
 
 
-class Slot(NamedTuple):
+class AttentionSite(NamedTuple):
     """A place in a model that holds attention: ``parent.name``, which is ``path`` in the model."""
 
     path: str
@@ -31,80 +34,71 @@ class Slot(NamedTuple):
     attn: nn.Module
 
 
-def mixer_options(mixer: str) -> list[str]:
+def mixer_keywords(mixer: str) -> list[str]:
     """The keywords that a mixer takes, e.g. ``["num_landmarks", "pinv_iterations", ...]`` for "nystrom".
 
     Raises:
         ValueError: for a name that isn't in ``MIXERS``.
     """
     check_choice("mixer", mixer, tuple(MIXERS))
-    return [name for name in inspect.signature(MIXERS[mixer].__init__).parameters if name not in SLOT_ARGUMENTS]
+    return MIXERS[mixer].keywords()
 
 
-def check_options(mixer: str, options: Iterable[str]) -> None:
+def check_keywords(mixer: str, keywords: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown mixer, or a keyword that it doesn't take."""
-    allowed = mixer_options(mixer)
-    for name in options:
+    allowed = mixer_keywords(mixer)
+    for name, value in sorted(keywords.items()):
         if name not in allowed:
-            raise ValueError(f"mixer={mixer!r} takes no {name}; it takes {', '.join(allowed) or 'no keywords'}")
+            raise ValueError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed) or 'no keywords'}")
 
 
-class BeforeForward:
-    """Hook of a patch embedding that tells the mixers the grid of the images at hand.
+def mixer_name(module: nn.Module) -> str:
+    """The name in ``MIXERS`` of the mixer in a slot, or in another host of mechanisms."""
+    return next(name for name, mixer_class in MIXERS.items() if type(module.core) is mixer_class)
 
-    It runs once for each forward pass and not again when gradient checkpointing repeats the blocks. With checkpointing,
-    call backward before the next forward pass if the two have different image sizes. TorchScript takes no such hook.
-    With ``follow`` the mixers take the patch embedding's grid even where all images have one size: a host's own
-    ``set_input_size`` doesn't know them.
-    """
 
-    def __init__(self, model: nn.Module, follow: bool = False) -> None:
-        self.mixers = [module for module in model.modules() if isinstance(module, TokenMixer)]
-        self.ropes = [module for module in model.modules() if isinstance(module, RotaryPositions)]
-        self.dynamic = getattr(model, "dynamic_img_size", False)
-        self.follow = follow
-
-    def __call__(self, patch_embed: nn.Module, args: Any, output: torch.Tensor) -> None:
-        # a dynamic patch embedding gives (B, H, W, C)
-        grid = (output.shape[1], output.shape[2]) if self.dynamic else patch_embed.grid_size if self.follow else None
-        for module in self.ropes:
-            module.set_grid(grid or module.grid)
-        for module in self.mixers:
-            module.before_forward(grid or module.grid)
+def slots_of(model: nn.Module) -> dict[str, MixerSlot]:
+    """The slots of a model by path, first block first."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MixerSlot)}
 
 
 def set_grid(model: nn.Module, grid: Grid) -> None:
     """Move every mixer of ``model`` to another patch grid, weights resampled."""
     for module in model.modules():
-        if isinstance(module, (TokenMixer, RotaryPositions)):
+        if isinstance(module, (MixerSlot, RotaryPositions)):
             module.set_grid(grid)
 
 
 def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Move what a checkpoint has of the mixers' grid-bound weights to the grids of ``model``, in place."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, TokenMixer):
-            for name, resample in module.grid_parameters.items():
-                key = f"{prefix}.{name}"
-                if key in state_dict:
-                    state_dict[key] = resample(state_dict[key], module.grid)
+    """Move what a checkpoint has of the mixers' weights on a grid to the grids of ``model``, in place."""
+    for path, slot in slots_of(model).items():
+        for name, resample in slot.core.grid_parameters.items():
+            key = f"{path}.core.{name}"
+            # a tensor of other axes is told as one of another shape
+            if key in state_dict and state_dict[key].ndim == getattr(slot.core, name).ndim:
+                state_dict[key] = resample(state_dict[key], slot.grid)
 
 
-def undecayed(model: nn.Module) -> set[str]:
+def no_decay_names(model: nn.Module) -> set[str]:
     """The mixers' parameters that weight decay should spare like those of one axis: grids of biases, and features."""
     return {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, TokenMixer)
-        for name, _ in module.named_parameters(recurse=False)
-        if name.endswith("bias") or name in module.learning_rates
+        f"{path}.core.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, MechanismHost)
+        for name, _ in module.core.named_parameters()
+        if name.endswith("bias") or name in module.core.learning_rates
     }
 
 
-def find_attention(model: nn.Module) -> list[Slot]:
+def is_softmax(module: nn.Module) -> bool:
+    """Whether a module is softmax attention that a mixer can continue."""
+    return type(module) in REPLACEABLE or (type(module) is AttentionSlot and type(module.core) is SoftmaxAttention)
+
+
+def find_attention(model: nn.Module) -> list[AttentionSite]:
     """The places of a model that hold attention which can be replaced, first block first."""
     return [
-        Slot(f"{prefix}.{name}".lstrip("."), parent, name, attn)
+        AttentionSite(f"{prefix}.{name}".lstrip("."), parent, name, attn)
         for prefix, parent in model.named_modules()
         for name, attn in parent.named_children()
         if type(attn) in REPLACEABLE
@@ -112,101 +106,104 @@ def find_attention(model: nn.Module) -> list[Slot]:
 
 
 def build_mixer(
-    model: nn.Module,
-    attn: nn.Module,
-    mixer: str,
-    positions: Optional[nn.Module] = None,
-    layout: Optional[tuple[Grid, int]] = None,
-    **options: Any,
-) -> TokenMixer:
-    """A mixer with the weights of ``attn``, for the tokens of ``model``; neither is changed.
-
-    Args:
-        layout: (H, W) and the number of prefix tokens, where they aren't those of the patch embedding.
+    model: nn.Module, attn: nn.Module, mixer: str, layout: TokenLayout, rope: Optional[nn.Module], **keywords: Any
+) -> MixerSlot:
+    """A slot with a mixer and the weights of ``attn``, for the tokens of ``model``; neither is changed.
 
     Raises:
         ValueError: for what the mixer can't honour.
     """
     if getattr(attn, "num_kv_groups", 1) > 1:
         raise ValueError(f"grouped queries ({attn.num_heads} heads, {attn.num_kv_heads} of keys) can't be replaced")
-    rotates = type(attn) is not Attention and getattr(model, "rope", None) is not None
-    if rotates and not issubclass(MIXERS[mixer], AttentionMixer):
+    rotary = type(attn) in (AttentionRope, EvaAttention) and getattr(model, "rope", None) is not None
+    if rotary and not MIXERS[mixer].supports_rotary:
         raise ValueError(f"mixer={mixer!r} has no queries and keys for the rotary positions of {type(model).__name__}")
-    grid, num_prefix_tokens = layout or (model.patch_embed.grid_size, model.num_prefix_tokens)
-    built = MIXERS[mixer](attn, grid, num_prefix_tokens, positions, **options)
-    if built.uses_grid and getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
+    slot = build_slot(MIXERS[mixer], attn, layout, rope, rotary, **keywords)
+    if slot.uses_grid and getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
         raise ValueError(
             f"patch_drop_rate={model.patch_drop.prob}: mixer={mixer!r} works on the whole patch grid, so no patch can "
             "be dropped; allowed is 0"
         )
-    built.given = options
-    return built.train(attn.training)
+    return slot
 
 
-def remove_hook(model: nn.Module) -> None:
-    """Take ``BeforeForward`` away from the patch embedding: TorchScript wants that of a converted model.
+class CountPasses:
+    """Forward hook of a patch embedding: random features are drawn anew after some passes in training.
 
-    The model then keeps its image size, and draws no new random features.
+    It runs once for each forward pass, and not again when gradient checkpointing repeats the blocks.
     """
-    hooks = model.patch_embed._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, BeforeForward)]:
-        del hooks[key]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mixers = [module for module in model.modules() if isinstance(module, PerformerAttention)]
+
+    def __call__(self, patch_embed: nn.Module, args: Any, output: torch.Tensor) -> None:
+        for mixer in self.mixers:
+            mixer.count_pass()
 
 
-def swap_attention(
+def update_hooks(model: nn.Module) -> None:
+    """Give a model the hooks that its slots need, and take away those that they no longer need."""
+    remove_hooks(model)
+    slots = slots_of(model).values()
+    if slots and getattr(model, "dynamic_img_size", False):
+        model.patch_embed.register_forward_hook(RecordGrid())
+        for block in model.blocks:
+            block.register_forward_pre_hook(CarryGrid())
+        for slot in slots:
+            slot.dynamic = True
+    if any(getattr(slot.core, "redraw_interval", 0) for slot in slots):
+        model.patch_embed.register_forward_hook(CountPasses(model))
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Take the hooks of ``update_hooks`` away."""
+    modules = [model.patch_embed, *getattr(model, "blocks", ())]
+    for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, (*HOOKS, CountPasses))]:
+            del hooks[key]
+
+
+def layout_of(model: nn.Module) -> TokenLayout:
+    """The layout of the tokens of a ViT or Eva at the size for which it was built."""
+    height, width = model.patch_embed.grid_size
+    return TokenLayout(model.num_prefix_tokens, (height, width))
+
+
+def replace_attention(
+    parts: list[tuple[nn.Module, TokenLayout]],
     model: nn.Module,
-    mixer: str,
+    mixers: dict[int, tuple[str, dict[str, Any]]],
     rope: Optional[str] = None,
-    stages: Optional[list[tuple[nn.Module, Grid, int]]] = None,
-    **options: Any,
 ) -> None:
-    """Replace every timm attention in ``model`` by a mixer that takes over its weights, in place.
+    """Put mixers in the place of the attention of a new model, in place.
 
     Args:
-        model: timm ``VisionTransformer`` or ``Eva``.
-        mixer: a name in ``MIXERS``.
-        rope: None, "axial" or "1d": rotary positions, shared by all blocks, for a model that has none.
-        stages: where the grid shrinks on the way, parts of the model with their (H, W) and number of prefix tokens. A
-            part of fewer patches than ``num_landmarks`` or ``num_proj_tokens`` takes as many as it has.
-        **options: the mixer's keywords, see ``mixer_options``. What a mixer adds begins as in a new model, Nyström's
-            residual convolution at random; for a trained model, ``timm_vix.convert`` begins it as nothing.
+        parts: parts of the model with the layout of their tokens; one part for a ViT, its blocks.
+        model: timm ``VisionTransformer``, ``Eva`` or ``PoolingVisionTransformer``.
+        mixers: for each block, counted over all parts, the name in ``MIXERS`` and the keywords. A part of fewer
+            patches than a keyword counts takes as many as it has.
+        rope: None, "axial" or "1d": rotary positions, shared by all blocks of a grid, for a model that has none.
 
     Raises:
-        ValueError: for an unknown mixer, keyword or value, naming what is allowed.
-
-    Example:
-        >>> model = timm.create_model("vit_tiny_patch16_224")
-        >>> swap_attention(model, "nystrom", num_landmarks=64)
+        ValueError: for an unknown value, naming what is allowed.
     """
-    check_options(mixer, options)
     if rope is not None:
         check_choice("rope", rope, ("axial", "1d"))
-    parts: list[tuple[nn.Module, Optional[tuple[Grid, int]]]] = [(model, None)]
-    if stages is not None:
-        parts = [(part, (grid, num_prefix_tokens)) for part, grid, num_prefix_tokens in stages]
-    slots = [(slot, layout) for part, layout in parts for slot in find_attention(part)]
-    if not slots:
-        raise ValueError(f"{type(model).__name__} has no timm Attention to replace")
-    if mixer == "softmax" and rope is None:
-        return
     if rope is not None and getattr(model, "rope", None) is not None:
         raise ValueError(f"rope={rope!r}: {type(model).__name__} has rotary positions of its own")
     positions: dict[Grid, RotaryPositions] = {}
-    built = []
-    for slot, layout in slots:
-        grid, num_prefix_tokens = layout or (model.patch_embed.grid_size, model.num_prefix_tokens)
-        if rope is not None and grid not in positions:
-            dd = {"device": slot.attn.proj.weight.device, "dtype": slot.attn.proj.weight.dtype}
-            positions[grid] = RotaryPositions(rope, slot.attn.head_dim, grid, num_prefix_tokens, **dd)
-        own = {name: fitting(name, value, grid) if layout else value for name, value in options.items()}
-        built.append((slot, build_mixer(model, slot.attn, mixer, positions.get(grid), layout, **own)))
-    for slot, module in built:
-        setattr(slot.parent, slot.name, module)
-    if getattr(model, "dynamic_img_size", False) or options.get("redraw_interval"):
-        model.patch_embed.register_forward_hook(BeforeForward(model))
-
-
-def fitting(name: str, value: Any, grid: Grid) -> Any:
-    """The value of a keyword that counts tokens, at most those of ``grid``; others as they are."""
-    counts = name in ("num_landmarks", "num_proj_tokens") and isinstance(value, int)
-    return min(value, grid[0] * grid[1]) if counts else value
+    blocks = [(block, layout) for part, layout in parts for block in part.children()]
+    for index, (block, layout) in enumerate(blocks):
+        mixer, keywords = mixers.get(index, ("softmax", {}))
+        if mixer == "softmax" and rope is None:
+            continue
+        for site in find_attention(block):
+            weight = site.attn.proj.weight
+            if rope is not None and layout.grid not in positions:
+                dd = {"device": weight.device, "dtype": weight.dtype}
+                positions[layout.grid] = RotaryPositions(
+                    rope, site.attn.head_dim, layout.grid, layout.num_prefix_tokens, **dd
+                )
+            slot = build_mixer(model, site.attn, mixer, layout, positions.get(layout.grid), **keywords)
+            setattr(site.parent, site.name, slot)
+    update_hooks(model)

@@ -1,5 +1,6 @@
-"""Token mixers by name."""
+"""Token mixers by name. ``MIXERS[name].keywords()`` are the keywords of one."""
 
+from ._mechanism import Mixer
 from .atrous import AtrousAttention
 from .fourier import FourierMixing
 from .linformer import LinformerAttention
@@ -8,7 +9,7 @@ from .nystrom import NystromAttention
 from .performer import PerformerAttention
 from .softmax import SoftmaxAttention
 
-MIXERS = {
+MIXERS: dict[str, type[Mixer]] = {
     "softmax": SoftmaxAttention,
     "linformer": LinformerAttention,
     "performer": PerformerAttention,

@@ -8,7 +8,7 @@ Shapes: A images and heads, (A, H·W, D) tokens, (A, G, L, D) in G windows of L 
 import torch
 from torch.nn.functional import pad
 
-from ._resample import Grid
+from ._layout import Grid
 
 Axis = tuple[int, int, int]  # windows along an axis, rows in each, dilation
 

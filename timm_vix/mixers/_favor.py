@@ -6,11 +6,10 @@ Shapes: B images, N tokens, h heads, D head width, m features.
 from typing import Optional
 
 import torch
-from timm.layers import register_notrace_function
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ._slot import outside_autocast
+from ._precision import outside_autocast
 
 # Few enough that N x m features never exist at once; larger blocks are hardly faster, smaller ones slower.
 BLOCK = 256
@@ -108,9 +107,6 @@ def sum_in_blocks(
     return torch.cat(out, dim=2).to(out_dtype)
 
 
-# A leaf for torch.fx: the number of blocks depends on the number of tokens.
-@torch.fx.wrap
-@register_notrace_function
 def favor_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -8,10 +8,9 @@ Both are products of one small matrix an axis. A rotary table turns a cell by th
 from typing import Optional
 
 import torch
-from timm.layers import register_notrace_function
 from torch.nn import functional as F
 
-Grid = tuple[int, int]
+from ._layout import Grid
 
 
 def averages(length: int, cells: int, like: torch.Tensor) -> torch.Tensor:
@@ -20,9 +19,6 @@ def averages(length: int, cells: int, like: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool1d(identity.unsqueeze(0), cells)[0].transpose(0, 1)
 
 
-# A leaf for torch.fx: tensors are made here on the device of ``x``.
-@torch.fx.wrap
-@register_notrace_function
 def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid) -> torch.Tensor:
     """Average the patch tokens over a coarser grid, prefix tokens apart: (B, P + H·W, C) -> (B, P + m, C).
 
@@ -39,8 +35,6 @@ def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Gri
     return torch.cat([x[:, :num_prefix_tokens], pooled], dim=1)
 
 
-@torch.fx.wrap
-@register_notrace_function
 def resample_reading(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """(..., H, W) that is summed with tokens over H x W -> (..., *grid)."""
     if weight.shape[-2] == grid[0] and weight.shape[-1] == grid[1]:
@@ -50,8 +44,6 @@ def resample_reading(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return rows.transpose(0, 1) @ weight @ columns
 
 
-@torch.fx.wrap
-@register_notrace_function
 def resample_writing(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """(n, H, W) that gives a value to each token of H x W -> (n, *grid)."""
     if weight.shape[-2] == grid[0] and weight.shape[-1] == grid[1]:
@@ -59,9 +51,6 @@ def resample_writing(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return F.interpolate(weight.unsqueeze(0), size=list(grid), mode="bilinear", align_corners=False)[0]
 
 
-# A leaf for torch.fx: a tensor is made here on the device of ``table``.
-@torch.fx.wrap
-@register_notrace_function
 def table_of_cells(table: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Optional[Grid]) -> torch.Tensor:
     """A host's rotary table (.., H·W, 2·D) for prefix tokens, which are not turned, and patches or cells.
 

@@ -1,4 +1,4 @@
-"""Rotary positions of a patch grid, for tokens and for the cells into which a mixer pools them.
+"""Rotary positions of a patch grid, for tokens and for the cells that a mixer pools.
 
     angle(token, i) = position · theta^(-i / F)          F frequencies per axis
 
@@ -10,17 +10,14 @@ a key no longer depends on relative position.
 """
 
 import torch
-from timm.layers import freq_bands, register_notrace_function
+from timm.layers import freq_bands, register_notrace_module
 from torch import nn
 
-from ._resample import Grid
+from ._layout import Grid
 
 THETA = {"axial": 100.0, "1d": 10000.0}
 
 
-# A leaf for torch.fx: tensors are made here on the device of ``like``.
-@torch.fx.wrap
-@register_notrace_function
 def rotary_table(
     like: torch.Tensor, grid: Grid, cells: Grid, num_prefix_tokens: int, head_dim: int, theta: float, raster: bool
 ) -> torch.Tensor:
@@ -39,8 +36,9 @@ def rotary_table(
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)
 
 
+@register_notrace_module
 class RotaryPositions(nn.Module):
-    """The table of a grid, kept, and that of any coarser grid over it, computed when asked for.
+    """Sine and cosine for the patches of a grid, and for the cells of a coarser grid over them.
 
     Args:
         kind: "axial" or "1d".
@@ -77,19 +75,26 @@ class RotaryPositions(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.table.copy_(self.build(self.grid))
+        self.init_non_persistent_buffers()
 
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the table, which no checkpoint holds: timm's protocol for a model that was built on the meta device."""
+        self.table.copy_(self.build(self.grid, self.grid))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
-        """Move to another grid."""
+        """Move to another grid for good."""
         if grid != self.grid:
             self.grid = grid
-            self.table = self.build(grid)
+            self.table = self.build(grid, grid)
 
-    def build(self, cells: Grid) -> torch.Tensor:
-        return rotary_table(
-            self.table, self.grid, cells, self.num_prefix_tokens, self.head_dim, self.theta, self.raster
-        )
+    def build(self, grid: Grid, cells: Grid) -> torch.Tensor:
+        return rotary_table(self.table, grid, cells, self.num_prefix_tokens, self.head_dim, self.theta, self.raster)
 
-    def forward(self, cells: Grid) -> torch.Tensor:
-        """Sine and cosine for the cells of a grid over the tokens' own: (P + cells, 2·D)."""
-        return self.table if cells == self.grid else self.build(cells)
+    def forward(self, grid: Grid, cells: Grid) -> torch.Tensor:
+        """Sine and cosine at the centres of ``cells`` over the tokens' ``grid``: (P + cells, 2·D).
+
+        Nothing is kept of a grid other than the model's own: it belongs to one call.
+        """
+        return self.table if grid == self.grid and cells == self.grid else self.build(grid, cells)

@@ -1,163 +1,166 @@
-"""What every token mixer shares: the slot it fills in a block, the token layout, head split and merge, checks.
+"""Where a ViT, Eva or PiT of timm has attention, a slot holds a token mixer instead.
+
+A slot projects the tokens to heads, rotates them, calls the mixer and merges the heads, with the modules and parameters
+of the attention that it replaces: the same objects under the same names, so a softmax model's state dict fits. What the
+mixer adds is in its sub-module ``core``.
 
 Shapes: B images, N = P + H·W tokens (P prefix tokens: class and registers, then an H x W grid of patches in raster
-order), h heads of width D, C = h·D.
+order), h heads of width D, A = h·D, C channels.
 """
 
-import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
 
 import torch
-from timm.layers import apply_rot_embed_cat, register_notrace_function
+from timm.layers import apply_rot_embed_cat, register_notrace_module
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from ._folded import all_ask_few, few_ask_all
-from ._resample import Grid, table_of_cells
-from ._windows import landmarks_and_windows, window_biases
+from ._fused import fused_attend_from, fused_attend_to
+from ._landmarks import LandmarkAttention
+from ._layout import Grid, TokenLayout, check_sequence, count_bias, grid_of_images
+from ._mechanism import AttentionMechanism, AttentionShape, MechanismHost, Mixer, TokenMixing
+from ._resample import table_of_cells
 
-# Leaves for torch.fx, since what they do depends on the number of tokens; it replaces them where they are called.
-for leaf in (all_ask_few, few_ask_all, landmarks_and_windows):
-    torch.fx.wrap(leaf.__name__)
-
-
-def outside_autocast(device: torch.device) -> AbstractContextManager:
-    """A context without autocast; not for TorchScript, which knows autocast for constant devices only."""
-    # the meta device has none to switch off
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+# weights that can be read and multiplied elsewhere: quantised, sharded and other tensors have classes of their own
+PLAIN_TENSORS = (torch.Tensor, nn.Parameter, torch._subclasses.FakeTensor)
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# A leaf for torch.fx: timm's forward hands attn_mask on as a proxy there, and only the run can say whether it is None.
-# The tokens pass through, so that the check is not removed as dead code.
-@torch.fx.wrap
-@register_notrace_function
-def admit(
-    x: torch.Tensor,
-    attn_mask: Optional[torch.Tensor],
-    is_causal: bool,
-    num_tokens: int,
-) -> torch.Tensor:
-    """Return x (B, N, C), or raise ValueError for a mask, a causal flag or a sequence of another length.
-
-    A negative ``num_tokens`` admits any length.
-    """
-    if attn_mask is not None or is_causal:
-        raise ValueError("this token mixer honours neither attn_mask nor is_causal; only softmax attention does")
-    if num_tokens >= 0 and x.shape[1] != num_tokens:
-        raise ValueError(f"a sequence of {x.shape[1]} tokens doesn't match the layout, which has {num_tokens} tokens")
-    return x
-
-
-def cell_grid(num_cells: int, grid: Grid) -> Grid:
-    """Return (rows, columns) of the largest number of cells, at most ``num_cells``, that lie evenly over ``grid``.
-
-    Evenly: on a square grid a cell is at most 2.5 times as long as wide. There 49 gives 7x7, 50 and 53 give 10x5.
-    """
-    height, width = grid
-    limit = 2.5 * max(height, width) / min(height, width)
-    if num_cells >= height * width:
-        return grid
-    for cells in range(num_cells, 0, -1):
-        best, stretch = grid, limit
-        for rows in range(1, min(cells, height) + 1):
-            columns = cells // rows
-            if rows * columns == cells and columns <= width:
-                ratio = (height * columns) / (width * rows)
-                if max(ratio, 1 / ratio) <= stretch:
-                    best, stretch = (rows, columns), max(ratio, 1 / ratio)
-        if best != grid:
-            return best
-    return 1, 1
-
-
-# A leaf for torch.fx: a tensor is made here on the device of ``like``.
-@torch.fx.wrap
-@register_notrace_function
-def count_bias(like: torch.Tensor, num_prefix_tokens: int, num_cells: int, num_patches: int) -> torch.Tensor:
-    """Log of the number of tokens behind each key, (1, 1, 1, P + m): 0 for a prefix token, log(patches / m) for a cell.
-
-    Added to logits, it lets a pooled key weigh as much as the tokens that it stands for.
-    """
-    bias = torch.full([1, 1, 1, num_prefix_tokens + num_cells], 0.0, device=like.device, dtype=like.dtype)
-    bias[..., num_prefix_tokens:] = math.log(num_patches / num_cells)
-    return bias
-
-
-def refuse_attention_dropout(attn: nn.Module, mechanism: str) -> None:
-    """Raise ValueError if ``attn`` drops attention weights, for a mechanism that has none."""
-    if attn.attn_drop.p > 0:
-        raise ValueError(
-            f"attn_drop_rate={attn.attn_drop.p}: {mechanism} has no attention weights to drop; allowed is 0"
-        )
-
-
-class TokenMixer(nn.Module):
-    """The slot: takes and returns (B, N, C) where timm's attention stood.
-
-    ``uses_grid`` tells whether the mechanism needs to know where a token lies; if not, it takes any sequence.
-    """
-
-    uses_grid = True
-    # parameters whose last two axes are the patch grid, with the function that moves them to another grid
-    grid_parameters: dict[str, Callable[[torch.Tensor, Grid], torch.Tensor]] = {}
-    # parameters that live on another scale than weights do, with the factor of their learning rate in a transfer
-    learning_rates: dict[str, float] = {}
-
-    def __init__(self, grid: Grid, num_prefix_tokens: int) -> None:
-        super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
-        self.grid = grid
-        self.num_tokens = num_prefix_tokens + grid[0] * grid[1] if self.uses_grid else -1
-
-    def before_forward(self, grid: Grid) -> None:
-        """Take the patch grid of the next images; parameters keep their size and are resampled where they are used."""
-        self.grid = grid
-        if self.uses_grid:
-            self.num_tokens = self.num_prefix_tokens + grid[0] * grid[1]
-
-    def set_grid(self, grid: Grid) -> None:
-        """Take a new patch grid for good: parameters that live on it are resampled, frozen ones stay frozen."""
-        self.before_forward(grid)
-        for name, resample in self.grid_parameters.items():
-            old = getattr(self, name)
-            new = resample(old.detach(), grid).clone()
-            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
-
-    def start_from(self, x: torch.Tensor, rope: Optional[torch.Tensor] = None) -> None:
-        """Look at input of a trained model (B, N, C) before training: for a mixer whose weights can start from it."""
-
-    def options(self) -> dict:
-        """The keywords that rebuild this mixer at its grid, where a default or another grid would change them."""
-        return {}
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether somebody wants to know when ``module`` is called: by a hook, as for pruning, or another forward."""
+def has_hooks(module: nn.Module) -> bool:
+    """Is the module called with hooks, as for pruning, or with an overridden forward?"""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(hooks) or "forward" in module.__dict__
 
 
-class AttentionMixer(TokenMixer):
-    """A mixer with queries, keys and values, built from the timm attention that it replaces.
+def is_plain_linear(module: Any) -> bool:
+    """Is it a linear layer of floating-point weights, without adapter, parametrisation, quantisation or hook?"""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in PLAIN_TENSORS
+        and module.weight.dtype in PLAIN_DTYPES
+        and not has_hooks(module)
+    )
 
-    It takes over that attention's sub-modules and parameters (``qkv`` or ``q_proj``, ``k_proj`` and ``v_proj``,
-    ``q_norm``, ``k_norm``, ``norm``, ``gate``, ``proj``, the dropouts: the same objects under the same names), so a
-    softmax model's state dict fits.
+
+class MixerSlot(MechanismHost):
+    """What the slots share: the mixer, and the layout of the tokens.
 
     Args:
-        attn: timm ``Attention``, ``AttentionRope`` or ``EvaAttention``.
-        grid: (H, W) of the patch tokens.
-        num_prefix_tokens: P.
+        core: the mixer.
+        layout: of the tokens, where the host doesn't say otherwise.
+    """
+
+    def __init__(self, core: Mixer, layout: TokenLayout) -> None:
+        super().__init__()
+        self.core = core
+        self.num_prefix_tokens = layout.num_prefix_tokens
+        self.grid = layout.grid
+        # dynamic: images come in several sizes, and each forward pass has its own grid
+        self.dynamic = False
+        # in tuples, so that they are no sub-modules: a patch embedding whose grid is followed, the replaced attention
+        self.patch_embed: tuple[nn.Module, ...] = ()
+        self.replaced: tuple[nn.Module, ...] = ()
+
+    @property
+    def keys(self) -> TokenLayout:
+        """The layout of the tokens for which the slot was built."""
+        return TokenLayout(self.num_prefix_tokens, self.grid)
+
+    @property
+    def num_tokens(self) -> int:
+        """N at the grid for which the slot was built."""
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+    def config(self) -> dict[str, Any]:
+        """Every keyword of the mixer with the value in force."""
+        return self.core.config()
+
+    def set_grid(self, grid: Grid) -> None:
+        """Take a new patch grid for good."""
+        self.grid = grid
+        self.core.set_grid(grid)
+
+    def current_grid(self, num_tokens: int) -> Grid:
+        """The patch grid of the tokens at hand."""
+        if self.dynamic:
+            grid = grid_of_images()
+            if grid is not None and grid[0] * grid[1] + self.num_prefix_tokens == num_tokens:
+                return grid
+        elif self.patch_embed:
+            return self.patch_embed[0].grid_size
+        return self.grid
+
+    def layout_of(self, x: torch.Tensor, attn_mask: Optional[torch.Tensor], is_causal: bool) -> TokenLayout:
+        """The layout of x (B, N, C); raise ValueError for another number of tokens, or a mask that isn't supported."""
+        grid = self.grid
+        if not torch.jit.is_scripting():
+            grid = self.current_grid(x.shape[1])
+        layout = TokenLayout(self.num_prefix_tokens, grid)
+        check_sequence(x, layout, attn_mask, is_causal, self.supports_mask, self.uses_grid)
+        return layout
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        self.grid = self.current_grid(-1)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        for attn in self.replaced:  # goes along to another device or dtype
+            attn._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_core_keys(state_dict, prefix, self.core)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def rename_core_keys(state_dict: dict[str, Any], prefix: str, core: nn.Module) -> None:
+    """Give the keys of a checkpoint from before mixers were sub-modules their present names, in place."""
+    for key in core.state_dict():
+        if f"{prefix}{key}" in state_dict:
+            state_dict.setdefault(f"{prefix}core.{key}", state_dict.pop(f"{prefix}{key}"))
+
+
+@register_notrace_module
+class TokenSlot(MixerSlot):
+    """A slot for a mixer of tokens: of the attention only the output dropout is left."""
+
+    supports_mask: torch.jit.Final[bool]
+    uses_grid: torch.jit.Final[bool]
+
+    def __init__(self, core: TokenMixing, attn: nn.Module, layout: TokenLayout) -> None:
+        super().__init__(core, layout)
+        self.supports_mask = False
+        self.uses_grid = core.uses_grid
+        self.drop = attn.proj_drop
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+        rope: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        return self.drop(self.core(x, self.layout_of(x, attn_mask, is_causal)))
+
+
+@register_notrace_module
+class AttentionSlot(MixerSlot):
+    """A slot for a mechanism with queries, keys and values.
+
+    Args:
+        core: the mechanism.
+        attn: timm ``Attention``, ``AttentionRope`` or ``EvaAttention``, or another slot of this kind.
+        layout: of the tokens.
         rope: rotary positions shared by the blocks of a model, or None.
     """
 
-    def __init__(self, attn: nn.Module, grid: Grid, num_prefix_tokens: int, rope: Optional[nn.Module] = None) -> None:
+    def __init__(
+        self, core: AttentionMechanism, attn: nn.Module, layout: TokenLayout, rope: Optional[nn.Module] = None
+    ) -> None:
+        super().__init__(core, layout)
+        self.set_core(core)
         # rotary positions belong to the grid, so a rotated sequence must have its length
-        self.uses_grid = self.uses_grid or rope is not None
-        super().__init__(grid, num_prefix_tokens)
+        self.uses_grid: torch.jit.Final[bool] = core.uses_grid or rope is not None
         self.num_heads = attn.num_heads
         self.head_dim = attn.head_dim
         self.attn_dim = attn.num_heads * attn.head_dim
@@ -177,26 +180,25 @@ class AttentionMixer(TokenMixer):
         self.proj_drop = attn.proj_drop
         self.rope = rope
         self.rotate_half = getattr(attn, "rotate_half", False)
-        # nothing acts on heads between the projections and the attention, so they can be multiplied together
-        bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-        self.foldable = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
 
-    def plain(self) -> bool:
-        """Whether the projections are mere weights: no adapter, parametrisation or hook of somebody wants a call."""
-        if torch.jit.is_scripting():
-            return True
-        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
-            return all(type(m) is nn.Linear and not watched(m) for m in (self.qkv, self.proj))
-
-    def folds(self, num_few: int, rope: Optional[torch.Tensor]) -> bool:
-        """Whether attention with ``num_few`` tokens on one side is to be folded into its projections."""
-        return self.foldable and rope is None and self.num_heads * num_few < self.attn_dim + num_few and self.plain()
+    def init_from_inputs(self, x: torch.Tensor, rope: Optional[torch.Tensor] = None) -> None:
+        """See input of a trained model (B, N, C) before training, for weights of the mechanism to start from."""
+        layout = self.layout_of(x, None, False)
+        q, k, _ = self.project(x, 0, 3)
+        self.core.init_from_inputs(self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope))
 
     def bias_of_qkv(self) -> Optional[torch.Tensor]:
         """The bias of the joint projection, (3·A)."""
         if self.q_bias is not None and self.v_bias is not None:
             return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         return self.qkv.bias
+
+    def has_plain_qkv(self) -> bool:
+        """Whether rows of the joint projection can be read apart."""
+        if torch.jit.is_scripting():
+            return True
+        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+            return is_plain_linear(self.qkv)
 
     def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:
         """Some of queries (0), keys (1), values (2), from ``first`` up to ``last``: (B, N, C) -> list of (B, h, N, D).
@@ -206,15 +208,15 @@ class AttentionMixer(TokenMixer):
         B, N, _ = x.shape
         start, stop = first * self.attn_dim, last * self.attn_dim
         if self.qkv is None:
-            apart: list[torch.Tensor] = []
+            parts: list[torch.Tensor] = []
             if first == 0:
-                apart.append(self.q_proj(x))
+                parts.append(self.q_proj(x))
             if first <= 1 < last:
-                apart.append(self.k_proj(x))
+                parts.append(self.k_proj(x))
             if last == 3:
-                apart.append(self.v_proj(x))
-            y = torch.cat(apart, dim=2)
-        elif last - first < 3 and self.plain():
+                parts.append(self.v_proj(x))
+            y = torch.cat(parts, dim=2)
+        elif last - first < 3 and self.has_plain_qkv():
             bias = self.bias_of_qkv()
             y = nn.functional.linear(x, self.qkv.weight[start:stop], None if bias is None else bias[start:stop])
         else:
@@ -229,6 +231,21 @@ class AttentionMixer(TokenMixer):
             out.append(self.q_norm(part) if i == 0 else self.k_norm(part) if i == 1 else part)
         return out
 
+    def rotate(
+        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid.
+
+        ``rope`` is the table that the host hands on for its patches, (H·W, 2·D) or one for each head, if it has one.
+        """
+        if self.rope is not None:
+            table = self.rope(layout.grid, cells)
+        elif rope is not None:
+            table = table_of_cells(rope, layout.num_prefix_tokens, layout.grid, cells)
+        else:
+            return x
+        return apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
+
     def merge(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Join the heads as timm's attention does: (B, h, N, D) and the slot's input (B, N, C) -> (B, N, C)."""
         B, N, _ = x.shape
@@ -237,82 +254,149 @@ class AttentionMixer(TokenMixer):
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
 
-    def ask_all(self, x: torch.Tensor, q: torch.Tensor, m: int, rope: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Attention of m queries (B, h, m, D), already turned, to all tokens: (B, h, m, D)."""
-        # m is an argument since a shape is no number while torch.fx traces
-        if not self.folds(m, rope):
-            k, v = self.project(x, 1, 3)
-            return scaled_dot_product_attention(q, self.rotate(k, rope), v)
-        A = self.attn_dim
-        bias = self.bias_of_qkv()
-        bias_v = None if bias is None else bias[2 * A :]
-        return few_ask_all(x, q, self.qkv.weight[A : 2 * A], self.qkv.weight[2 * A :], bias_v)
-
-    def ask_few(
+    def attend(
         self,
         x: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        bias: torch.Tensor,
-        m: int,
-        rope: Optional[torch.Tensor] = None,
-        local: Optional[torch.Tensor] = None,
+        layout: TokenLayout,
+        attn_mask: Optional[torch.Tensor],
+        is_causal: bool,
+        rope: Optional[torch.Tensor],
     ) -> torch.Tensor:
-        """The slot's output (B, N, C): attention of all tokens to m keys and values (B, h, m, D).
+        """Project, rotate, call the mechanism and merge: (B, N, C) -> (B, N, C)."""
+        q, k, v = self.project(x, 0, 3)
+        q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
+        return self.merge(self.mix(q, k, v, layout, layout, x, attn_mask, is_causal), x)
 
-        ``bias`` (1, 1, 1, m) is added to the logits, ``local`` (B, h, N, D) to the heads before the output projection.
-        """
-        dropout = self.attn_drop.p if self.training else 0.0
-        if local is not None or not self.folds(m, rope):
-            q = self.rotate(self.project(x, 0, 1)[0], rope)
-            y = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-            return self.merge(y if local is None else y + local, x)
-        A = self.attn_dim
-        qkv_bias = self.bias_of_qkv()
-        bias_q = None if qkv_bias is None else qkv_bias[:A]
-        y = all_ask_few(x, k, v, bias, self.qkv.weight[:A], bias_q, self.proj.weight, self.proj.bias, dropout)
-        return self.proj_drop(y)
-
-    def ask_few_and_near(
+    def forward(
         self,
         x: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        bias: torch.Tensor,
-        cells: Grid,
-        window_size: int,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
         rope: Optional[torch.Tensor] = None,
-        local: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """As ``ask_few``, where patches also see the tokens of their own window of the grid one by one.
+        return self.attend(x, self.layout_of(x, attn_mask, is_causal), attn_mask, is_causal, rope)
 
-        The m keys are the prefix tokens and one for each of ``cells``; ``bias`` is that of the prefix tokens' logits.
-        """
-        dropout = self.attn_drop.p if self.training else 0.0
-        P = self.num_prefix_tokens
-        window_size = min(window_size, max(self.grid[0], self.grid[1]))  # more would be padding
-        q, k_all, v_all = self.project(x, 0, 3)
-        q, k_all = self.rotate(q, rope), self.rotate(k_all, rope)
-        biases = window_biases(q, P, self.grid, cells, window_size)
-        y = landmarks_and_windows(
-            q[:, :, P:], k_all[:, :, P:], v_all[:, :, P:], k, v, biases, self.grid, window_size, dropout
-        )
-        if P > 0:
-            first = scaled_dot_product_attention(q[:, :, :P], k, v, attn_mask=bias, dropout_p=dropout)
-            y = torch.cat([first, y], dim=2)
-        return self.merge(y if local is None else y + local, x)
 
-    def rotate(
-        self, x: torch.Tensor, rope: Optional[torch.Tensor] = None, cells: Optional[Grid] = None
-    ) -> torch.Tensor:
-        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid.
+@register_notrace_module
+class LandmarkSlot(AttentionSlot):
+    """A slot for attention to landmarks, which pools before it projects, and fuses attention with the projections."""
 
-        ``rope`` is the table that the host hands on for its patches, (H·W, 2·D) or one for each head, if it has one.
-        """
-        if self.rope is not None:
-            table = self.rope(self.grid if cells is None else cells)
-        elif rope is not None:
-            table = table_of_cells(rope, self.num_prefix_tokens, self.grid, cells)
+    def __init__(
+        self, core: LandmarkAttention, attn: nn.Module, layout: TokenLayout, rope: Optional[nn.Module] = None
+    ) -> None:
+        super().__init__(core, attn, layout, rope)
+        # nothing acts on heads between the projections and the attention, so they can be multiplied together
+        bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        self.bare = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
+
+    def can_fuse_projections(self, num_landmarks: int, rope: Optional[torch.Tensor]) -> bool:
+        """Whether attention to so many landmarks can be fused with the projections of the tokens, and costs less so."""
+        if not (self.bare and rope is None and self.core.can_fuse()):
+            return False
+        cheaper = self.num_heads * num_landmarks < self.attn_dim + num_landmarks
+        if torch.jit.is_scripting():
+            return cheaper
+        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+            return cheaper and is_plain_linear(self.qkv) and is_plain_linear(self.proj)
+
+    def landmarks(
+        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Queries, keys and values of the landmarks, (B, h, m, D) each; keys stand for queries that aren't needed."""
+        core = self.core
+        if core.pools_tokens and core.pools_once:
+            # the mean of a projection is the projection of the mean, for m instead of N tokens
+            parts = self.project(core.pool(x, layout, cells, False), 0 if core.needs_queries else 1, 3)
+        elif core.pools_tokens:
+            parts = self.project(core.pool(x, layout, cells, False), 0 if core.needs_queries else 1, 2)
+            parts = parts + self.project(core.pool(x, layout, cells, True), 2, 3)
         else:
-            return x
-        return apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
+            parts = self.project(x, 0 if core.needs_queries else 1, 3)
+            parts = [core.pool(part, layout, cells, i == len(parts) - 1) for i, part in enumerate(parts)]
+        k = self.rotate(parts[len(parts) - 2], layout, cells, rope)
+        q = self.rotate(parts[0], layout, cells, rope) if core.needs_queries else k
+        return [q, k, parts[len(parts) - 1]]
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        attn_mask: Optional[torch.Tensor],
+        is_causal: bool,
+        rope: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        core = self.core
+        cells = core.cells(layout.grid)
+        num_landmarks = layout.num_prefix_tokens + cells[0] * cells[1]
+        if core.is_exact(layout):
+            q, k, v = self.project(x, 0, 3)
+            q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
+            return self.merge(self.mix(q, k, v, layout, layout, x), x)
+        q_m, k_m, v_m = self.landmarks(x, layout, cells, rope)
+        if self.can_fuse_projections(num_landmarks, rope):
+            return self.attend_fused(x, q_m, k_m, v_m, count_bias(k_m, layout, cells[0] * cells[1]))
+        if core.needs_queries or not core.can_fuse():
+            q, k, v = self.project(x, 0, 3)
+            k = self.rotate(k, layout, layout.grid, rope)
+        else:  # keys and values of single tokens aren't read
+            q = self.project(x, 0, 1)[0]
+            k, v = q, q
+        q = self.rotate(q, layout, layout.grid, rope)
+        return self.merge(core.attend(q, k, v, q_m, k_m, v_m, layout), x)
+
+    def attend_fused(
+        self, x: torch.Tensor, q_m: torch.Tensor, k_m: torch.Tensor, v_m: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """The output (B, N, C), without queries, keys and values for all tokens, see ``_fused.py``."""
+        A = self.attn_dim
+        weight, proj = self.qkv.weight, self.proj
+        qkv_bias = self.bias_of_qkv()
+        bias_q, bias_v = (None, None) if qkv_bias is None else (qkv_bias[:A], qkv_bias[2 * A :])
+        if self.core.needs_queries:
+            exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v)
+            v_m = self.core.fit(q_m, k_m, v_m, exact, bias)
+        dropout = self.attn_drop.p if self.training else 0.0
+        return self.proj_drop(fused_attend_to(x, k_m, v_m, bias, weight[:A], bias_q, proj.weight, proj.bias, dropout))
+
+
+def build_slot(
+    mixer_class: type[Mixer],
+    attn: nn.Module,
+    layout: TokenLayout,
+    rope: Optional[nn.Module] = None,
+    rotary: bool = False,
+    **keywords: Any,
+) -> MixerSlot:
+    """A slot with a new mixer and the weights of ``attn``, which stays as it is.
+
+    Args:
+        rope: rotary positions that the slot applies.
+        rotary: whether the host hands on rotary positions of its own.
+        **keywords: of the mixer.
+
+    Raises:
+        ValueError: for what the mixer can't honour.
+    """
+    weight = attn.proj.weight
+    shape = AttentionShape(
+        weight.shape[0],
+        attn.num_heads,
+        attn.head_dim,
+        attn.head_dim,
+        layout,
+        layout,
+        attn.attn_drop.p,
+        rope is not None or rotary,
+        weight.device,
+        weight.dtype,
+    )
+    core = mixer_class(shape, **keywords)
+    slot: MixerSlot
+    if isinstance(core, TokenMixing):
+        slot = TokenSlot(core, attn, layout)
+    elif isinstance(core, LandmarkAttention):
+        slot = LandmarkSlot(core, attn, layout, rope)
+    else:
+        assert isinstance(core, AttentionMechanism)
+        slot = AttentionSlot(core, attn, layout, rope)
+    return slot.train(attn.training)

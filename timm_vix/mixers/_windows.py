@@ -1,24 +1,24 @@
-"""A few far tokens and the exact near ones in one softmax: attention to landmarks outside, to tokens inside a window.
+"""Landmarks and windows in one softmax: each patch attends to the tokens of its window, and to landmarks for the rest.
 
     P_i = softmax(Q_i K~^T / sqrt(D) + c_i  |  Q_i K_w^T / sqrt(D))        landmarks | tokens of the window of i
     Y_i = P_i [X | V_w]
 
-The patch grid is cut into windows of w x w tokens, the last ones cut short. c_i is the log of the number of tokens that
-a landmark stands for beside the window: nothing is counted twice, and a cell that lies in the window is left out. Of a
-long sequence no weights are kept for the gradient, see ``_folded.py``.
+The patch grid is cut into windows of w x w tokens; the last ones are smaller. c_i is the log of the number of tokens
+that a landmark stands for outside of the window. So no token counts twice, and a cell inside the window is left out.
+For a long sequence attention weights are computed again in the backward pass, see ``_fused.py``.
 
 Shapes: B images, h heads, D head width, m landmarks (P prefix tokens, then cells), n windows.
 """
 
 import torch
-from timm.layers import register_notrace_function
 from torch.nn import functional as F
 
 from ._dilated import Axis, from_windows, to_windows
-from ._folded import keep_little
-from ._resample import Grid, averages
+from ._fused import checkpoint_if_long
+from ._layout import Grid
+from ._resample import averages
 
-# As in ``_folded.py``, but earlier: windows keep copies of queries, keys and values besides.
+# As in ``_fused.py``, but earlier: windows keep copies of queries, keys and values besides.
 LONG = 512
 
 
@@ -33,9 +33,6 @@ def shares(length: int, cells: int, w: int, like: torch.Tensor) -> torch.Tensor:
     return F.pad(pooled, [0, 0, 0, -length % w]).reshape(-1, w, cells).sum(1)
 
 
-# A leaf for torch.fx: tensors are made here on the device of ``like``.
-@torch.fx.wrap
-@register_notrace_function
 def window_biases(like: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid, w: int) -> torch.Tensor:
     """c for landmarks and the mask of each window's tokens, (n, 1, P + m + w·w)."""
     full = torch.empty([0], device=like.device)  # logarithms in float32, whatever the tokens have
@@ -63,14 +60,14 @@ def landmarks_and_windows(
 ) -> torch.Tensor:
     """Y of the module's docstring: q, k, v of the patches (B, h, H·W, D), landmarks (B, h, m, D) -> (B, h, H·W, D)."""
     if torch.jit.is_scripting():
-        return look_around(q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
+        return attend_to_both(q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
-        return keep_little(
-            look_around, q.shape[2] >= LONG, q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout
+        return checkpoint_if_long(
+            attend_to_both, q.shape[2] >= LONG, q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout
         )
 
 
-def look_around(
+def attend_to_both(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -81,7 +78,7 @@ def look_around(
     w: int,
     dropout: float,
 ) -> torch.Tensor:
-    """The work of ``landmarks_and_windows``."""
+    """``landmarks_and_windows`` without checkpointing."""
     B, h, _, D = q.shape
     m = landmark_keys.shape[2]
     rows, columns = axes(grid, w)

@@ -11,25 +11,28 @@ all heads, "kv" = one matrix for both (the paper's key-value sharing).
 E (X W + b): the same up to the bias, for k instead of N tokens. E and F live on the patch grid, so they can be
 resampled to any resolution, and start as averages over k equal regions, so that a pretrained model survives; prefix
 tokens are attended to as they are. A region stands for N/k patches, so its logit carries log(N/k): without it a prefix
-token would weigh N/k times too much. With ``window_size`` w patches see the w x w tokens around them one by one and
+token would weigh N/k times too much. With ``window_size`` w each patch attends to the tokens of its w x w window and to
 the projected ones for the rest (``_windows.py``): it doubles the cost and keeps most of a pretrained softmax model's
-function without training. With rotary positions the projected keys are turned by the centres of their regions: turning
-before the projection would mix keys of different angles, after which no product depends on relative position.
+function without training. With rotary positions the projected keys are rotated by the centres of their regions.
+Rotating before the projection would mix keys of different angles, and no product would depend on relative position.
 
-*Pays:* with default keywords on two CPU cores, 1.7 times as fast as softmax through SDPA at 197
-tokens, 3 times at 577, 19 times at 4,097 (``examples/results/mixers.csv``).
+*Pays:* one attention layer of ViT-Ti is 1.72, 3.3, 4.3 and 19 times as fast as with softmax through SDPA at 197, 577,
+1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
+(``examples/results/mixers.csv``).
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D, k projected tokens.
 """
 
-from typing import Optional, Union
+from typing import Union
 
 import torch
 from torch import nn
 
 from .._checks import check_choice, check_integer
+from ._landmarks import LandmarkAttention
+from ._layout import Grid, TokenLayout, cell_grid
+from ._mechanism import AttentionShape
 from ._resample import averages, resample_reading
-from ._slot import AttentionMixer, Grid, admit, cell_grid, count_bias
 
 DEFAULT_PROJ_TOKENS = 49
 
@@ -47,13 +50,13 @@ def project_tokens(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
 
 
-class LinformerAttention(AttentionMixer):
-    """Linformer attention in the slot.
+class LinformerAttention(LandmarkAttention):
+    """Linformer attention.
 
     Args:
-        num_proj_tokens: k; the largest number, at most this, that lies evenly over the patch grid is taken
-            (``cell_grid``). None: 49, or the number of patches if smaller. A pair: rows and columns of regions, which
-            is how a saved model keeps its regions at another grid.
+        num_proj_tokens: k; the largest number, at most this and the number of patches, that lies evenly over the patch
+            grid is taken (``cell_grid``). None: 49. A pair: rows and columns of regions, which is how a saved model
+            keeps its regions at another grid.
         sharing: "kv", "headwise" or "none".
         window_size: side of the windows of the patch grid within which attention is exact; 0: none.
 
@@ -61,76 +64,56 @@ class LinformerAttention(AttentionMixer):
         ValueError: for a wrong keyword, naming what is allowed.
     """
 
+    title = "Linformer attention"
+    source = "Wang et al. 2020, arXiv 2006.04768"
+    token_counts = ("num_proj_tokens",)
+    candidates = ({}, {"window_size": 2}, {"window_size": 4})
     grid_parameters = {"token_proj": resample_reading}
+    __jit_unused_properties__ = ("num_proj_tokens",)
 
     def __init__(
         self,
-        attn: nn.Module,
-        grid: Grid,
-        num_prefix_tokens: int,
-        rope: Optional[nn.Module] = None,
+        shape: AttentionShape,
         num_proj_tokens: Union[int, tuple[int, int], None] = None,
         sharing: str = "kv",
         window_size: int = 0,
     ) -> None:
-        super().__init__(attn, grid, num_prefix_tokens, rope)
-        check_integer("window_size", window_size, 0)
-        self.window_size = window_size
+        super().__init__(shape, window_size)
         check_choice("sharing", sharing, ("none", "headwise", "kv"))
+        grid = shape.keys.grid
         if isinstance(num_proj_tokens, (tuple, list)) and len(num_proj_tokens) == 2:
             for side in num_proj_tokens:
                 check_integer("num_proj_tokens", side, 1)
-            self.cells = (num_proj_tokens[0], num_proj_tokens[1])
+            self.regions = (num_proj_tokens[0], num_proj_tokens[1])
         else:
-            if num_proj_tokens is None:
-                num_proj_tokens = min(DEFAULT_PROJ_TOKENS, grid[0] * grid[1])
-            check_integer("num_proj_tokens", num_proj_tokens, 1, grid[0] * grid[1], "patch tokens")
-            self.cells = cell_grid(num_proj_tokens, grid)
+            num_proj_tokens = DEFAULT_PROJ_TOKENS if num_proj_tokens is None else num_proj_tokens
+            check_integer("num_proj_tokens", num_proj_tokens, 1)  # type: ignore[arg-type]
+            self.regions = cell_grid(num_proj_tokens, grid)  # type: ignore[arg-type]
         self.sharing = sharing
-        self.num_proj_tokens = self.cells[0] * self.cells[1]
-        groups = {"none": 2 * self.num_heads, "headwise": 2, "kv": 1}[sharing]
-        weight = self.proj.weight
-        self.token_proj = nn.Parameter(weight.new_empty(groups, self.num_proj_tokens, *grid))
+        self.pools_tokens = sharing != "none"
+        self.pools_once = sharing == "kv"
+        groups = {"none": 2 * shape.num_heads, "headwise": 2, "kv": 1}[sharing]
+        size = (groups, self.regions[0] * self.regions[1], *grid)
+        self.token_proj = nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
         self.reset_parameters()
+
+    @property
+    def num_proj_tokens(self) -> list[int]:
+        return list(self.regions)
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
             height, width = self.token_proj.shape[-2:]
-            self.token_proj.copy_(region_averages(self.cells, (height, width)).expand_as(self.token_proj))
+            self.token_proj.copy_(region_averages(self.regions, (height, width)).expand_as(self.token_proj))
 
-    def options(self) -> dict:
-        return {"num_proj_tokens": list(self.cells)}
+    def cells(self, grid: Grid) -> Grid:
+        return self.regions
 
-    def keys_values(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Prefix and projected tokens as keys and values: (B, N, C) -> two of (B, h, P + k, D)."""
-        P = self.num_prefix_tokens
-        weight = resample_reading(self.token_proj, self.grid).flatten(2)
-        if self.sharing == "kv":
-            projected = torch.cat([x[:, :P], project_tokens(weight[0], x[:, P:])], dim=1)
-            return self.project(projected, 1, 3)
-        if self.sharing == "headwise":
-            for_keys = torch.cat([x[:, :P], project_tokens(weight[0], x[:, P:])], dim=1)
-            for_values = torch.cat([x[:, :P], project_tokens(weight[1], x[:, P:])], dim=1)
-            return [self.project(for_keys, 1, 2)[0], self.project(for_values, 2, 3)[0]]
-        k, v = self.project(x, 1, 3)
-        keys, values = weight.chunk(2)
-        return [
-            torch.cat([k[:, :, :P], torch.matmul(keys, k[:, :, P:])], dim=2),
-            torch.cat([v[:, :, :P], torch.matmul(values, v[:, :, P:])], dim=2),
-        ]
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        attn_mask: Optional[torch.Tensor] = None,
-        is_causal: bool = False,
-        rope: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        x = admit(x, attn_mask, is_causal, self.num_tokens)
-        k, v = self.keys_values(x)
-        bias = count_bias(k, self.num_prefix_tokens, self.num_proj_tokens, self.grid[0] * self.grid[1])
-        m = self.num_prefix_tokens + self.num_proj_tokens
-        k = self.rotate(k, rope, self.cells)
-        if self.window_size > 0:
-            return self.ask_few_and_near(x, k, v, bias, self.cells, self.window_size, rope)
-        return self.ask_few(x, k, v, bias, m, rope)
+    def pool(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
+        P = layout.num_prefix_tokens
+        weight = resample_reading(self.token_proj, layout.grid).flatten(2)
+        if self.sharing != "kv":  # the first half of the matrices is E, the second F
+            weight = weight.chunk(2)[1 if values else 0]
+        if x.dim() == 3:
+            return torch.cat([x[:, :P], project_tokens(weight[0], x[:, P:])], dim=1)
+        return torch.cat([x[:, :, :P], torch.matmul(weight, x[:, :, P:])], dim=2)

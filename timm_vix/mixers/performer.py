@@ -26,13 +26,14 @@ mean query and u a vector taken from all keys,
 whose last term is the same for all keys, so it cancels, and c^T k is known: the features estimate the first term only.
 u is the mean of the keys under the weights exp(c^T k), what the mean query sees.
 
-Learned features can start where a trained model's queries and keys are (``start_from``) instead of anywhere. A feature
-tells most about a pair at w = q + k, where the integrand exp(w^T (q + k) - (|q|^2 + |k|^2 + |w|^2) / 2) is largest; so
-they start at such sums for pairs that attend to each other, a little shrunk, with -|w|^2 / 2 as the log of their
-weights.
+Learned features can start where a trained model's queries and keys are (``init_from_inputs``) instead of anywhere. A
+feature tells most about a pair at w = q + k, where the integrand exp(w^T (q + k) - (|q|^2 + |k|^2 + |w|^2) / 2) is
+largest. So they start at such sums for pairs that attend to each other, a little shrunk, with -|w|^2 / 2 as the log of
+their weights.
 
-*Pays:* with default keywords on two CPU cores, as fast as softmax through SDPA at 197
-tokens, 1.5 times as fast at 577, 6 times at 4,097 (``examples/results/mixers.csv``).
+*Pays:* one attention layer of ViT-Ti is 0.95, 1.47, 2.2 and 6.1 times as fast as with softmax through SDPA at 197, 577,
+1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
+(``examples/results/mixers.csv``).
 
 Shapes: B images, N tokens, h heads, D head width, m features.
 """
@@ -44,15 +45,16 @@ from torch import nn
 
 from .._checks import check_choice, check_integer
 from ._favor import centres, favor_attention, orthogonal_features
-from ._slot import AttentionMixer, Grid, admit, refuse_attention_dropout
+from ._layout import TokenLayout
+from ._mechanism import AttentionMechanism, AttentionShape
 
 DEFAULT_FEATURES = 64
 # Of the sums at which features start: found best of 0.5 to 1 (examples/results/convert_tried.md).
 SHRINK = 0.8
 
 
-class PerformerAttention(AttentionMixer):
-    """Performer attention in the slot.
+class PerformerAttention(AttentionMechanism):
+    """Performer attention.
 
     Args:
         num_features: m; None: 64.
@@ -65,23 +67,23 @@ class PerformerAttention(AttentionMixer):
         ValueError: for a wrong keyword, naming what is allowed.
     """
 
+    title = "Performer attention"
+    source = "Choromanski et al. 2021, arXiv 2009.14794"
     uses_grid = False
+    supports_dropout = False
+    candidates = ({},)
     # features are as large as queries and keys, where weights are a hundredth
     learning_rates = {"features": 30.0, "feature_bias": 4.0}
 
     def __init__(
         self,
-        attn: nn.Module,
-        grid: Grid,
-        num_prefix_tokens: int,
-        rope: Optional[nn.Module] = None,
+        shape: AttentionShape,
         num_features: Optional[int] = None,
         feature_seed: int = 0,
         redraw_interval: int = 0,
         learned_features: bool = False,
     ) -> None:
-        refuse_attention_dropout(attn, "Performer")
-        super().__init__(attn, grid, num_prefix_tokens, rope)
+        super().__init__(shape)
         num_features = DEFAULT_FEATURES if num_features is None else num_features
         check_integer("num_features", num_features, 1)
         check_integer("feature_seed", feature_seed, 0, 2**63 - 1, "that a seed may be")
@@ -94,70 +96,66 @@ class PerformerAttention(AttentionMixer):
         self.num_features = num_features
         self.feature_seed = feature_seed
         self.redraw_interval = redraw_interval
-        weight = self.proj.weight
+        self.learned_features = learned_features
+        dd = {"device": shape.device, "dtype": shape.dtype}
         self.features: torch.Tensor
         self.feature_bias: Optional[nn.Parameter] = None
         if learned_features:
-            self.features = nn.Parameter(weight.new_empty(self.num_heads, num_features, self.head_dim))
-            self.feature_bias = nn.Parameter(weight.new_empty(self.num_heads, 1, num_features))
+            self.features = nn.Parameter(torch.empty(shape.num_heads, num_features, shape.head_dim, **dd))
+            self.feature_bias = nn.Parameter(torch.empty(shape.num_heads, 1, num_features, **dd))
         else:
-            self.register_buffer("features", weight.new_empty(num_features, self.head_dim))
+            self.register_buffer("features", torch.empty(num_features, shape.head_dim, **dd))
         if redraw_interval:
-            self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device=weight.device))
+            self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device=shape.device))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        drawn = orthogonal_features(self.num_features, self.head_dim, self.feature_seed)
-        self.features.copy_(drawn)  # each head's, if they learn
+        self.features.copy_(self.draw(self.feature_seed))  # each head's, if they learn
         if self.feature_bias is not None:
             self.feature_bias.zero_()
         if self.redraw_interval:
             self.passes.zero_()
 
-    def before_forward(self, grid: Grid) -> None:
-        """Count a training pass, and draw new features when their time is over."""
-        super().before_forward(grid)
+    def draw(self, seed: int) -> torch.Tensor:
+        """Random features of a seed, (m, D)."""
+        return orthogonal_features(self.num_features, self.features.shape[-1], seed)
+
+    def count_pass(self) -> None:
+        """Count a forward pass in training, and draw new features after ``redraw_interval`` of them."""
         if self.training and self.redraw_interval:
             self.passes += 1
             draws, rest = divmod(int(self.passes), self.redraw_interval)
             if rest == 0:
                 # a new tensor: the old one may still be wanted for a backward pass
-                drawn = orthogonal_features(self.num_features, self.head_dim, self.feature_seed + draws)
-                self.features = drawn.to(self.features)
+                self.features = self.draw(self.feature_seed + draws).to(self.features)
 
     @torch.no_grad()
-    def start_from(self, x: torch.Tensor, rope: Optional[torch.Tensor] = None) -> None:
-        """Put learned features where queries and keys of typical input (B, N, C) are; others stay as they are.
+    def init_from_inputs(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        """Put learned features where queries and keys (B, h, N, D) of a trained model are; others stay as they are.
 
         For each feature a query is drawn, and a key by the attention that the query pays.
         """
         if self.feature_bias is None:
             return
-        q, k, _ = self.project(x, 0, 3)
-        q, k = self.rotate(q, rope).float(), self.rotate(k, rope).float()
+        q, k = q.float(), k.float()
         c, u = centres(q, k)
         generator = torch.Generator("cpu").manual_seed(self.feature_seed)
-        shape = (self.num_heads, self.num_features, 1)
-        asking = torch.randint(q.shape[2], shape, generator=generator, device="cpu").to(q.device)
+        _, h, N, D = q.shape
+        shape = (h, self.num_features, 1)
+        queries = torch.randint(N, shape, generator=generator, device="cpu").to(q.device)
         # inverse of the distribution function, since a generator of one device draws for no other
         level = torch.rand(shape, generator=generator, device="cpu").to(q.device)
         for image in range(len(q)):
             part = slice(image, None, len(q))
-            take = asking[:, part].expand(-1, -1, self.head_dim)
-            logits = torch.matmul(q[image].gather(1, take), k[image].transpose(1, 2)) * self.head_dim**-0.5
-            asked = (logits.softmax(2).cumsum(2) < level[:, part]).sum(2, keepdim=True).clamp_(max=q.shape[2] - 1)
-            sums = (q - c)[image].gather(1, take) + (k - u)[image].gather(1, asked.expand_as(take))
-            self.features[:, part] = (SHRINK * self.head_dim**-0.25 * sums).to(self.features.dtype)
+            take = queries[:, part].expand(-1, -1, D)
+            logits = torch.matmul(q[image].gather(1, take), k[image].transpose(1, 2)) * D**-0.5
+            keys = (logits.softmax(2).cumsum(2) < level[:, part]).sum(2, keepdim=True).clamp_(max=N - 1)
+            sums = (q - c)[image].gather(1, take) + (k - u)[image].gather(1, keys.expand_as(take))
+            self.features[:, part] = (SHRINK * D**-0.25 * sums).to(self.features.dtype)
         self.feature_bias.copy_(-0.5 * self.features.square().sum(2).unsqueeze(1))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        attn_mask: Optional[torch.Tensor] = None,
-        is_causal: bool = False,
-        rope: Optional[torch.Tensor] = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
     ) -> torch.Tensor:
-        q, k, v = self.project(admit(x, attn_mask, is_causal, self.num_tokens), 0, 3)
-        q, k = self.rotate(q, rope), self.rotate(k, rope)
-        return self.merge(favor_attention(q, k, v, self.features, feature_bias=self.feature_bias), x)
+        return favor_attention(q, k, v, self.features, feature_bias=self.feature_bias)

@@ -8,12 +8,13 @@ Shapes: B images, maps (B, C, H, W), tokens (B, P + H·W, C) with P prefix token
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, QuickGELU
+from timm.layers import DropPath, Mlp, QuickGELU, register_notrace_module
 from timm.models import checkpoint_seq
 from torch import nn
 
-from ..mixers._slot import Grid
-from ._projected import PROJECTED
+from ..mixers import MIXERS
+from ..mixers._layout import Grid, TokenLayout
+from ..mixers._mechanism import AttentionShape, MechanismHost
 
 
 def to_image(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -35,7 +36,8 @@ class ConvolutionalProjection(nn.Module):
         return self.bn(tokens.flatten(0, 1)).reshape(tokens.shape)
 
 
-class ConvolutionalAttention(nn.Module):
+@register_notrace_module
+class ConvolutionalAttention(MechanismHost):
     """Attention with CvT's projections, whose logits are scaled by the root of all channels and not of a head's.
 
     Args:
@@ -50,7 +52,7 @@ class ConvolutionalAttention(nn.Module):
         grid: Grid,
         num_prefix_tokens: int,
         mixer: str,
-        options: dict[str, Any],
+        keywords: dict[str, Any],
         projection: str = "conv",
         key_stride: int = 2,
         qkv_bias: bool = True,
@@ -65,29 +67,32 @@ class ConvolutionalAttention(nn.Module):
         self.conv_proj_k = ConvolutionalProjection(dim, key_stride, **dd) if convolves else None
         self.conv_proj_v = ConvolutionalProjection(dim, key_stride, **dd) if convolves else None
         self.num_heads = num_heads
-        self.grid = grid
-        self.num_prefix_tokens = num_prefix_tokens
         self.rescale = num_heads**-0.5 if convolves else 1.0
         self.proj_q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         self.proj_k = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         self.proj_v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.queries = TokenLayout(num_prefix_tokens, grid)
         key_grid = ((grid[0] - 1) // key_stride + 1, (grid[1] - 1) // key_stride + 1)
-        weight, head_dim = self.proj_q.weight, dim // num_heads
-        self.core = PROJECTED[mixer](weight, head_dim, dim, (grid, key_grid), num_prefix_tokens, **options)
+        self.keys = TokenLayout(num_prefix_tokens, key_grid)
+        head_dim = dim // num_heads
+        shape = AttentionShape(dim, num_heads, head_dim, head_dim, self.queries, self.keys, **dd)
+        self.set_core(MIXERS[mixer](shape, **keywords))
         self.proj = nn.Linear(dim, dim, **dd)
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(x.shape[0], -1, self.num_heads, x.shape[2] // self.num_heads).transpose(1, 2)
+        return x.unflatten(2, (self.num_heads, x.shape[2] // self.num_heads)).transpose(1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = x, x, x
         if self.conv_proj_q is not None and self.conv_proj_k is not None and self.conv_proj_v is not None:
-            prefix, image = x[:, : self.num_prefix_tokens], to_image(x[:, self.num_prefix_tokens :], self.grid)
+            P = self.queries.num_prefix_tokens
+            prefix, image = x[:, :P], to_image(x[:, P:], self.queries.grid)
             q = torch.cat([prefix, self.conv_proj_q(image)], dim=1)
             k = torch.cat([prefix, self.conv_proj_k(image)], dim=1)
             v = torch.cat([prefix, self.conv_proj_v(image)], dim=1)
         q = self.proj_q(q) * self.rescale
-        y = self.core(self.heads(q), self.heads(self.proj_k(k)), self.heads(self.proj_v(v)))
+        k, v = self.proj_k(k), self.proj_v(v)
+        y = self.mix(self.heads(q), self.heads(k), self.heads(v), self.queries, self.keys, x)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
-from .vit import VisionXformer, create_vision_xformer, default_cfgs_for
+from ._register import ModelName, register_names
+from .vit import NYSTROM, PERFORMER, VisionXformer, create_vision_xformer, default_cfgs_for
+from .vit import SIZES as VIT_SIZES
 from .vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm's tools look for it beside the class
 
 SIZES: dict[str, dict[str, Any]] = {
     "7": dict(patch_size=16, embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0, qkv_bias=False),
     "14": dict(patch_size=16, embed_dim=384, depth=14, num_heads=6, mlp_ratio=3.0, qkv_bias=False),
-    "cifar": dict(mlp_ratio=4.0),
+    "cifar": dict(VIT_SIZES["cifar"], mlp_ratio=4.0),
 }
 
 
@@ -57,71 +59,38 @@ class CompactXformer(VisionXformer):
             self.attn_pool = SequencePool(self.embed_dim, 1, **dd)
 
 
-def create_compact(name: str, pretrained: bool, kwargs: dict[str, Any], mixer: str, **options: Any) -> CompactXformer:
-    size = SIZES[name.split("_")[1]]
-    return create_vision_xformer(name, pretrained, kwargs, CompactXformer, mixer=mixer, **{**size, **options})
+def create_compact(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> CompactXformer:
+    """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
+    return create_vision_xformer(row, pretrained, kwargs, CompactXformer, SIZES)
+
+
+def describe(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    return (
+        "The paper's CCT for 32 px, corrected (see module)" if row.size == "cifar" else f"CCT-{row.size}/7x2 for 224 px"
+    )
 
 
 def _cfgs() -> dict[str, dict[str, Any]]:
-    first_conv = "patch_embed.proj.0"
-    cfgs = default_cfgs_for(["ccn_cifar", "ccp_cifar", "cct_cifar"], first_conv)
+    cfgs = default_cfgs_for([row for row in NAMES if row.size == "cifar"], "patch_embed.proj.0")
     shared = dict(cfgs["cct_cifar"], num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
     shared.update(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-    return {**cfgs, **{f"{family}_{size}": shared for family in ("ccn", "ccp", "cct") for size in ("7", "14")}}
+    return {**cfgs, **{row.name: shared for row in NAMES if row.size != "cifar"}}
 
+
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("ccn_cifar", "nystrom", "conv_pool", "cifar", None, NYSTROM),
+    ModelName("ccn_7", "nystrom", "conv_pool", "7"),
+    ModelName("ccn_14", "nystrom", "conv_pool", "14"),
+    ModelName("ccp_cifar", "performer", "conv_pool", "cifar", None, PERFORMER),
+    ModelName("ccp_7", "performer", "conv_pool", "7"),
+    ModelName("ccp_14", "performer", "conv_pool", "14"),
+    ModelName("cct_cifar", "softmax", "conv_pool", "cifar"),
+    ModelName("cct_7", "softmax", "conv_pool", "7"),
+    ModelName("cct_14", "softmax", "conv_pool", "14"),
+]
 
 default_cfgs = generate_default_cfgs(_cfgs())
 
-
-@register_model
-def ccn_cifar(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """The paper's CCT for 32 px, corrected (see module), Nyström attention (arXiv 2102.03902)."""
-    return create_compact("ccn_cifar", pretrained, kwargs, "nystrom", num_landmarks=64, conv_residual=True)
-
-
-@register_model
-def ccn_7(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """CCT-7/7x2 for 224 px, Nyström attention (arXiv 2102.03902)."""
-    return create_compact("ccn_7", pretrained, kwargs, "nystrom")
-
-
-@register_model
-def ccn_14(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """CCT-14/7x2 for 224 px, Nyström attention (arXiv 2102.03902)."""
-    return create_compact("ccn_14", pretrained, kwargs, "nystrom")
-
-
-@register_model
-def ccp_cifar(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """The paper's CCT for 32 px, corrected (see module), Performer attention (arXiv 2009.14794)."""
-    return create_compact("ccp_cifar", pretrained, kwargs, "performer", num_features=110, qkv_bias=True)
-
-
-@register_model
-def ccp_7(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """CCT-7/7x2 for 224 px, Performer attention (arXiv 2009.14794)."""
-    return create_compact("ccp_7", pretrained, kwargs, "performer")
-
-
-@register_model
-def ccp_14(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """CCT-14/7x2 for 224 px, Performer attention (arXiv 2009.14794)."""
-    return create_compact("ccp_14", pretrained, kwargs, "performer")
-
-
-@register_model
-def cct_cifar(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """The paper's CCT for 32 px, corrected (see module), softmax attention, the control (arXiv 2104.05704)."""
-    return create_compact("cct_cifar", pretrained, kwargs, "softmax")
-
-
-@register_model
-def cct_7(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """CCT-7/7x2 for 224 px, softmax attention, the control (arXiv 2104.05704)."""
-    return create_compact("cct_7", pretrained, kwargs, "softmax")
-
-
-@register_model
-def cct_14(pretrained: bool = False, **kwargs: Any) -> CompactXformer:
-    """CCT-14/7x2 for 224 px, softmax attention, the control (arXiv 2104.05704)."""
-    return create_compact("cct_14", pretrained, kwargs, "softmax")
+register_names(__name__, NAMES, create_compact, describe)

@@ -1,6 +1,7 @@
-"""Checkpoints of models whose attention was replaced: our own as they are, a softmax model's with what it lacks fresh.
+"""Checkpoints of models whose attention was replaced: our own as they are, a softmax ViT's with new weights beside.
 
-Keys are those of the softmax model wherever a mixer took over its weights, so that both fit.
+Keys are those of the softmax model wherever a slot took over its weights, so that both fit. What a model adds falls
+into groups, its mixers and its stem; a group of which a checkpoint has no key at all keeps its initial weights.
 """
 
 import logging
@@ -12,39 +13,44 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 from ..conversion.replace import resample_weights
-from ..mixers._slot import TokenMixer
-from ._projected import ProjectedNystrom, ProjectedPerformer
+from ..mixers._mechanism import MechanismHost
+from ..mixers._slot import TokenSlot, rename_core_keys
 
 _logger = logging.getLogger(__name__)
 
-MECHANISMS = (TokenMixer, ProjectedNystrom, ProjectedPerformer)
 # what softmax attention has below its own name
 SOFTMAX_KEY = re.compile(r"(qkv|q_norm|k_norm|norm|gate|proj)\.")
 
 
-def own_keys(model: nn.Module) -> set[str]:
-    """State-dict keys that a softmax ViT of the same size doesn't have: mixers' extras and convolutional stems."""
-    keys = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, MECHANISMS):
-            keys |= {f"{prefix}.{key}" for key in module.state_dict() if not SOFTMAX_KEY.match(key)}
+def hosts_of(model: nn.Module) -> dict[str, MechanismHost]:
+    """The modules of a model that hold a mixer, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MechanismHost)}
+
+
+def mixer_keys(model: nn.Module) -> set[str]:
+    """State-dict keys of the mixers themselves, which softmax attention doesn't have."""
+    return {f"{path}.core.{key}" for path, module in hosts_of(model).items() for key in module.core.state_dict()}
+
+
+def stem_keys(model: nn.Module) -> set[str]:
+    """State-dict keys of a stem of several layers, which a linear patch embedding doesn't have."""
     stem = getattr(model, "patch_embed", None)
-    if isinstance(getattr(stem, "proj", None), nn.Sequential):
-        keys |= {key for key in model.state_dict() if key.startswith("patch_embed.")}
-    return keys
+    if not isinstance(getattr(stem, "proj", None), nn.Sequential):
+        return set()
+    return {key for key in model.state_dict() if key.startswith("patch_embed.")}
 
 
-def absent_keys(state_dict: dict[str, torch.Tensor], model: nn.Module, own: set[str]) -> set[str]:
-    """What a checkpoint of a softmax ViT has and the model doesn't, whose ``own_keys`` are given.
+def absent_keys(state_dict: dict[str, torch.Tensor], model: nn.Module, new: set[str]) -> set[str]:
+    """What a checkpoint has and the model doesn't, since the model is no softmax ViT: see ``split_checkpoint``.
 
     That is a linear embedding, positions, and softmax attention where none is left: other keys there are another
-    mixer's.
+    mixer's. ``new`` are the keys of the groups that the checkpoint lacks.
     """
-    bare = [f"{prefix}." for prefix, m in model.named_modules() if isinstance(m, TokenMixer) and not hasattr(m, "qkv")]
+    bare = [f"{path}." for path, module in model.named_modules() if isinstance(module, TokenSlot)]
     absent = {
         key for key in state_dict for prefix in bare if key.startswith(prefix) and SOFTMAX_KEY.match(key[len(prefix) :])
     }
-    if any(key.startswith("patch_embed.") for key in own):
+    if any(key.startswith("patch_embed.") for key in new):
         absent |= {key for key in state_dict if key.startswith("patch_embed.")}
     if model.pos_embed is None:
         absent |= {"pos_embed"} & state_dict.keys()
@@ -76,53 +82,69 @@ def summary(keys: set[str]) -> str:
     return ", ".join(sorted({re.sub(r"\bblocks\.\d+\.", "blocks.*.", key) for key in folded})) or "nothing"
 
 
-def recognise(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Pair the layers for parallel blocks, leave out what only softmax attention has, and tell ``adopt`` of both."""
+def new_keys(state_dict: dict[str, Any], model: nn.Module) -> set[str]:
+    """The keys of those groups, mixers and stem, of which a checkpoint has none."""
+    return {key for group in (mixer_keys(model), stem_keys(model)) if not group & state_dict.keys() for key in group}
+
+
+def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a checkpoint the keys of a ViT of ours, and tell ``complete_checkpoint`` what is new and what was left out.
+
+    Layers are paired for parallel blocks, and what only softmax attention has is left out.
+    """
+    for path, module in hosts_of(model).items():
+        rename_core_keys(state_dict, f"{path}.", module.core)
     parallel = any(isinstance(module, ParallelThingsBlock) for module in model.modules())
     pairs = parallel and not any(".attns." in key for key in state_dict)
     if pairs:
-        state_dict = paired(state_dict)
-    own = own_keys(model)
-    ours = bool(own & state_dict.keys())
-    dropped = set() if ours else absent_keys(state_dict, model, own)
+        state_dict = pair_layers(state_dict)
+    new = new_keys(state_dict, model)
+    # with weights of its mixers, or where they have none, of its stem, a checkpoint is one of ours
+    ours = bool((mixer_keys(model) or stem_keys(model)) & state_dict.keys())
+    dropped = set() if ours else absent_keys(state_dict, model, new)
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
-    return state_dict, dict(ours=ours, dropped=dropped, changed=pairs)
+    return state_dict, dict(new=new, ours=ours, dropped=dropped, paired=pairs)
 
 
-def adopt(
-    state_dict: dict[str, Any], model: nn.Module, ours: bool, dropped: set[str], changed: bool = False
+def complete_checkpoint(
+    state_dict: dict[str, Any],
+    model: nn.Module,
+    new: set[str],
+    ours: bool,
+    dropped: set[str] = frozenset(),  # type: ignore[assignment]
+    paired: bool = False,
 ) -> dict[str, Any]:
-    """Complete a state dict whose keys are the model's: grids resampled, what softmax attention lacks fresh.
+    """Complete a state dict whose keys are the model's: grids resampled, what it lacks as in a new model.
 
     Args:
-        ours: it comes from such a model, so nothing is fresh.
+        new: keys that keep their initial value.
+        ours: it comes from a model with mixers, so that a missing key is an error and nothing is told.
         dropped: keys that were left out, for the log line.
-        changed: the model is another function of the same parameters.
+        paired: the model is another function of the same parameters.
 
     Raises:
         ValueError: if keys or shapes don't fit.
     """
-    target, own = model.state_dict(), own_keys(model)
-    mixers = [module for module in model.modules() if isinstance(module, MECHANISMS)]
+    target = model.state_dict()
     resample_weights(state_dict, model)
-    if not ours:
-        fresh = {key: target[key] for key in own}
-        # inherited weights know no local convolution: it starts as nothing and leaves their function alone
-        local = ("attn.conv.weight", "core.conv.weight")
-        fresh = {key: torch.zeros_like(t) if key.endswith(local) else t for key, t in fresh.items()}
-        state_dict = {**state_dict, **fresh}
+    # inherited weights know nothing of what is added to them: it starts as nothing and leaves their function alone
+    zeros = {
+        f"{path}.core.{name}" for path, module in hosts_of(model).items() for name in module.core.zero_init if not ours
+    }
+    fresh = {key: torch.zeros_like(target[key]) if key in zeros else target[key] for key in new}
+    state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
     # a mixer without parameters of its own can't tell whose weights these are; a saved model brings its configuration
-    if not ours and (own or dropped or changed or (mixers and not cfg.get("source"))):
+    if new or dropped or paired or (not ours and hosts_of(model) and not cfg.get("source")):
         _logger.warning(
             f"{cfg.get('architecture', 'model')}: weights of a softmax ViT loaded, the model needs fine-tuning. "
-            f"Fresh: {summary(own)}. Left out: {summary(dropped)}."
+            f"Fresh: {summary(new)}. Left out: {summary(dropped)}."
         )
     return state_dict
 
 
-def paired(state_dict: dict[str, Any]) -> dict[str, Any]:
+def pair_layers(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A sequential model's weights for parallel blocks: layers 2 i and 2 i + 1 side by side in block i, of each stage.
 
     Raises:
@@ -145,19 +167,19 @@ def paired(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_keys(state_dict: dict[str, Any], model: nn.Module, target: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless keys and shapes agree, the classifier of another label set and input channels apart."""
+    """Raise ValueError unless keys and shapes agree, the classifier of another label set and channels excepted."""
     cfg = model.pretrained_cfg
     # timm leaves out the head of another label set, and adapts the first convolution, after this
     other_head = model.num_classes != cfg["num_classes"]
     classifiers = cfg["classifier"] if isinstance(cfg["classifier"], (tuple, list)) else (cfg["classifier"],)
-    apart = {f"{head}.{part}" for head in classifiers for part in ("weight", "bias")} if other_head else set()
+    excepted = {f"{head}.{part}" for head in classifiers for part in ("weight", "bias")} if other_head else set()
     first_conv = getattr(model, "_traits", {}).get("first_conv", cfg["first_conv"])
-    apart.add(f"{first_conv}.weight")
-    missing = target.keys() - state_dict.keys() - apart
-    unexpected = state_dict.keys() - target.keys() - apart
+    excepted.add(f"{first_conv}.weight")
+    missing = target.keys() - state_dict.keys() - excepted
+    unexpected = state_dict.keys() - target.keys() - excepted
     reshaped = {
         key
-        for key in (target.keys() & state_dict.keys()) - apart
+        for key in (target.keys() & state_dict.keys()) - excepted
         if tuple(getattr(state_dict[key], "shape", ())) != tuple(target[key].shape)
     }
     if missing or unexpected or reshaped:

@@ -8,10 +8,11 @@ values of sane sizes, its weights are read as tensors and nothing else.
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from timm.models import (
+    build_model_with_cfg,
     create_model,
     generate_default_cfgs,
     load_pretrained,
@@ -25,11 +26,12 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .._names import check_model
-from ..conversion.convert import NAME, Layers, convert
-from ..conversion.replace import mixer_options, resample_weights
-from ..mixers import MIXERS
-from ..mixers._slot import TokenMixer
+from ..conversion.convert import NAME, convert
+from ..conversion.layers import Layers
+from ..conversion.replace import resample_weights, slots_of
+from ..mixers._slot import TokenSlot, rename_core_keys
 from .checkpoints import tensors_of
+from .vit import VisionXformer, take_keywords
 
 # far beyond every published model, and small enough to be counted before memory is taken
 LARGEST = {"depth": 1000, "num_classes": 10_000_000}
@@ -125,17 +127,32 @@ def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]
 
 def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Fit the weights of a converted model to its grid."""
+    for path, slot in slots_of(model).items():
+        rename_core_keys(state_dict, f"{path}.", slot.core)
     filter_fn = eva_checkpoint_filter_fn if isinstance(model, Eva) else vit_checkpoint_filter_fn
-    state_dict = filter_fn(state_dict, model)
+    if not isinstance(model, VisionXformer) or isinstance(model.patch_embed.proj, nn.Conv2d):
+        state_dict = filter_fn(state_dict, model)
     resample_weights(state_dict, model)
     return state_dict
 
 
-def build(source: str, mixer: str, layers: Layers, options: dict[str, Any], **kwargs: Any) -> nn.Module:
+def build(source: str, mixer: str, layers: Layers, keywords: dict[str, Any], **kwargs: Any) -> nn.Module:
     model = create_model(source, **kwargs)
-    # features_only wraps the model
-    convert(getattr(model, "model", model), mixer, layers, **options)
+    convert(model, mixer, layers, **keywords)
     return model
+
+
+def features_of(model: nn.Module, **wrapping: Any) -> nn.Module:
+    """timm's wrapper for ``features_only``, around a model that was converted whole: it leaves out later layers."""
+    return build_model_with_cfg(
+        lambda **kwargs: model,
+        NAME,
+        False,
+        pretrained_cfg=model.pretrained_cfg,
+        features_only=True,
+        feature_cfg=dict(out_indices=3, feature_cls="getter"),
+        **wrapping,
+    )
 
 
 @register_model
@@ -144,6 +161,7 @@ def vix_from_timm(
     source: str = "deit_tiny_patch16_224",
     mixer: str = "nystrom",
     layers: Layers = "all",
+    source_kwargs: Optional[dict[str, Any]] = None,
     **kwargs: Any,
 ) -> nn.Module:
     """timm's ``source`` with a token mixer in some layers, see ``timm_vix.convert``.
@@ -153,6 +171,7 @@ def vix_from_timm(
         source: a timm model with a tag if wanted, a ``VisionTransformer`` or ``Eva``.
         mixer: a name in ``timm_vix.mixers.MIXERS``.
         layers: "all", "first-n", "last-n", "every-n", indices, or a mapping from index to mixer.
+        source_kwargs: keywords of ``source`` that are called like one of these or of a mixer.
         **kwargs: the mixer's keywords, and those of ``source``.
 
     Raises:
@@ -162,13 +181,35 @@ def vix_from_timm(
     check_source(source)
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
-    options = {name: kwargs.pop(name) for each in MIXERS for name in mixer_options(each) if name in kwargs}
+    keywords = take_keywords(kwargs)
+    names = ("features_only", "out_indices", "feature_cls")
+    wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     if not isinstance(cfg, dict) or cfg.get("source") not in ("local-dir", "hf-hub"):
-        return build(source, mixer, layers, options, pretrained=pretrained, cache_dir=cache_dir, **kwargs)
+        kwargs.update(pretrained=pretrained, cache_dir=cache_dir)
+        model = build(source, mixer, layers, keywords, **kwargs, **(source_kwargs or {}))
+    else:
+        model = build_saved(cfg, cache_dir, pretrained, source, mixer, layers, keywords, source_kwargs or {}, kwargs)
+    return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
+
+
+def build_saved(
+    cfg: dict[str, Any],
+    cache_dir: Any,
+    pretrained: bool,
+    source: str,
+    mixer: str,
+    layers: Layers,
+    keywords: dict[str, Any],
+    source_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    """A model that somebody saved, whose configuration is checked before anything is built."""
 
     caller = ("pretrained_cfg_overlay", "pretrained_model_args", "device", "dtype")
     arguments = {name: value for name, value in kwargs.items() if name not in caller}
-    arguments.update(options, mixer=mixer, layers=layers)
+    arguments.update(keywords, mixer=mixer, layers=layers)
+    for name in source_kwargs:
+        check_plain(name, source_kwargs[name])
     check_saved(cfg, arguments, kwargs.get("pretrained_model_args") or {})
     # what a stranger's configuration says about where to load from is not for the source's loader
     taken = ("num_classes", "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "first_conv")
@@ -177,30 +218,32 @@ def vix_from_timm(
     weights = read_weights(cfg, cache_dir) if pretrained else {}
     try:
         with torch.device("meta"):
-            size = sum(t.numel() for t in build(source, mixer, layers, options, **kwargs).state_dict().values())
+            size = sum(
+                t.numel()
+                for t in build(source, mixer, layers, keywords, **kwargs, **source_kwargs).state_dict().values()
+            )
     except (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError(f"the saved arguments {arguments} don't build {source}: {error}") from error
     if weights and size > 2 * sum(tensor.numel() for tensor in weights.values()) + 10_000_000:
         raise ValueError(f"the saved configuration asks for {size} numbers, far more than the weights beside it hold")
-    model = build(source, mixer, layers, options, **kwargs)
+    model = build(source, mixer, layers, keywords, **kwargs, **source_kwargs)
     if pretrained:
-        host = getattr(model, "model", model)
         try:
             load_pretrained(
-                host,
+                model,
                 {**kwargs["pretrained_cfg"], "state_dict": weights},
-                num_classes=host.num_classes,
+                num_classes=model.num_classes,
                 in_chans=kwargs.get("in_chans", 3),
                 filter_fn=fit_weights,
             )
         except RuntimeError as error:
             raise ValueError(f"the weights don't fit {source} with this configuration: {error}") from error
-        forget_unsaved(host)
+        forget_unsaved(model)
     return model
 
 
 def forget_unsaved(model: nn.Module) -> None:
     """A mixer without queries, keys and values was saved without them: it has no attention to go back to."""
-    for module in model.modules():
-        if isinstance(module, TokenMixer) and not hasattr(module, "qkv"):
-            del module.replaced
+    for slot in slots_of(model).values():
+        if isinstance(slot, TokenSlot):
+            slot.replaced = ()

@@ -19,16 +19,17 @@ from typing import Any, Optional, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import calculate_drop_path_rates, get_device_dtype, to_2tuple, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
 from .._checks import check_choice
-from ..mixers._slot import Grid
+from ..conversion.replace import no_decay_names
+from ..mixers._layout import Grid
 from ._convolutional import Stage, embed_padding, to_image
-from ._projected import projected_options
-from .checkpoints import adopt, own_keys, tensors_of
-from .vit import build_xformer, check_sizes, overridden
+from ._register import ModelName, register_names
+from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
+from .vit import NYSTROM, PERFORMER, build_xformer, check_sizes, overridden, projected_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(
@@ -53,7 +54,7 @@ class ConvolutionalXformer(nn.Module):
     """CvT with a token mixer chosen by name.
 
     Args:
-        mixer: "softmax", "nystrom" or "performer".
+        mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values.
         projection: "conv" or "linear": of queries, keys and values.
         key_stride: stride of the convolutions of keys and values.
         embed_strides: of the three embeddings; the first is the patch size of other models.
@@ -90,7 +91,7 @@ class ConvolutionalXformer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        options = projected_options(mixer, kwargs)
+        keywords = projected_keywords(mixer, kwargs)
         if kwargs:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(kwargs)}")
         check_choice("projection", projection, ("conv", "linear"))
@@ -126,7 +127,7 @@ class ConvolutionalXformer(nn.Module):
                 )
             stage = Stage(
                 before, embed_dims[i], kernel, stride, depths[i], class_token and i == 2, rates[i],
-                num_heads=num_heads[i], grid=(height, width), mixer=mixer, options=options, projection=projection,
+                num_heads=num_heads[i], grid=(height, width), mixer=mixer, keywords=keywords, projection=projection,
                 key_stride=key_stride, qkv_bias=qkv_bias, mlp_ratio=mlp_ratio, drop=proj_drop_rate, **dd,
             )  # fmt: skip
             setattr(self, f"stage{i}", stage)
@@ -151,7 +152,7 @@ class ConvolutionalXformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"stage2.cls_token"}
+        return {"stage2.cls_token"} | no_decay_names(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -254,16 +255,21 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ConvolutionalXformer
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
     state_dict = tensors_of(state_dict)
-    return adopt(state_dict, model, bool(own_keys(model) & state_dict.keys()), set())
+    new = new_keys(state_dict, model)
+    ours = bool(mixer_keys(model) & state_dict.keys())
+    return complete_checkpoint(state_dict, model, new, ours)
 
 
-def create_convolutional(
-    name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any
-) -> ConvolutionalXformer:
+def create_convolutional(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> ConvolutionalXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = overridden({**SIZES[name.split("_")[1]], **architecture}, kwargs)
+    arguments = overridden(row, SIZES, kwargs)
     feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", (0, 1, 2)))
-    return build_xformer(ConvolutionalXformer, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+    return build_xformer(ConvolutionalXformer, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def describe(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    return "The paper's CvT for 32 px, corrected (see module)" if row.size == "cifar" else "CvT-13 for 224 px"
 
 
 def _cfgs() -> dict[str, dict[str, Any]]:
@@ -279,38 +285,14 @@ def _cfgs() -> dict[str, dict[str, Any]]:
 
 default_cfgs = generate_default_cfgs(_cfgs())
 
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("cvn_cifar", "nystrom", None, "cifar", None, NYSTROM),
+    ModelName("cvn_13", "nystrom", None, "13"),
+    ModelName("cvp_cifar", "performer", None, "cifar", None, PERFORMER),
+    ModelName("cvp_13", "performer", None, "13"),
+    ModelName("cvt_cifar", "softmax", None, "cifar"),
+    ModelName("cvt_13", "softmax", None, "13"),
+]
 
-@register_model
-def cvn_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's CvT for 32 px, corrected (see module), Nyström attention (arXiv 2102.03902)."""
-    return create_convolutional("cvn_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
-
-
-@register_model
-def cvn_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """CvT-13 for 224 px, Nyström attention (arXiv 2102.03902)."""
-    return create_convolutional("cvn_13", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def cvp_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's CvT for 32 px, corrected (see module), Performer attention (arXiv 2009.14794)."""
-    return create_convolutional("cvp_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True)
-
-
-@register_model
-def cvp_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """CvT-13 for 224 px, Performer attention (arXiv 2009.14794)."""
-    return create_convolutional("cvp_13", pretrained, kwargs, mixer="performer")
-
-
-@register_model
-def cvt_cifar(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """The paper's CvT for 32 px, corrected (see module), softmax attention, the control (arXiv 2103.15808)."""
-    return create_convolutional("cvt_cifar", pretrained, kwargs, mixer="softmax")
-
-
-@register_model
-def cvt_13(pretrained: bool = False, **kwargs: Any) -> ConvolutionalXformer:
-    """CvT-13 for 224 px, softmax attention, the control (arXiv 2103.15808)."""
-    return create_convolutional("cvt_13", pretrained, kwargs, mixer="softmax")
+register_names(__name__, NAMES, create_convolutional, describe)

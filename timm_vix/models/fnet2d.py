@@ -35,7 +35,6 @@ from .checkpoints import check_keys, tensors_of
 from .vit import build_xformer, check_sizes, first_convolution
 
 
-@torch.fx.wrap
 @register_notrace_function
 def fourier_mix_map(x: torch.Tensor) -> torch.Tensor:
     """Re(F_H F_W F_C X), orthonormal: (B, C, H, W) -> (B, C, H, W), in the dtype of x."""

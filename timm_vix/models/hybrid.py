@@ -11,301 +11,50 @@ another image size; position embedding and class token start at timm's scale; an
 training no value depends on other images of the batch.
 """
 
-from typing import Any
-
-from timm.models import generate_default_cfgs, register_model
-
-from .vit import VisionXformer, create_vision_xformer, default_cfgs_for
-
-default_cfgs = generate_default_cfgs(
-    default_cfgs_for(
-        [
-            "hybrid_vit_tiny",
-            "hybrid_vit_small",
-            "hybrid_vit_base",
-            "hybrid_vit_cifar",
-            "hybrid_vil_tiny",
-            "hybrid_vil_small",
-            "hybrid_vil_base",
-            "hybrid_vil_cifar",
-            "hybrid_vip_tiny",
-            "hybrid_vip_small",
-            "hybrid_vip_base",
-            "hybrid_vip_cifar",
-            "hybrid_vin_tiny",
-            "hybrid_vin_small",
-            "hybrid_vin_base",
-            "hybrid_vin_cifar",
-            "hybrid_via_tiny",
-            "hybrid_via_small",
-            "hybrid_via_base",
-            "hybrid_fnet_tiny",
-            "hybrid_fnet_cifar",
-            "hybrid_mixer_tiny",
-            "hybrid_mixer_cifar",
-            "hybrid_vit_tiny_rope",
-            "hybrid_vit_small_rope",
-            "hybrid_vit_cifar_rope",
-            "hybrid_vil_tiny_rope",
-            "hybrid_vil_small_rope",
-            "hybrid_vil_cifar_rope",
-            "hybrid_vip_tiny_rope",
-            "hybrid_vip_small_rope",
-            "hybrid_vip_cifar_rope",
-            "hybrid_vin_tiny_rope",
-            "hybrid_vin_small_rope",
-            "hybrid_vin_cifar_rope",
-        ],
-        first_conv="patch_embed.proj.0.conv",
-    )
-)
-
-
-@register_model
-def hybrid_vit_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, softmax attention (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("hybrid_vit_tiny", pretrained, kwargs, mixer="softmax", stem="conv")
-
-
-@register_model
-def hybrid_vit_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, softmax attention (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("hybrid_vit_small", pretrained, kwargs, mixer="softmax", stem="conv")
-
-
-@register_model
-def hybrid_vit_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with convolutional stem, softmax attention (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("hybrid_vit_base", pretrained, kwargs, mixer="softmax", stem="conv")
-
-
-@register_model
-def hybrid_vit_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): convolutional stem, softmax attention (arXiv 2010.11929)."""
-    return create_vision_xformer("hybrid_vit_cifar", pretrained, kwargs, mixer="softmax", stem="conv")
-
-
-@register_model
-def hybrid_vil_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("hybrid_vil_tiny", pretrained, kwargs, mixer="linformer", stem="conv")
-
-
-@register_model
-def hybrid_vil_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("hybrid_vil_small", pretrained, kwargs, mixer="linformer", stem="conv")
-
-
-@register_model
-def hybrid_vil_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with convolutional stem, Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("hybrid_vil_base", pretrained, kwargs, mixer="linformer", stem="conv")
-
-
-@register_model
-def hybrid_vil_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): convolutional stem, Linformer attention (arXiv 2006.04768)."""
-    return create_vision_xformer(
-        "hybrid_vil_cifar", pretrained, kwargs, mixer="linformer", stem="conv", num_proj_tokens=64
-    )
-
-
-@register_model
-def hybrid_vip_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("hybrid_vip_tiny", pretrained, kwargs, mixer="performer", stem="conv")
-
-
-@register_model
-def hybrid_vip_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("hybrid_vip_small", pretrained, kwargs, mixer="performer", stem="conv")
-
-
-@register_model
-def hybrid_vip_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with convolutional stem, Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("hybrid_vip_base", pretrained, kwargs, mixer="performer", stem="conv")
-
-
-@register_model
-def hybrid_vip_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): convolutional stem, Performer attention (arXiv 2009.14794)."""
-    return create_vision_xformer(
-        "hybrid_vip_cifar", pretrained, kwargs, mixer="performer", stem="conv", num_features=110, qkv_bias=True
-    )
-
-
-@register_model
-def hybrid_vin_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("hybrid_vin_tiny", pretrained, kwargs, mixer="nystrom", stem="conv")
-
-
-@register_model
-def hybrid_vin_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("hybrid_vin_small", pretrained, kwargs, mixer="nystrom", stem="conv")
-
-
-@register_model
-def hybrid_vin_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with convolutional stem, Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("hybrid_vin_base", pretrained, kwargs, mixer="nystrom", stem="conv")
-
-
-@register_model
-def hybrid_vin_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): convolutional stem, Nyström attention (arXiv 2102.03902)."""
-    return create_vision_xformer(
-        "hybrid_vin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True
-    )
-
-
-@register_model
-def hybrid_via_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, atrous attention (after ACC-ViT, arXiv 2403.04200)."""
-    return create_vision_xformer("hybrid_via_tiny", pretrained, kwargs, mixer="atrous", stem="conv")
-
-
-@register_model
-def hybrid_via_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, atrous attention (after ACC-ViT, arXiv 2403.04200)."""
-    return create_vision_xformer("hybrid_via_small", pretrained, kwargs, mixer="atrous", stem="conv")
-
-
-@register_model
-def hybrid_via_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with convolutional stem, atrous attention (after ACC-ViT, arXiv 2403.04200)."""
-    return create_vision_xformer("hybrid_via_base", pretrained, kwargs, mixer="atrous", stem="conv")
-
-
-@register_model
-def hybrid_fnet_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
-    return create_vision_xformer("hybrid_fnet_tiny", pretrained, kwargs, mixer="fnet", stem="conv")
-
-
-@register_model
-def hybrid_fnet_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): convolutional stem, Fourier mixing (arXiv 2105.03824)."""
-    return create_vision_xformer("hybrid_fnet_cifar", pretrained, kwargs, mixer="fnet", stem="conv")
-
-
-@register_model
-def hybrid_mixer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
-    return create_vision_xformer("hybrid_mixer_tiny", pretrained, kwargs, mixer="mixer", stem="conv")
-
-
-@register_model
-def hybrid_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): convolutional stem, token MLPs (arXiv 2105.01601)."""
-    return create_vision_xformer("hybrid_mixer_cifar", pretrained, kwargs, mixer="mixer", stem="conv")
-
-
-@register_model
-def hybrid_vit_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, softmax attention and rotary positions (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("hybrid_vit_tiny_rope", pretrained, kwargs, mixer="softmax", stem="conv", rope="axial")
-
-
-@register_model
-def hybrid_vit_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, softmax attention and rotary positions (the control, arXiv 2010.11929)."""
-    return create_vision_xformer(
-        "hybrid_vit_small_rope", pretrained, kwargs, mixer="softmax", stem="conv", rope="axial"
-    )
-
-
-@register_model
-def hybrid_vit_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): conv stem, softmax attention, RoPE (arXiv 2010.11929)."""
-    return create_vision_xformer(
-        "hybrid_vit_cifar_rope", pretrained, kwargs, mixer="softmax", stem="conv", rope="axial"
-    )
-
-
-@register_model
-def hybrid_vil_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Linformer attention and rotary positions (arXiv 2006.04768)."""
-    return create_vision_xformer(
-        "hybrid_vil_tiny_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial"
-    )
-
-
-@register_model
-def hybrid_vil_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Linformer attention and rotary positions (arXiv 2006.04768)."""
-    return create_vision_xformer(
-        "hybrid_vil_small_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial"
-    )
-
-
-@register_model
-def hybrid_vil_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): conv stem, Linformer attention, RoPE (arXiv 2006.04768)."""
-    return create_vision_xformer(
-        "hybrid_vil_cifar_rope", pretrained, kwargs, mixer="linformer", stem="conv", rope="axial", num_proj_tokens=64
-    )
-
-
-@register_model
-def hybrid_vip_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Performer attention and rotary positions (arXiv 2009.14794)."""
-    return create_vision_xformer(
-        "hybrid_vip_tiny_rope", pretrained, kwargs, mixer="performer", stem="conv", rope="axial"
-    )
-
-
-@register_model
-def hybrid_vip_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Performer attention and rotary positions (arXiv 2009.14794)."""
-    return create_vision_xformer(
-        "hybrid_vip_small_rope", pretrained, kwargs, mixer="performer", stem="conv", rope="axial"
-    )
-
-
-@register_model
-def hybrid_vip_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): conv stem, Performer attention, RoPE (arXiv 2009.14794)."""
-    return create_vision_xformer(
-        "hybrid_vip_cifar_rope",
-        pretrained,
-        kwargs,
-        mixer="performer",
-        stem="conv",
-        rope="axial",
-        num_features=110,
-        qkv_bias=True,
-    )
-
-
-@register_model
-def hybrid_vin_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with convolutional stem, Nyström attention and rotary positions (arXiv 2102.03902)."""
-    return create_vision_xformer("hybrid_vin_tiny_rope", pretrained, kwargs, mixer="nystrom", stem="conv", rope="axial")
-
-
-@register_model
-def hybrid_vin_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with convolutional stem, Nyström attention and rotary positions (arXiv 2102.03902)."""
-    return create_vision_xformer(
-        "hybrid_vin_small_rope", pretrained, kwargs, mixer="nystrom", stem="conv", rope="axial"
-    )
-
-
-@register_model
-def hybrid_vin_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): conv stem, Nyström attention, RoPE (arXiv 2102.03902)."""
-    return create_vision_xformer(
-        "hybrid_vin_cifar_rope",
-        pretrained,
-        kwargs,
-        mixer="nystrom",
-        stem="conv",
-        rope="axial",
-        num_landmarks=64,
-        conv_residual=True,
-    )
+from timm.models import generate_default_cfgs
+
+from ._register import ModelName, register_names
+from .vit import LINFORMER, NYSTROM, PERFORMER, create_vision_xformer, default_cfgs_for, describe_vit
+
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("hybrid_vit_tiny", "softmax", "conv", "tiny"),
+    ModelName("hybrid_vit_small", "softmax", "conv", "small"),
+    ModelName("hybrid_vit_base", "softmax", "conv", "base"),
+    ModelName("hybrid_vit_cifar", "softmax", "conv", "cifar"),
+    ModelName("hybrid_vil_tiny", "linformer", "conv", "tiny"),
+    ModelName("hybrid_vil_small", "linformer", "conv", "small"),
+    ModelName("hybrid_vil_base", "linformer", "conv", "base"),
+    ModelName("hybrid_vil_cifar", "linformer", "conv", "cifar", None, LINFORMER),
+    ModelName("hybrid_vip_tiny", "performer", "conv", "tiny"),
+    ModelName("hybrid_vip_small", "performer", "conv", "small"),
+    ModelName("hybrid_vip_base", "performer", "conv", "base"),
+    ModelName("hybrid_vip_cifar", "performer", "conv", "cifar", None, PERFORMER),
+    ModelName("hybrid_vin_tiny", "nystrom", "conv", "tiny"),
+    ModelName("hybrid_vin_small", "nystrom", "conv", "small"),
+    ModelName("hybrid_vin_base", "nystrom", "conv", "base"),
+    ModelName("hybrid_vin_cifar", "nystrom", "conv", "cifar", None, NYSTROM),
+    ModelName("hybrid_via_tiny", "atrous", "conv", "tiny"),
+    ModelName("hybrid_via_small", "atrous", "conv", "small"),
+    ModelName("hybrid_via_base", "atrous", "conv", "base"),
+    ModelName("hybrid_fnet_tiny", "fnet", "conv", "tiny"),
+    ModelName("hybrid_fnet_cifar", "fnet", "conv", "cifar"),
+    ModelName("hybrid_mixer_tiny", "mixer", "conv", "tiny"),
+    ModelName("hybrid_mixer_cifar", "mixer", "conv", "cifar"),
+    ModelName("hybrid_vit_tiny_rope", "softmax", "conv", "tiny", "axial"),
+    ModelName("hybrid_vit_small_rope", "softmax", "conv", "small", "axial"),
+    ModelName("hybrid_vit_cifar_rope", "softmax", "conv", "cifar", "axial"),
+    ModelName("hybrid_vil_tiny_rope", "linformer", "conv", "tiny", "axial"),
+    ModelName("hybrid_vil_small_rope", "linformer", "conv", "small", "axial"),
+    ModelName("hybrid_vil_cifar_rope", "linformer", "conv", "cifar", "axial", LINFORMER),
+    ModelName("hybrid_vip_tiny_rope", "performer", "conv", "tiny", "axial"),
+    ModelName("hybrid_vip_small_rope", "performer", "conv", "small", "axial"),
+    ModelName("hybrid_vip_cifar_rope", "performer", "conv", "cifar", "axial", PERFORMER),
+    ModelName("hybrid_vin_tiny_rope", "nystrom", "conv", "tiny", "axial"),
+    ModelName("hybrid_vin_small_rope", "nystrom", "conv", "small", "axial"),
+    ModelName("hybrid_vin_cifar_rope", "nystrom", "conv", "cifar", "axial", NYSTROM),
+]
+
+default_cfgs = generate_default_cfgs(default_cfgs_for(NAMES, first_conv="patch_embed.proj.0.conv"))
+
+register_names(__name__, NAMES, create_vision_xformer, describe_vit)

@@ -18,17 +18,22 @@ from typing import Any, Optional, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import register_notrace_module
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
 from .._checks import check_choice, check_integer
+from ..conversion.replace import no_decay_names
+from ..mixers import MIXERS
+from ..mixers._layout import TokenLayout
+from ..mixers._mechanism import AttentionShape, MechanismHost
 from ..stems import STEMS
-from ._projected import PROJECTED, projected_options
-from .checkpoints import adopt, own_keys, tensors_of
-from .vit import build_xformer, check_sizes, first_convolution, overridden
+from ._register import ModelName, register_names
+from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
+from .vit import NYSTROM, build_xformer, check_sizes, first_convolution, overridden, projected_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
@@ -39,45 +44,71 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class ProjectedAttention(nn.Module):
+@register_notrace_module
+class ProjectedAttention(MechanismHost):
     """LeViT's attention with another mechanism between its projections, whose modules it takes over."""
 
-    def __init__(self, attn: Attention, mixer: str, options: dict[str, Any]) -> None:
+    def __init__(self, attn: Attention, mixer: str, keywords: dict[str, Any]) -> None:
         super().__init__()
         self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
         self.qkv = attn.qkv
-        weight, grid = attn.qkv.linear.weight, tuple(attn.resolution)
-        self.core = PROJECTED[mixer](weight, attn.key_dim, attn.val_attn_dim, (grid, grid), 0, **options)
+        self.keys = TokenLayout(0, tuple(attn.resolution))
+        self.set_core(build_core(attn, self.qkv.linear.weight, self.keys, self.keys, mixer, keywords))
         self.proj = attn.proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
+        qkv = self.qkv(x).unflatten(2, (self.num_heads, 2 * self.key_dim + self.val_dim)).transpose(1, 2)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
-        return self.proj(self.core(q, k, v).transpose(1, 2).reshape(B, N, self.num_heads * self.val_dim))
+        y = self.mix(q, k, v, self.keys, self.keys, x)
+        return self.proj(y.transpose(1, 2).reshape(B, N, self.num_heads * self.val_dim))
 
 
-class ProjectedDownsampling(nn.Module):
+@register_notrace_module
+class ProjectedDownsampling(MechanismHost):
     """Likewise for the attention between stages."""
 
-    def __init__(self, attn: AttentionDownsample, mixer: str, options: dict[str, Any]) -> None:
+    def __init__(self, attn: AttentionDownsample, mixer: str, keywords: dict[str, Any]) -> None:
         super().__init__()
         self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
         self.kv, self.q = attn.kv, attn.q
         height, width = attn.resolution
-        grids = ((height - 1) // attn.stride + 1, (width - 1) // attn.stride + 1), (height, width)
+        self.queries = TokenLayout(0, ((height - 1) // attn.stride + 1, (width - 1) // attn.stride + 1))
+        self.keys = TokenLayout(0, (height, width))
         # there is no residual between grids
-        options = {name: value for name, value in options.items() if name != "conv_residual"}
-        weight = attn.kv.linear.weight
-        self.core = PROJECTED[mixer](weight, attn.key_dim, attn.val_attn_dim, grids, 0, **options)
+        keywords = {name: value for name, value in keywords.items() if name != "conv_residual"}
+        self.set_core(build_core(attn, self.kv.linear.weight, self.queries, self.keys, mixer, keywords))
         self.proj = attn.proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, N, _ = x.shape
-        kv = self.kv(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
+        kv = self.kv(x).unflatten(2, (self.num_heads, self.key_dim + self.val_dim)).transpose(1, 2)
         k, v = kv.split([self.key_dim, self.val_dim], dim=3)
-        q = self.q(x).reshape(B, -1, self.num_heads, self.key_dim).transpose(1, 2)
-        return self.proj(self.core(q, k, v).transpose(1, 2).reshape(B, -1, self.num_heads * self.val_dim))
+        tokens = self.q(x)
+        q = tokens.unflatten(2, (self.num_heads, self.key_dim)).transpose(1, 2)
+        y = self.mix(q, k, v, self.queries, self.keys, tokens)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+def build_core(
+    attn: nn.Module,
+    weight: torch.Tensor,
+    queries: TokenLayout,
+    keys: TokenLayout,
+    mixer: str,
+    keywords: dict[str, Any],
+) -> nn.Module:
+    """A mechanism for the heads of a LeViT attention."""
+    shape = AttentionShape(
+        weight.shape[1],
+        attn.num_heads,
+        attn.key_dim,
+        attn.val_dim,
+        queries,
+        keys,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    return MIXERS[mixer](shape, **keywords)
 
 
 PROJECTED_LAYERS = {Attention: ProjectedAttention, AttentionDownsample: ProjectedDownsampling}
@@ -126,7 +157,7 @@ class LevitXformer(Levit):
     """timm's ``Levit`` with a token mixer and a stem chosen by name.
 
     Args:
-        mixer: "softmax" (timm's own attention), "nystrom" or "performer".
+        mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values; "softmax" is timm's own attention.
         stem: None: LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``, None: 16.
         **kwargs: the mixer's keywords and those of timm's class.
 
@@ -144,7 +175,7 @@ class LevitXformer(Levit):
         stem: Optional[str] = None,
         **kwargs: Any,
     ) -> None:
-        options = projected_options(mixer, kwargs)
+        keywords = projected_keywords(mixer, kwargs)
         if kwargs.get("use_conv"):
             raise ValueError("use_conv=True: token mixers work on sequences; allowed is False")
         super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, kwargs))
@@ -156,7 +187,7 @@ class LevitXformer(Levit):
             for parent in list(self.modules()):
                 for name, attn in list(parent.named_children()):
                     if type(attn) in PROJECTED_LAYERS:
-                        setattr(parent, name, PROJECTED_LAYERS[type(attn)](attn, mixer, options))
+                        setattr(parent, name, PROJECTED_LAYERS[type(attn)](attn, mixer, keywords))
         # a single stage has nothing to extract but its layers, so they take the stages' place
         self.shrinks = len(self.stages) > 1
         if not self.shrinks:
@@ -165,6 +196,10 @@ class LevitXformer(Levit):
             self.feature_info: list[dict[str, Any]] = [
                 dict(info, module=f"stages.{i}") for i in range(len(self.stages))
             ]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | no_decay_names(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -207,18 +242,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dic
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
     state_dict = levit_checkpoint_filter_fn(tensors_of(state_dict), model)
-    own = own_keys(model)
+    own, new = mixer_keys(model), new_keys(state_dict, model)
     ours = bool(own & state_dict.keys())
     biases = {key for key in state_dict if key.endswith("attention_biases")}
     dropped = set() if ours else biases - model.state_dict().keys()
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
     # where no parameter tells whose weights these are, LeViT's biases do
-    return adopt(state_dict, model, ours or not (own or dropped), dropped)
+    return complete_checkpoint(state_dict, model, new, ours or not (own or dropped), dropped)
 
 
-def create_levit(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> LevitXformer:
+def create_levit(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> LevitXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = overridden({**SIZES[name.split("_")[1]], **architecture}, kwargs)
+    arguments = overridden(row, SIZES, kwargs)
     if arguments.get("stem") is None and "patch_size" not in kwargs:
         arguments.pop("patch_size", None)  # it was that of another stem
     depth = arguments["depth"]
@@ -226,7 +261,13 @@ def create_levit(name: str, pretrained: bool, kwargs: dict[str, Any], **architec
     outputs = tuple(range(depth[0] if len(depth) == 1 else len(depth)))
     feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", outputs))
     model_class = LevitXformerDistilled if arguments.pop("distilled", True) else LevitXformer
-    return build_xformer(model_class, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+    return build_xformer(model_class, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def describe(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    title = "The paper's LeViT for 32 px, corrected (see module)" if row.size == "cifar" else "LeViT-128S"
+    return f"{title} (Graham et al. 2021, arXiv 2104.01136)"
 
 
 def _cfgs() -> dict[str, dict[str, Any]]:
@@ -242,27 +283,12 @@ def _cfgs() -> dict[str, dict[str, Any]]:
 
 default_cfgs = generate_default_cfgs(_cfgs())
 
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("levin_cifar", "nystrom", None, "cifar", None, NYSTROM),
+    ModelName("levin_128s", "nystrom", None, "128s"),
+    ModelName("levip_cifar", "performer", None, "cifar", None, dict(num_features=110)),
+    ModelName("levip_128s", "performer", None, "128s"),
+]
 
-@register_model
-def levin_cifar(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """The paper's LeViT for 32 px, corrected (see module; arXiv 2104.01136), Nyström attention (arXiv 2102.03902)."""
-    options = dict(mixer="nystrom", num_landmarks=64, conv_residual=True)
-    return create_levit("levin_cifar", pretrained, kwargs, **options)
-
-
-@register_model
-def levin_128s(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """LeViT-128S (arXiv 2104.01136), Nyström attention (arXiv 2102.03902)."""
-    return create_levit("levin_128s", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def levip_cifar(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """The paper's LeViT for 32 px, corrected (see module; arXiv 2104.01136), Performer attention (arXiv 2009.14794)."""
-    return create_levit("levip_cifar", pretrained, kwargs, mixer="performer", num_features=110)
-
-
-@register_model
-def levip_128s(pretrained: bool = False, **kwargs: Any) -> LevitXformer:
-    """LeViT-128S (arXiv 2104.01136), Performer attention (arXiv 2009.14794)."""
-    return create_levit("levip_128s", pretrained, kwargs, mixer="performer")
+register_names(__name__, NAMES, create_levit, describe)

@@ -16,17 +16,21 @@ from typing import Any, Optional, Union
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.pit import checkpoint_filter_fn as pit_checkpoint_filter_fn
 from timm.models.vision_transformer import Block, ParallelThingsBlock
 from torch import nn
 
 from .._checks import check_choice, check_integer
-from ..conversion.replace import mixer_options, swap_attention, undecayed
+from ..conversion.layers import Layers, layer_mixers
+from ..conversion.replace import no_decay_names, replace_attention
+from ..mixers import MIXERS
+from ..mixers._layout import TokenLayout
 from ..stems import STEMS
-from .checkpoints import adopt, recognise, tensors_of
-from .vit import BLOCKS, build_xformer, check_sizes, first_convolution, overridden, refuse_foreign_options
+from ._register import ModelName, register_names
+from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
+from .vit import BLOCKS, NYSTROM, build_xformer, check_sizes, first_convolution, overridden, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
@@ -41,6 +45,7 @@ class PoolingXformer(PoolingVisionTransformer):
 
     Args:
         mixer: a name in ``MIXERS``.
+        layers: the blocks that have it, counted over all stages, as for ``timm_vix.convert``.
         stem: "linear", PiT's own overlapping patches, or another stem, whose patches are ``stride`` pixels wide.
         rope: None, "axial" or "1d": rotary positions, in addition to PiT's learned ones.
         block: "sequential", or "parallel": the layers of a stage two by two side by side, as in ``VisionXformer``, and
@@ -60,6 +65,7 @@ class PoolingXformer(PoolingVisionTransformer):
         stride: int = 8,
         in_chans: int = 3,
         mixer: str = "softmax",
+        layers: Layers = "all",
         stem: str = "linear",
         rope: Optional[str] = None,
         block: str = "sequential",
@@ -68,8 +74,8 @@ class PoolingXformer(PoolingVisionTransformer):
         # the last normalisation of a hierarchical MLP is for tokens; PiT embeds patches as a map
         check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
         check_choice("block", block, tuple(BLOCKS))
-        mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
-        refuse_foreign_options(mixer, kwargs)
+        check_choice("mixer", mixer, tuple(MIXERS))
+        keywords = take_keywords(kwargs)
         check_sizes(img_size, 1, False)
         check_integer("patch_size", patch_size, 1)
         check_integer("stride", stride, 1)
@@ -79,8 +85,8 @@ class PoolingXformer(PoolingVisionTransformer):
         super().__init__(img_size=sides, patch_size=patch_size, stride=stride, in_chans=in_chans, **kwargs)
         if block == "parallel":
             for stage in self.transformers:
-                layers = list(stage.blocks)
-                stage.blocks = nn.Sequential(*(side_by_side(layers[i : i + 2]) for i in range(0, len(layers), 2)))
+                own = list(stage.blocks)
+                stage.blocks = nn.Sequential(*(side_by_side(own[i : i + 2]) for i in range(0, len(own), 2)))
         width = self.base_dims[0] * self.heads[0]
         self._traits = {"first_conv": f"patch_embed.{'conv' if stem == 'linear' else first_convolution(stem)}"}
         if stem != "linear":
@@ -92,16 +98,17 @@ class PoolingXformer(PoolingVisionTransformer):
             )
             self.pos_embed = nn.Parameter(torch.empty(1, width, *self.patch_embed.grid_size, **dd))
             trunc_normal_(self.pos_embed, std=0.02)
-        grid, stages = self.patch_embed.grid_size, []
+        grid, stages = tuple(self.patch_embed.grid_size), []
         for i, stage in enumerate(self.transformers):
             if i:
                 grid = ((grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1)
-            stages.append((stage, grid, self.num_tokens))
-        swap_attention(self, mixer, rope, stages, **mine)
+            stages.append((stage.blocks, TokenLayout(self.num_tokens, grid)))
+        depth = sum(len(blocks) for blocks, _ in stages)
+        replace_attention(stages, self, layer_mixers(layers, depth, mixer, keywords), rope)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | undecayed(self)
+        return super().no_weight_decay() | no_decay_names(self)
 
 
 def side_by_side(layers: list[Block]) -> ParallelThingsBlock:
@@ -122,19 +129,25 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict, found = recognise(pit_checkpoint_filter_fn(tensors_of(state_dict), model), model)
+    state_dict, found = split_checkpoint(pit_checkpoint_filter_fn(tensors_of(state_dict), model), model)
     positions = state_dict.get("pos_embed")
     if positions is not None and positions.ndim == 4 and positions.shape != model.pos_embed.shape:
         size = model.pos_embed.shape[2:]
         state_dict["pos_embed"] = nn.functional.interpolate(positions, size, mode="bicubic", antialias=True)
-    return adopt(state_dict, model, **found)
+    return complete_checkpoint(state_dict, model, **found)
 
 
-def create_pooling(name: str, pretrained: bool, kwargs: dict[str, Any], **architecture: Any) -> PoolingXformer:
+def create_pooling(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> PoolingXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
-    arguments = overridden({**SIZES[name.split("_")[-1]], **architecture}, kwargs)
+    arguments = overridden(row, SIZES, kwargs)
     feature_cfg = dict(feature_cls="hook", out_indices=arguments.pop("out_indices", (0, 1, 2)))
-    return build_xformer(PoolingXformer, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+    return build_xformer(PoolingXformer, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+
+
+def describe(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    title = "PiT for 32 px (see module)" if row.size == "cifar" else "PiT-Ti"
+    return f"{title} (Heo et al. 2021, arXiv 2103.16302){', convolutional stem' if row.stem == 'conv' else ''}"
 
 
 def _cfgs() -> dict[str, dict[str, Any]]:
@@ -152,52 +165,16 @@ def _cfgs() -> dict[str, dict[str, Any]]:
 
 default_cfgs = generate_default_cfgs(_cfgs())
 
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("pin_cifar", "nystrom", "linear", "cifar", None, NYSTROM),
+    ModelName("pin_tiny", "nystrom", "linear", "tiny"),
+    ModelName("pip_cifar", "performer", "linear", "cifar", None, dict(num_features=110)),
+    ModelName("pip_tiny", "performer", "linear", "tiny"),
+    ModelName("hybrid_pin_cifar", "nystrom", "conv", "cifar", None, NYSTROM),
+    ModelName("hybrid_pin_tiny", "nystrom", "conv", "tiny"),
+    ModelName("hybrid_pip_cifar", "performer", "conv", "cifar", None, dict(num_features=110)),
+    ModelName("hybrid_pip_tiny", "performer", "conv", "tiny"),
+]
 
-@register_model
-def pin_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302; see module), Nyström attention (arXiv 2102.03902)."""
-    return create_pooling("pin_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True)
-
-
-@register_model
-def pin_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT-Ti (arXiv 2103.16302), Nyström attention (arXiv 2102.03902)."""
-    return create_pooling("pin_tiny", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def pip_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302; see module), Performer attention (arXiv 2009.14794)."""
-    return create_pooling("pip_cifar", pretrained, kwargs, mixer="performer", num_features=110)
-
-
-@register_model
-def pip_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT-Ti (arXiv 2103.16302), Performer attention (arXiv 2009.14794)."""
-    return create_pooling("pip_tiny", pretrained, kwargs, mixer="performer")
-
-
-@register_model
-def hybrid_pin_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302; see module), convolutional stem, Nyström attention (arXiv 2102.03902)."""
-    return create_pooling(
-        "hybrid_pin_cifar", pretrained, kwargs, mixer="nystrom", stem="conv", num_landmarks=64, conv_residual=True
-    )
-
-
-@register_model
-def hybrid_pin_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT-Ti (arXiv 2103.16302), convolutional stem, Nyström attention (arXiv 2102.03902)."""
-    return create_pooling("hybrid_pin_tiny", pretrained, kwargs, mixer="nystrom", stem="conv")
-
-
-@register_model
-def hybrid_pip_cifar(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT for 32 px (arXiv 2103.16302; see module), convolutional stem, Performer attention (arXiv 2009.14794)."""
-    return create_pooling("hybrid_pip_cifar", pretrained, kwargs, mixer="performer", stem="conv", num_features=110)
-
-
-@register_model
-def hybrid_pip_tiny(pretrained: bool = False, **kwargs: Any) -> PoolingXformer:
-    """PiT-Ti (arXiv 2103.16302), convolutional stem, Performer attention (arXiv 2009.14794)."""
-    return create_pooling("hybrid_pip_tiny", pretrained, kwargs, mixer="performer", stem="conv")
+register_names(__name__, NAMES, create_pooling, describe)

@@ -17,11 +17,22 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .._checks import check_choice, check_integer
-from ..conversion.replace import mixer_options, set_grid, swap_attention, undecayed
+from ..conversion.convert import source_of
+from ..conversion.layers import Layers, layer_mixers
+from ..conversion.replace import (
+    check_keywords,
+    layout_of,
+    mixer_keywords,
+    no_decay_names,
+    replace_attention,
+    set_grid,
+    slots_of,
+)
 from ..mixers import MIXERS
-from ..mixers._slot import TokenMixer
+from ..mixers._mechanism import AttentionMechanism
 from ..stems import STEMS
-from .checkpoints import adopt, recognise, tensors_of
+from ._register import ModelName
+from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
@@ -29,10 +40,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
     "cifar": dict(img_size=32, patch_size=1, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0, qkv_bias=False),
 }
+# the keywords of the paper's mixers, for models in which each pixel is a token
+NYSTROM = dict(num_landmarks=64, conv_residual=True)
+PERFORMER = dict(num_features=110, qkv_bias=True)
+LINFORMER = dict(num_proj_tokens=64)
+TITLES = {"tiny": "ViT-Ti/16", "small": "ViT-S/16", "base": "ViT-B/16"}
 BLOCKS = {"sequential": Block, "parallel": ParallelThingsBlock}
 
 
-def default_cfgs_for(names: list[str], first_conv: str = "patch_embed.proj") -> dict[str, dict[str, Any]]:
+def describe_vit(row: ModelName) -> str:
+    """The architecture of a row, for the documentation of its model."""
+    title = TITLES.get(row.size, "The paper's 32 px model, corrected (see module)")
+    return f"{title}, convolutional stem" if row.stem == "conv" else title
+
+
+def default_cfgs_for(rows: list[ModelName], first_conv: str = "patch_embed.proj") -> dict[str, dict[str, Any]]:
     """timm default configurations: softmax ViT and DeiT weights for the patch-16 sizes, none for ``cifar``."""
     shared = dict(
         pool_size=None,
@@ -44,8 +66,8 @@ def default_cfgs_for(names: list[str], first_conv: str = "patch_embed.proj") -> 
         license="apache-2.0",
     )
     cfgs: dict[str, dict[str, Any]] = {}
-    for name in names:
-        size = next(part for part in name.split("_") if part in SIZES)
+    for row in rows:
+        name, size = row.name, row.size
         if size == "cifar":
             mean_std = dict(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
             cfgs[name] = dict(shared, num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, **mean_std)
@@ -70,13 +92,15 @@ class VisionXformer(VisionTransformer):
     """timm's ``VisionTransformer`` with a token mixer, a stem and positions chosen by name.
 
     Args:
-        mixer: "softmax", "linformer", "performer", "nystrom", "atrous", "fnet" or "mixer".
+        mixer: a name in ``timm_vix.mixers.MIXERS``.
+        layers: the blocks that have it, as for ``timm_vix.convert``; a mapping mixes mechanisms. Other blocks have
+            softmax attention.
         stem: "linear", "conv", "conv_linear", "conv_pool" or "hmlp".
         rope: None, "axial" or "1d"; with rotary positions there is no learned position embedding unless
             ``pos_embed="learn"`` asks for it.
         block: "sequential", or "parallel": two attentions side by side, then two MLPs, in half as many blocks as
             ``depth`` says (Touvron et al. 2022, arXiv 2203.09795, section 3). A sequential ViT's weights load in pairs.
-        **kwargs: the mixer's keywords (``timm_vix.swap.mixer_options``) and those of timm's class.
+        **kwargs: the mixer's keywords (``timm_vix.mixers.MIXERS[mixer].keywords()``) and those of timm's class.
 
     Raises:
         ValueError: for an unknown name or wrong value, naming what is allowed.
@@ -86,15 +110,16 @@ class VisionXformer(VisionTransformer):
     def __init__(
         self,
         mixer: str = "softmax",
+        layers: Layers = "all",
         stem: str = "linear",
         rope: Optional[str] = None,
         block: str = "sequential",
         **kwargs: Any,
     ) -> None:
+        check_choice("mixer", mixer, tuple(MIXERS))
         check_choice("stem", stem, tuple(STEMS))
         check_choice("block", block, tuple(BLOCKS))
-        mine = {name: kwargs.pop(name) for name in mixer_options(mixer) if name in kwargs}
-        refuse_foreign_options(mixer, kwargs)
+        keywords = take_keywords(kwargs)
         if rope is not None:
             kwargs.setdefault("pos_embed", "none")
         check_sizes(kwargs.get("img_size", 224), kwargs.get("patch_size", 16), kwargs.get("dynamic_img_pad", False))
@@ -110,17 +135,13 @@ class VisionXformer(VisionTransformer):
             kwargs["depth"] = depth // 2
         super().__init__(**kwargs)
         self._traits = {"first_conv": f"patch_embed.{first_convolution(stem)}"}
-        swap_attention(self, mixer, rope, **mine)
-        self.record_options()
-
-    @torch.jit.ignore
-    def mixers(self) -> list[TokenMixer]:
-        """The token mixers, first block first; empty where timm's own attention stands."""
-        return [module for module in self.modules() if isinstance(module, TokenMixer)]
+        mixers = layer_mixers(layers, len(self.blocks), mixer, keywords)
+        replace_attention([(self.blocks, layout_of(self))], self, mixers, rope)
+        self._model_args = shared_config(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | undecayed(self)
+        return super().no_weight_decay() | no_decay_names(self)
 
     @torch.jit.ignore
     def set_input_size(
@@ -140,13 +161,8 @@ class VisionXformer(VisionTransformer):
         )
         super().set_input_size(img_size=None if img_size is None else to_2tuple(img_size), patch_size=patch_size)
         set_grid(self, self.patch_embed.grid_size)
-        self.record_options()
-
-    @torch.jit.ignore
-    def record_options(self) -> None:
-        """Note what the mixers chose for this size among timm's arguments for a reload, which may be at another one."""
-        chosen = {name: value for mixer in self.mixers() for name, value in mixer.options().items()}
-        self._model_args = dict(getattr(self, "_model_args", {}), **chosen)
+        if source_of(self) is None:  # Linformer's regions stay; with another grid a reload would choose others
+            self._model_args = {**self._model_args, **shared_config(self)}
 
 
 def first_convolution(stem: str) -> str:
@@ -154,13 +170,31 @@ def first_convolution(stem: str) -> str:
     return {"linear": "proj", "conv": "proj.0.conv", "hmlp": "proj.0.conv"}.get(stem, "proj.0")
 
 
-def refuse_foreign_options(mixer: str, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for a keyword that belongs to another mixer."""
-    for other in MIXERS:
-        for name in mixer_options(other):
-            if name in kwargs:
-                allowed = ", ".join(mixer_options(mixer)) or "no keywords"
-                raise ValueError(f"{name}={kwargs[name]!r}: mixer={mixer!r} takes {allowed}")
+def take_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the keywords of mixers, of any in ``MIXERS``, out of ``kwargs``."""
+    names = {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
+    return {name: kwargs.pop(name) for name in names & kwargs.keys()}
+
+
+def projected_keywords(mixer: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the keywords of a mixer out of ``kwargs``, for a host that projects queries, keys and values itself.
+
+    Raises:
+        ValueError: for an unknown mixer, one without queries and keys, or a keyword of another one.
+    """
+    check_choice("mixer", mixer, tuple(name for name in MIXERS if issubclass(MIXERS[name], AttentionMechanism)))
+    keywords = take_keywords(kwargs)
+    check_keywords(mixer, keywords)
+    return keywords
+
+
+def shared_config(model: nn.Module) -> dict[str, Any]:
+    """The mixers' keywords in force, of those that all mixers which take them share: a reload is to have them too."""
+    found: dict[str, list[Any]] = {}
+    for slot in slots_of(model).values():
+        for name, value in slot.config().items():
+            found.setdefault(name, []).append(value)
+    return {name: values[0] for name, values in found.items() if all(value == values[0] for value in values)}
 
 
 def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
@@ -180,38 +214,38 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict, found = recognise(tensors_of(state_dict), model)
+    state_dict, found = split_checkpoint(tensors_of(state_dict), model)
     if isinstance(model.patch_embed.proj, nn.Conv2d):
         state_dict = vit_checkpoint_filter_fn(state_dict, model)
     elif "pos_embed" in state_dict:
         stem_keys = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith("patch_embed.")}
         state_dict = {**vit_checkpoint_filter_fn(state_dict, model), **stem_keys}
-    return adopt(state_dict, model, **found)
+    return complete_checkpoint(state_dict, model, **found)
 
 
 def create_vision_xformer(
-    name: str,
+    row: ModelName,
     pretrained: bool,
     kwargs: dict[str, Any],
     model_class: type[VisionXformer] = VisionXformer,
-    **architecture: Any,
+    sizes: dict[str, dict[str, Any]] = SIZES,
 ) -> VisionXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``.
 
     Raises:
         ValueError: for a checkpoint that can't be read or doesn't fit.
     """
-    size: dict[str, Any] = next((SIZES[part] for part in name.split("_") if part in SIZES), {})
-    arguments = overridden({**size, **architecture}, kwargs)
+    arguments = overridden(row, sizes, kwargs)
     feature_cfg = dict(out_indices=arguments.pop("out_indices", 3), feature_cls="getter")
-    return build_xformer(model_class, name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
+    return build_xformer(model_class, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
 
 
-def overridden(architecture: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """An architecture under the user's keywords: where they ask for another mixer, without its own mixer's keywords."""
-    own = architecture["mixer"]
-    left_out = mixer_options(own) if kwargs.get("mixer", own) != own else []
-    return {**{name: value for name, value in architecture.items() if name not in left_out}, **kwargs}
+def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A row's architecture under the user's keywords: with another mixer, without the keywords of the row's own."""
+    chosen = {name: value for name, value in row._asdict().items() if name in ("mixer", "stem", "rope") and value}
+    left_out = mixer_keywords(row.mixer) if kwargs.get("mixer", row.mixer) != row.mixer else []
+    own = {name: value for name, value in row.keywords.items() if name not in left_out}
+    return {**sizes.get(row.size, {}), **chosen, **own, **kwargs}
 
 
 def build_xformer(

@@ -13,283 +13,51 @@ again, and keys are turned after they are projected. Performer: features can be 
 (``redraw_interval``), for which the code has a class that it never uses; by default they are not here either.
 """
 
-from typing import Any
-
-from timm.models import generate_default_cfgs, register_model
-
-from .vit import VisionXformer, create_vision_xformer, default_cfgs_for
-
-default_cfgs = generate_default_cfgs(
-    default_cfgs_for(
-        [
-            "vix_linformer_tiny",
-            "vix_linformer_small",
-            "vix_linformer_base",
-            "vix_linformer_cifar",
-            "vix_performer_tiny",
-            "vix_performer_small",
-            "vix_performer_base",
-            "vix_performer_cifar",
-            "vix_nystrom_tiny",
-            "vix_nystrom_small",
-            "vix_nystrom_base",
-            "vix_nystrom_cifar",
-            "vix_atrous_tiny",
-            "vix_atrous_small",
-            "vix_atrous_base",
-            "vix_fnet_tiny",
-            "vix_fnet_small",
-            "vix_fnet_base",
-            "vix_fnet_cifar",
-            "vix_mixer_tiny",
-            "vix_mixer_small",
-            "vix_mixer_base",
-            "vix_mixer_cifar",
-            "vix_softmax_cifar",
-            "vix_softmax_tiny_rope",
-            "vix_softmax_small_rope",
-            "vix_softmax_cifar_rope",
-            "vix_linformer_tiny_rope",
-            "vix_linformer_small_rope",
-            "vix_linformer_cifar_rope",
-            "vix_performer_tiny_rope",
-            "vix_performer_small_rope",
-            "vix_performer_cifar_rope",
-            "vix_nystrom_tiny_rope",
-            "vix_nystrom_small_rope",
-            "vix_nystrom_cifar_rope",
-        ]
-    )
-)
-
-
-@register_model
-def vix_linformer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("vix_linformer_tiny", pretrained, kwargs, mixer="linformer")
-
-
-@register_model
-def vix_linformer_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("vix_linformer_small", pretrained, kwargs, mixer="linformer")
-
-
-@register_model
-def vix_linformer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("vix_linformer_base", pretrained, kwargs, mixer="linformer")
-
-
-@register_model
-def vix_linformer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): Linformer attention (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("vix_linformer_cifar", pretrained, kwargs, mixer="linformer", num_proj_tokens=64)
-
-
-@register_model
-def vix_performer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("vix_performer_tiny", pretrained, kwargs, mixer="performer")
-
-
-@register_model
-def vix_performer_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("vix_performer_small", pretrained, kwargs, mixer="performer")
-
-
-@register_model
-def vix_performer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with Performer attention (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("vix_performer_base", pretrained, kwargs, mixer="performer")
-
-
-@register_model
-def vix_performer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): Performer attention (arXiv 2009.14794)."""
-    return create_vision_xformer(
-        "vix_performer_cifar", pretrained, kwargs, mixer="performer", num_features=110, qkv_bias=True
-    )
-
-
-@register_model
-def vix_nystrom_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("vix_nystrom_tiny", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def vix_nystrom_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("vix_nystrom_small", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def vix_nystrom_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("vix_nystrom_base", pretrained, kwargs, mixer="nystrom")
-
-
-@register_model
-def vix_nystrom_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): Nyström attention (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer(
-        "vix_nystrom_cifar", pretrained, kwargs, mixer="nystrom", num_landmarks=64, conv_residual=True
-    )
-
-
-@register_model
-def vix_atrous_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with atrous attention (after ACC-ViT, Ibtehaz et al. 2024, arXiv 2403.04200)."""
-    return create_vision_xformer("vix_atrous_tiny", pretrained, kwargs, mixer="atrous")
-
-
-@register_model
-def vix_atrous_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with atrous attention (after ACC-ViT, Ibtehaz et al. 2024, arXiv 2403.04200)."""
-    return create_vision_xformer("vix_atrous_small", pretrained, kwargs, mixer="atrous")
-
-
-@register_model
-def vix_atrous_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with atrous attention (after ACC-ViT, Ibtehaz et al. 2024, arXiv 2403.04200)."""
-    return create_vision_xformer("vix_atrous_base", pretrained, kwargs, mixer="atrous")
-
-
-@register_model
-def vix_fnet_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
-    return create_vision_xformer("vix_fnet_tiny", pretrained, kwargs, mixer="fnet")
-
-
-@register_model
-def vix_fnet_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
-    return create_vision_xformer("vix_fnet_small", pretrained, kwargs, mixer="fnet")
-
-
-@register_model
-def vix_fnet_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with Fourier mixing (FNet, Lee-Thorp et al. 2021, arXiv 2105.03824)."""
-    return create_vision_xformer("vix_fnet_base", pretrained, kwargs, mixer="fnet")
-
-
-@register_model
-def vix_fnet_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): Fourier mixing (arXiv 2105.03824)."""
-    return create_vision_xformer("vix_fnet_cifar", pretrained, kwargs, mixer="fnet")
-
-
-@register_model
-def vix_mixer_tiny(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
-    return create_vision_xformer("vix_mixer_tiny", pretrained, kwargs, mixer="mixer")
-
-
-@register_model
-def vix_mixer_small(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
-    return create_vision_xformer("vix_mixer_small", pretrained, kwargs, mixer="mixer")
-
-
-@register_model
-def vix_mixer_base(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-B/16 with token MLPs (MLP-Mixer, Tolstikhin et al. 2021, arXiv 2105.01601)."""
-    return create_vision_xformer("vix_mixer_base", pretrained, kwargs, mixer="mixer")
-
-
-@register_model
-def vix_mixer_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): token MLPs (arXiv 2105.01601)."""
-    return create_vision_xformer("vix_mixer_cifar", pretrained, kwargs, mixer="mixer")
-
-
-@register_model
-def vix_softmax_cifar(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): softmax attention (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("vix_softmax_cifar", pretrained, kwargs, mixer="softmax")
-
-
-@register_model
-def vix_softmax_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with softmax attention and rotary positions (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("vix_softmax_tiny_rope", pretrained, kwargs, mixer="softmax", rope="axial")
-
-
-@register_model
-def vix_softmax_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with softmax attention and rotary positions (the control, arXiv 2010.11929)."""
-    return create_vision_xformer("vix_softmax_small_rope", pretrained, kwargs, mixer="softmax", rope="axial")
-
-
-@register_model
-def vix_softmax_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): softmax attention, rotary positions (arXiv 2010.11929)."""
-    return create_vision_xformer("vix_softmax_cifar_rope", pretrained, kwargs, mixer="softmax", rope="axial")
-
-
-@register_model
-def vix_linformer_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("vix_linformer_tiny_rope", pretrained, kwargs, mixer="linformer", rope="axial")
-
-
-@register_model
-def vix_linformer_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with Linformer attention and rotary positions (Wang et al. 2020, arXiv 2006.04768)."""
-    return create_vision_xformer("vix_linformer_small_rope", pretrained, kwargs, mixer="linformer", rope="axial")
-
-
-@register_model
-def vix_linformer_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): Linformer attention, rotary positions (arXiv 2006.04768)."""
-    return create_vision_xformer(
-        "vix_linformer_cifar_rope", pretrained, kwargs, mixer="linformer", rope="axial", num_proj_tokens=64
-    )
-
-
-@register_model
-def vix_performer_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("vix_performer_tiny_rope", pretrained, kwargs, mixer="performer", rope="axial")
-
-
-@register_model
-def vix_performer_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with Performer attention and rotary positions (Choromanski et al. 2021, arXiv 2009.14794)."""
-    return create_vision_xformer("vix_performer_small_rope", pretrained, kwargs, mixer="performer", rope="axial")
-
-
-@register_model
-def vix_performer_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): Performer attention, rotary positions (arXiv 2009.14794)."""
-    return create_vision_xformer(
-        "vix_performer_cifar_rope", pretrained, kwargs, mixer="performer", rope="axial", num_features=110, qkv_bias=True
-    )
-
-
-@register_model
-def vix_nystrom_tiny_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-Ti/16 with Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("vix_nystrom_tiny_rope", pretrained, kwargs, mixer="nystrom", rope="axial")
-
-
-@register_model
-def vix_nystrom_small_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """ViT-S/16 with Nyström attention and rotary positions (Xiong et al. 2021, arXiv 2102.03902)."""
-    return create_vision_xformer("vix_nystrom_small_rope", pretrained, kwargs, mixer="nystrom", rope="axial")
-
-
-@register_model
-def vix_nystrom_cifar_rope(pretrained: bool = False, **kwargs: Any) -> VisionXformer:
-    """The paper's 32 px model, corrected (see module): Nyström attention, rotary positions (arXiv 2102.03902)."""
-    return create_vision_xformer(
-        "vix_nystrom_cifar_rope",
-        pretrained,
-        kwargs,
-        mixer="nystrom",
-        rope="axial",
-        num_landmarks=64,
-        conv_residual=True,
-    )
+from timm.models import generate_default_cfgs
+
+from ._register import ModelName, register_names
+from .vit import LINFORMER, NYSTROM, PERFORMER, create_vision_xformer, default_cfgs_for, describe_vit
+
+# name, mixer, stem, size, rotary positions, keywords
+NAMES = [
+    ModelName("vix_linformer_tiny", "linformer", "linear", "tiny"),
+    ModelName("vix_linformer_small", "linformer", "linear", "small"),
+    ModelName("vix_linformer_base", "linformer", "linear", "base"),
+    ModelName("vix_linformer_cifar", "linformer", "linear", "cifar", None, LINFORMER),
+    ModelName("vix_performer_tiny", "performer", "linear", "tiny"),
+    ModelName("vix_performer_small", "performer", "linear", "small"),
+    ModelName("vix_performer_base", "performer", "linear", "base"),
+    ModelName("vix_performer_cifar", "performer", "linear", "cifar", None, PERFORMER),
+    ModelName("vix_nystrom_tiny", "nystrom", "linear", "tiny"),
+    ModelName("vix_nystrom_small", "nystrom", "linear", "small"),
+    ModelName("vix_nystrom_base", "nystrom", "linear", "base"),
+    ModelName("vix_nystrom_cifar", "nystrom", "linear", "cifar", None, NYSTROM),
+    ModelName("vix_atrous_tiny", "atrous", "linear", "tiny"),
+    ModelName("vix_atrous_small", "atrous", "linear", "small"),
+    ModelName("vix_atrous_base", "atrous", "linear", "base"),
+    ModelName("vix_fnet_tiny", "fnet", "linear", "tiny"),
+    ModelName("vix_fnet_small", "fnet", "linear", "small"),
+    ModelName("vix_fnet_base", "fnet", "linear", "base"),
+    ModelName("vix_fnet_cifar", "fnet", "linear", "cifar"),
+    ModelName("vix_mixer_tiny", "mixer", "linear", "tiny"),
+    ModelName("vix_mixer_small", "mixer", "linear", "small"),
+    ModelName("vix_mixer_base", "mixer", "linear", "base"),
+    ModelName("vix_mixer_cifar", "mixer", "linear", "cifar"),
+    ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
+    ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
+    ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
+    ModelName("vix_softmax_cifar_rope", "softmax", "linear", "cifar", "axial"),
+    ModelName("vix_linformer_tiny_rope", "linformer", "linear", "tiny", "axial"),
+    ModelName("vix_linformer_small_rope", "linformer", "linear", "small", "axial"),
+    ModelName("vix_linformer_cifar_rope", "linformer", "linear", "cifar", "axial", LINFORMER),
+    ModelName("vix_performer_tiny_rope", "performer", "linear", "tiny", "axial"),
+    ModelName("vix_performer_small_rope", "performer", "linear", "small", "axial"),
+    ModelName("vix_performer_cifar_rope", "performer", "linear", "cifar", "axial", PERFORMER),
+    ModelName("vix_nystrom_tiny_rope", "nystrom", "linear", "tiny", "axial"),
+    ModelName("vix_nystrom_small_rope", "nystrom", "linear", "small", "axial"),
+    ModelName("vix_nystrom_cifar_rope", "nystrom", "linear", "cifar", "axial", NYSTROM),
+]
+
+default_cfgs = generate_default_cfgs(default_cfgs_for(NAMES))
+
+register_names(__name__, NAMES, create_vision_xformer, describe_vit)

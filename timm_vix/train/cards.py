@@ -1,7 +1,12 @@
-"""Model cards for the Hub, written from a results file and from nothing else."""
+"""Model cards for the Hub of the models that ``examples/reproduce_vix.py`` trained, written from its results."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Optional
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .._files import write_whole
 from .._records import Columns, Record, read_records
 
 COLUMNS: Columns = dict(
@@ -29,6 +34,7 @@ COLUMNS: Columns = dict(
     torch=str,
     timm=str,
 )
+CIFAR10 = "uoft-cs/cifar10"  # its name on the Hub
 # a system without a number in the paper, a step that could not be measured
 MAY_BE_EMPTY = {"paper", "images_per_second", "faster_than_softmax", "peak_memory_mib"}
 
@@ -50,79 +56,62 @@ def seed_suffix(seed: int) -> str:
     return f"-seed{seed}" if seed else ""
 
 
-def card(row: Record) -> str:
-    """The card of one row of ``examples/results/reproduce_vix.csv``."""
-    speed, memory = (
-        "not measured" if row[name] is None else f"{row[name]:,.0f} {unit}"
-        for name, unit in (("images_per_second", "images a second"), ("peak_memory_mib", "MiB"))
-    )
+def card(row: Record) -> ModelCard:
+    """The card of one row of ``examples/results/reproduce_vix.csv``, with its accuracies in the Hub's metadata."""
     number, _, of_log = (row["paper"] or "").partition(" ")
     paper = f"{number} %, with 1,024 tokens and 40 or more epochs" if number else "not published"
     if of_log:
         paper += "; the best epoch on the test images, from the log of its code"
-    measured = {
-        "top-1, test images": f"{row['top1']:.2f} %",
-        "top-5, test images": f"{row['top5']:.2f} %",
-        "top-1, held-out images": f"{row['held_out_top1']:.2f} %",
-        "top-1 of the paper": paper,
-        "parameters": f"{row['parameters']:,}",
-        "tokens": f"{row['tokens']} (patches of {row['patch_size']} px)",
-        "keywords": f"`{row['keywords']}`",
-        "epochs": f"{row['epochs']}, of which epoch {row['epoch']} was best on the held-out images",
-        "training": f"{speed}, peak memory of a step {memory}",
-        "on": f"{row['device']}, threads: {row['threads']}, {row['dtype']}, batch {row['batch_size']}, "
-        f"seed {row['seed']}, torch {row['torch']}, timm {row['timm']}",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in measured.items())
-    return f"""---
-library_name: timm
-pipeline_tag: image-classification
-license: apache-2.0
-datasets:
-- cifar10
-tags:
-- image-classification
-- timm
-- timm_vix
----
-# {row["system"]}, {row["recipe"]} recipe
-
-`{row["system"]}` of timm_vix, a model of Vision X-formers ([arXiv 2107.02239](https://arxiv.org/abs/2107.02239)),
-trained from random weights on CIFAR-10.
-
-| measured | |
-|---|---|
-{table}
-
-```python
-import timm, timm_vix
-model = timm.create_model("hf-hub:USER/{row["system"]}", pretrained=True)
-```
-
-## Intended use
-
-Comparing token mixers, and trying them out on 32 px photographs of CIFAR-10's ten classes: aeroplanes, automobiles,
-birds, cats, deer, dogs, frogs, horses, ships and lorries.
-
-## Limits
-
-The model answers every image with one of these classes. One seed was trained; differences of a point mean
-nothing. Nothing was measured on other images, and the terms of CIFAR-10's images apply to what was learnt from them.
-"""
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license="apache-2.0",
+        datasets=[CIFAR10],
+        tags=["image-classification", "timm", "timm_vix"],
+        model_name=row["system"],
+        eval_results=[accuracy("Top-1 accuracy (%)", row["top1"]), accuracy("Top-5 accuracy (%)", row["top5"])],
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md")),
+        row=row,
+        paper=paper,
+        speed=with_unit(row["images_per_second"], "images a second"),
+        memory=with_unit(row["peak_memory_mib"], "MiB"),
+    )
 
 
-def write_cards(results: Path, folder: Path) -> list[Path]:
-    """Write a card for each good row of a results file, and return their paths.
+def accuracy(name: str, value: float) -> EvalResult:
+    """An accuracy on the test images, in percent, as the Hub lists it beside a model."""
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type=CIFAR10,
+        dataset_name="CIFAR-10",
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_name=name,
+        metric_value=value,
+    )
+
+
+def with_unit(value: Optional[float], unit: str) -> str:
+    return "not measured" if value is None else f"{value:,.0f} {unit}"
+
+
+def write_cards(results: Path, checkpoint_of: Callable[[Record], Path], folder: Path) -> list[Path]:
+    """Write a card for each good row of a results file whose weights exist, and return their paths.
+
+    Args:
+        checkpoint_of: The folder in which a row's ``model.safetensors`` is, if it is anywhere.
 
     Raises:
         ValueError: for a file that cannot be read, or that has other columns, naming them.
         OSError: for a file that cannot be written.
     """
-    rows, _ = read_rows(results)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for row in rows:
-        run = f"patch{row['patch_size']}-{row['recipe']}-{row['epochs']}epochs" + seed_suffix(row["seed"])
-        paths.append(folder / f"{row['system']}-{run}.md")
-        paths[-1].write_text(card(row), encoding="utf-8")
+    for row in read_rows(results)[0]:
+        if (checkpoint_of(row) / "model.safetensors").is_file():
+            run = f"patch{row['patch_size']}-{row['recipe']}-{row['epochs']}epochs{seed_suffix(row['seed'])}"
+            paths.append(folder / f"{row['system']}-{run}.md")
+            write_whole(paths[-1], f"{card(row)}\n".encode())
     return paths

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from .._device import autocast, find_device, find_dtype
 from .._files import one_line, write_whole
 from .._names import check_model
-from ..conversion.freeze import PARTS, freeze_except, save_delta
+from ..conversion.delta import save_delta
+from ..conversion.freeze import PARTS, freeze_except
 from .images import STEP, Images, find_images, normaliser, reseed, seed_of, transforms
 from .interrupt import deferred_interrupt
 from .results import clear, model_card, restore, write_curve, write_history, write_hub

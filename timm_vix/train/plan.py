@@ -1,10 +1,10 @@
 """Which layers of a trained ViT to convert, and to what: as cheap as a wanted agreement allows, without labels.
 
     1. every layer alone is converted to every candidate and measured (``sensitivity.py``);
-    2. errors of layers add up, roughly: the squared distances give an order of conversions, at each step the one that
-       changes least for each operation that it saves;
-    3. the conversions are made in that order, and each stays if the whole model, run on the images, still agrees. How
-       many stay together is found by bisection; then the rest are tried one by one.
+    2. the squared distances of single layers add up, roughly, which gives an order of conversions: at each step the one
+       that changes least for each operation that it saves;
+    3. along this order whole models are measured, and bisection finds how many conversions can be made together; then
+       the others are tried one by one (``search.py``).
 
 With a budget the order is followed until the model is cheap enough, and what turns out not to be needed is undone.
 """
@@ -14,21 +14,23 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
+from timm.models import get_model_args
 from torch import nn
 
 from .._checks import check_choice
 from .._device import find_device, versions
 from .._files import one_line, write_whole
 from ..benchmark.figures import agreement_over_cost, png
-from ..conversion.convert import attention_slots, layer_mixers
-from ..conversion.freeze import architecture, fingerprint
+from ..conversion.convert import attention_sites
+from ..conversion.delta import architecture, fingerprint, mechanisms_of
+from ..conversion.layers import layer_mixers
 from ..mixers import MIXERS
-from ..mixers._slot import TokenMixer
 from .images import Images, find_unlabelled, normaliser, transforms
-from .sensitivity import Measured, Plan, Sensitivity, block_costs, converted, plan_of, text_of
+from .search import Search, measure_options
+from .sensitivity import Measurement, Plan, Sensitivity, block_gflops, plan_to_json
 from .settings import KeyValue, check_ranges
 from .teacher import build_teacher, check_teacher
 
@@ -39,28 +41,6 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "linformer": [dict(num_proj_tokens=k, window_size=w) for k in SIZES for w in (0, 4)],
     "performer": [dict(num_features=m) for m in (32, 64, 128, 256)],
 }
-# what saves less of a model's operations than this, in one layer, is not worth a look
-LEAST_SAVING = 0.0005
-
-
-class Option(NamedTuple):
-    """What one layer may become: mixer and keywords (None: left as it is), its GFLOPs, and what that alone changes.
-
-    ``harm`` is the squared distance.
-    """
-
-    entry: Optional[dict[str, Any]]
-    cost: float
-    harm: float
-    agreement: float
-
-
-class Step(NamedTuple):
-    """Take ``option`` in ``layer``, at ``slope`` squared distance for each GFLOP saved."""
-
-    slope: float
-    layer: int
-    option: Option
 
 
 def plan_layers(
@@ -86,7 +66,7 @@ def plan_layers(
 
     Args:
         source: A name of timm's, a ``VisionTransformer`` or ``Eva`` with a classifier.
-        data_dir: Folder of images of any depth; labels are not wanted.
+        data_dir: Folder of images of any depth; labels are not used.
         mixer: Names of the mixers to choose from.
         keep: Least share of images on which the prediction must stay the same; None: 0.99, unless there is a budget.
         budget_gflops: GFLOPs of one image, a multiply-add counted as two, that must not be exceeded.
@@ -94,7 +74,7 @@ def plan_layers(
         weights: File with the source's weights, .safetensors or .pth (a state dict; nothing else is unpickled).
         pretrained: Take timm's weights of the source instead.
         img_size: Side of the images in pixels; None: the source's own.
-        images: How many to measure on, spread over the folder; more tell finer differences apart.
+        images: How many to measure on, spread over the folder; more images resolve smaller differences.
         batch_size: Images a forward pass.
         candidates: For each mixer a list of keywords to try; None: ``CANDIDATES``.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
@@ -121,50 +101,32 @@ def plan_layers(
     run.device = find_device(device)
     if threads:
         torch.set_num_threads(threads)
-    model, config = build_teacher(run)
-    if any(isinstance(module, TokenMixer) for module in model.modules()):
-        raise ValueError(f"source={source} has mixers already; a plan starts from a softmax model")
-    if not model.num_classes:
-        raise ValueError(f"source={source} has no classifier, so there are no predictions that could agree")
-    attention_slots(model)
-    found = find_unlabelled(Path(data_dir))
-    spread = [found[i * len(found) // min(images, len(found))] for i in range(min(images, len(found)))]
-    resize, _, plain = transforms(config, "none", 0.0)
-    data = Images(spread, [data_dir], config["input_size"][0], resize, plain, 0)
+    model, config = build_softmax_model(run)
+    pixels = read_pixels(run, config)
     normalise = normaliser(config, run.device)
-    batches = [normalise(torch.stack([data[key][0] for key in keys])) for keys in data.batches(batch_size)]
-    size, state = config["input_size"][-1], fingerprint(model.state_dict())
-    sensitivity = Sensitivity(
-        model, batches, path.with_suffix(".csv"), f"{architecture(model)} {state} {size} px {data.digest()}"
-    )
-    costs, rest = block_costs(model, batches[0][:1])
-    softmax = Measured(1.0, 0.0, round(sum(costs) + rest, 9))
-    print(f"{source}: {len(costs)} layers, {softmax.gflops:.3f} GFLOPs at {size} px; {len(data)} images", flush=True)
-    options = look_at_layers(sensitivity, costs, rest, mixer, candidates or CANDIDATES)
-    steps = in_order(options)
-    curve = {text_of({}): softmax}
-    if budget_gflops is not None:
-        check_budget(budget_gflops, rest + sum(min(option.cost for option in own) for own in options))
-    for quarter in (1, 2, 3, 4):
-        verify(sensitivity, after(steps[: quarter * len(steps) // 4]), curve)
-    if budget_gflops is None:
-        chosen = cheapest(sensitivity, options, keep or 0.0, curve)
-    else:
-        chosen = most_faithful(sensitivity, steps, options, rest, budget_gflops, curve)
+    batches = [normalise(batch) for batch in pixels.split(batch_size)]
+    sensitivity = Sensitivity(model, batches, path.with_suffix(".csv"), run_key(model, config, pixels))
+    block_costs, other_costs = block_gflops(model, batches[0][:1])
+    softmax = Measurement(1.0, 0.0, round(sum(block_costs) + other_costs, 9))
+    depth, size = len(block_costs), config["input_size"][-1]
+    print(f"{source}: {depth} layers, {softmax.gflops:.3f} GFLOPs at {size} px; {len(pixels)} images", flush=True)
+    options = measure_options(sensitivity, block_costs, other_costs, mixer, candidates or CANDIDATES)
+    search = Search(sensitivity, options, softmax)
+    chosen = search.choose(keep, budget_gflops)
     result = dict(
         format=FORMAT,
         source=source,
         architecture=architecture(model),
-        weights=state,
-        depth=len(costs),
+        weights=fingerprint(model.state_dict()),
+        depth=depth,
         img_size=size,
         keep=keep,
         budget_gflops=budget_gflops,
-        images=len(data),
-        **curve[text_of(chosen)]._asdict(),
+        images=len(pixels),
+        **search.curve[plan_to_json(chosen)]._asdict(),
         softmax_gflops=softmax.gflops,
         layers={str(layer): entry for layer, entry in sorted(chosen.items())},
-        curve=rows_of(curve, chosen),
+        curve=search.rows(chosen),
         device=run.device,
         threads=torch.get_num_threads(),
         **versions(),
@@ -192,139 +154,39 @@ def check(run: SimpleNamespace, out: Path) -> None:
         raise ValueError(f"out={out}: expected a name that ends in .json")
 
 
-def look_at_layers(
-    sensitivity: Sensitivity,
-    costs: list[float],
-    rest: float,
-    mixers: Sequence[str],
-    candidates: dict[str, list[dict[str, Any]]],
-) -> list[list[Option]]:
-    """For each layer what it may become, softmax first; what saves nothing is left out without a look."""
-    model, depth = sensitivity.model, len(costs)
-    patches = model.patch_embed.grid_size[0] * model.patch_embed.grid_size[1]
-    cheaper: list[tuple[dict[str, Any], list[float]]] = []
-    for name in dict.fromkeys(mixers):
-        for keywords in candidates[name]:
-            if max(keywords.get("num_landmarks", 0), keywords.get("num_proj_tokens", 0)) <= patches:
-                entry = {"mixer": name, **keywords}
-                with converted(model, dict.fromkeys(range(depth), entry)):
-                    own, _ = block_costs(model, sensitivity.batches[0][:1])
-                if any(old - new > LEAST_SAVING * (sum(costs) + rest) for old, new in zip(costs, own)):
-                    cheaper.append((entry, own))
-    if not cheaper:
-        raise ValueError(f"mixer={list(mixers)}: no candidate is cheaper than softmax attention at {patches} patches")
-    sensitivity.scan([{layer: entry} for layer in range(depth) for entry, _ in cheaper])
-    options = []
-    for layer in range(depth):
-        options.append([Option(None, costs[layer], 0.0, 1.0)])
-        for entry, own in cheaper:
-            alone = sensitivity.measure({layer: entry})
-            options[layer].append(Option(entry, own[layer], alone.distance**2, alone.agreement))
-    return options
+def build_softmax_model(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The source, frozen, and timm's data configuration for it.
 
-
-def in_order(options: list[list[Option]]) -> list[Step]:
-    """All steps from softmax to the cheapest model, the least harmful for what it saves first.
-
-    In a layer they go along the lower convex hull of harm over cost, so slopes rise and steps follow each other.
+    Raises:
+        ValueError: for a model whose attention is not softmax, or can't be converted, or that has no classifier.
     """
-    steps = []
-    for layer, (here, *others) in enumerate(options):
-        while better := [other for other in others if other.cost < here.cost]:
-            slopes = [(other.harm - here.harm) / (here.cost - other.cost) for other in better]
-            slope = min(slopes)
-            here = min((o for o, s in zip(better, slopes) if s == slope), key=lambda option: option.cost)
-            steps.append(Step(slope, layer, here))
-    return sorted(steps, key=lambda step: step.slope)
+    model, config = build_teacher(run)
+    if any(name != "softmax" for name, _ in mechanisms_of(model).values()):
+        raise ValueError(f"source={run.source} has mixers already; a plan starts from a softmax model")
+    if not model.num_classes:
+        raise ValueError(f"source={run.source} has no classifier, so there are no predictions that could agree")
+    attention_sites(model)
+    return model, config
 
 
-def after(steps: Sequence[Step]) -> Plan:
-    """The plan to which steps lead."""
-    return {step.layer: step.option.entry for step in steps if step.option.entry}
+def read_pixels(run: SimpleNamespace, config: dict[str, Any]) -> torch.Tensor:
+    """The images of a run as uint8 pixels (images, channels, height, width), spread evenly over the folder."""
+    found = find_unlabelled(Path(run.data_dir))
+    count = min(run.images, len(found))
+    spread = [found[i * len(found) // count] for i in range(count)]
+    resize, _, evaluate = transforms(config, "none", 0.0)
+    data = Images(spread, [run.data_dir], config["input_size"][0], resize, evaluate, 0)
+    return torch.stack([data[0, i][0] for i in range(len(data))])
 
 
-def verify(sensitivity: Sensitivity, plan: Plan, curve: dict[str, Measured]) -> Measured:
-    """Measure a whole plan, and note it on the curve."""
-    if text_of(plan) not in curve:
-        curve[text_of(plan)] = found = sensitivity.measure(plan)
-        print(f"{len(plan):3} layers: {found.gflops:.3f} GFLOPs, agreement {found.agreement:.4f}", flush=True)
-    return curve[text_of(plan)]
-
-
-def cheapest(sensitivity: Sensitivity, options: list[list[Option]], keep: float, curve: dict[str, Measured]) -> Plan:
-    """The plan of least cost found with an agreement of at least ``keep``."""
-    # one chance for all, and one without what is too much alone
-    enough = [[option for option in own if option.agreement >= keep] for own in options]
-    likely = in_order(enough)
-    for steps in (in_order(options), likely):
-        good, bad = 0, len(steps) + 1
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            if verify(sensitivity, after(steps[:middle]), curve).agreement >= keep:
-                good = middle
-            else:
-                bad = middle
-    # on few images one layer may agree more than its distance lets expect, and then it comes late in every order
-    alone = [
-        (o.cost - own[0].cost, o.harm, {layer: o.entry}) for layer, own in enumerate(enough) for o in own if o.entry
-    ]
-    if alone:
-        verify(sensitivity, min(alone, key=lambda found: found[:2])[2], curve)
-    feasible = [text for text, found in curve.items() if found.agreement >= keep]
-    plan = plan_of(min(feasible, key=lambda text: (curve[text].gflops, curve[text].distance)))
-    refused: set[int] = set()
-    for step in likely:
-        here = next(option for option in options[step.layer] if option.entry == plan.get(step.layer))
-        # a layer's later steps go further than the one that went too far
-        if step.layer not in refused and step.option.cost < here.cost:
-            further = {**plan, **after([step])}
-            if verify(sensitivity, further, curve).agreement >= keep:
-                plan = further
-            else:
-                refused.add(step.layer)
-    return plan
-
-
-def check_budget(budget: float, least: float) -> None:
-    """Raise ValueError for a budget that no candidate meets."""
-    if budget < least:
-        raise ValueError(f"budget_gflops={budget:g} is below the {least:.3f} GFLOPs of the cheapest candidates")
-
-
-def most_faithful(
-    sensitivity: Sensitivity,
-    steps: list[Step],
-    options: list[list[Option]],
-    rest: float,
-    budget: float,
-    curve: dict[str, Measured],
-) -> Plan:
-    """The plan that changes least, among those found of at most ``budget`` GFLOPs; ``rest`` are not the blocks'."""
-    here = [own[0] for own in options]
-    spent = rest + sum(option.cost for option in here)
-    for step in steps:
-        if spent > budget:
-            spent += step.option.cost - here[step.layer].cost
-            here[step.layer] = step.option
-    verify(sensitivity, {layer: o.entry for layer, o in enumerate(here) if o.entry}, curve)
-    # the last step may have saved more than was wanted: spend it where it helps most
-    for layer in sorted(range(len(here)), key=lambda layer: -here[layer].harm):
-        room = budget - spent + here[layer].cost
-        best = min((o for o in options[layer] if o.cost <= room), key=lambda option: option.harm)
-        spent += best.cost - here[layer].cost
-        here[layer] = best
-    verify(sensitivity, {layer: o.entry for layer, o in enumerate(here) if o.entry}, curve)
-    affordable = [text for text, found in curve.items() if found.gflops <= budget]
-    return plan_of(max(affordable, key=lambda text: (curve[text].agreement, -curve[text].distance)))
-
-
-def rows_of(curve: dict[str, Measured], chosen: Plan) -> list[dict[str, Any]]:
-    """The models that were measured as a whole, the dearest first."""
-    rows = [
-        dict(layers=len(json.loads(text)), **found._asdict(), chosen=text == text_of(chosen))
-        for text, found in curve.items()
-    ]
-    return sorted(rows, key=lambda row: (-row["gflops"], -row["agreement"]))
+def run_key(model: nn.Module, config: dict[str, Any], pixels: torch.Tensor) -> str:
+    """One line that changes with everything the measurements of a model on some images depend on."""
+    keywords = json.dumps(get_model_args(model), sort_keys=True, default=str)
+    weights, images = fingerprint(model.state_dict()), fingerprint({"pixels": pixels})
+    return (
+        f"{architecture(model)} {keywords}, weights {weights}, {len(pixels)} images {images} normalised by "
+        f"mean {config['mean']} and std {config['std']}"
+    )
 
 
 def table_of(result: dict[str, Any]) -> str:
@@ -365,7 +227,7 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
         raise ValueError(f"{path} cannot be read as a plan: {one_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("layers"), dict):
         raise ValueError(f"{path} is no plan; expected a file of timm-vix plan")
-    depth = len(attention_slots(model))
+    depth = len(attention_sites(model))
     if (content.get("architecture"), content.get("depth")) != (architecture(model), depth):
         raise ValueError(
             f"{path} is a plan for {content.get('architecture')} with {content.get('depth')} layers; "
@@ -383,7 +245,7 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", required=True, help="timm model, e.g. deit_tiny_patch16_224")
-    add("--data-dir", required=True, help="folder of images of any depth, labels not wanted")
+    add("--data-dir", required=True, help="folder of images of any depth, labels not used")
     add("--mixer", nargs="+", default=["nystrom"], help=f"of {', '.join(CANDIDATES)}; default: nystrom")
     add("--keep", type=float, help="least share of images with the same prediction: 0.99")
     add("--budget-gflops", type=float, help="instead of --keep: the most faithful model within this cost of one image")

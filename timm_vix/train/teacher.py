@@ -11,7 +11,7 @@ from torch import nn
 
 from .._files import one_line
 from .._names import check_model
-from ..mixers._slot import TokenMixer
+from ..mixers._slot import AttentionSlot, MixerSlot
 from .settings import check_weights
 
 
@@ -42,12 +42,13 @@ def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
 
 
 @torch.no_grad()
-def start_mixers(teacher: nn.Module, mixers: dict[str, TokenMixer], images: torch.Tensor) -> None:
+def start_mixers(teacher: nn.Module, mixers: dict[str, MixerSlot], images: torch.Tensor) -> None:
     """Show the mixers, by their paths, what the teacher's attention there sees of some images (B, 3, H, W)."""
 
-    def show(mixer: TokenMixer) -> Callable:
+    def show(mixer: MixerSlot) -> Callable:
         def hook(attn: nn.Module, args: tuple, kwargs: dict) -> None:
-            mixer.start_from(args[0], kwargs.get("rope"))
+            if isinstance(mixer, AttentionSlot):
+                mixer.init_from_inputs(args[0], kwargs.get("rope"))
 
         return hook
 

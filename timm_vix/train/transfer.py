@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from .._device import autocast, find_device, find_dtype, versions
 from .._files import write_table, write_whole
-from ..conversion.convert import Conversion, Layers, convert
+from ..conversion.convert import Conversion, convert
+from ..conversion.layers import Layers
 from ..mixers import MIXERS
-from ..mixers._slot import TokenMixer
+from ..mixers._slot import MixerSlot
 from .images import Images, find_unlabelled, normaliser, transforms
 from .interrupt import deferred_interrupt
 from .losses import BlockMatching, Distillation
@@ -239,12 +240,13 @@ def transfer(
     return student, report
 
 
-def parameter_groups(mixers: list[TokenMixer]) -> list[dict[str, Any]]:
+def parameter_groups(mixers: list[MixerSlot]) -> list[dict[str, Any]]:
     """The parameters of some mixers by the factor of their learning rate, which timm's schedulers call ``lr_scale``."""
     found: dict[float, list[nn.Parameter]] = {}
     for mixer in mixers:
         for name, parameter in mixer.named_parameters():
-            found.setdefault(mixer.learning_rates.get(name, 1.0), []).append(parameter)
+            factor = mixer.core.learning_rates.get(name.removeprefix("core."), 1.0)
+            found.setdefault(factor, []).append(parameter)
     return [dict(params=parameters, lr_scale=factor) for factor, parameters in found.items()]
 
 
@@ -317,7 +319,7 @@ def told_mixers(report: Conversion) -> tuple[str, str]:
     """Names and keywords of the mixers in a converted model; a mapping of layers may have several of both."""
     names = {mixer.__name__: name for name, mixer in MIXERS.items()}
     found = dict.fromkeys(
-        (names[row.after], " ".join(f"{name}={value}" for name, value in row.options.items()))
+        (names[row.after], " ".join(f"{name}={value}" for name, value in row.config.items()))
         for row in report.rows
         if row.changed
     )

@@ -1,0 +1,135 @@
+"""Tables of the conversion of DeiT-Tiny: accuracy, plans, transfers, and what was tried."""
+
+import json
+from typing import Optional
+
+from . import RESULTS, Row, markdown, measured, read, values
+from .cost import Key, is_timed, models, speed
+from .mechanisms import has_queries_and_keys
+
+# What the README shows of all conversions; transfer is of the same size of image where a row says so.
+SHOWN = ("nystrom, last 6", "nystrom", "nystrom, 4x4 windows", "linformer", "linformer, 4x4 windows")
+SHOWN += ("performer, 256 learned features",)
+# The conversion that stands for all in the README's table of sizes.
+ADVISED = "nystrom, 4x4 windows"
+
+
+def conversions() -> str:
+    """What conversion keeps of DeiT-Tiny on labelled photographs, and what it costs, transferred or not."""
+    rows = read("convert_deit_tiny.csv")
+    mixers = list(dict.fromkeys(row["model"].split(",")[0] for row in rows))
+    with_costs: set[tuple[str, str]] = set()
+    body = []
+    for row in sorted(rows, key=lambda row: (int(row["img_size"]), mixers.index(row["model"].split(",")[0]))):
+        key = (row["model"], row["img_size"])
+        costs = [""] * 3
+        if key not in with_costs:  # transfer changes no cost
+            costs = [row["gflops"], times(row), row["gradient_memory_mib"]]
+        with_costs.add(key)
+        body.append([row["model"], row["training"], row["img_size"], row["top1"], row["relative"], *costs])
+    head = ["converted", "training", "px", "top-1 %", "% of softmax", "GFLOPs", "times as fast", "gradient memory, MiB"]
+    return markdown(head, body, measured(rows))
+
+
+def find(rows: list[Row], model: str, training: str, img_size: str) -> Optional[Row]:
+    """The row of a conversion; of two transfers that at the images' own size, which its name tells."""
+    names = (f"{model}, transferred at {img_size} px", model)
+    found = [row for row in rows if (row["training"], row["img_size"]) == (training, img_size)]
+    return next((row for name in names for row in found if row["model"] == name), None)
+
+
+def kept(row: Optional[Row]) -> str:
+    """Accuracy in percent of softmax's, and the size of the transfer's images where it is another one."""
+    if row is None:
+        return ""
+    elsewhere = row["training"] == "transfer" and row["img_size"] != "224" and "transferred at" not in row["model"]
+    return row["relative"] + " (at 224 px)" * elsewhere
+
+
+def times(row: Row) -> str:
+    return f"{float(row['faster_than_softmax']):.2f}"
+
+
+def conversions_in_short() -> str:
+    """What conversion of all layers keeps of softmax's accuracy at each image size, untrained and after transfer."""
+    rows = read("convert_deit_tiny.csv")
+    sizes = values(rows, "img_size")
+    body = []
+    for model in SHOWN:
+        line = []
+        for size in sizes:
+            untrained, transferred = (find(rows, model, training, size) for training in ("none", "transfer"))
+            line += [kept(untrained), kept(transferred), times(untrained or transferred)]
+        body.append([model, *line])
+    head = [f"{size} px: {what}" for size in sizes for what in ("untrained, %", "transferred, %", "times as fast")]
+    photographs = ", ".join(f"{int(number):,}" for number in values(rows, "images"))
+    return markdown(["converted", *head], body, f"Top-1 on {photographs} labelled photographs. {measured(rows)}")
+
+
+def advice() -> str:
+    """Which attention mechanisms are faster than softmax at each image size, and what a conversion keeps there."""
+    cells = models("tiny")
+    tokens = {key.img_size: row["tokens"] for key, row in cells.items() if is_timed(row)}
+    rows = read("convert_deit_tiny.csv")
+    tokens |= {int(row["img_size"]): row["tokens"] for row in rows}
+    names = [name for name in dict.fromkeys(key.model for key in cells) if name.startswith("vix_")]
+    names = [name for name in names if has_queries_and_keys(name.split("_")[1])]
+    body = []
+    for pixels in sorted(tokens):
+        faster = {mode: faster_at(cells, names, pixels, mode) for mode in ("infer", "train")}
+        untrained, transferred = (find(rows, ADVISED, training, str(pixels)) for training in ("none", "transfer"))
+        keeps = f"{kept(untrained)} %" if untrained else "not measured"
+        keeps += f" ({kept(transferred)} % after transfer)" if transferred else ""
+        keeps += f", {times(untrained)} times as fast" if untrained else ""
+        speeds = [", ".join(f"{name} {ratio}" for name, ratio in faster[mode].items()) or "none" for mode in faster]
+        if not any(key.img_size == pixels for key in cells):
+            speeds = ["not measured"] * 2
+        body.append([f"{pixels:,} px", f"{int(tokens[pixels]):,}", *speeds, keeps])
+    head = ["image", "tokens", "faster in inference", "faster in training", f"DeiT-Tiny converted to {ADVISED} keeps"]
+    return markdown(head, body)
+
+
+def faster_at(cells: dict[Key, Row], names: list[str], pixels: int, mode: str) -> dict[str, str]:
+    """Mechanisms that are faster than softmax beyond the spread of their ratio, fastest first."""
+    rows = {name.split("_")[1]: cells.get(Key(name, True, pixels, mode)) for name in names}
+    found = {name: row for name, row in rows.items() if row and is_timed(row) and float(row["speedup_low"]) > 1}
+    order = sorted(found, key=lambda name: -float(found[name]["speedup"]))
+    return {name: speed(found[name], spread=False) for name in order}
+
+
+def plans() -> str:
+    """How many layers timm-vix plan converts for a wanted agreement, and what is left to compute."""
+    body = []
+    for path in sorted(RESULTS.glob("plan_*.json")):
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        share = 100 * plan["gflops"] / plan["softmax_gflops"]
+        converted = f"{len(plan['layers'])} of {plan['depth']}"
+        wanted, kept = f"{100 * plan['keep']:.0f} %", f"{100 * plan['agreement']:.1f} %"
+        images = "photographs" if "photos" in path.stem else "Caltech-101"
+        body.append([f"[{path.stem}]({path.name})", images, str(plan["images"]), str(plan["img_size"]), wanted, kept])
+        body[-1] += [converted, f"{share:.0f} %"]
+    head = ["plan", "images", "number", "px", "wanted agreement", "found", "layers converted", "operations left"]
+    return markdown(head, body)
+
+
+def transfers() -> str:
+    """What each transfer saw and reached."""
+    rows = read("transfer.csv")
+    body = []
+    for row in rows:
+        settings = [row["tokens"], row["images"], row["block_steps"], row["distill_steps"], row["batch_size"]]
+        found = [f"{float(row['agreement']):.1f}", row["feature_distance"], f"{float(row['seconds']) / 60:.0f}"]
+        body.append([f"{row['mixer']}, {row['keywords']}", *settings, *found])
+    head = ["converted", "tokens", "images", "steps of stage 1", "steps of stage 2", "batch"]
+    return markdown([*head, "agreement, %", "distance of last tokens", "minutes"], body, measured(rows))
+
+
+def studies() -> list[str]:
+    return values(read("convert_tried.csv"), "study")
+
+
+def tried(study: str) -> str:
+    """One study of convert_tried.csv, whose rows were noted by hand."""
+    rows = [row for row in read("convert_tried.csv") if row["study"] == study]
+    below = f"*Measured on: {rows[0]['images']}.*"
+    return markdown(["change", rows[0]["measure"]], [[row["change"], row["found"]] for row in rows], below)

@@ -1,0 +1,219 @@
+"""Tables of time, memory and operations: one layer (mixers.csv), whole models (cost_cpu.csv, cost_systems.csv)."""
+
+import math
+from typing import NamedTuple, Optional
+
+from timm_vix.measure.statistics import crossover
+
+from . import Row, markdown, measured, number_list, read, values
+
+# A ratio of times is told only with a spread over at least so many rounds.
+LEAST_ROUNDS = 3
+# LeViT adds a bias to its logits, for which timm computes the matrix of attention weights.
+UNFUSED = ("levin_128s mixer=softmax", "levip_128s mixer=softmax")
+MODES = {"infer": "inference", "train": "training"}
+
+
+class Key(NamedTuple):
+    model: str
+    fused: bool
+    img_size: int
+    mode: str
+
+
+def speed(row: Optional[Row], spread: bool = True) -> str:
+    """How many times as fast as the baseline; "same" where the 10th to 90th percentile of the rounds holds 1."""
+    if row is None or not row["speedup_low"]:
+        return ""
+    low, high = float(row["speedup_low"]), float(row["speedup_high"])
+    median = "same" if low <= 1 <= high else f"{float(row['speedup']):.2f}"
+    return f"{median} ({low:.2f} to {high:.2f})" if spread else median
+
+
+def is_timed(row: Row) -> bool:
+    return int(row["rounds"]) >= LEAST_ROUNDS and bool(row["speedup_low"])
+
+
+def layers() -> list[Row]:
+    return [row for row in read("mixers.csv") if row["dtype"] == "float32"]
+
+
+def timed_layers(mode: str) -> list[Row]:
+    """Rows of one layer but for single pairs, whose spread is a point."""
+    return [row for row in layers() if row["mode"] == mode and row["ratio_low"] != row["ratio_high"]]
+
+
+def layer_speed(mode: str) -> str:
+    """Speed of a layer relative to softmax through SDPA, for each number of tokens."""
+    rows = timed_layers(mode)
+    tokens = sorted({int(row["tokens"]) for row in rows})
+    cells = {(row["mixer"], int(row["tokens"])): row for row in rows}
+    body = []
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        line = []
+        for row in (cells[mixer, n] for n in tokens):
+            if mixer == "softmax":
+                line.append(f"{float(row['softmax_ms']):.0f} ms")
+            else:
+                spread = f"({float(row['ratio_low']):.2f} to {float(row['ratio_high']):.2f})"
+                line.append(f"{float(row['ratio']):.2f} {spread}")
+        body.append([f"`{mixer}`", *line])
+    return markdown(["", *(f"{n:,} tokens" for n in tokens)], body, measured(rows))
+
+
+def layer_memory() -> str:
+    """Peak memory of a training step of one layer and image, and its exponent in the number of tokens."""
+    rows = [row for row in layers() if row["mode"] == "train" and int(row["tokens"]) > 1000]
+    tokens = sorted({int(row["tokens"]) for row in rows})
+    cells = {(row["mixer"], int(row["tokens"])): float(row["peak_memory_mib"]) / int(row["batch"]) for row in rows}
+    body = []
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        used = [cells[mixer, n] for n in tokens]
+        slope = math.log(used[-1] / used[-2]) / math.log(tokens[-1] / tokens[-2])
+        body.append([f"`{mixer}`", *(f"{value:.0f} MiB" for value in used), f"{slope:.2f}"])
+    return markdown(["", *(f"{n:,} tokens" for n in tokens), "exponent"], body, measured(rows))
+
+
+def timed_mixers() -> list[str]:
+    """The mechanisms of the layer benchmark that are compared with softmax."""
+    return [mixer for mixer in values(timed_layers("infer"), "mixer") if mixer != "softmax"]
+
+
+def pays(mixer: str) -> str:
+    """The sentence of a mechanism's module about its speed."""
+    rows = [row for row in timed_layers("infer") if row["mixer"] == mixer]
+    ratios = [float(row["ratio"]) for row in rows]
+    fast = number_list(f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 2 else 2}f}" for ratio in ratios)
+    tokens = number_list(f"{int(row['tokens']):,}" for row in rows)
+    return (
+        f"*Pays:* one attention layer of ViT-Ti is {fast} times as fast as with softmax through SDPA at {tokens} "
+        f"tokens, in inference with default keywords in {rows[0]['dtype']} on {rows[0]['threads']} CPU threads "
+        "(``examples/results/mixers.csv``)."
+    )
+
+
+def models(size: str, batch_size: str = "1") -> dict[Key, Row]:
+    """Rows of cost_cpu.csv beside a ViT of that size, in float32."""
+    return {
+        Key(row["model"], row["attention"] == "fused", int(row["img_size"]), row["mode"]): row
+        for row in read("cost_cpu.csv")
+        if (row["dtype"], row["batch_size"]) == ("float32", batch_size) and row["baseline"] == f"vit_{size}_patch16_224"
+    }
+
+
+def name_of(key: Key) -> str:
+    return f"`{key.model}`" if key.fused else f"`{key.model}`, unfused"
+
+
+def sizes(cells: dict[Key, Row]) -> list[int]:
+    return sorted({key.img_size for key in cells})
+
+
+def model_speed(size: str, mode: str) -> str:
+    """Speed of whole models beside softmax through SDPA over the image size, and softmax's own milliseconds."""
+    cells = {key: row for key, row in models(size).items() if key.mode == mode and is_timed(row)}
+    body = []
+    for name, fused in dict.fromkeys(key[:2] for key in cells):
+        found = [cells.get(Key(name, fused, pixels, mode)) for pixels in sizes(cells)]
+        line = [speed(row) for row in found]
+        if fused and name.startswith("vit_"):
+            line = [f"{float(row['latency_p50_ms']):.0f} ms, {text}" if row else "" for row, text in zip(found, line)]
+        body.append([name_of(Key(name, fused, 0, mode)), *line])
+    return markdown(["", *(f"{pixels:,} px" for pixels in sizes(cells))], body, measured(cells.values()))
+
+
+def model_memory(size: str) -> str:
+    """Peak memory of a training step of one image, with weights and AdamW's state, over the image size."""
+    cells = {key: row for key, row in models(size).items() if key.mode == "train"}
+    body = []
+    for name, fused in dict.fromkeys(key[:2] for key in cells):
+        found = [cells.get(Key(name, fused, pixels, "train")) for pixels in sizes(cells)]
+        line = [f"{float(row['peak_memory_mib']):,.0f} MiB" if row else "" for row in found]
+        body.append([name_of(Key(name, fused, 0, "train")), *line])
+    versions = [dict(row, rounds="") for row in cells.values()]  # a peak of memory is the same in every round
+    return markdown(["", *(f"{pixels:,} px" for pixels in sizes(cells))], body, measured(versions))
+
+
+def model_operations() -> str:
+    """GFLOPs of the forward pass of one image, for both sizes of model."""
+    cells = {size: models(size) for size in ("tiny", "small")}
+    places = [(size, pixels) for size in cells for pixels in sizes(cells[size])]
+    body = []
+    for name in dict.fromkeys(key.model for key in cells["tiny"] if key.fused):
+        line = []
+        for size, pixels in places:
+            row = cells[size].get(Key(name.replace("tiny", size), True, pixels, "infer"))
+            line.append(f"{float(row['gflops']):,.1f}" if row else "")
+        body.append([f"`{name.replace('tiny', '*')}`", *line])
+    return markdown(["", *(f"{size}, {pixels:,} px" for size, pixels in places)], body)
+
+
+def crossing(cells: dict[Key, Row], model: str, mode: str, spread: bool = True) -> str:
+    """From how many tokens a model is faster than softmax, by interpolation, and what the ratios' spread allows."""
+    mine = [row for key, row in cells.items() if (key.model, key.mode) == (model, mode) and is_timed(row)]
+    tokens = [int(row["tokens"]) for row in mine]
+    ratios = ([float(row[column]) for row in mine] for column in ("speedup", "speedup_low", "speedup_high"))
+    median, earliest, latest = crossover(tokens, *ratios)
+    if median is None:
+        return f"not up to {max(tokens):,}"
+    least = min(tokens)
+    early, middle = ("" if n is None else f"below {least:,}" if n == least else f"{n:,.0f}" for n in (earliest, median))
+    if not spread or latest == least:
+        return middle
+    return f"{middle} ({early} to {'' if latest is None else f'{latest:,.0f}'})"
+
+
+def crossovers() -> str:
+    """From how many tokens each mechanism is faster in a model of ViT-Ti's size."""
+    cells = models("tiny")
+    names = [name for name in dict.fromkeys(key.model for key in cells) if name.startswith("vix_")]
+    body = [[f"`{name}`", *(crossing(cells, name, mode) for mode in MODES)] for name in names]
+    return markdown(
+        ["", "inference from (tokens)", "training from (tokens)"], body, measured(filter(is_timed, cells.values()))
+    )
+
+
+def cost() -> str:
+    """The README's table: speed of inference and training beside softmax, crossovers and memory."""
+    cells = models("tiny")
+    at = sorted({key.img_size for key, row in cells.items() if is_timed(row)})
+    body = []
+    for name in dict.fromkeys(key.model for key in cells if key.fused):
+        line = []
+        for found in ([cells[Key(name, True, pixels, mode)] for mode in MODES] for pixels in at):
+            if name.startswith("vit_"):
+                line.append(" / ".join(f"{float(row['latency_p50_ms']):,.0f}" for row in found) + " ms")
+            else:
+                line.append(" / ".join(speed(row, spread=False) for row in found))
+        pays_from = ["", ""]
+        if name.startswith("vix_"):
+            pays_from = [crossing(cells, name, mode, spread=False) for mode in MODES]
+        memory = f"{float(cells[Key(name, True, at[-1], 'train')]['peak_memory_mib']):,.0f} MiB"
+        body.append([f"`{name}`", *line, " / ".join(filter(None, pays_from)), memory])
+    head = ["", *(f"{pixels:,} px" for pixels in at), "pays from (tokens)", f"training memory, {at[-1]:,} px"]
+    return markdown(head, body)
+
+
+def precision() -> str:
+    """The one sentence about precision: what was measured on what, and how far softmax is from itself."""
+    rows = [row for size in ("tiny", "small") for row in models(size).values() if is_timed(row)]
+    control = [float(row["speedup"]) for row in rows if row["model"] == row["baseline"] and row["attention"] == "fused"]
+    devices = {row["device"] for row in rows}
+    gpu = "" if "cuda" in devices else " No GPU was measured."
+    return (
+        f"{measured(rows)} Each model is timed in turn with softmax attention through SDPA. A ratio is the median over "
+        f"the rounds, and *same* means that its 10th to 90th percentile holds 1. Softmax beside itself gave "
+        f"{min(control):.2f} to {max(control):.2f}.{gpu}"
+    )
+
+
+def systems() -> str:
+    """The paper's other systems and parallel blocks, each beside its own control, in whole models."""
+    rows = read("cost_systems.csv")
+    cells = {(row["model"], row["baseline"], int(row["img_size"]), row["mode"]): row for row in rows}
+    places = list(dict.fromkeys(key[2:] for key in cells))
+    body = []
+    for model, baseline in dict.fromkeys(key[:2] for key in cells):
+        beside = f"`{baseline}`, unfused" if baseline in UNFUSED else f"`{baseline}`"
+        body.append([f"`{model}`", beside, *(speed(cells.get((model, baseline, *place))) for place in places)])
+    return markdown(["", "beside", *(f"{MODES[mode]}, {size} px" for size, mode in places)], body, measured(rows))

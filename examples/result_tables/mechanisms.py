@@ -1,0 +1,91 @@
+"""The README's table of mechanisms, from the modules in timm_vix/mixers, and what their docstrings say of speed."""
+
+import inspect
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from timm_vix.measure.flops import counter
+from timm_vix.mixers import MIXERS
+from timm_vix.models.vit import VisionXformer
+
+from . import ROOT, markdown
+
+COST = re.compile(r"[Cc]ost in N: (.+?)(?:\. |$)", re.MULTILINE)
+PAPER = re.compile(r"([A-Z][^\W\d]+(?:-[A-Z]\w+)?(?: et al\.| & [A-Z]\w+) \d{4})[ ,(]+arXiv (\d{4}\.\d{4,5})")
+
+
+def module_of(mixer: str) -> ModuleType:
+    return sys.modules[MIXERS[mixer].__module__]
+
+
+def found(pattern: re.Pattern[str], mixer: str) -> tuple[str, ...]:
+    """The groups of a pattern in the docstring of a mechanism's module.
+
+    Raises:
+        ValueError: where the docstring doesn't say it.
+    """
+    match = pattern.search(" ".join((module_of(mixer).__doc__ or "").splitlines(keepends=True)))
+    if match is None:
+        raise ValueError(f"the docstring of {module_of(mixer).__name__} holds nothing like {pattern.pattern!r}")
+    return match.groups()
+
+
+@cache
+def has_queries_and_keys(mixer: str) -> bool:
+    """Whether a mechanism is attention: it takes rotary positions, and the weights of a trained softmax model."""
+    try:
+        with torch.device("meta"):
+            VisionXformer(mixer, rope="axial", img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1)
+    except ValueError as error:
+        if "rope" not in str(error):
+            raise
+        return False
+    return True
+
+
+def keywords(mixer: str) -> str:
+    """The mechanism's own keywords, with their defaults where the constructor has them."""
+    parameters = inspect.signature(MIXERS[mixer].__init__).parameters.values()
+    own = [p for p in parameters if p.default is not p.empty and p.name != "rope"]
+    return ", ".join(f"`{p.name}`" if p.default is None else f"`{p.name}={p.default!r}`" for p in own)
+
+
+def mechanisms() -> str:
+    """Name, file, mechanism, paper, cost in N, rotary positions and keywords of every mixer."""
+    body = []
+    for mixer in MIXERS:
+        path = Path(str(module_of(mixer).__file__)).relative_to(ROOT)
+        title = (module_of(mixer).__doc__ or "").split("\n\n")[0].replace("\n", " ").rstrip(".")
+        authors, number = found(PAPER, mixer)
+        paper = f"[{authors}](https://arxiv.org/abs/{number})"
+        rotary = "yes" if has_queries_and_keys(mixer) else "no"
+        name = f"[`{mixer}`]({path.as_posix()})"
+        body.append([name, title, paper, found(COST, mixer)[0], rotary, keywords(mixer)])
+    return markdown(["name, file", "mechanism", "paper", "cost in N", "rotary", "keywords"], body)
+
+
+def stem_pays() -> str:
+    """The sentence of stems/hierarchical_mlp.py about its operations, beside those of ViT-B and of other stems."""
+    flops = {name: operations(name) for name in ("linear", "conv", "hmlp")}
+    model = flops["linear"]
+    added = {name: flops[name] - model for name in ("conv", "hmlp")}
+    return (
+        f"*Pays:* it adds {100 * added['hmlp'] / model:.1f} % to the operations of a ViT-B with a linear stem; the "
+        f"convolutional stem adds {100 * added['conv'] / model:.1f} %."
+    )
+
+
+def operations(stem: str) -> int:
+    """Floating-point operations of ViT-B's forward pass with a stem, on the meta device, where nothing is computed."""
+    with torch.device("meta"):
+        model = VisionXformer("softmax", stem, embed_dim=768, num_heads=12).eval().requires_grad_(False)
+        image = torch.zeros(1, 3, 224, 224)
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter() as flops:
+        model(image)
+    return flops.get_total_flops()

@@ -1,0 +1,143 @@
+"""Tables of training: Caltech-101, parts of a model, and CIFAR-10 from random weights."""
+
+import statistics
+
+from . import Row, markdown, measured, read
+from .cost import speed
+
+
+def parts() -> str:
+    """What training only a part of DeiT-Tiny scores and costs, on two sets of images."""
+    tables = {"Caltech-101": read("finetune_parts_caltech101.csv"), "CIFAR-10": read("finetune_parts_cifar10.csv")}
+    body = []
+    for images, rows in tables.items():
+        for row in last_epochs(rows):
+            only = row["model"].partition("train_only=")[2] or "all"
+            trained, memory = f"{float(row['trained']) / 1e6:.2f}", f"{float(row['peak_memory_mib']):.0f} MiB"
+            fast = f"{float(row['step_ms']):.0f} ms" if only == "all" else f"{float(row['faster_than_all']):.2f}"
+            body.append([only, images, f"{float(row['top1']):.1f}", trained, memory, fast])
+    head = ["what trains", "images", "top-1 %", "parameters (M)", "memory of a step", "times as fast"]
+    return markdown(head, body, measured(row for rows in tables.values() for row in rows))
+
+
+def last_epochs(rows: list[Row]) -> list[Row]:
+    return list({row["model"]: row for row in rows}.values())
+
+
+def accuracies(row: Row) -> list[str]:
+    """Top-1 and top-5."""
+    return [f"{float(row[name]):.1f}" for name in ("top1", "top5")]
+
+
+def finetuned(name: str) -> str:
+    """Accuracy of the last epoch of each model."""
+    rows = read(f"finetune_{name}.csv")
+    body = []
+    for row in last_epochs(rows):
+        body.append([f"`{row['model']}`", *accuracies(row), row["epoch"], f"{float(row['parameters']) / 1e6:.2f}"])
+    return markdown(["", "top-1 %", "top-5 %", "epochs", "parameters (M)"], body, measured(rows))
+
+
+def caltech101() -> str:
+    """Accuracy of the last epoch on all of Caltech-101 and on a part of it, and the time of an epoch."""
+    tables = [read("finetune_caltech101.csv"), read("finetune_caltech101_part.csv")]
+    whole, part = ({row["model"]: row for row in last_epochs(rows)} for rows in tables)
+    times = {row["model"]: row for row in read("cost_caltech101.csv")}
+    body = []
+    for model in dict.fromkeys([*whole, *part]):
+        line = []
+        for found in (whole.get(model), part.get(model)):
+            line += accuracies(found) if found else ["", ""]
+        softmax = model.startswith("deit_tiny")  # ViT-Ti under another name
+        cost = times.get("vit_tiny_patch16_224" if softmax else model.replace(".deit_fb_in1k", ""))
+        costs = ["", "", ""]
+        if cost:
+            costs = [f"{float(cost['epoch_s']):.0f} s", "" if softmax else speed(cost)]
+            costs.append(f"{float(cost['peak_memory_mib']):,.0f} MiB")
+        body.append([f"`{model}`", *line, *costs])
+    head = ["", "30 a class: top-1 %", "top-5 %", "10 a class: top-1 %", "top-5 %", "an epoch", "times as fast"]
+    below = f"Accuracy: {measured([*tables[0], *tables[1]])} Time and memory: {measured(times.values())}"
+    return markdown([*head, "memory of a step"], body, below)
+
+
+def compared_caltech101() -> str:
+    """Accuracy after the short recipe of timm-vix compare, from DeiT-Tiny's weights."""
+    rows = [row for row in read("compare_caltech101.csv") if row["start"] != "scratch"]
+    body = [[f"`{row['model']}`", *accuracies(row), row["epochs"]] for row in rows]
+    return markdown(["", "top-1 %", "top-5 %", "epochs"], body, measured(rows))
+
+
+def reproduced() -> str:
+    """The paper's number, ours by its recipe and by the modern one; and what a step of 128 images costs."""
+    rows = read("reproduce_vix.csv")
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["system"], row["patch_size"], epochs_of(row)), []).append(row)
+    body = []
+    for key, mine in groups.items():
+        ours = [mean_top1([row for row in mine if row["recipe"] == recipe]) for recipe in ("paper", "modern")]
+        # the modern recipe's batch is the same for all; nothing is known of a step that could not be measured
+        step = next((row for row in mine if row["recipe"] == "modern" and row["peak_memory_mib"]), None)
+        costs = [""] * 3
+        if step:
+            costs = [f"{float(step['peak_memory_mib']):,.0f} MiB", f"{float(step['images_per_second']):.0f}"]
+            costs.append(f"{float(step['faster_than_softmax']):.2f}")
+        body.append([f"`{key[0]}`", *key[1:], mine[0]["paper"], *ours, *costs])
+    head = ["system", "patch", "epochs", "paper %", "its recipe %", "modern %", "memory of a step", "images/s"]
+    return markdown([*head, "times as fast"], body, measured(rows))
+
+
+def epochs_of(row: Row) -> str:
+    """Epochs of a run; the whole protocol trains 40 by the paper's recipe and 100 by the modern one."""
+    full = {("paper", "40"): "40, 100", ("modern", "100"): "40, 100"}
+    return full.get((row["recipe"], row["epochs"]), row["epochs"])
+
+
+def mean_top1(rows: list[Row]) -> str:
+    """The mean over seeds; empty without rows."""
+    return f"{statistics.mean(float(row['top1']) for row in rows):.1f}" if rows else ""
+
+
+# Pairs of systems that differ in one thing; the names end in _cifar, or where they say rope in _cifar_rope.
+COMPARISONS = {
+    "convolutional stem": "vix_softmax hybrid_vit, vix_linformer hybrid_vil, vix_performer hybrid_vip, "
+    "vix_nystrom hybrid_vin, vix_fnet hybrid_fnet, vix_mixer hybrid_mixer, pin hybrid_pin, pip hybrid_pip, "
+    "vix_softmax+rope hybrid_vit+rope, vix_linformer+rope hybrid_vil+rope, vix_performer+rope hybrid_vip+rope, "
+    "vix_nystrom+rope hybrid_vin+rope",
+    "rotary positions, softmax, Performer, Nyström": "vix_softmax vix_softmax+rope, vix_performer vix_performer+rope, "
+    "vix_nystrom vix_nystrom+rope, hybrid_vit hybrid_vit+rope, hybrid_vip hybrid_vip+rope, hybrid_vin hybrid_vin+rope",
+    "rotary positions, Linformer": "vix_linformer vix_linformer+rope, hybrid_vil hybrid_vil+rope",
+    "Nyström or Performer for softmax": "vix_softmax vix_nystrom, vix_softmax vix_performer, "
+    "vix_softmax+rope vix_nystrom+rope, vix_softmax+rope vix_performer+rope, hybrid_vit hybrid_vin, "
+    "hybrid_vit hybrid_vip, hybrid_vit+rope hybrid_vin+rope, hybrid_vit+rope hybrid_vip+rope",
+    "Linformer for softmax": "vix_softmax vix_linformer, hybrid_vit hybrid_vil",
+    "Linformer for softmax, rotary positions": "vix_softmax+rope vix_linformer+rope, hybrid_vit+rope hybrid_vil+rope",
+    "MLP mixing for softmax": "vix_softmax vix_mixer, hybrid_vit hybrid_mixer",
+    "Fourier mixing for softmax": "vix_softmax vix_fnet, hybrid_vit hybrid_fnet",
+    "CCN or CCP for CCT": "cct ccn, cct ccp",
+    "CvN or CvP for CvT": "cvt cvn, cvt cvp",
+}
+
+
+def system(name: str) -> str:
+    """The registered name: "vix_softmax+rope" is vix_softmax_cifar_rope."""
+    stem, _, rope = name.partition("+")
+    return f"{stem}_cifar_rope" if rope else f"{stem}_cifar"
+
+
+def compared() -> str:
+    """What one change is worth after one epoch with patches of 4x4: least and most points over all pairs of systems."""
+    scores = {
+        (row["system"], row["recipe"]): float(row["top1"])
+        for row in read("reproduce_vix.csv")
+        if (row["patch_size"], row["epochs"]) == ("4", "1")
+    }
+    body = []
+    for change, names in COMPARISONS.items():
+        pairs = [tuple(map(system, pair.split())) for pair in names.split(", ")]
+        line = []
+        for recipe in ("paper", "modern"):
+            gains = [scores[after, recipe] - scores[before, recipe] for before, after in pairs]
+            line.append(f"{min(gains):+.1f} to {max(gains):+.1f}")
+        body.append([change, str(len(pairs)), *line])
+    return markdown(["change", "pairs", "paper's recipe, points", "modern recipe, points"], body)

@@ -1,0 +1,55 @@
+"""Which mixer each layer of a model has: the forms of ``layers`` that models, ``convert`` and plans take."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
+
+from .replace import check_keywords, mixer_keywords
+
+Layers = Union[str, Sequence[int], Mapping[Any, Any]]
+
+
+def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any]) -> dict[int, tuple[str, dict]]:
+    """Mixer and keywords for each layer that ``layers`` names, see ``convert``.
+
+    Raises:
+        ValueError: for a form, a layer, a mixer or a keyword that isn't there.
+    """
+    forms = "expected 'all', 'first-n', 'last-n', 'every-n', a list of indices or a mapping from index to mixer"
+    chosen: dict[Any, Any]
+    if isinstance(layers, str):
+        form, _, count = layers.partition("-")
+        if layers != "all" and not (
+            form in ("first", "last", "every") and count.isdecimal() and 0 < int(count) <= depth
+        ):
+            raise ValueError(f"layers={layers!r}: {forms}, with n from 1 to {depth}")
+        n = depth if layers == "all" else int(count)
+        indices = {"all": range(depth), "first": range(n), "last": range(depth - n, depth)}
+        chosen = dict.fromkeys(indices.get(form, range(n - 1, depth, n)), mixer)
+    elif isinstance(layers, Mapping):
+        chosen = dict(layers)
+    elif isinstance(layers, Sequence) and all(isinstance(layer, (int, str)) for layer in layers):
+        chosen = dict.fromkeys(layers, mixer)
+    else:
+        raise ValueError(f"layers={layers!r}: {forms}")
+    if not chosen:
+        raise ValueError(f"layers={layers!r} names no layer: {forms}")
+    found: dict[int, tuple[str, dict]] = {}
+    for key, value in chosen.items():
+        # a mapping that went through a JSON file has text for its keys
+        index = int(key) if isinstance(key, str) and key.isdecimal() else key
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < depth:
+            raise ValueError(f"layers: {key!r} is no layer; the model has {depth}, from 0 to {depth - 1}")
+        own = dict(value) if isinstance(value, Mapping) else {"mixer": value}
+        name = own.pop("mixer", mixer)
+        if not isinstance(name, str) or index in found:
+            raise ValueError(
+                f"layers: {value!r} at layer {index}: expected one mixer's name, or a mapping with 'mixer'"
+            )
+        check_keywords(name, own)
+        takes = mixer_keywords(name)
+        found[index] = name, {**{k: v for k, v in keywords.items() if k in takes}, **own}
+    used = sorted({name for name, _ in found.values()})
+    for name in used:
+        others = set(keywords) - {name for mixer in used for name in mixer_keywords(mixer)}
+        check_keywords(name, {keyword: keywords[keyword] for keyword in others})
+    return dict(sorted(found.items()))

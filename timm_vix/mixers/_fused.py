@@ -1,0 +1,112 @@
+"""Attention between all N tokens and m landmarks, fused with the projections of the N tokens.
+
+    softmax(X W_q k^T) v W_o  =  softmax(X (W_q k^T)) (v W_o)        N queries, m keys: 2·N·h·m·C multiplications
+    softmax(q (X W_k)^T) X W_v  =  softmax((q W_k^T) X^T) X W_v      m queries, N keys: the same
+
+Both are exact, since nothing stands between a projection and the product that follows. They cost less than projecting
+first, 2·N·C·(C + m), while h·m < C + m, and they are a few large matrix products. A bias of the keys adds the same to
+all logits of a query. A bias of the values passes through, since attention weights sum to one.
+
+For long sequences training computes the attention weights again in the backward pass, as fused softmax attention does.
+They would be most of the memory.
+
+Shapes: x (B, N, C); q, k, v of the landmarks (B, h, m, D); weights as in ``torch.nn.Linear``; A = h·D.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# From so many tokens on, training computes attention weights twice rather than keep them for the gradient: a tenth of
+# a step's time for a tenth of its memory.
+LONG = 2048
+
+
+def checkpoint_if_long(function: Callable[..., torch.Tensor], long: bool, *inputs: Any) -> torch.Tensor:
+    """Call the function; for a ``long`` sequence only its inputs are kept for the backward pass."""
+    if long and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
+def fused_attend_to(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logit_bias: torch.Tensor,
+    weight_q: torch.Tensor,
+    bias_q: Optional[torch.Tensor],
+    weight_out: torch.Tensor,
+    bias_out: Optional[torch.Tensor],
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Multi-head attention of every token to m landmarks, output projection included -> (B, N, C).
+
+    logit_bias broadcasts to (B, h, 1, m); weight_q (A, C); weight_out (C, A); dropout of the attention weights.
+    """
+    if torch.jit.is_scripting():
+        return attend_to(x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout)
+    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        return checkpoint_if_long(
+            attend_to, x.shape[1] >= LONG, x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout
+        )
+
+
+def fused_attend_from(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    weight_k: torch.Tensor,
+    weight_v: torch.Tensor,
+    bias_v: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """Multi-head attention of m queries to all tokens, before the output projection -> (B, h, m, D)."""
+    _, h, _, D = q.shape
+    if torch.jit.is_scripting():
+        attended = attend_from(x, q, weight_k)
+    else:
+        attended = checkpoint_if_long(attend_from, x.shape[1] >= LONG, x, q, weight_k)
+    # outside of the checkpoint, which ends before its last product: that with all tokens is the large one
+    y = torch.matmul(attended, weight_v.reshape(h, D, x.shape[2]).transpose(1, 2))
+    return y if bias_v is None else y + bias_v.reshape(h, 1, D)
+
+
+def attend_to(
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logit_bias: torch.Tensor,
+    weight_q: torch.Tensor,
+    bias_q: Optional[torch.Tensor],
+    weight_out: torch.Tensor,
+    bias_out: Optional[torch.Tensor],
+    dropout: float,
+) -> torch.Tensor:
+    """``fused_attend_to`` without checkpointing."""
+    B, N, C = x.shape
+    _, h, m, D = k.shape
+    k = k * D**-0.5
+    key_weights = torch.matmul(k, weight_q.reshape(h, D, C)).reshape(B, h * m, C)
+    offset = logit_bias.to(k.dtype)
+    if bias_q is not None:
+        offset = offset + torch.matmul(k, bias_q.reshape(h, D, 1)).transpose(2, 3)
+    offset = offset.expand(B, h, 1, m).reshape(B, 1, h * m)
+    weights = torch.baddbmm(offset, x, key_weights.transpose(1, 2)).reshape(B, N, h, m).softmax(3)
+    weights = F.dropout(weights, dropout, dropout > 0.0)
+    # (B, h, C, m), and kept with C before m: a product with a transposed matrix is the fast one in half precision
+    value_weights = torch.matmul(weight_out.reshape(-1, h, D).transpose(0, 1), v.transpose(2, 3))
+    value_weights = value_weights.transpose(1, 2).flatten(2).to(weights.dtype)
+    if bias_out is None:
+        return torch.bmm(weights.flatten(2), value_weights.transpose(1, 2))
+    return torch.baddbmm(bias_out, weights.flatten(2), value_weights.transpose(1, 2))
+
+
+def attend_from(x: torch.Tensor, q: torch.Tensor, weight_k: torch.Tensor) -> torch.Tensor:
+    """Attention of m queries to all tokens, before the projection of the values: (B, h, m, C)."""
+    B, _, C = x.shape
+    _, h, m, D = q.shape
+    query_weights = torch.matmul(q * D**-0.5, weight_k.reshape(h, D, C)).reshape(B, h * m, C)
+    weights = torch.matmul(query_weights, x.transpose(1, 2)).softmax(2)
+    return torch.matmul(weights.to(x.dtype), x).reshape(B, h, m, C)

@@ -1,0 +1,137 @@
+"""Attention of all tokens to m landmarks, which are pooled from them: what Nyström attention and Linformer share.
+
+    K~, V~ = landmarks' keys and values                  pooled keys and values, or values fitted to queries as well
+    Y = softmax(Q K~^T / sqrt(D) + c) V~                 c: log of the number of tokens that a landmark stands for
+
+The methods here are those on projected heads. A ViT can pool before it projects and fuse attention with its projections
+(``LandmarkSlot`` in ``_slot.py``): the same function, computed with fewer operations.
+
+Shapes: B images, N = P + H·W tokens, h heads, D width of queries and keys, E of values, m landmarks: the P prefix
+tokens and the cells of a coarser grid.
+"""
+
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .._checks import check_integer
+from ._layout import Grid, TokenLayout, count_bias
+from ._local import DepthwiseResidual
+from ._mechanism import AttentionMechanism, AttentionShape
+from ._windows import landmarks_and_windows, window_biases
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Optional[torch.Tensor] = None, dropout: float = 0.0
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v for few queries or few keys.
+
+    Fused kernels want values as wide as the keys. What ``scaled_dot_product_attention`` falls back to looks every row
+    over for a mask that hides the whole of it, which is a tenth of LeViT's time.
+    """
+    if q.shape[3] == v.shape[3]:
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    logits = torch.matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5
+    weights = torch.softmax(logits if bias is None else logits + bias, dim=3)
+    return torch.matmul(nn.functional.dropout(weights, dropout, dropout > 0.0), v)
+
+
+class LandmarkAttention(AttentionMechanism):
+    """Attention to landmarks.
+
+    Args:
+        window_size: side of the windows of the patch grid within which attention is exact; 0: none.
+        conv_residual: add a depthwise 5x5 convolution of the values.
+    """
+
+    zero_init = ("conv.weight",)
+    # whether landmarks have queries, whose exact attention decides their values
+    needs_queries: torch.jit.Final[bool] = False
+
+    def __init__(self, shape: AttentionShape, window_size: int, conv_residual: bool = False) -> None:
+        super().__init__(shape)
+        check_integer("window_size", window_size, 0)
+        grids = shape.queries.grid, shape.keys.grid
+        queries, keys = ("x".join(map(str, grid)) for grid in grids)
+        if window_size and queries != keys:
+            raise ValueError(
+                f"window_size={window_size}: {queries} queries have no windows among {keys} keys; allowed is 0"
+            )
+        if conv_residual and queries != keys:
+            raise ValueError(
+                f"conv_residual=True: values of a grid of {keys} can't be added to {queries} queries; allowed is "
+                "conv_residual=False or, in a CvT, key_stride=1 or projection='linear'"
+            )
+        self.window_size = window_size
+        self.conv_residual = conv_residual
+        self.conv: Optional[nn.Module] = None
+        if conv_residual:
+            self.conv = DepthwiseResidual(shape.num_heads * shape.value_dim, shape.device, shape.dtype)
+        # pooling is the same for all heads, so it may come before the projections; and for queries, keys and values
+        self.pools_tokens = True
+        self.pools_once = True
+
+    def cells(self, grid: Grid) -> Grid:
+        """Rows and columns of the cells over a patch grid."""
+        raise NotImplementedError
+
+    def pool(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
+        """Landmarks of tokens or heads: (..., N, C) -> (..., m, C); ``values`` tells values from queries and keys."""
+        raise NotImplementedError
+
+    def fit(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Values of the landmarks, (B, h, m, E), given the exact attention of their queries, (B, h, m, E)."""
+        return v
+
+    def is_exact(self, layout: TokenLayout) -> bool:
+        """Whether attention to the landmarks is that to the tokens, since each is one."""
+        return False
+
+    def can_fuse(self) -> bool:
+        """Whether keys and values of single tokens aren't needed, so that projections can be fused."""
+        return self.window_size == 0 and self.conv is None
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+    ) -> torch.Tensor:
+        if self.is_exact(keys):
+            y = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+            return self.add_local(y, v, keys)
+        cells = self.cells(keys.grid)
+        q_m = self.pool(q, queries, cells, False) if self.needs_queries else q
+        k_m, v_m = self.pool(k, keys, cells, False), self.pool(v, keys, cells, True)
+        return self.attend(q, k, v, q_m, k_m, v_m, keys)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_m: torch.Tensor,
+        k_m: torch.Tensor,
+        v_m: torch.Tensor,
+        keys: TokenLayout,
+    ) -> torch.Tensor:
+        """Attention of all tokens, given the landmarks' own queries, keys and values (B, h, m, ·)."""
+        cells = self.cells(keys.grid)
+        bias = count_bias(k_m, keys, cells[0] * cells[1])
+        if self.needs_queries:
+            v_m = self.fit(q_m, k_m, v_m, attention(q_m, k, v), bias)
+        dropout = self.dropout if self.training else 0.0
+        if self.window_size == 0:
+            return self.add_local(attention(q, k_m, v_m, bias, dropout), v, keys)
+        P, grid = keys.num_prefix_tokens, keys.grid
+        size = min(self.window_size, max(grid[0], grid[1]))  # more would be padding
+        biases = window_biases(q, P, grid, cells, size)
+        y = landmarks_and_windows(q[:, :, P:], k[:, :, P:], v[:, :, P:], k_m, v_m, biases, grid, size, dropout)
+        if P > 0:
+            y = torch.cat([attention(q[:, :, :P], k_m, v_m, bias, dropout), y], dim=2)
+        return self.add_local(y, v, keys)
+
+    def add_local(self, y: torch.Tensor, v: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """Add the convolution of the values, if there is one."""
+        return y if self.conv is None else y + self.conv(v, layout)

@@ -1,0 +1,160 @@
+"""What a token mixer is: attention between projected heads, or a mixing of the tokens themselves.
+
+A mechanism is one class in one file, with a line in ``MIXERS``. What a host projects, rotates and merges around it is
+the host's affair: ``_slot.py`` for ViT, Eva and PiT, ``models/`` for CvT and LeViT.
+
+Shapes: B images, N tokens, h heads, D width of a head's queries and keys, E of its values, C channels.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+import torch
+from timm.layers import register_notrace_module
+from torch import nn
+
+from ._layout import Grid, TokenLayout
+
+
+class AttentionShape(NamedTuple):
+    """What a mixer is built for.
+
+    ``queries`` and ``keys`` are the layouts of the tokens that ask and are asked, ``dropout`` is that of attention
+    weights, and ``rotary`` says that queries and keys come with rotary positions.
+    """
+
+    dim: int
+    num_heads: int
+    head_dim: int
+    value_dim: int
+    queries: TokenLayout
+    keys: TokenLayout
+    dropout: float = 0.0
+    rotary: bool = False
+    device: Any = None
+    dtype: Any = None
+
+
+class Mixer(nn.Module):
+    """What all token mixers share: what a host, a plan, an optimizer or a conversion need to know of one.
+
+    Each keyword of the constructor after ``shape`` is kept as an attribute of its name.
+
+    Raises:
+        ValueError: where the mixer can't honour what the host asks for.
+    """
+
+    # the name in errors and in the documentation of models, and the paper
+    title = "this token mixer"
+    source = ""
+    # whether tokens must be the whole patch grid, so that none may be dropped
+    uses_grid = True
+    # whether attention weights can be dropped, and masked or made causal
+    supports_dropout = True
+    supports_mask = False
+    # whether queries and keys can be rotated
+    supports_rotary = True
+    # keywords that count tokens: a host with several grids takes at most as many as each has
+    token_counts: tuple[str, ...] = ()
+    # keywords with which a plan tries the mixer in a trained model; none: the mixer doesn't continue attention
+    candidates: tuple[dict[str, Any], ...] = ()
+    # parameters that begin at zero where the weights around them are trained ones
+    zero_init: tuple[str, ...] = ()
+    # parameters on a patch grid, and how each is moved to another grid
+    grid_parameters: dict[str, Callable[[torch.Tensor, Grid], torch.Tensor]] = {}
+    # parameters on another scale than weights, with the factor of their learning rate in a transfer
+    learning_rates: dict[str, float] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_notrace_module(cls)  # torch.fx must not follow sizes and branches inside
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        if shape.rotary and not self.supports_rotary:
+            raise ValueError(f"rope: {self.title} has no queries and keys to rotate")
+        if shape.dropout > 0 and not self.supports_dropout:
+            raise ValueError(
+                f"attn_drop_rate={shape.dropout}: {self.title} has no attention weights to drop; allowed is 0"
+            )
+
+    @classmethod
+    def keywords(cls) -> list[str]:
+        """The keywords of the mixer, e.g. ``["num_landmarks", "pinv_iterations", ...]``."""
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "shape")]
+
+    def config(self) -> dict[str, Any]:
+        """Every keyword with the value in force, as plain values that rebuild this mixer."""
+        return {name: getattr(self, name) for name in self.keywords()}
+
+    def set_grid(self, grid: Grid) -> None:
+        """Take a new patch grid for good: parameters that live on it are resampled, frozen ones stay frozen."""
+        for name, resample in self.grid_parameters.items():
+            old = getattr(self, name)
+            new = resample(old.detach(), grid).clone()
+            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+class AttentionMechanism(Mixer):
+    """Attention between projected heads.
+
+    ``forward(q, k, v, queries, keys)``: q (B, h, Nq, D), k (B, h, Nk, D), v (B, h, Nk, E) and their layouts
+    -> (B, h, Nq, E). Queries and keys come normalised and rotated. A mechanism with ``needs_tokens`` gets the tokens
+    that ask, (B, Nq, C), after these, one with ``supports_mask`` gets ``attn_mask`` and ``is_causal``.
+    """
+
+    needs_tokens = False
+    # whether queries and keys must be the same tokens, and values as wide as these
+    needs_self_attention = False
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__(shape)
+        if self.needs_self_attention and (shape.queries != shape.keys or shape.head_dim != shape.value_dim):
+            raise ValueError(
+                f"{self.title} needs queries and keys on one grid and values as wide as these; here the grids are "
+                f"{shape.queries.grid} and {shape.keys.grid}, the widths {shape.head_dim} and {shape.value_dim}"
+            )
+        self.dropout = float(shape.dropout)
+
+    def init_from_inputs(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        """See typical queries and keys (B, h, N, D) of a trained model before training, for weights to start from."""
+
+
+class TokenMixing(Mixer):
+    """Mixing of tokens without queries, keys and values: ``forward(x, layout)``, (B, N, C) -> (B, N, C)."""
+
+    supports_dropout = False
+    supports_rotary = False
+
+
+class MechanismHost(nn.Module):
+    """A module that projects heads for a mechanism, its sub-module ``core``."""
+
+    supports_mask: torch.jit.Final[bool]
+    needs_tokens: torch.jit.Final[bool]
+
+    def set_core(self, core: AttentionMechanism) -> None:
+        self.core = core
+        self.supports_mask = core.supports_mask
+        self.needs_tokens = core.needs_tokens
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        queries: TokenLayout,
+        keys: TokenLayout,
+        tokens: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Call the mechanism with what it takes, see ``AttentionMechanism``."""
+        # TorchScript compiles the branch of the constant alone
+        if self.needs_tokens:
+            return self.core(q, k, v, queries, keys, tokens)
+        elif self.supports_mask:  # noqa: RET505
+            return self.core(q, k, v, queries, keys, attn_mask, is_causal)
+        else:
+            return self.core(q, k, v, queries, keys)

@@ -1,0 +1,12 @@
+"""Where sums and exponentials need float32, whatever autocast says."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast; not for TorchScript, which knows autocast for constant devices only."""
+    # the meta device has no autocast to switch off
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
