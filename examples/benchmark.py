@@ -21,7 +21,8 @@ import torch
 
 import timm_vix  # noqa: F401  registers the names
 from timm_vix._records import Columns, append_record, key_of, read_records
-from timm_vix.measure.process import PeakMemory, set_malloc, timed, warm_up
+from timm_vix.measure.job import timed, warm_up
+from timm_vix.measure.memory import PeakMemory, set_malloc
 
 MIXERS = ("softmax", "nystrom", "linformer", "performer", "atrous", "fnet", "mixer")
 COLUMNS: Columns = dict(

@@ -19,9 +19,9 @@ from typing import Any
 from torch import nn
 
 from timm_vix._names import parse_model
-from timm_vix.measure.process import run
+from timm_vix.measure.job import measure_in_process
+from timm_vix.train.checkpoint import write_history
 from timm_vix.train.finetune import finetune
-from timm_vix.train.results import write_history
 
 # DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.
 CALTECH101 = dict(epochs=5, img_size=224, batch_size=32, lr=2e-4, weight_decay=0.05, augment="light")
@@ -48,7 +48,7 @@ TABLES = {
 def step_cost(model: str, net: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
     """A training step of the part that trains, beside one of the whole model: parameters, memory, time."""
     job = {name: row[name] for name in ("img_size", "batch_size", "dtype", "device", "threads")}
-    found = run(dict(job, model=model, baseline=model.split()[0], mode="train", rounds=15))
+    found = measure_in_process(dict(job, model=model, baseline=model.split()[0], mode="train", rounds=15))
     if "error" in found:
         raise ValueError(f"a step of {model} could not be measured: {found['error']}")
     return dict(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import timm_vix
 from timm_vix.measure.flops import counter
-from timm_vix.train.results import write_history
+from timm_vix.train.checkpoint import write_history
 
 SOURCE = "deit_tiny_patch16_224"
 WINDOWS = dict(window_size=2)

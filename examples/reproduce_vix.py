@@ -28,10 +28,11 @@ from timm.data import resolve_model_data_config
 import timm_vix  # noqa: F401  registers the names
 from timm_vix._files import one_line
 from timm_vix._records import append_record, header_of
-from timm_vix.measure.process import run
+from timm_vix.measure.job import measure_in_process
 from timm_vix.train.cards import COLUMNS, read_rows, seed_suffix, write_cards
 from timm_vix.train.finetune import find_device, finetune
-from timm_vix.train.images import Images, list_images, normaliser, transforms
+from timm_vix.train.images import Images, normaliser, transforms
+from timm_vix.train.listing import list_images
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
 # leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.
@@ -172,7 +173,7 @@ def train(
     best = max(history, key=lambda row: row["top1"])
     top1, top5 = measure(out / "hub", given.data_dir, device)
     keywords = " ".join(f"{name}={value}".replace(" ", "") for name, value in patched(system, patch_size).items())
-    step = run(  # in a process of its own, whose memory is nothing else's
+    step = measure_in_process(  # in a process of its own, whose memory is nothing else's
         {name: best[name] for name in ("device", "dtype", "threads", "batch_size")}
         | dict(
             model=f"{system} {keywords}",

@@ -1,11 +1,13 @@
-"""The advice: sizes of the ladder, the words that rows give, and one real measurement."""
+"""The advice: sizes that are measured, the words that rows give, and one real measurement."""
 
 import sys
 
 import pytest
 
 from timm_vix import cli
+from timm_vix._records import read_records
 from timm_vix.benchmark import advise
+from timm_vix.benchmark.cost import COLUMNS
 from timm_vix.mixers import MIXERS
 
 
@@ -17,12 +19,12 @@ def row(mixer: str, side: int, ms: float, memory: float, speedup: float) -> dict
                 peak_memory_mib=memory, difference="none" if 0.91 < speedup < 1.1 else "faster", **spread)  # fmt: skip
 
 
-def test_the_ladder_ends_at_the_size_that_was_asked_for() -> None:
-    assert advise.ladder(1024, 16) == [160, 256, 400, 640, 1024]
-    assert advise.ladder(224, 16) == [160, 176, 192, 208, 224]
-    assert advise.ladder(32, 16) == [32]
+def test_sizes_end_at_the_one_that_was_asked_for() -> None:
+    assert advise.image_sizes(1024, 16) == [160, 256, 400, 640, 1024]
+    assert advise.image_sizes(224, 16) == [160, 176, 192, 208, 224]
+    assert advise.image_sizes(32, 16) == [32]
     with pytest.raises(ValueError, match="img_size=1000 is no multiple of patch_size=16"):
-        advise.ladder(1000, 16)
+        advise.image_sizes(1000, 16)
 
 
 def test_every_mixer_is_measured_in_the_same_trunk() -> None:
@@ -57,7 +59,7 @@ def test_times_that_were_taken_in_turn_decide() -> None:
     assert advise.advice([row("softmax", 640, 100, 60, 1), few]).splitlines()[1].endswith("50")
 
 
-def test_what_could_not_be_measured_is_said() -> None:
+def test_what_could_not_be_measured_is_named() -> None:
     alone = dict(speedup=None, speedup_low=None, speedup_high=None, difference=None)
     small = [row("softmax", 160, 10, 20, 1), row("nystrom", 160, 12, 25, 0.5), row("fnet", 160, 5, 30, 2)]
     failed = dict(row("softmax", 640, 1, 1, 1), error="out of memory: 12 GiB")
@@ -72,16 +74,20 @@ def test_what_could_not_be_measured_is_said() -> None:
     assert "too few rounds to tell what is faster than softmax" in text and "5.00 (two rounds)" in text
 
 
-def test_it_measures_here(monkeypatch, capsys, tmp_path) -> None:
+@pytest.mark.parametrize("memory", [False, True])
+def test_it_measures_here(memory, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setattr(advise, "MIXERS", ["softmax", "fnet"])
     arguments = ["--img-size", "32", "--depth", "1", "--rounds", "3", "--seconds", "0", "--threads", "1"]
-    monkeypatch.setattr(
-        sys, "argv", ["timm-vix", "advise", *arguments, "--device", "cpu", "--out", str(tmp_path / "a.csv")]
-    )
+    arguments += ["--device", "cpu", "--out", str(tmp_path / "a.csv")] + ["--memory"] * memory
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "advise", *arguments])
     cli.main()
     out = capsys.readouterr().out
-    assert "At 32 px, 5 tokens: " in out and "smallest" in out
-    assert len((tmp_path / "a.csv").read_text().splitlines()) == 3
+    assert "At 32 px, 5 tokens: " in out
+    assert ("smallest" in out) is ("MiB" in out) is memory
+    records, damaged = read_records(tmp_path / "a.csv", COLUMNS, exact=True)
+    assert ([record["model"].split("_")[1] for record in records], damaged) == (["tiny", "fnet"], 0)
+    assert all(record["latency_p50_ms"] > 0 and record["gflops"] > 0 for record in records)
+    assert [record["peak_memory_mib"] is not None for record in records] == [memory] * 2
 
 
 @pytest.mark.parametrize(

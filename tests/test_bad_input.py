@@ -15,7 +15,6 @@ from timm_vix.mixers import MIXERS
 BUILDS = [
     ("vix_nystrom_tiny", {"num_landmarks": 0}, ["num_landmarks=0", "at least 1"]),
     ("vix_nystrom_tiny", {"num_landmarks": -1}, ["num_landmarks=-1", "at least 1"]),
-    ("vix_nystrom_tiny", {"num_landmarks": 300}, ["num_landmarks=300", "196", "patch tokens"]),
     ("vix_nystrom_tiny", {"num_landmarks": True}, ["num_landmarks=True", "integer"]),
     ("vix_nystrom_tiny", {"num_landmarks": "64"}, ["num_landmarks='64'", "integer"]),
     ("vix_nystrom_tiny", {"num_landmarks": 64.0}, ["num_landmarks=64.0", "integer"]),
@@ -28,7 +27,6 @@ BUILDS = [
     ("vix_performer_tiny", {"num_features": None, "feature_seed": -1}, ["feature_seed=-1", "at least 0"]),
     ("vix_performer_tiny", {"redraw_interval": -1}, ["redraw_interval=-1", "at least 0"]),
     ("vix_linformer_tiny", {"num_proj_tokens": 0}, ["num_proj_tokens=0", "at least 1"]),
-    ("vix_linformer_tiny", {"num_proj_tokens": 500}, ["num_proj_tokens=500", "196", "patch tokens"]),
     ("vix_linformer_tiny", {"sharing": "all"}, ["sharing='all'", "none", "headwise", "kv"]),
     ("vix_atrous_tiny", {"dilations": ()}, ["dilations=()", "at least 1", "(1, 2, 4)"]),
     ("vix_atrous_tiny", {"dilations": "1,x"}, ["dilations='1,x'", "at least 1"]),

@@ -1,5 +1,6 @@
 """The command ``timm-vix``."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import timm_vix
 from timm_vix import cli, models
+from timm_vix._checks import InputError
 from timm_vix.measure.flops import counter
 
 SCRIPT = """
@@ -101,6 +103,56 @@ def test_a_wrong_call_is_one_line_and_exit_2(
     usage, error = capsys.readouterr().err.splitlines()
     assert usage.startswith("usage: timm-vix")
     assert words in error
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (InputError("img_size=7"), 2, "error: img_size=7\n"),
+        (OSError("cannot write a.csv"), 2, "error: cannot write a.csv\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues\n"),
+        (KeyboardInterrupt("saved step 3"), 130, "saved step 3\n"),
+    ],
+)
+def test_what_is_not_a_defect_is_one_line(error, code, words, monkeypatch, capsys) -> None:
+    def fail(arguments) -> None:
+        raise error
+
+    monkeypatch.setattr("timm_vix.benchmark.cost.main", fail)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "cost", "vix_nystrom_tiny")
+    assert stop.value.code == code
+    assert capsys.readouterr().err == words
+
+
+def test_a_defect_shows_its_traceback(monkeypatch) -> None:
+    monkeypatch.setattr("timm_vix.benchmark.cost.main", lambda arguments: [].index(3))
+    with pytest.raises(ValueError, match="is not in list"):
+        call(monkeypatch, "cost", "vix_nystrom_tiny")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_subcommand_explains_itself(name, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, name, "--help")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    module = importlib.import_module(f"timm_vix.{cli.COMMANDS[name][0]}")
+    assert module.__doc__.strip() in out and "--out" in out
+
+
+def test_a_command_imports_no_other() -> None:
+    program = """
+import sys
+from timm_vix import cli
+sys.argv = ["timm-vix", "list", "vix_fnet_cifar"]
+cli.main()
+others = [name for name in sys.modules if name.startswith(("timm_vix.train", "timm_vix.benchmark", "matplotlib"))]
+assert not others, others
+"""
+    root = str(Path(timm_vix.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_run_is_python_with_our_names(tmp_path: Path) -> None:

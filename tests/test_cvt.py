@@ -95,7 +95,7 @@ def naive(module, x: torch.Tensor) -> torch.Tensor:
     """Softmax attention with convolutional projections, from CvT's formula: logits over the root of all channels."""
     B, _, C = x.shape
     P, h = module.num_prefix_tokens, module.num_heads
-    image = x[:, P:].transpose(1, 2).reshape(B, C, *module.queries.grid)
+    image = x[:, P:].transpose(1, 2).reshape(B, C, *module.grid)
     parts = {}
     for name in "qkv":
         tokens = x
@@ -104,7 +104,7 @@ def naive(module, x: torch.Tensor) -> torch.Tensor:
             stride = 1 if name == "q" else 2
             weight, bn = convolution.conv.weight, convolution.bn
             padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
-            rows, columns = (math.ceil(side / stride) for side in module.queries.grid)
+            rows, columns = (math.ceil(side / stride) for side in module.grid)
             out = torch.zeros(B, C, rows, columns, dtype=x.dtype)
             for i in range(3):
                 for j in range(3):
@@ -135,7 +135,7 @@ def test_attention_is_the_formula_at_the_exact_limit(mixer, projection):
     for bn in (m for m in module.modules() if hasattr(m, "running_mean")):
         bn.running_mean.normal_()
         bn.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 1 + module.queries.grid[0] * module.queries.grid[1], 32, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 1 + module.grid[0] * module.grid[1], 32, dtype=torch.float64, requires_grad=True)
     tolerance = {"softmax": 1e-10, "nystrom": 1e-4, "linformer": 1e-4, "performer": 0.1}[mixer]
     ours, reference = module(x), naive(module, x)
     assert distance(ours, reference) < tolerance

@@ -1,15 +1,19 @@
 """Fine-tuning: exact continuation, files that survive, honest export, and one clear line for wrong input."""
 
+import argparse
 import csv
 import errno
 import importlib.util
+import inspect
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +21,18 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
 import timm_vix
-from timm_vix.train.finetune import build_model, finetune
-from timm_vix.train.images import Images, find_images, transforms
+from timm_vix.train.build import build_model
+from timm_vix.train.finetune import finetune
+from timm_vix.train.finetune_settings import FinetuneSettings
+from timm_vix.train.images import Images, transforms
+from timm_vix.train.listing import find_images
+from timm_vix.train.settings import add_settings, given_settings
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "finetune.py"
@@ -173,6 +182,7 @@ def test_weights_threads_and_device_may_change_in_between(digits, tmp_path, monk
     # as earlier versions left it, and from a device that is not here
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     saved["settings"].update(checkpoint=str(weights), threads=1, device="cuda:7")
+    del saved["settings"]["content"], saved["settings"]["construction"]
     del saved["position"]["weights"]
     shutil.copytree(out, tmp_path / "earlier")
     torch.save(saved, tmp_path / "earlier" / "checkpoint.pt")
@@ -265,8 +275,14 @@ def test_results_files(finished):
     assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "history.csv", "curve.png", "hub"}
     with Image.open(out / "curve.png") as curve:
         assert curve.size == (1200, 480)
-    _, front, body = (out / "hub" / "README.md").read_text().split("---\n", 2)
-    assert "library_name: timm\n" in front and "license: other\n" in front and "- image-classification\n" in front
+    card = ModelCard.load(out / "hub" / "README.md")
+    assert card.data.to_dict() == dict(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license="other",
+        tags=["image-classification", "timm"],
+    )
+    body = card.text
     assert f"| top-1 | {history[-1]['top1']:.2f} |" in body
     assert "- seed: 0" in body and "4 classes, 128 images; validation: 32" in body
     assert history[-1]["lr"] < history[0]["lr"] <= EXACT["lr"]
@@ -324,6 +340,53 @@ def test_unreadable_images_are_skipped_counted_and_named(digits, tmp_path, capsy
     assert sum(int(line.split()[1]) for line in skipped) == 3
     assert all(name in printed for name in ("digit1/text.jpg", "digit2/half.png", "digit2/empty.png"))
     assert len(history) == 1
+
+
+def images_of(folder, lazy, augment="light"):
+    items, _, classes = find_images(str(folder), held_out=0.01)
+    config = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, crop_pct=1.0, crop_mode="center")
+    resize, augmented, _ = transforms(config, augment, 0.5)
+    return Images(items, classes, 3, resize, augmented, 0, lazy=lazy)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_decoded_when_a_batch_needs_them(digits, workers):
+    at_once, lazy = images_of(digits, lazy=False), images_of(digits, lazy=True)
+    assert len(at_once.cache) == len(lazy) == len(at_once) > 150
+    assert sorted(lazy.items[i][1] for i in lazy.cache) == [0, 1, 2, 3], "one image of each class was tried"
+    keys = lazy.batches(8, epoch=3)
+    for number, (pixels, labels) in enumerate(lazy.loader(keys, workers)):
+        assert torch.equal(pixels, torch.stack([at_once[key][0] for key in keys[number]]))
+        assert labels.tolist() == [at_once[key][1] for key in keys[number]]
+        if number == 2 and not workers:
+            assert {i for batch in keys[:3] for _, i in batch} <= lazy.cache.keys() and len(lazy.cache) <= 24 + 4
+    # decoded by a worker or not, all are in memory now
+    assert {i for batch in keys for _, i in batch} <= lazy.cache.keys()
+    assert all(np.array_equal(pixels, at_once.cache[i]) for i, pixels in lazy.cache.items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_replaced_in_training_and_left_out_of_validation(digits, tmp_path, workers, capsys):
+    shutil.copytree(digits, tmp_path / "data")
+    files = [path for path, _ in find_images(str(tmp_path / "data"), held_out=0.01)[0]]
+    damaged = (50, 51, len(files) - 1)  # after the last one comes the first
+    for i in damaged:
+        files[i].write_bytes(files[i].read_bytes()[:100])
+    images = images_of(tmp_path / "data", lazy=True, augment="none")
+    readable = [i for i in range(len(files)) if i not in damaged]
+    (keys,) = images.batches(len(images), epoch=0)
+    ((pixels, labels),) = images.loader([keys], workers)
+    printed = capsys.readouterr().out
+    assert f"skipped 3 of {len(files)} images" in printed and all(str(files[i]) in printed for i in damaged)
+    for (_, i), image, label in zip(keys, pixels, labels, strict=True):
+        shown = {50: 52, 51: 52, len(files) - 1: 0}.get(i, i)
+        with Image.open(images.items[shown][0]) as expected:
+            assert np.array_equal(image.permute(1, 2, 0), np.asarray(expected.convert("RGB")))
+        assert label == images.items[shown][1]
+    validated = torch.cat([labels for _, labels in images.loader(images.batches(8), workers)])
+    assert validated.tolist() == [images.items[i][1] for i in readable]
+    assert images.readable == len(readable)
+    assert capsys.readouterr().out == "", "printed once"
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
@@ -471,6 +534,47 @@ def test_resume_notices_other_images(digits, finished, tmp_path, script):
     assert_one_clear_line(result, ["settings differ", "images="])
 
 
+def test_resume_notices_other_pixels_of_the_same_size(digits, tmp_path, script):
+    """Without compression neither name nor size tells; a copy elsewhere, with new times, is the same."""
+
+    def store(image, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, compress_level=0)
+
+    for file in digits.rglob("*.png"):
+        with Image.open(file) as image:
+            store(image, tmp_path / "data" / file.parent.name / file.name)
+    settings = dict(TINY, epochs=1)
+    whole, _ = finetune(data_dir=str(tmp_path / "data"), out=str(tmp_path / "out"), **settings)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
+    again, _ = finetune(data_dir=str(tmp_path / "copy"), out=str(tmp_path / "out"), resume=True, **settings)
+    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    changed = tmp_path / "copy" / "digit2" / "7.png"
+    size = changed.stat().st_size
+    with Image.open(changed) as image:
+        pixels = np.array(image)
+    pixels[3, 4] ^= 1
+    store(Image.fromarray(pixels), changed)
+    assert changed.stat().st_size == size
+    result = script(*command(tmp_path / "copy", tmp_path / "out", **settings), "--resume")
+    assert_one_clear_line(result, ["settings differ", "content="])
+
+
+def test_resume_notices_another_model_of_the_same_name(digits, tmp_path, script):
+    """A folder whose configuration pools other tokens of the same weights."""
+    saved = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, global_pool="avg", **MODEL_KWARGS)
+    timm.models.save_for_hf(saved, tmp_path / "model", safe_serialization=True)
+    settings = dict(TINY, epochs=1, model=f"local-dir:{tmp_path / 'model'}", model_kwargs={"drop_rate": 0.0})
+    finetune(data_dir=str(digits), out=str(tmp_path / "out"), pretrained=True, **settings)
+    arguments = [*command(digits, tmp_path / "out", **settings), "--pretrained", "--resume"]
+    assert script(*arguments)[0] == 0
+    config = (tmp_path / "model" / "config.json").read_text()
+    assert '"global_pool": "avg"' in config
+    (tmp_path / "model" / "config.json").write_text(config.replace('"global_pool": "avg"', '"global_pool": "max"'))
+    words = ["settings differ", "'global_pool': 'avg'}} before", "'global_pool': 'max'}} now"]
+    assert_one_clear_line(script(*arguments), words)
+
+
 class Pickled:
     def __reduce__(self):
         return os.mkdir, ("/tmp/finetune_test_was_unpickled",)
@@ -511,7 +615,7 @@ def test_fewer_tensors_than_the_model_are_named(tmp_path, capsys):
     run = SimpleNamespace(
         **TINY, checkpoint=str(tmp_path / "shallow.safetensors"), pretrained=False, resume=False, in_chans=None
     )
-    build_model(SimpleNamespace(**vars(run) | dict(drop_path=0, device="cpu", dtype=torch.float32)), 4)
+    build_model(SimpleNamespace(**vars(run) | dict(drop_path=0, device="cpu")), torch.float32, 4)
     assert "new in vit_tiny_patch16_224: blocks.1." in capsys.readouterr().out
 
 
@@ -528,6 +632,58 @@ def test_a_part_trains_and_is_kept_apart(digits, tmp_path, script, capsys):
     torch.testing.assert_close(fresh.state_dict(), net.state_dict(), rtol=0, atol=0)
     result = script(*command(digits, tmp_path / "wrong", **TINY), "--train-only", "norm")
     assert_one_clear_line(result, ["train_only=norm", "attention, mlp, mixer, head"])
+
+
+def test_the_best_epoch_is_in_the_delta_too(digits, tmp_path):
+    """At a rate that destroys what was learnt, the first epoch is the best."""
+    settings = dict(TINY, model="test_vit", model_kwargs={}, train_only="attention", schedule="constant", warmup=0.0)
+    once = dict(settings, epochs=4, lr=1e-2, keep="best")
+    best, history = finetune(data_dir=str(digits), out=str(tmp_path / "best"), **once)
+    epoch = max(history, key=lambda row: row["top1"])["epoch"]
+    last = torch.load(tmp_path / "best" / "checkpoint.pt", weights_only=True)["model"]
+    assert epoch < 4 and not torch.equal(last["blocks.0.attn.qkv.weight"], best.blocks[0].attn.qkv.weight)
+    hub = load_file(tmp_path / "best" / "hub" / "model.safetensors")
+    other, _ = finetune(data_dir=str(digits), out=str(tmp_path / "other"), **settings | dict(epochs=1, lr=1e-30))
+    timm_vix.load_delta(other, tmp_path / "best" / "delta.safetensors")
+    torch.testing.assert_close(other.state_dict(), hub, rtol=0, atol=0)
+
+
+def test_signature_documentation_and_command_line_are_those_of_the_settings():
+    names = [own.name for own in fields(FinetuneSettings)]
+    assert list(inspect.signature(finetune).parameters) == names
+    assert inspect.signature(finetune).parameters["weight_decay"].default == 0.05
+    for name in names:
+        assert f"\n        {name}: " in finetune.__doc__
+    assert "share of all steps in which the learning rate rises (0 to below 1); default: 0.1." in finetune.__doc__
+    assert max(map(len, finetune.__doc__.splitlines())) <= 120
+    parser = argparse.ArgumentParser()
+    add_settings(parser, FinetuneSettings)
+    assert "RandAugment as well (none, light, rand); default: light" in " ".join(parser.format_help().split())
+    text = "--model test_vit --model-kwargs depth=3 pool=avg --lr 3e-3 --epochs 2 --pretrained --keep best"
+    given = given_settings(parser.parse_args(text.split()), FinetuneSettings)
+    assert given == dict(
+        model="test_vit", model_kwargs=dict(depth=3, pool="avg"), lr=3e-3, epochs=2, pretrained=True, keep="best"
+    )
+    assert given_settings(parser.parse_args([]), FinetuneSettings) == {}
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(lr="high"), "lr='high': allowed is a number"),
+        (dict(epochs=2.5), "epochs=2.5: allowed is an integer"),
+        (dict(epochs=True), "epochs=True: allowed is an integer"),
+        (dict(pretrained="no"), "pretrained='no': allowed is True or False"),
+        (dict(model_kwargs="depth=3"), "model_kwargs='depth=3': allowed is a mapping of keywords or None"),
+        (dict(out=None), "out=None: allowed is text"),
+        (dict(seed=-1), "seed=-1: allowed is 0 or more"),
+        (dict(drop_path=1), "drop_path=1: allowed is 0 to below 1"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_is_named(digits, wrong, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        finetune(**{**TINY, "data_dir": digits, **wrong})
 
 
 @pytest.mark.slow

@@ -165,3 +165,13 @@ def test_softmax_models_of_ours_convert_and_revert(name, tmp_path):
     assert torch.equal(again(x), y)
     revert(model)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("mixer, keyword", [("nystrom", "num_landmarks"), ("linformer", "num_proj_tokens")])
+def test_more_landmarks_than_patches_are_as_many(mixer, keyword):
+    """A reload at a smaller size has the same keywords; with a landmark for each patch it is softmax attention."""
+    model, softmax = vit(), vit()
+    softmax.load_state_dict(model.state_dict())
+    convert(model, mixer, **{keyword: 17})
+    x = torch.randn(2, 3, 32, 32)
+    assert distance(model(x), softmax(x)) < 1e-5

@@ -121,7 +121,7 @@ def test_the_best_epoch_is_kept_also_after_a_stop(images, tmp_path):
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("timm_vix.train.finetune.write_curve", stop)
+        patch.setattr("timm_vix.train.finetune.write_figure", stop)
         with pytest.raises(Stop):
             finetune(out=str(tmp_path / "stopped"), **settings)
     again, _ = finetune(out=str(tmp_path / "stopped"), resume=True, **settings)
@@ -364,7 +364,7 @@ def test_what_cannot_end_well_is_refused_before_training(damage, words, run, ima
 
 
 def test_a_system_that_fails_does_not_take_the_others_with_it(run, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_vix.measure.process.run", lambda job: dict(error="out of memory"))
+    monkeypatch.setattr("timm_vix.measure.job.measure_in_process", lambda job: dict(error="out of memory"))
     (tmp_path / "runs" / "modern-1-4").mkdir(parents=True)
     (tmp_path / "runs" / "modern-1-4" / "vix_mixer_cifar").write_text("where its folder would be")
     arguments = ["--data-dir", images, "--systems", "vix_mixer_cifar", "vix_fnet_cifar", "--recipes", "modern"]
@@ -382,7 +382,7 @@ def test_a_system_that_fails_does_not_take_the_others_with_it(run, images, tmp_p
 
 
 def test_another_seed_has_a_run_of_its_own_and_the_speed_of_its_training(run, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_vix.measure.process.run", lambda job: dict(error="out of memory"))
+    monkeypatch.setattr("timm_vix.measure.job.measure_in_process", lambda job: dict(error="out of memory"))
     arguments = ["--data-dir", images, "--systems", "vix_fnet_cifar", "--recipes", "modern", "--patch-size", 4]
     arguments += ["--epochs", 1, "--device", "cpu", "--threads", 1, "--runs", tmp_path / "runs"]
     arguments += ["--results", tmp_path / "r.csv"]

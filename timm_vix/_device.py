@@ -7,14 +7,20 @@ from typing import Optional
 import timm
 import torch
 
+from ._checks import InputError
+
+# instruction sets of a processor on which the speed of matrix products depends, as the kernel of Linux names them:
+# x86's vectors and matrices, then ARM's
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
+
 
 def find_device(name: str) -> str:
-    """Resolve "auto", and raise ValueError for a device that this machine lacks."""
+    """Resolve "auto", and raise InputError for a device that this machine lacks."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     present = ["cuda"] * bool(count) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     allowed = ["auto", *present, *(f"cuda:{i}" for i in range(count))]
     if name not in allowed:
-        raise ValueError(f"device={name!r} is not on this machine; allowed are {', '.join(allowed)}")
+        raise InputError(f"device={name!r} is not on this machine; allowed are {', '.join(allowed)}")
     return present[0] if name == "auto" else name
 
 
@@ -33,14 +39,25 @@ def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
 
 
 def device_name(device: str) -> str:
-    """The name of a processor or accelerator, e.g. "AMD EPYC" or "NVIDIA H200"."""
+    """The name of an accelerator, e.g. "NVIDIA H200", or of a processor with its instruction sets.
+
+    The same name of a processor may stand for several generations: on one without bfloat16 instructions, what is
+    measured in bfloat16 says nothing about one with them. Where the kernel tells no instruction sets, the name is all.
+
+    Example:
+        >>> device_name("cpu")
+        'AMD EPYC (avx2 avx512f avx512_bf16)'
+    """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    fields = process_fields("/proc/cpuinfo")
-    return fields.get("model name") or platform.processor() or platform.machine()
+    fields = fields_of("/proc/cpuinfo")
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    present = (fields.get("flags") or fields.get("Features", "")).split()
+    found = [one for one in INSTRUCTION_SETS if one in present]
+    return f"{name} ({' '.join(found)})" if found else name
 
 
-def process_fields(path: str) -> dict[str, str]:
+def fields_of(path: str) -> dict[str, str]:
     """The ``name: value`` lines of a file under /proc; none where there is no such file. The first of a name counts."""
     try:
         lines = Path(path).read_text().splitlines()
@@ -52,7 +69,7 @@ def process_fields(path: str) -> dict[str, str]:
 
 def kibibytes(path: str, field: str) -> Optional[int]:
     """A memory field of a file under /proc, in KiB; None where it is not."""
-    value = process_fields(path).get(field)
+    value = fields_of(path).get(field)
     return int(value.split()[0]) if value else None
 
 

@@ -1,7 +1,7 @@
 """Rows of measurements: appended to a CSV one by one, and read back with damaged lines counted and left out.
 
-A table is described by its columns, ``{name: str, int or float}``. An empty cell is None; no cell holds a line break,
-so a line that was cut off or overwritten spoils no other.
+A table is described by its columns, ``{name: str, int or float}``. An empty cell is None. No cell holds a line break,
+and each line is read by itself, so that a line that was cut off inside quotation marks spoils no other.
 """
 
 import csv
@@ -11,18 +11,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ._checks import InputError
+
 Columns = Mapping[str, type]
 Record = dict[str, Any]
 
 
 def key_of(record: Record, names: Iterable[str]) -> tuple:
+    """The values of some columns."""
     return tuple(record[name] for name in names)
 
 
-def line_of(values: list[Any]) -> str:
+def line_of(values: Iterable[Any]) -> str:
+    """One line of a CSV; a line break in a value becomes a space."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(["" if value is None else value for value in values])
-    return " ".join(text.getvalue().split("\n")) + "\n"
+    return " ".join(text.getvalue().splitlines()) + "\n"
 
 
 def check_writable(path: Path) -> None:
@@ -46,9 +50,9 @@ def append_record(path: Path, columns: Columns, record: Record) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
-            text = line_of([record.get(name) for name in columns])
+            text = line_of(record.get(name) for name in columns)
             if file.tell() == 0:
-                text = line_of(list(columns)) + text
+                text = line_of(columns) + text
             else:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
@@ -62,24 +66,28 @@ def append_record(path: Path, columns: Columns, record: Record) -> None:
         ) from error
 
 
-def header_of(path: Path) -> list[str]:
-    """The column names of a CSV; empty for an empty file.
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file that aren't empty.
 
     Raises:
-        ValueError: for a file that is not there or cannot be read.
+        InputError: for a file that is not there or cannot be read.
     """
     try:
         # utf-8-sig: a spreadsheet puts a mark of its own before the first column's name
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            return split(file.readline().rstrip("\r\n")) or []
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; expected a CSV file") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}; expected a CSV file") from error
+    return [line for line in text.split("\n") if line.strip()]
 
 
-def split(line: str) -> list[str]:
-    """The cells of one line; none if it is no CSV."""
+def header_of(path: Path) -> list[str]:
+    """The column names of a CSV; empty for an empty file and for one that is no CSV.
+
+    Raises:
+        InputError: for a file that is not there or cannot be read.
+    """
     try:
-        return next(csv.reader([line.replace("\0", "\ufffd")], strict=True), [])
+        return next(csv.reader(lines_of(path)[:1]), [])
     except csv.Error:
         return []
 
@@ -94,26 +102,24 @@ def read_records(path: Path, columns: Columns, exact: bool = False) -> tuple[lis
         exact: Ask for these columns and no other, since rows are to be appended.
 
     Raises:
-        ValueError: for a file that cannot be read, or that lacks a column.
+        InputError: for a file that cannot be read, or that lacks a column.
     """
     header = header_of(path)
     missing = [name for name in columns if name not in header]
     if missing or (exact and header != list(columns)):
         extra = [name for name in header if name not in columns]
-        told = [f"it lacks {', '.join(missing)}"] * bool(missing) + [f"it has also {', '.join(extra)}"] * bool(extra)
-        raise ValueError(
-            f"{path} was written by another version or program: {'; '.join(told) or 'its columns are in another order'}"
+        reasons = [f"it lacks {', '.join(missing)}"] * bool(missing) + [f"it has also {', '.join(extra)}"] * bool(extra)
+        raise InputError(
+            f"{path} was written by another version or program: "
+            f"{'; '.join(reasons) or 'its columns are in another order'}"
         )
     records, damaged = [], 0
-    for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n")[1:]:
-        if not line.strip():
-            continue
-        cells = split(line.rstrip("\r"))
+    for line in lines_of(path)[1:]:
         try:
-            if len(cells) != len(header) or "\ufffd" in line:
-                raise ValueError
-            values = dict(zip(header, cells))
-            records.append({name: kind(values[name]) if values[name] else None for name, kind in columns.items()})
-        except ValueError:
+            (cells,) = csv.DictReader([line], header, strict=True)
+            if None in cells or None in cells.values():
+                raise InputError("too many or too few cells")
+            records.append({name: kind(cells[name]) if cells[name] else None for name, kind in columns.items()})
+        except (ValueError, csv.Error):
             damaged += 1
     return records, damaged

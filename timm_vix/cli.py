@@ -1,9 +1,11 @@
 """The command ``timm-vix``: what timm's own scripts leave out.
 
-One function a subcommand, which imports what it needs when it runs. Wrong arguments are the parser's to refuse.
+A subcommand is a module with a docstring, ``add_arguments(parser)`` and ``main(arguments)``, which is imported when it
+is the one that runs.
 """
 
 import argparse
+import importlib
 import os
 import runpy
 import sys
@@ -11,17 +13,16 @@ from collections.abc import Callable
 from typing import Optional
 
 from . import __version__, models
+from ._checks import InputError
 from ._names import near_names
-from .benchmark import advise, compare, cost, report
-from .train import plan, transfer
 
 COMMANDS = dict(
-    cost=(cost, "latency, memory and FLOPs of any timm models, beside softmax"),
-    advise=(advise, "which mechanism is fastest and smallest here, and from how many tokens"),
-    compare=(compare, "train several models by one recipe: accuracy beside cost"),
-    plan=(plan, "which layers of a trained ViT to convert, and to what, for a wanted agreement or cost"),
-    transfer=(transfer, "convert a trained ViT and fit it to what it was, without labels"),
-    report=(report, "a page and figures from the tables of cost and compare"),
+    cost=("benchmark.cost", "latency, memory and FLOPs of any timm models, beside softmax"),
+    advise=("benchmark.advise", "which mechanism is fastest here, and from how many tokens"),
+    compare=("benchmark.compare", "train several models by one recipe: accuracy beside cost"),
+    plan=("train.plan", "which layers of a trained ViT to convert, and to what, for a wanted agreement or cost"),
+    transfer=("train.transfer", "convert a trained ViT and fit it to what it was, without labels"),
+    report=("benchmark.report", "a page and figures from the tables of cost and compare"),
 )
 
 
@@ -72,7 +73,7 @@ def size_of(name: str) -> tuple[int, int, Optional[int]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from .measure.flops import counter
-    from .measure.process import tokens_of
+    from .measure.job import tokens_of
 
     # torch's counter can't follow a weight that is handed from module to module while gradients are off
     model = timm.create_model(name, device="meta").eval().requires_grad_(False)
@@ -90,12 +91,15 @@ def run_script(arguments: argparse.Namespace) -> None:
 
 
 def in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """The command, with wrong input and Ctrl-C told in one line; the exit codes are 2 and 130."""
+    """The command, with one line for wrong input, for a file that can't be written and for Ctrl-C.
+
+    The exit codes are 2, 2 and 130. Any other exception is a defect, and keeps its traceback.
+    """
 
     def call(arguments: argparse.Namespace) -> None:
         try:
             command(arguments)
-        except (ValueError, OSError) as error:
+        except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
@@ -131,10 +135,13 @@ def main() -> None:
 
     # the docstrings hold formulas and lists, which the default formatter would run together
     raw = argparse.RawDescriptionHelpFormatter
-    for name, (module, purpose) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=module.__doc__, formatter_class=raw)
-        module.add_arguments(command)
-        command.set_defaults(function=in_one_line(module.main))
+    for name, (path, purpose) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, formatter_class=raw)
+        if sys.argv[1:2] == [name]:
+            module = importlib.import_module(f".{path}", __package__)
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(function=in_one_line(module.main))
 
     arguments = parser.parse_args()
     arguments.function(arguments)

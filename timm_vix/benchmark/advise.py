@@ -1,7 +1,9 @@
-"""Which mechanism is fastest and smallest at a resolution on this machine, and from how many tokens each pays.
+"""Which mechanism is fastest at a resolution on this machine, and from how many tokens each is faster than softmax.
 
 Measured, not looked up: ViT-Ti blocks with each mixer, in turn with softmax through ``scaled_dot_product_attention``,
-at growing numbers of tokens up to the one that is asked for. Crossovers are interpolated between them.
+at growing numbers of tokens up to the one that is asked for. Crossovers are interpolated between them. All mechanisms
+are timed together, which takes a minute or two; --memory measures each in a process of its own, and takes several times
+as long.
 """
 
 import argparse
@@ -9,30 +11,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .._checks import InputError
 from .._records import Record
 from ..measure.statistics import crossover, crossover_text
 from ..mixers import MIXERS
 from .cost import add_machine, machine_of, positive, ratio, sweep
 from .figures import paired_times
 
-RUNGS = 5
+SIZES = 5
 
 
-def ladder(img_size: int, patch_size: int) -> list[int]:
+def image_sizes(img_size: int, patch_size: int) -> list[int]:
     """Image sizes, multiples of the patch, from about 100 patches to ``img_size``, evenly spaced on a log scale.
 
     Raises:
-        ValueError: for an image that the patches don't divide.
+        InputError: for an image that the patches don't divide.
 
     Example:
-        >>> ladder(1024, 16)
+        >>> image_sizes(1024, 16)
         [160, 256, 400, 640, 1024]
     """
     if img_size % patch_size:
-        raise ValueError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
+        raise InputError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
     side = img_size // patch_size
     low = min(10, side)
-    sides = {round(low * (side / low) ** (i / (RUNGS - 1))) for i in range(RUNGS)}
+    sides = {round(low * (side / low) ** (i / (SIZES - 1))) for i in range(SIZES)}
     return [patch_size * s for s in sorted(sides)]
 
 
@@ -48,34 +51,45 @@ def advice(records: list[Record]) -> str:
     """The answer in words, from the rows of ``plan``."""
     good = [record for record in records if record["error"] is None]
     if not good:
-        raise ValueError(f"nothing could be measured: {records[0]['error']}")
+        raise InputError(f"nothing could be measured: {records[0]['error']}")
     asked, largest = (max(record["img_size"] for record in group) for group in (records, good))
     # in the order of times that were taken in turn: the rows' own are of different moments
     paired = paired_times([record for record in good if record["img_size"] == largest])
     here = sorted(paired, key=lambda record: record["latency_p50_ms"])
-    lines = [f"{'mechanism':10}  {'ms':>9}  {'x softmax (spread)':32}  {'MiB':>7}  overtakes softmax"]
+    lines = table(here, good)
+    for record in records:
+        if record["error"] is not None:
+            lines.append(f"{mechanism(record)}, {record['img_size']} px: failed: {record['error']}")
+    start = f"nothing could be measured at {asked} px; at" if largest < asked else "At"
+    answer = f"{start} {largest} px, {here[0]['tokens']:,} tokens: {fastest_of(here)}"
+    sized = [record for record in here if record["peak_memory_mib"] is not None]
+    if sized:
+        smallest = min(sized, key=lambda record: record["peak_memory_mib"])
+        answer += f", smallest {mechanism(smallest)}"
+    lines.append(f"\n{answer}. This is cost only: for what each scores, see `timm-vix compare`.")
+    return "\n".join(lines)
+
+
+def table(here: list[Record], good: list[Record]) -> list[str]:
+    """Its lines: a mechanism's time at one size, and where it overtakes softmax, from the rows of all sizes.
+
+    Memory has a column where it was measured.
+    """
+    with_memory = any(record["peak_memory_mib"] is not None for record in here)
+    lines = [f"{'mechanism':10}  {'ms':>9}  {'x softmax (spread)':32}{'      MiB' * with_memory}  overtakes softmax"]
     for record in here:
-        name, when, spread, memory = mechanism(record), "", "", record["peak_memory_mib"]
-        if name != "softmax":
+        when, spread, memory = "", "", ""
+        if mechanism(record) != "softmax":
             rows = [r for r in good if r["model"] == record["model"] and r["difference"] not in (None, "unknown")]
             if rows:
                 tokens = [r["tokens"] for r in rows]
                 ratios = ([r[key] for r in rows] for key in ("speedup", "speedup_low", "speedup_high"))
                 when = crossover_text(tokens, crossover(tokens, *ratios))
             spread = ratio(record).replace(" x softmax", "")
-        size = "" if memory is None else f"{memory:.0f}"
-        lines.append(f"{name:10}  {record['latency_p50_ms']:9.4g}  {spread:32}  {size:>7}  {when}".rstrip())
-    for record in records:
-        if record["error"] is not None:
-            lines.append(f"{mechanism(record)}, {record['img_size']} px: failed: {record['error']}")
-    sized = [record for record in here if record["peak_memory_mib"] is not None]
-    smallest = min(sized, key=lambda record: record["peak_memory_mib"], default=None)
-    start = f"nothing could be measured at {asked} px; at" if largest < asked else "At"
-    lines.append(f"\n{start} {largest} px, {here[0]['tokens']:,} tokens: {fastest_of(here)}")
-    if smallest is not None:
-        lines[-1] += f", smallest {mechanism(smallest)}"
-    lines[-1] += ". Speed and size only: what each scores, `timm-vix compare` tells."
-    return "\n".join(lines)
+        if with_memory:
+            memory = f"{'' if record['peak_memory_mib'] is None else round(record['peak_memory_mib']):>9}"
+        lines.append(f"{mechanism(record):10}  {record['latency_p50_ms']:9.4g}  {spread:32}{memory}  {when}".rstrip())
+    return lines
 
 
 def fastest_of(here: list[Record]) -> str:
@@ -84,8 +98,8 @@ def fastest_of(here: list[Record]) -> str:
     faster = [record for record in mixers if record["difference"] == "faster"]
     if faster:
         even = [mechanism(r) for r in faster[1:] if r["speedup_high"] >= faster[0]["speedup_low"]]
-        told = f" ({', '.join(even)} as fast within the spread)" if even else ""
-        return f"fastest is {mechanism(faster[0])}{told}"
+        others = f" ({', '.join(even)} as fast within the spread)" if even else ""
+        return f"fastest is {mechanism(faster[0])}{others}"
     if mixers and len(mixers) == len(here):
         return f"softmax could not be measured, fastest of the others is {mechanism(mixers[0])}"
     if any(record["difference"] == "unknown" for record in mixers):
@@ -106,18 +120,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--batch-size", type=positive, default=1)
     add("--depth", type=positive, default=2, help="blocks that are measured: 2")
+    add("--memory", action="store_true", help="peak memory too, each model in a process of its own: slower")
     add("--out", type=Path, help="keep the rows here, and continue from them; default: nowhere")
     add_machine(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Measure, and print the advice."""
-    sizes = ladder(arguments.img_size, arguments.patch_size)
+    sizes = image_sizes(arguments.img_size, arguments.patch_size)
     trunk = f"depth={arguments.depth} patch_size={arguments.patch_size}"
     settings = {name: getattr(arguments, name) for name in ("mode", "dtype", "batch_size")}
     jobs = plan(sizes, trunk, settings | machine_of(arguments))
     with tempfile.TemporaryDirectory() as folder:
         out = arguments.out or Path(folder) / "advise.csv"
-        records = sweep(jobs, out, retry_failed=arguments.retry_failed)
+        records = sweep(jobs, out, retry_failed=arguments.retry_failed, together=not arguments.memory)
     print(f"\n{arguments.mode}, batch {arguments.batch_size}, {arguments.dtype}, {jobs[0]['device']}, "
           f"{arguments.depth} blocks of ViT-Ti, patch {arguments.patch_size}\n{advice(records)}")  # fmt: skip

@@ -1,39 +1,34 @@
-"""Train several models on one image folder by one recipe and several seeds, and tell what each costs and scores.
+"""Train several models on one image folder by one recipe and several seeds, and measure what each costs and scores.
 
 Each run is ``finetune`` in a process of its own: one that fails is a row with its reason, one that was stopped
 continues where it was, one that is finished is not repeated. What a model costs is measured as by ``timm-vix cost``.
 
-A run is its model, initial weights, seed, images and recipe. The weights are told by the name and checksum of their
+A run is its model, initial weights, seed, images and recipe. The weights are recorded by the name and checksum of their
 file, the images by the name of their folder, their number and a checksum of their names and sizes, so that they may
 move. Rows of earlier versions have the names only, and stand for whatever has these. A run may continue with other
 threads or on another device; its seconds are of the epochs that had the last one's.
 """
 
 import argparse
-import contextlib
-import json
-import os
 import re
-import signal
 import statistics
-import subprocess
-import sys
-import threading
 import zlib
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
+from .._checks import InputError
 from .._device import device_name, find_device, find_dtype, versions
-from .._files import one_line
 from .._names import parse_model
 from .._records import Columns, Record, append_record, check_writable, header_of, read_records
-from ..measure.process import run
-from ..train.folders import as_folder
-from ..train.images import Items, find_images
+from ..measure.job import measure_in_process
+from ..measure.process import call_in_process
+from ..train.folders import Items, as_folder
+from ..train.listing import find_images
 from ..train.settings import check_weights
-from .cost import baseline_of, positive, round_off
+from .baselines import baseline_of
+from .cost import positive, round_off
 
 COLUMNS: Columns = dict(
     model=str,
@@ -116,36 +111,12 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def train_apart(settings: dict[str, Any]) -> dict[str, Any]:
-    """``train`` in a fresh process; a failure comes back as ``{"error": reason}``. Ctrl-C lets it save its step."""
-    command = [sys.executable, "-m", "timm_vix.compare", json.dumps(settings)]
-    pipe = subprocess.PIPE
-    line = ""
-    # a session of its own: Ctrl-C reaches it once, through us
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
-        try:
-            for line in process.stdout or ():
-                if not line.startswith("{"):
-                    print(f"  {line}", end="", flush=True)
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
-        except BaseException:
-            process.kill()
-            raise
-    with contextlib.suppress(json.JSONDecodeError):
-        return json.loads(line)
-    return dict(error=f"killed by signal {-code}, perhaps out of memory" if code < 0 else f"exit {code}")
-
-
 def costs_of(model: str, num_classes: int, at: dict[str, Any]) -> dict[str, Any]:
-    """What a model costs: one image in inference, one batch in training; a failure is told and leaves cells empty."""
+    """What one image in inference and one batch in training cost; a failure is printed and leaves cells empty."""
     baseline = baseline_of(model)
     job = {**at, "model": f"{model} num_classes={num_classes}", "baseline": f"{baseline} num_classes={num_classes}"}
-    infer = run({**job, "mode": "infer", "batch_size": 1})
-    step = run({**job, "mode": "train"})
+    infer = measure_in_process({**job, "mode": "infer", "batch_size": 1})
+    step = measure_in_process({**job, "mode": "train"})
     for what, result in (("inference", infer), ("training", step)):
         if "error" in result:
             print(f"{model}: its cost in {what} could not be measured: {result['error']}", flush=True)
@@ -175,18 +146,18 @@ def compare(
     Args:
         models: "NAME key=value ..." and the file of its initial weights, or "pretrained", or None: from scratch.
         recipe: Keywords of ``finetune``, the same for all.
-        where: Its ``data_dir``, ``val_dir``, ``workers``, ``device`` and ``threads``.
+        where: Its ``data_dir``, ``data_root``, ``val_dir``, ``workers``, ``device`` and ``threads``.
         runs: Folder of unfinished runs and trained models.
 
     Raises:
-        ValueError: for data that cannot be used, or a file of another version; before anything is trained.
+        InputError: for data that cannot be used, or a file of another version; before anything is trained.
     """
-    train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"])
-    plain = f"{Path(where['data_dir']).name} ({len(classes)} classes)"
+    train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"], data_root=where["data_root"])
+    name = f"{Path(where['data_dir']).name} ({len(classes)} classes)"
     count, checksum = len(train_items) + len(val_items), checksum_of(train_items, val_items)
-    dataset = f"{plain[:-1]}, {count} images {checksum})"
+    dataset = f"{name[:-1]}, {count} images {checksum})"
     starts = {weights: start_of(weights) for _, weights in models}
-    told = " ".join(f"{name}={value}" for name, value in sorted(recipe.items()))
+    recipe_text = " ".join(f"{key}={value}" for key, value in sorted(recipe.items()))
     records, damaged = read_records(path, COLUMNS, exact=True) if path.exists() and header_of(path) else ([], 0)
     if damaged:
         print(f"{path}: {damaged} damaged lines are ignored")
@@ -196,8 +167,8 @@ def compare(
     for seed in seeds:
         for model, weights in models:
             start = starts[weights]
-            key = dict(model=model, start=start, seed=seed, dataset=dataset, recipe=told)
-            names_only = {**key, "start": Path(weights or start).name, "dataset": plain}
+            key = dict(model=model, start=start, seed=seed, dataset=dataset, recipe=recipe_text)
+            names_only = {**key, "start": Path(weights or start).name, "dataset": name}
             good = [r for r in records if r["error"] is None and {name: r[name] for name in key} in (key, names_only)]
             if good:
                 row = good[-1] | key
@@ -207,7 +178,7 @@ def compare(
                 if "error" not in row:
                     names = ("img_size", "batch_size", "dtype", "threads")
                     at = {"device": where["device"], **{name: row[name] for name in names}}
-                    setting = dict(model=model, dataset=dataset, recipe=told, **at, **here)
+                    setting = dict(model=model, dataset=dataset, recipe=recipe_text, **at, **here)
                     same = [r for r in records if r["params_m"] and {name: r[name] for name in setting} == setting]
                     costs = same[0] if same else costs_of(model, len(classes), at)
                     row |= {name: costs[name] for name in COSTS}
@@ -215,8 +186,8 @@ def compare(
                 append_record(path, COLUMNS, row)
                 row = {name: row.get(name) for name in COLUMNS}
                 records.append(row)
-            told_now = f"failed: {row['error']}" if row["error"] else f"top-1 {row['top1']:.2f} %"
-            print(f"{model}, seed {seed}: {told_now}", flush=True)
+            outcome = f"failed: {row['error']}" if row["error"] else f"top-1 {row['top1']:.2f} %"
+            print(f"{model}, seed {seed}: {outcome}", flush=True)
             mine.append(row)
     return mine
 
@@ -248,9 +219,8 @@ def run_one(
     name, keywords = parse_model(model)
     start: dict[str, Any] = dict(pretrained=True) if weights == "pretrained" else dict(checkpoint=weights)
     start["train_only"] = keywords.pop("train_only", None)
-    return train_apart(
-        {**recipe, **where, **start, "model": name, "model_kwargs": keywords, "seed": seed, "out": str(out)}
-    )
+    settings = {**recipe, **where, **start, "model": name, "model_kwargs": keywords, "seed": seed, "out": str(out)}
+    return call_in_process(train, settings, interactive=True)
 
 
 def summary(records: list[Record]) -> str:
@@ -301,9 +271,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Run the comparison that the command line asks for, and print its table."""
     if not arguments.models and not arguments.from_scratch:
-        raise ValueError("no model given; expected names of timm.list_models(), such as vix_nystrom_tiny")
+        raise InputError("no model given; expected names of timm.list_models(), such as vix_nystrom_tiny")
     if arguments.checkpoint and arguments.pretrained:
-        raise ValueError("checkpoint and pretrained were both given; allowed is one of them")
+        raise InputError("checkpoint and pretrained were both given; allowed is one of them")
     recipe = {name: getattr(arguments, name) for name in RECIPE if getattr(arguments, name) is not None}
     device = find_device(arguments.device)
     recipe["amp"] = "bfloat16" if find_dtype(recipe.get("amp", "auto"), device) == torch.bfloat16 else "off"
@@ -311,6 +281,7 @@ def main(arguments: argparse.Namespace) -> None:
         parse_model(model)  # a wrong name shows before a data set is fetched
     data_dir = as_folder(arguments.data_dir, arguments.data_root, arguments.runs / "data")
     where = dict(data_dir=data_dir, val_dir=arguments.val_dir, workers=arguments.workers, device=device)
+    where["data_root"] = arguments.data_root
     where["threads"] = arguments.threads or torch.get_num_threads()
     weights = "pretrained" if arguments.pretrained else arguments.checkpoint
     models = [(model, weights) for model in arguments.models] + [(model, None) for model in arguments.from_scratch]
@@ -318,20 +289,4 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"\n{summary(records)}\n\n{arguments.out}: {len(records)} runs of this comparison")
     failed = [record for record in records if record["error"] is not None]
     if len(failed) == len(records):
-        raise ValueError(f"no model could be trained: {failed[0]['error']}")
-
-
-def end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        result = train(json.loads(sys.argv[1]))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:  # timm, torch and the file system raise by kind of damage
-        result = dict(error=one_line(error))
-    print(json.dumps(result), flush=True)
+        raise InputError(f"no model could be trained: {failed[0]['error']}")

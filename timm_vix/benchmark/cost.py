@@ -1,24 +1,27 @@
 """What models cost: one row of a CSV for each model, image size, batch size, mode, dtype and compile setting.
 
-Each row is measured in a fresh process (``measure.py``), against softmax attention through
-``scaled_dot_product_attention``; the softmax baselines, fused and unfused, have rows of their own. Rows are appended as
-they come, so a sweep that was stopped continues with the same command and repeats nothing.
+Each row is measured in a fresh process, in turn with softmax attention. The softmax baselines have rows of their own:
+"fused", where a fused kernel of ``scaled_dot_product_attention`` ran, and "unfused", as two matrix products. A baseline
+that calls no such kernel, as timm's LeViT, has only the latter. Other models have one row, "fused", in which torch
+chooses the kernels of what softmax they hold. Rows are appended as they come, so a sweep that was stopped continues
+with the same command and repeats nothing.
 """
 
 import argparse
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
+from .._checks import InputError
 from .._device import device_name, find_device, versions
-from .._names import parse_model, softmax_of
 from .._records import Columns, Record, append_record, check_writable, header_of, key_of, read_records
-from ..conversion.replace import mixer_keywords
-from ..measure.process import JOB, run
-from ..mixers import MIXERS
+from ..measure.job import JOB, measure_in_process, measure_together
+from ..measure.process import call_in_process
+from .baselines import attention_of, baseline_of
 
 KEY = (
     *("model", "attention", "baseline", "img_size", "batch_size", "mode", "dtype", "compile"),
@@ -59,29 +62,11 @@ COLUMNS: Columns = dict(
     timm_vix=str,
     error=str,
 )
-# keywords that the softmax model of the same trunk is not given: these and those of the mixers;
-# where that is timm's own ViT, what only ours have too
-NOT_TRUNK = {"mixer", "layers", "source", "train_only"} | {name for mixer in MIXERS for name in mixer_keywords(mixer)}
-OURS_ONLY = {"stem", "rope", "block"}
 NOTE = (
-    "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline\n"
-    "through scaled_dot_product_attention, timed in turn; none: its spread (10th to 90th percentile) holds 1; few\n"
-    "rounds: fewer than five, of which none is called a difference."
+    "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline,\n"
+    "timed in turn, fused where a fused kernel can run it. none: the spread (10th to 90th percentile) holds 1;\n"
+    "few rounds: fewer than five, of which none is called a difference."
 )
-
-
-def baseline_of(spec: str, given: Optional[str] = None) -> str:
-    """The softmax model that a model is timed against, with the keywords of the trunk."""
-    name, keywords = parse_model(spec)
-    if given:
-        parse_model(given)
-        return given
-    twin = keywords.get("source", "deit_tiny_patch16_224") if name == "vix_from_timm" else softmax_of(name)
-    if twin is None:
-        return JOB["baseline"]
-    foreign = NOT_TRUNK | (OURS_ONLY if twin.startswith("vit_") else set())
-    # as they were written: a tuple's own text has spaces
-    return " ".join([twin, *(part for part in spec.split()[1:] if part.partition("=")[0] not in foreign)])
 
 
 def plan(models: list[str], settings: dict[str, list], baseline: Optional[str], softmax: list[str]) -> list[Record]:
@@ -89,12 +74,16 @@ def plan(models: list[str], settings: dict[str, list], baseline: Optional[str], 
 
     Args:
         settings: For each of "img_size", "dtype", "compile", "mode" and "batch_size" a list of values.
-        softmax: Of "fused" and "unfused", how the baselines run in rows of their own.
+        softmax: Of "fused" and "unfused", how the baselines run in rows of their own, see ``attention_of``.
     """
     rows = []
     for reference in dict.fromkeys(baseline_of(model, baseline) for model in models):
-        rows += [(reference, kind, reference) for kind in softmax]
-    rows += [(model, "fused", baseline_of(model, baseline)) for model in models]
+        rows += [(reference, kind, reference) for kind in attention_of(reference, softmax)]
+    for model in models:
+        reference = baseline_of(model, baseline)
+        # a model that is its own baseline is softmax too
+        (kind,) = attention_of(model, ["fused"]) if model == reference else ["fused"]
+        rows.append((model, kind, reference))
     names = ("img_size", "dtype", "compile", "mode", "batch_size")
     combinations = itertools.product(*(dict.fromkeys(settings[name]) for name in names))
     return [
@@ -104,7 +93,9 @@ def plan(models: list[str], settings: dict[str, list], baseline: Optional[str], 
     ]
 
 
-def sweep(jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: bool = False) -> list[Record]:
+def sweep(
+    jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: bool = False, together: bool = False
+) -> list[Record]:
     """Measure the jobs that ``path`` has no row of from this machine, append each row, and return the rows of all jobs.
 
     A row of fewer rounds than the job asks for doesn't count.
@@ -112,45 +103,67 @@ def sweep(jobs: list[Record], path: Path, epoch_images: int = 0, retry_failed: b
     Args:
         epoch_images: Images of an epoch, for its time; 0: left empty.
         retry_failed: Measure jobs again whose row is a failure.
+        together: Time all models of a size in one process, see ``measure_together``.
 
     Raises:
-        ValueError: for a file of another version.
+        InputError: for a file of another version.
         OSError: for a file that cannot be written.
     """
     jobs = [{**job, "device_name": device_name(job["device"])} for job in jobs]
-    known: dict[tuple, Record] = {}
-    if path.exists() and header_of(path):
-        records, damaged = read_records(path, COLUMNS, exact=True)
-        whole = [record for record in records if record["error"] or record["latency_p50_ms"] is not None]
-        damaged += len(records) - len(whole)
-        asked = {key_of(job, KEY): job.get("rounds", JOB["rounds"]) for job in jobs}
-        for record in whole:
-            key, failed = key_of(record, KEY), record["error"] is not None
-            if key in asked and (not retry_failed if failed else (record["rounds"] or 0) >= asked[key]):
-                known[key] = record
-        if damaged:
-            print(f"{path}: {damaged} damaged lines are ignored, and measured again")
-    left = sum(key_of(job, KEY) not in known for job in jobs)
-    if left < len(jobs):
+    known = known_rows(jobs, path, retry_failed, together)
+    left = [job for job in jobs if key_of(job, KEY) not in known]
+    if len(left) < len(jobs):
         others = sum(any(record[name] != version for name, version in versions().items()) for record in known.values())
-        told = f", {others} of them by other versions of torch, timm or timm_vix" if others else ""
-        print(f"{path}: {len(jobs) - left} of {len(jobs)} rows are there already{told}")
+        note = f", {others} of them by other versions of torch, timm or timm_vix" if others else ""
+        print(f"{path}: {len(jobs) - len(left)} of {len(jobs)} rows are there already{note}")
     if left:
         check_writable(path)
-    start, done = time.perf_counter(), 0
-    for number, job in enumerate(jobs, 1):
-        if key_of(job, KEY) in known:
-            continue
-        record = round_off({**job, **versions(), **run(job)})  # a failure has its machine and versions too
+    start = time.perf_counter()
+    for number, (job, found) in enumerate(measured(left, together), 1):
+        if job["attention"] == "fused" and job["model"] == job["baseline"] and found.get("fused") is False:
+            found = dict(error="attention='fused': no fused kernel took its attention; allowed is 'unfused'")
+        record = round_off({**job, **versions(), **found})  # a failure has its machine and versions too
         if epoch_images and record.get("images_per_s"):
             record |= dict(epoch_images=epoch_images, epoch_s=round(epoch_images / record["images_per_s"], 1))
         append_record(path, COLUMNS, record)
         known[key_of(job, KEY)] = {name: record.get(name) for name in COLUMNS}
-        done += 1
         minutes = (time.perf_counter() - start) / 60
-        rest = f"{minutes:.1f} min, about {minutes / done * (left - done):.0f} to go"
-        print(f"[{number}/{len(jobs)}] {describe(record)}  [{rest}]", flush=True)
+        rest = f"{minutes:.1f} min, about {minutes / number * (len(left) - number):.0f} to go"
+        print(f"[{len(jobs) - len(left) + number}/{len(jobs)}] {describe(record)}  [{rest}]", flush=True)
     return [known[key_of(job, KEY)] for job in jobs]
+
+
+def known_rows(jobs: list[Record], path: Path, retry_failed: bool, together: bool) -> dict[tuple, Record]:
+    """The rows of ``path`` that stand for one of the jobs, by their keys."""
+    if not path.exists() or not header_of(path):
+        return {}
+    records, damaged = read_records(path, COLUMNS, exact=True)
+    rounds = {key_of(job, KEY): job.get("rounds", JOB["rounds"]) for job in jobs}
+    known = {}
+    for record in records:
+        key, failed = key_of(record, KEY), record["error"] is not None
+        if not failed and record["latency_p50_ms"] is None:
+            damaged += 1
+        elif key in rounds:
+            # what was timed together has no first call, and no memory
+            enough = (record["rounds"] or 0) >= rounds[key] and (together or record["first_call_ms"] is not None)
+            if not retry_failed if failed else enough:
+                known[key] = record
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are ignored, and measured again")
+    return known
+
+
+def measured(jobs: list[Record], together: bool) -> Iterator[tuple[Record, Record]]:
+    """The jobs with what was measured of them, one by one or those of a size in one process."""
+    if not together:
+        yield from ((job, measure_in_process(job)) for job in jobs)
+        return
+    # a process for each size: one that is ended for want of memory takes no answers of other sizes with it
+    for _, group in itertools.groupby(jobs, lambda job: job["img_size"]):
+        same_size = list(group)
+        found = call_in_process(measure_together, same_size)
+        yield from zip(same_size, found if isinstance(found, list) else [found] * len(same_size))
 
 
 def round_off(record: Record) -> Record:
@@ -166,9 +179,8 @@ def describe(record: Record) -> str:
     if record.get("error"):
         return f"{what}: failed: {record['error']}"
     memory = record.get("peak_memory_mib")
-    return (
-        f"{what}: {record['latency_p50_ms']:.4g} ms, {ratio(record)}, {memory if memory is None else round(memory)} MiB"
-    )
+    size = "" if memory is None else f", {memory:.0f} MiB"
+    return f"{what}: {record['latency_p50_ms']:.4g} ms, {ratio(record)}{size}"
 
 
 def ratio(record: Record) -> str:
@@ -187,17 +199,8 @@ def summary(records: list[Record]) -> str:
     for record in records:
         names = ("img_size", "mode", "dtype", "compile", "model", "attention")
         groups.setdefault(tuple(record[name] for name in names), []).append(record)
-    head = [
-        "px",
-        "mode",
-        "dtype",
-        "compile",
-        "model",
-        "ms (p90)",
-        "x softmax (spread)",
-        "images/s at best batch",
-        "MiB",
-    ]
+    head = ["px", "mode", "dtype", "compile", "model"]
+    head += ["ms (p90)", "x softmax (spread)", "images/s at best batch", "MiB"]
     lines = [head]
     for (size, mode, dtype, compiled, model, kind), group in groups.items():
         good = [record for record in group if record["error"] is None]
@@ -206,20 +209,12 @@ def summary(records: list[Record]) -> str:
         if not good:
             lines.append([*start, f"failed: {group[0]['error']}"[:90]])
             continue
-        first, best = (
-            min(good, key=lambda record: record["batch_size"]),
-            max(good, key=lambda record: record["images_per_s"]),
-        )
+        first = min(good, key=lambda record: record["batch_size"])
+        best = max(good, key=lambda record: record["images_per_s"])
+        latency = f"{first['latency_p50_ms']:.4g} ({first['latency_p90_ms']:.4g})"
+        throughput = f"{best['images_per_s']:.4g} at {best['batch_size']}"
         memory = "" if first["peak_memory_mib"] is None else f"{first['peak_memory_mib']:.0f}"
-        lines.append(
-            [
-                *start,
-                f"{first['latency_p50_ms']:.4g} ({first['latency_p90_ms']:.4g})",
-                ratio(first).replace(" x softmax", ""),
-                f"{best['images_per_s']:.4g} at {best['batch_size']}",
-                memory,
-            ]
-        )
+        lines.append([*start, latency, ratio(first).replace(" x softmax", ""), throughput, memory])
     widths = [max(len(line[i]) for line in lines if i < len(line) and len(line) > 6) for i in range(len(head))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
     return f"{table}\n\n{NOTE}"
@@ -272,4 +267,4 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"\n{summary(records)}\n\n{arguments.out}: {len(records)} rows of this sweep")
     failed = [record for record in records if record["error"] is not None]
     if len(failed) == len(records):
-        raise ValueError(f"no row could be measured: {failed[0]['error']}")
+        raise InputError(f"no row could be measured: {failed[0]['error']}")

@@ -4,15 +4,15 @@ Colours are those of Okabe & Ito, which colour-blind readers tell apart; each mo
 a black-and-white print can be read too.
 """
 
-import io
 import statistics
 from collections.abc import Iterable
 from typing import Any, Optional
 
 from .._records import Record
 from ..measure.statistics import crossover, crossover_text, exponent, pareto
+from ..train.plots import COLOURS, canvas
+from ..train.plots import png as png
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
 COSTS = dict(latency_p50_ms="ms per call", peak_memory_mib="peak memory (MiB)")
 # both are timed in turn: other programmes on the machine slow both, so the ratio is steadier than the times
@@ -159,27 +159,6 @@ def trade_off(runs: list[list[Record]], cost: str) -> Optional[Any]:
     return figure
 
 
-def agreement_over_cost(plan: dict[str, Any]) -> Any:
-    """Figure of a plan (``timm-vix plan``): what stays the same over the cost, of all that was measured on the way."""
-    figure, axes = canvas()
-    for marker, colour, size, label, chosen in (
-        ("o", COLOURS[1], 6, "measured", False),
-        ("*", COLOURS[2], 16, "chosen", True),
-    ):
-        rows = [row for row in plan["curve"] if row["chosen"] == chosen]
-        costs, agreements = [row["gflops"] for row in rows], [100 * row["agreement"] for row in rows]
-        axes.plot(costs, agreements, marker, color=colour, markersize=size, label=label)
-    if plan["keep"]:
-        axes.axhline(100 * plan["keep"], color=COLOURS[0], linestyle="--", linewidth=1, label="wanted")
-    if plan["budget_gflops"]:
-        axes.axvline(plan["budget_gflops"], color=COLOURS[0], linestyle="--", linewidth=1, label="budget")
-    axes.set(xlabel=AXES["gflops"], ylabel="predictions that stay the same (%)")
-    axes.set_title(f"{plan['source']}, {plan['img_size']} px, {plan['images']} images")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    return figure
-
-
 def legend_below(figure: Any) -> None:
     """The legend outside of the axes, where it hides no point."""
     figure.legend(fontsize=9, loc="outside lower center", ncols=2)
@@ -206,31 +185,10 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
 
 
-def canvas() -> tuple[Any, Any]:
-    """An empty figure with one pair of axes.
-
-    Raises:
-        ValueError: without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("figures need matplotlib; pip install 'timm-vix[examples]'") from None
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    return figure, figure.subplots()
-
-
-def png(figure: Any, dpi: int = 110) -> bytes:
-    """The figure as a file, the same for the same figure."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
-    return image.getvalue()
-
-
 def png_of_page(figure: Any) -> bytes:
     """The figure as the page shows it: without its legend, since a group has one, and small enough that its numbers
     can be read on a phone. The figure is changed."""
     for own in list(figure.legends):
         own.remove()
     figure.set_size_inches(4.8, 3.5)
-    return png(figure, dpi=200)
+    return png(figure, dots_per_inch=200)

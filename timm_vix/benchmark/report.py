@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from .._checks import InputError
 from .._files import write_whole
 from .._records import Record, key_of
 from . import compare, cost
@@ -99,7 +100,7 @@ def report(paths: list[Path], out: Path) -> list[Path]:
         OSError: for a file that cannot be written.
     """
     if out.resolve() in {path.resolve() for path in paths}:
-        raise ValueError(f"out={out} is one of the tables, which the page would replace; give another name")
+        raise InputError(f"out={out} is one of the tables, which the page would replace; give another name")
     tables = read_tables(paths)
     page = collect(tables)
     text = render(page, tables)

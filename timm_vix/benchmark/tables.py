@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._checks import InputError
 from .._records import Record, header_of, key_of, read_records
 from . import compare, cost
 
@@ -47,7 +48,7 @@ def read_tables(paths: list[Path]) -> Tables:
                 else cost.describe(record)
             )
     if not costs and not runs:
-        raise ValueError(f"{', '.join(map(str, paths))}: no good row to report")
+        raise InputError(f"{', '.join(map(str, paths))}: no good row to report")
     done = {key_of(record, cost.KEY) for record in costs} | {key_of(record, RUN_KEY) for record in runs}
     left = [text for key, text in failures.items() if key not in done]
     return Tables(last_of_each(costs, cost.KEY), last_of_each(runs, RUN_KEY + PLACE), files, left)

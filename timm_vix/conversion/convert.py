@@ -12,6 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .._checks import InputError
 from ..mixers import MIXERS
 from ..mixers._slot import AttentionSlot, MixerSlot
 from .layers import Layers, layer_mixers
@@ -91,9 +92,9 @@ def attention_sites(model: nn.Module) -> list[list[AttentionSite]]:
     if not isinstance(model, HOSTS):
         named = [(path, module) for path, module in model.named_modules() if "Att" in type(module).__name__]
         if not named:
-            raise ValueError(f"{type(model).__name__} has no attention to replace")
+            raise InputError(f"{type(model).__name__} has no attention to replace")
         path, module = named[0]
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} can't be converted: {path} ({type(module).__name__} of {type(module).__module__}) "
             f"{reason(module)}; what can be converted is timm's VisionTransformer and Eva"
         )
@@ -108,7 +109,7 @@ def attention_sites(model: nn.Module) -> list[list[AttentionSite]]:
         if not sites:
             attn = getattr(block, "attn", block)
             path = f"blocks.{index}.attn" if attn is not block else f"blocks.{index}"
-            raise ValueError(f"{path} ({class_name(attn)}) can't be replaced: it {reason(attn)}")
+            raise InputError(f"{path} ({class_name(attn)}) can't be replaced: it {reason(attn)}")
         found.append(sites)
     return found
 
@@ -173,7 +174,7 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
                 rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
                 slot = build_mixer(model, site.attn, name, layout, rope, **own)
             except ValueError as error:
-                raise ValueError(f"{site.path}: {error}") from error
+                raise InputError(f"{site.path}: {error}") from error
             for parameter in slot.core.zero_init:  # the weights around it know nothing of it
                 if parameter in dict(slot.core.named_parameters()):
                     nn.init.zeros_(slot.core.get_parameter(parameter))
@@ -253,7 +254,7 @@ def revert(model: nn.Module) -> None:
     sites = [site for block in attention_sites(model) for site in block]
     converted = [site for site in sites if getattr(site.parent, site.name) is not site.attn]
     if not converted:
-        raise ValueError(f"{type(model).__name__} is not converted: there is nothing to revert")
+        raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
     for site in converted:
         setattr(site.parent, site.name, site.attn)
     forget_conversion(model)

@@ -20,6 +20,7 @@ from timm.models import get_model_args
 from timm.utils import unwrap_model
 from torch import nn
 
+from .._checks import InputError
 from .._files import one_line, write_whole
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import MixerSlot
@@ -77,7 +78,7 @@ def save_delta(model: nn.Module, path: Union[str, Path]) -> None:
     model = unwrap_model(model)
     trains = {parameter.requires_grad for parameter in model.parameters()}
     if trains != {True, False}:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has {'no frozen' if True in trains else 'only frozen'} parameters, and a delta is "
             f"what was trained on a frozen backbone; call freeze_except(model, part) first, with part in {PARTS}"
         )
@@ -115,7 +116,7 @@ def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
         frozen = {present.get(name, name): tensor for name, tensor in frozen.items()}
     other = f"{path} is a delta of another model: "
     if found := difference(saved, model, frozen):
-        raise ValueError(f"{other}{found}")
+        raise InputError(f"{other}{found}")
     # LeViT's classifiers are linear layers after a normalisation
     heads = {f"{path}.{part}{name}" for path in classifiers(model) for part in ("", "linear.") for name in ROWS}
     classes = {len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items() if name in heads}
@@ -130,7 +131,7 @@ def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
 
     misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
     if misfits or len(classes) > 1 or 0 in classes:
-        raise ValueError(f"{other}{one_line(', '.join(misfits or ['classifiers']))} are of another shape, or not here")
+        raise InputError(f"{other}{one_line(', '.join(misfits or ['classifiers']))} are of another shape, or not here")
     if classes and classes != {model.num_classes}:
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         model.reset_classifier(*classes)
@@ -181,7 +182,7 @@ def config_of(module: nn.Module) -> dict[str, Any]:
     rope = getattr(module, "rope", None)
     config = {**module.core.config(), "rope": rope and ("1d" if rope.raster else "axial")}
     # as many as there are patches is as good as more
-    patches = math.prod(module.keys.grid)
+    patches = math.prod(getattr(module, "key_grid", None) or module.grid)
     counts = {name: min(config[name], patches) for name in module.core.token_counts if isinstance(config[name], int)}
     return {**config, **counts}
 
@@ -267,9 +268,9 @@ def read_delta(path: Union[str, Path], mechanisms: dict[str, list[Any]]) -> tupl
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a delta: {one_line(error)}") from error
+        raise InputError(f"{path} cannot be read as a delta: {one_line(error)}") from error
     if metadata.get("format") not in (FORMAT, FORMAT_1):
-        raise ValueError(f"{path} is no delta; expected a file of timm_vix.save_delta")
+        raise InputError(f"{path} is no delta; expected a file of timm_vix.save_delta")
     try:
         if metadata["format"] == FORMAT_1:
             return from_format_1(metadata, mechanisms), tensors
@@ -277,10 +278,10 @@ def read_delta(path: Union[str, Path], mechanisms: dict[str, list[Any]]) -> tupl
         forms = [[str(name), dict(config)] for name, config in saved.mechanisms.values()]
         dtypes = set(saved.backbone)
         if forms != list(saved.mechanisms.values()) or not dtypes or not dtypes <= set(DTYPES):
-            raise ValueError("it describes no model")
+            raise InputError("it describes no model")
         return saved, tensors
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is a damaged delta: its metadata cannot be read: {one_line(error)}") from error
+        raise InputError(f"{path} is a damaged delta: its metadata cannot be read: {one_line(error)}") from error
 
 
 def from_format_1(metadata: dict[str, str], current: dict[str, list[Any]]) -> Description:

@@ -11,7 +11,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.utils import unwrap_model
 from torch import nn
 
-from .._checks import check_choice
+from .._checks import InputError, check_choice
 from ..mixers._mechanism import MechanismHost
 from .replace import REPLACEABLE
 
@@ -83,7 +83,7 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
             head="has no classifier; create it with num_classes=",
         )
         allowed = ", ".join(repr(other) for other in PARTS if parameters_of(model, other)) or "none"
-        raise ValueError(f"part={part!r}: {type(model).__name__} {lacks[part]}; allowed here: {allowed}")
+        raise InputError(f"part={part!r}: {type(model).__name__} {lacks[part]}; allowed here: {allowed}")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
+from .._checks import InputError
 from .replace import check_keywords, mixer_keywords
 
 Layers = Union[str, Sequence[int], Mapping[Any, Any]]
@@ -21,7 +22,7 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any
         if layers != "all" and not (
             form in ("first", "last", "every") and count.isdecimal() and 0 < int(count) <= depth
         ):
-            raise ValueError(f"layers={layers!r}: {forms}, with n from 1 to {depth}")
+            raise InputError(f"layers={layers!r}: {forms}, with n from 1 to {depth}")
         n = depth if layers == "all" else int(count)
         indices = {"all": range(depth), "first": range(n), "last": range(depth - n, depth)}
         chosen = dict.fromkeys(indices.get(form, range(n - 1, depth, n)), mixer)
@@ -30,19 +31,19 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any
     elif isinstance(layers, Sequence) and all(isinstance(layer, (int, str)) for layer in layers):
         chosen = dict.fromkeys(layers, mixer)
     else:
-        raise ValueError(f"layers={layers!r}: {forms}")
+        raise InputError(f"layers={layers!r}: {forms}")
     if not chosen:
-        raise ValueError(f"layers={layers!r} names no layer: {forms}")
+        raise InputError(f"layers={layers!r} names no layer: {forms}")
     found: dict[int, tuple[str, dict]] = {}
     for key, value in chosen.items():
         # a mapping that went through a JSON file has text for its keys
         index = int(key) if isinstance(key, str) and key.isdecimal() else key
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < depth:
-            raise ValueError(f"layers: {key!r} is no layer; the model has {depth}, from 0 to {depth - 1}")
+            raise InputError(f"layers: {key!r} is no layer; the model has {depth}, from 0 to {depth - 1}")
         own = dict(value) if isinstance(value, Mapping) else {"mixer": value}
         name = own.pop("mixer", mixer)
         if not isinstance(name, str) or index in found:
-            raise ValueError(
+            raise InputError(
                 f"layers: {value!r} at layer {index}: expected one mixer's name, or a mapping with 'mixer'"
             )
         check_keywords(name, own)

@@ -11,7 +11,7 @@ from timm.layers import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import nn
 
-from .._checks import check_choice
+from .._checks import InputError, check_choice
 from ..mixers import MIXERS
 from ..mixers._layout import CarryGrid, Grid, RecordGrid, TokenLayout
 from ..mixers._mechanism import MechanismHost
@@ -49,7 +49,7 @@ def check_keywords(mixer: str, keywords: Mapping[str, Any]) -> None:
     allowed = mixer_keywords(mixer)
     for name, value in sorted(keywords.items()):
         if name not in allowed:
-            raise ValueError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed) or 'no keywords'}")
+            raise InputError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed) or 'no keywords'}")
 
 
 def mixer_name(module: nn.Module) -> str:
@@ -114,13 +114,13 @@ def build_mixer(
         ValueError: for what the mixer can't honour.
     """
     if getattr(attn, "num_kv_groups", 1) > 1:
-        raise ValueError(f"grouped queries ({attn.num_heads} heads, {attn.num_kv_heads} of keys) can't be replaced")
+        raise InputError(f"grouped queries ({attn.num_heads} heads, {attn.num_kv_heads} of keys) can't be replaced")
     rotary = type(attn) in (AttentionRope, EvaAttention) and getattr(model, "rope", None) is not None
     if rotary and not MIXERS[mixer].supports_rotary:
-        raise ValueError(f"mixer={mixer!r} has no queries and keys for the rotary positions of {type(model).__name__}")
+        raise InputError(f"mixer={mixer!r} has no queries and keys for the rotary positions of {type(model).__name__}")
     slot = build_slot(MIXERS[mixer], attn, layout, rope, rotary, **keywords)
     if slot.uses_grid and getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
-        raise ValueError(
+        raise InputError(
             f"patch_drop_rate={model.patch_drop.prob}: mixer={mixer!r} works on the whole patch grid, so no patch can "
             "be dropped; allowed is 0"
         )
@@ -190,7 +190,7 @@ def replace_attention(
     if rope is not None:
         check_choice("rope", rope, ("axial", "1d"))
     if rope is not None and getattr(model, "rope", None) is not None:
-        raise ValueError(f"rope={rope!r}: {type(model).__name__} has rotary positions of its own")
+        raise InputError(f"rope={rope!r}: {type(model).__name__} has rotary positions of its own")
     positions: dict[Grid, RotaryPositions] = {}
     blocks = [(block, layout) for part, layout in parts for block in part.children()]
     for index, (block, layout) in enumerate(blocks):

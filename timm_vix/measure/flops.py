@@ -62,3 +62,8 @@ def counter() -> FlopCounterMode:
     """
     ours = {operator: formula for operator, formula in FORMULAS.items() if operator not in flop_registry}
     return FlopCounterMode(display=False, custom_mapping=ours)
+
+
+def has_fused_attention(counted: FlopCounterMode) -> bool:
+    """Whether a fused kernel of ``scaled_dot_product_attention`` was among what was counted, on a CPU or CUDA."""
+    return any("scaled_dot_product" in str(operator) for operator in counted.get_flop_counts().get("Global", {}))

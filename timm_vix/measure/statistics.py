@@ -1,7 +1,7 @@
-"""What lies between and behind measured points: exponents, crossovers, Pareto fronts."""
+"""What measured times say: differences beyond their spread, exponents, crossovers, Pareto fronts."""
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -61,6 +61,30 @@ def crossover_text(tokens: Sequence[float], found: tuple[Optional[float], Option
     high = f"above {last:,.0f}" if latest is None else f"{latest:,.0f}"
     start = f"{first:,.0f} or fewer" if median == first else f"{median:,.0f}"
     return f"from {start} tokens ({low} to {high})"
+
+
+def compare_times(seconds: np.ndarray, baseline: Optional[np.ndarray] = None) -> dict[str, Any]:
+    """Latencies in ms, and the ratio baseline / model with its spread: 10th to 90th percentile over the rounds.
+
+    One or two rounds have no spread.
+
+    Args:
+        seconds: (rounds,) of a model.
+        baseline: (rounds,) of the model that was timed in turn with it.
+    """
+    rounds = len(seconds)
+    p50, p90 = np.percentile(seconds * 1e3, (50, 90)).tolist()
+    row = dict(latency_p50_ms=p50, latency_p90_ms=p90, rounds=rounds)
+    if baseline is None:
+        return row
+    low, median, high = np.percentile(baseline / seconds, (10, 50, 90)).tolist()
+    return row | dict(
+        baseline_p50_ms=float(np.median(baseline)) * 1e3,
+        speedup=median,
+        speedup_low=None if rounds < 3 else low,
+        speedup_high=None if rounds < 3 else high,
+        difference=verdict(rounds, low, high),
+    )
 
 
 def verdict(rounds: int, low: float, high: float) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .._checks import check_integer
+from .._checks import InputError, check_integer
 from ._layout import Grid, TokenLayout, count_bias
 from ._local import DepthwiseResidual
 from ._mechanism import AttentionMechanism, AttentionShape
@@ -56,11 +56,11 @@ class LandmarkAttention(AttentionMechanism):
         grids = shape.queries.grid, shape.keys.grid
         queries, keys = ("x".join(map(str, grid)) for grid in grids)
         if window_size and queries != keys:
-            raise ValueError(
+            raise InputError(
                 f"window_size={window_size}: {queries} queries have no windows among {keys} keys; allowed is 0"
             )
         if conv_residual and queries != keys:
-            raise ValueError(
+            raise InputError(
                 f"conv_residual=True: values of a grid of {keys} can't be added to {queries} queries; allowed is "
                 "conv_residual=False or, in a CvT, key_stride=1 or projection='linear'"
             )

@@ -14,6 +14,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
+from .._checks import InputError
 from ._layout import Grid, TokenLayout
 
 
@@ -73,9 +74,9 @@ class Mixer(nn.Module):
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
         if shape.rotary and not self.supports_rotary:
-            raise ValueError(f"rope: {self.title} has no queries and keys to rotate")
+            raise InputError(f"rope: {self.title} has no queries and keys to rotate")
         if shape.dropout > 0 and not self.supports_dropout:
-            raise ValueError(
+            raise InputError(
                 f"attn_drop_rate={shape.dropout}: {self.title} has no attention weights to drop; allowed is 0"
             )
 
@@ -111,7 +112,7 @@ class AttentionMechanism(Mixer):
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__(shape)
         if self.needs_self_attention and (shape.queries != shape.keys or shape.head_dim != shape.value_dim):
-            raise ValueError(
+            raise InputError(
                 f"{self.title} needs queries and keys on one grid and values as wide as these; here the grids are "
                 f"{shape.queries.grid} and {shape.keys.grid}, the widths {shape.head_dim} and {shape.value_dim}"
             )

@@ -13,6 +13,7 @@ import torch
 from timm.layers import freq_bands, register_notrace_module
 from torch import nn
 
+from .._checks import InputError
 from ._layout import Grid
 
 THETA = {"axial": 100.0, "1d": 10000.0}
@@ -62,7 +63,7 @@ class RotaryPositions(nn.Module):
         super().__init__()
         divisor = 2 if kind == "1d" else 4
         if head_dim % divisor:
-            raise ValueError(f"rope={kind!r} needs a head width that is a multiple of {divisor}, got {head_dim}")
+            raise InputError(f"rope={kind!r} needs a head width that is a multiple of {divisor}, got {head_dim}")
         self.raster = kind == "1d"
         self.theta = THETA[kind]
         self.head_dim = head_dim

@@ -49,6 +49,8 @@ class MixerSlot(MechanismHost):
         layout: of the tokens, where the host doesn't say otherwise.
     """
 
+    __jit_unused_properties__ = ("num_tokens",)
+
     def __init__(self, core: Mixer, layout: TokenLayout) -> None:
         super().__init__()
         self.core = core
@@ -59,11 +61,6 @@ class MixerSlot(MechanismHost):
         # in tuples, so that they are no sub-modules: a patch embedding whose grid is followed, the replaced attention
         self.patch_embed: tuple[nn.Module, ...] = ()
         self.replaced: tuple[nn.Module, ...] = ()
-
-    @property
-    def keys(self) -> TokenLayout:
-        """The layout of the tokens for which the slot was built."""
-        return TokenLayout(self.num_prefix_tokens, self.grid)
 
     @property
     def num_tokens(self) -> int:
@@ -221,8 +218,9 @@ class AttentionSlot(MixerSlot):
             y = nn.functional.linear(x, self.qkv.weight[start:stop], None if bias is None else bias[start:stop])
         else:
             y = self.qkv(x)
-            if self.q_bias is not None:
-                y = y + self.bias_of_qkv()
+            bias = self.bias_of_qkv()
+            if self.q_bias is not None and bias is not None:
+                y = y + bias
             y = y[..., start:stop]
         heads = y.reshape(B, N, last - first, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         out: list[torch.Tensor] = []

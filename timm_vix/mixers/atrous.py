@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
-from .._checks import check_integer
+from .._checks import InputError, check_integer
 from ._dilated import axis_layout, from_windows, to_windows
 from ._layout import Grid, TokenLayout
 from ._mechanism import AttentionMechanism, AttentionShape
@@ -148,7 +148,7 @@ def check_dilations(dilations: Union[int, str, tuple[int, ...], None]) -> list[i
             values = ()
     values = list(values) if isinstance(values, (list, tuple)) else [values]
     if not values or len(set(values)) < len(values) or not all(type(d) is int and d > 0 for d in values):
-        raise ValueError(f"dilations={dilations!r}: expected different integers of at least 1, such as (1, 2, 4)")
+        raise InputError(f"dilations={dilations!r}: expected different integers of at least 1, such as (1, 2, 4)")
     return values
 
 

@@ -167,7 +167,7 @@ class NystromAttention(LandmarkAttention):
     def pool(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
         if x.dim() == 3:
             return pool_patches(x, layout.num_prefix_tokens, layout.grid, cells)
-        B, h, _, D = x.shape
+        B, h, _, _ = x.shape
         return pool_patches(x.flatten(0, 1), layout.num_prefix_tokens, layout.grid, cells).unflatten(0, (B, h))
 
     def fit(

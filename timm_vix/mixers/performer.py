@@ -43,7 +43,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from .._checks import check_choice, check_integer
+from .._checks import InputError, check_choice, check_integer
 from ._favor import centres, favor_attention, orthogonal_features
 from ._layout import TokenLayout
 from ._mechanism import AttentionMechanism, AttentionShape
@@ -90,7 +90,7 @@ class PerformerAttention(AttentionMechanism):
         check_integer("redraw_interval", redraw_interval, 0)
         check_choice("learned_features", learned_features, (True, False))
         if learned_features and redraw_interval:
-            raise ValueError(
+            raise InputError(
                 f"redraw_interval={redraw_interval}: learned_features=True keeps its features; allowed is 0"
             )
         self.num_features = num_features

@@ -71,11 +71,12 @@ class ConvolutionalAttention(MechanismHost):
         self.proj_q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         self.proj_k = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         self.proj_v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.queries = TokenLayout(num_prefix_tokens, grid)
-        key_grid = ((grid[0] - 1) // key_stride + 1, (grid[1] - 1) // key_stride + 1)
-        self.keys = TokenLayout(num_prefix_tokens, key_grid)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.grid = grid
+        self.key_grid = ((grid[0] - 1) // key_stride + 1, (grid[1] - 1) // key_stride + 1)
+        queries, keys = TokenLayout(num_prefix_tokens, grid), TokenLayout(num_prefix_tokens, self.key_grid)
         head_dim = dim // num_heads
-        shape = AttentionShape(dim, num_heads, head_dim, head_dim, self.queries, self.keys, **dd)
+        shape = AttentionShape(dim, num_heads, head_dim, head_dim, queries, keys, **dd)
         self.set_core(MIXERS[mixer](shape, **keywords))
         self.proj = nn.Linear(dim, dim, **dd)
 
@@ -85,14 +86,15 @@ class ConvolutionalAttention(MechanismHost):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = x, x, x
         if self.conv_proj_q is not None and self.conv_proj_k is not None and self.conv_proj_v is not None:
-            P = self.queries.num_prefix_tokens
-            prefix, image = x[:, :P], to_image(x[:, P:], self.queries.grid)
+            prefix, image = x[:, : self.num_prefix_tokens], to_image(x[:, self.num_prefix_tokens :], self.grid)
             q = torch.cat([prefix, self.conv_proj_q(image)], dim=1)
             k = torch.cat([prefix, self.conv_proj_k(image)], dim=1)
             v = torch.cat([prefix, self.conv_proj_v(image)], dim=1)
         q = self.proj_q(q) * self.rescale
         k, v = self.proj_k(k), self.proj_v(v)
-        y = self.mix(self.heads(q), self.heads(k), self.heads(v), self.queries, self.keys, x)
+        queries = TokenLayout(self.num_prefix_tokens, self.grid)
+        keys = TokenLayout(self.num_prefix_tokens, self.key_grid)
+        y = self.mix(self.heads(q), self.heads(k), self.heads(v), queries, keys, x)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 

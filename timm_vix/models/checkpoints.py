@@ -12,9 +12,11 @@ import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
+from .._checks import InputError
 from ..conversion.replace import resample_weights
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot, rename_core_keys
+from ..mixers.softmax import SoftmaxAttention
 
 _logger = logging.getLogger(__name__)
 
@@ -67,10 +69,10 @@ def tensors_of(checkpoint: Any) -> dict[str, torch.Tensor]:
         if isinstance(checkpoint, dict):
             checkpoint = checkpoint.get(name, checkpoint)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"the checkpoint is a {type(checkpoint).__name__}; expected a dictionary from text to tensors")
+        raise InputError(f"the checkpoint is a {type(checkpoint).__name__}; expected a dictionary from text to tensors")
     for key, value in checkpoint.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint holds a {type(value).__name__} at {key!r}; expected a dictionary from text to tensors"
             )
     return checkpoint
@@ -83,8 +85,10 @@ def summary(keys: set[str]) -> str:
 
 
 def new_keys(state_dict: dict[str, Any], model: nn.Module) -> set[str]:
-    """The keys of those groups, mixers and stem, of which a checkpoint has none."""
-    return {key for group in (mixer_keys(model), stem_keys(model)) if not group & state_dict.keys() for key in group}
+    """The keys of those groups of which a checkpoint has none: mixers, stem, and biases of queries, keys and values."""
+    biases = {key for key in model.state_dict() if key.endswith("attn.qkv.bias")}
+    groups = (mixer_keys(model), stem_keys(model), biases)
+    return {key for group in groups if not group & state_dict.keys() for key in group}
 
 
 def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,12 +135,14 @@ def complete_checkpoint(
     zeros = {
         f"{path}.core.{name}" for path, module in hosts_of(model).items() for name in module.core.zero_init if not ours
     }
+    zeros |= {key for key in new if key.endswith("attn.qkv.bias")}
     fresh = {key: torch.zeros_like(target[key]) if key in zeros else target[key] for key in new}
     state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
     # a mixer without parameters of its own can't tell whose weights these are; a saved model brings its configuration
-    if new or dropped or paired or (not ours and hosts_of(model) and not cfg.get("source")):
+    mixers = any(not isinstance(module.core, SoftmaxAttention) for module in hosts_of(model).values())
+    if new or (not ours and (dropped or paired or (mixers and not cfg.get("source")))):
         _logger.warning(
             f"{cfg.get('architecture', 'model')}: weights of a softmax ViT loaded, the model needs fine-tuning. "
             f"Fresh: {summary(new)}. Left out: {summary(dropped)}."
@@ -155,7 +161,7 @@ def pair_layers(state_dict: dict[str, Any]) -> dict[str, Any]:
     found = {key: re.match(r"(.+\.)?blocks\.(\d+)\.(\w+)\.", key) for key in state_dict}
     layers = {int(match[2]) for match in found.values() if match and match[3] in branch and match[1] is None}
     if len(layers) % 2:
-        raise ValueError(f"the checkpoint has {len(layers)} layers: block='parallel' pairs them, so they must be even")
+        raise InputError(f"the checkpoint has {len(layers)} layers: block='parallel' pairs them, so they must be even")
     out = {}
     for key, value in state_dict.items():
         match = found[key]
@@ -183,7 +189,7 @@ def check_keys(state_dict: dict[str, Any], model: nn.Module, target: dict[str, t
         if tuple(getattr(state_dict[key], "shape", ())) != tuple(target[key].shape)
     }
     if missing or unexpected or reshaped:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint doesn't fit {cfg.get('architecture', 'the model')}. Missing: {summary(missing)}. "
             f"Unexpected: {summary(unexpected)}. Of another shape: {summary(reshaped)}."
         )

@@ -25,6 +25,7 @@ from timm.models.eva import checkpoint_filter_fn as eva_checkpoint_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
+from .._checks import InputError
 from .._names import check_model
 from ..conversion.convert import NAME, convert
 from ..conversion.layers import Layers
@@ -48,7 +49,7 @@ default_cfgs = generate_default_cfgs(
 def check_source(source: Any) -> None:
     """Raise ValueError unless ``source`` is the name of a timm model: not ours, nor a place of the Hub."""
     if isinstance(source, str) and (":" in source or source.partition(".")[0] == NAME):
-        raise ValueError(f"source={source!r} is no model of timm itself")
+        raise InputError(f"source={source!r} is no model of timm itself")
     check_model(source, "source")
 
 
@@ -60,16 +61,16 @@ def check_plain(name: str, value: Any) -> None:
         for part in value:
             check_plain(name, part)
     elif not isinstance(value, (bool, int, float, str, type(None))):
-        raise ValueError(f"{name}={value!r}: a saved configuration holds plain values only")
+        raise InputError(f"{name}={value!r}: a saved configuration holds plain values only")
     elif isinstance(value, (int, float)) and not abs(value) <= LARGEST.get(name, LARGEST_OTHERWISE):
-        raise ValueError(f"{name}={value}: a saved configuration may go up to {LARGEST.get(name, LARGEST_OTHERWISE)}")
+        raise InputError(f"{name}={value}: a saved configuration may go up to {LARGEST.get(name, LARGEST_OTHERWISE)}")
 
 
 def check_saved_size(name: str, value: Any, lowest: int = 1) -> None:
     """Raise ValueError unless a saved size is an integer of at least ``lowest``, or a list of such integers."""
     parts = value if isinstance(value, (list, tuple)) and value else [value]
     if any(isinstance(part, bool) or not isinstance(part, int) or part < lowest for part in parts):
-        raise ValueError(f"{name}={value!r}: a saved configuration may have integers of at least {lowest} here")
+        raise InputError(f"{name}={value!r}: a saved configuration may have integers of at least {lowest} here")
 
 
 def check_saved(cfg: dict[str, Any], arguments: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -82,10 +83,10 @@ def check_saved(cfg: dict[str, Any], arguments: dict[str, Any], saved: dict[str,
     """
     for name in ("source", "mixer", "layers"):
         if name not in saved:
-            raise ValueError(f"the saved configuration lacks {name!r} among its model_args, so the model is unknown")
+            raise InputError(f"the saved configuration lacks {name!r} among its model_args, so the model is unknown")
     for name, value in arguments.items():
         if name in inspect.signature(create_model).parameters:
-            raise ValueError(f"{name}={value!r}: a saved configuration may not say how to load another model")
+            raise InputError(f"{name}={value!r}: a saved configuration may not say how to load another model")
         check_plain(name, value)
     for name in ("num_classes", "input_size"):
         check_plain(name, cfg.get(name))
@@ -95,14 +96,14 @@ def check_saved(cfg: dict[str, Any], arguments: dict[str, Any], saved: dict[str,
     for name, value in {**sizes, "input_size": input_size}.items():
         check_saved_size(name, value)
     if not isinstance(input_size, (list, tuple)) or len(input_size) != 3:
-        raise ValueError(f"input_size={input_size!r}: a saved configuration may have channels, height and width here")
+        raise InputError(f"input_size={input_size!r}: a saved configuration may have channels, height and width here")
     for given in (cfg, arguments):
         check_saved_size("num_classes", given.get("num_classes", 0), 0)
     for name in ("first_conv", "classifier"):
         value = cfg.get(name)
         parts = value if isinstance(value, (list, tuple)) else [value]
         if value is not None and not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{name}={value!r}: a saved configuration names a module here, or several")
+            raise InputError(f"{name}={value!r}: a saved configuration names a module here, or several")
 
 
 def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]:
@@ -120,7 +121,7 @@ def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]
         raise
     except Exception as error:
         # neither torch nor timm has an exception of its own for a damaged file
-        raise ValueError(
+        raise InputError(
             f"{place} holds no readable weights; expected model.safetensors: {type(error).__name__}: {error}"
         ) from error
 
@@ -223,9 +224,9 @@ def build_saved(
                 for t in build(source, mixer, layers, keywords, **kwargs, **source_kwargs).state_dict().values()
             )
     except (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise ValueError(f"the saved arguments {arguments} don't build {source}: {error}") from error
+        raise InputError(f"the saved arguments {arguments} don't build {source}: {error}") from error
     if weights and size > 2 * sum(tensor.numel() for tensor in weights.values()) + 10_000_000:
-        raise ValueError(f"the saved configuration asks for {size} numbers, far more than the weights beside it hold")
+        raise InputError(f"the saved configuration asks for {size} numbers, far more than the weights beside it hold")
     model = build(source, mixer, layers, keywords, **kwargs, **source_kwargs)
     if pretrained:
         try:
@@ -237,7 +238,7 @@ def build_saved(
                 filter_fn=fit_weights,
             )
         except RuntimeError as error:
-            raise ValueError(f"the weights don't fit {source} with this configuration: {error}") from error
+            raise InputError(f"the weights don't fit {source} with this configuration: {error}") from error
         forget_unsaved(model)
     return model
 

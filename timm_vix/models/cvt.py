@@ -23,7 +23,7 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
-from .._checks import check_choice
+from .._checks import InputError, check_choice
 from ..conversion.replace import no_decay_names
 from ..mixers._layout import Grid
 from ._convolutional import Stage, embed_padding, to_image
@@ -47,7 +47,7 @@ def check_three(name: str, values: Any) -> None:
     """Raise ValueError unless ``values`` are three positive integers, one for each stage."""
     valid = isinstance(values, (tuple, list)) and len(values) == 3
     if not valid or any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
-        raise ValueError(f"{name}={values!r}: expected three positive integers, one for each stage")
+        raise InputError(f"{name}={values!r}: expected three positive integers, one for each stage")
 
 
 class ConvolutionalXformer(nn.Module):
@@ -103,7 +103,7 @@ class ConvolutionalXformer(nn.Module):
         for name, values in stages.items():
             check_three(name, values)
         if any(dim % heads for dim, heads in zip(embed_dims, num_heads)):
-            raise ValueError(f"num_heads={num_heads}: expected divisors of embed_dims={embed_dims}")
+            raise InputError(f"num_heads={num_heads}: expected divisors of embed_dims={embed_dims}")
         global_pool = ("token" if class_token else "avg") if global_pool is None else global_pool
         check_choice("global_pool", global_pool, ("token", "avg", "") if class_token else ("avg", ""))
         dd = {"device": device, "dtype": dtype}
@@ -122,7 +122,7 @@ class ConvolutionalXformer(nn.Module):
             pad = embed_padding(kernel)
             height, width = (height + 2 * pad - kernel) // stride + 1, (width + 2 * pad - kernel) // stride + 1
             if min(height, width) < 1:
-                raise ValueError(
+                raise InputError(
                     f"img_size={img_size} leaves no token in stage {i}, with embed_strides={embed_strides}"
                 )
             stage = Stage(

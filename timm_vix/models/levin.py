@@ -25,7 +25,7 @@ from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistil
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
-from .._checks import check_choice, check_integer
+from .._checks import InputError, check_choice, check_integer
 from ..conversion.replace import no_decay_names
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
@@ -52,15 +52,18 @@ class ProjectedAttention(MechanismHost):
         super().__init__()
         self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
         self.qkv = attn.qkv
-        self.keys = TokenLayout(0, tuple(attn.resolution))
-        self.set_core(build_core(attn, self.qkv.linear.weight, self.keys, self.keys, mixer, keywords))
+        height, width = attn.resolution
+        self.grid = (height, width)
+        layout = TokenLayout(0, self.grid)
+        self.set_core(build_core(attn, self.qkv.linear.weight, layout, layout, mixer, keywords))
         self.proj = attn.proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, _ = x.shape
         qkv = self.qkv(x).unflatten(2, (self.num_heads, 2 * self.key_dim + self.val_dim)).transpose(1, 2)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
-        y = self.mix(q, k, v, self.keys, self.keys, x)
+        layout = TokenLayout(0, self.grid)
+        y = self.mix(q, k, v, layout, layout, x)
         return self.proj(y.transpose(1, 2).reshape(B, N, self.num_heads * self.val_dim))
 
 
@@ -73,11 +76,12 @@ class ProjectedDownsampling(MechanismHost):
         self.num_heads, self.key_dim, self.val_dim = attn.num_heads, attn.key_dim, attn.val_dim
         self.kv, self.q = attn.kv, attn.q
         height, width = attn.resolution
-        self.queries = TokenLayout(0, ((height - 1) // attn.stride + 1, (width - 1) // attn.stride + 1))
-        self.keys = TokenLayout(0, (height, width))
+        self.grid = ((height - 1) // attn.stride + 1, (width - 1) // attn.stride + 1)
+        self.key_grid = (height, width)
+        queries, keys = TokenLayout(0, self.grid), TokenLayout(0, self.key_grid)
         # there is no residual between grids
         keywords = {name: value for name, value in keywords.items() if name != "conv_residual"}
-        self.set_core(build_core(attn, self.kv.linear.weight, self.queries, self.keys, mixer, keywords))
+        self.set_core(build_core(attn, self.kv.linear.weight, queries, keys, mixer, keywords))
         self.proj = attn.proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +89,7 @@ class ProjectedDownsampling(MechanismHost):
         k, v = kv.split([self.key_dim, self.val_dim], dim=3)
         tokens = self.q(x)
         q = tokens.unflatten(2, (self.num_heads, self.key_dim)).transpose(1, 2)
-        y = self.mix(q, k, v, self.queries, self.keys, tokens)
+        y = self.mix(q, k, v, TokenLayout(0, self.grid), TokenLayout(0, self.key_grid), tokens)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -119,7 +123,7 @@ def check_stages(embed_dim: Any, depth: Any) -> None:
     valid = isinstance(embed_dim, (tuple, list)) and isinstance(depth, (tuple, list))
     valid = valid and len(embed_dim) == len(depth) > 0
     if not valid or any(type(number) is not int or number < 1 for number in (*embed_dim, *depth)):
-        raise ValueError(
+        raise InputError(
             f"embed_dim={embed_dim!r}, depth={depth!r}: expected two tuples of positive integers, one for each stage"
         )
 
@@ -135,7 +139,7 @@ def levit_arguments(
     if stem is None:
         stride = 8 if kwargs.get("stem_type") == "s8" else 16
         if patch_size not in (None, stride):
-            raise ValueError(f"patch_size={patch_size!r}: LeViT's stem has {stride}; another size needs stem='conv'")
+            raise InputError(f"patch_size={patch_size!r}: LeViT's stem has {stride}; another size needs stem='conv'")
         # timm rounds the grid down and the stem's convolutions round it up
         check_sizes(img_size, stride, False)
         return dict(img_size=img_size, in_chans=in_chans, **kwargs)
@@ -177,7 +181,7 @@ class LevitXformer(Levit):
     ) -> None:
         keywords = projected_keywords(mixer, kwargs)
         if kwargs.get("use_conv"):
-            raise ValueError("use_conv=True: token mixers work on sequences; allowed is False")
+            raise InputError("use_conv=True: token mixers work on sequences; allowed is False")
         super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, kwargs))
         self._traits = {"first_conv": "stem.conv1.linear" if stem is None else f"stem.{first_convolution(stem)}"}
         if stem is not None:

@@ -22,7 +22,7 @@ from timm.models.pit import checkpoint_filter_fn as pit_checkpoint_filter_fn
 from timm.models.vision_transformer import Block, ParallelThingsBlock
 from torch import nn
 
-from .._checks import check_choice, check_integer
+from .._checks import InputError, check_choice, check_integer
 from ..conversion.layers import Layers, layer_mixers
 from ..conversion.replace import no_decay_names, replace_attention
 from ..mixers import MIXERS
@@ -81,7 +81,7 @@ class PoolingXformer(PoolingVisionTransformer):
         check_integer("stride", stride, 1)
         sides = to_2tuple(img_size)
         if min(sides) < patch_size:
-            raise ValueError(f"img_size={img_size}, patch_size={patch_size}, stride={stride}: no patch fits")
+            raise InputError(f"img_size={img_size}, patch_size={patch_size}, stride={stride}: no patch fits")
         super().__init__(img_size=sides, patch_size=patch_size, stride=stride, in_chans=in_chans, **kwargs)
         if block == "parallel":
             for stage in self.transformers:
@@ -92,7 +92,7 @@ class PoolingXformer(PoolingVisionTransformer):
         if stem != "linear":
             dd = {key: kwargs.get(key) for key in ("device", "dtype")}
             if any(side % stride for side in sides):
-                raise ValueError(f"img_size={img_size} is no multiple of stride={stride}")
+                raise InputError(f"img_size={img_size} is no multiple of stride={stride}")
             self.patch_embed = STEMS[stem](
                 img_size=sides, patch_size=stride, in_chans=in_chans, embed_dim=width, flatten=False, **dd
             )

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTra
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .._checks import check_choice, check_integer
+from .._checks import InputError, check_choice, check_integer
 from ..conversion.convert import source_of
 from ..conversion.layers import Layers, layer_mixers
 from ..conversion.replace import (
@@ -129,9 +129,9 @@ class VisionXformer(VisionTransformer):
             depth = kwargs.get("depth", 12)
             check_integer("depth", depth, 2)
             if depth % 2:
-                raise ValueError(f"depth={depth}: block='parallel' pairs the layers; allowed is an even number")
+                raise InputError(f"depth={depth}: block='parallel' pairs the layers; allowed is an even number")
             if kwargs.get("fix_init"):
-                raise ValueError("fix_init=True: scales by depth, which parallel layers don't have; allowed is False")
+                raise InputError("fix_init=True: scales by depth, which parallel layers don't have; allowed is False")
             kwargs["depth"] = depth // 2
         super().__init__(**kwargs)
         self._traits = {"first_conv": f"patch_embed.{first_convolution(stem)}"}
@@ -202,10 +202,10 @@ def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
     for name, value in (("img_size", img_size), ("patch_size", patch_size)):
         sides = value if isinstance(value, (tuple, list)) else (value, value)
         if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
-            raise ValueError(f"{name}={value!r}: expected a positive integer or a pair of them")
+            raise InputError(f"{name}={value!r}: expected a positive integer or a pair of them")
     image, patch = to_2tuple(img_size), to_2tuple(patch_size)
     if not padded and any(i % p for i, p in zip(image, patch)):
-        raise ValueError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
+        raise InputError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def build_xformer(
             raise
         except Exception as error:
             # timm's functions know no other checkpoints than those which they convert
-            raise ValueError(f"the checkpoint doesn't fit {name}: {error}") from error
+            raise InputError(f"the checkpoint doesn't fit {name}: {error}") from error
 
     try:
         return build_model_with_cfg(
@@ -290,4 +290,4 @@ def build_xformer(
         if not reading or "No pretrained weights exist" in str(error):
             raise
         source = overlay.get("file") or (cfg.get("file") if isinstance(cfg, dict) else None) or "the checkpoint"
-        raise ValueError(f"{source} is no readable checkpoint: {type(error).__name__}: {error}") from error
+        raise InputError(f"{source} is no readable checkpoint: {type(error).__name__}: {error}") from error

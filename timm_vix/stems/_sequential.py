@@ -4,6 +4,8 @@ from typing import Any, Optional, Union
 
 from timm.layers import PatchEmbed
 
+from .._checks import InputError
+
 Size = Union[int, tuple[int, int]]
 
 
@@ -22,11 +24,11 @@ class SequentialStem(PatchEmbed):
     def __init__(self, img_size: Optional[Size], patch_size: Size, *args: Any, **kwargs: Any) -> None:
         side = patch_size if isinstance(patch_size, int) else patch_size[0]
         if side not in (1, 2, 4, 8, 16) or (not isinstance(patch_size, int) and tuple(patch_size) != (side, side)):
-            raise ValueError(f"patch_size={patch_size}: {self.kind} stem takes 1, 2, 4, 8 or 16")
+            raise InputError(f"patch_size={patch_size}: {self.kind} stem takes 1, 2, 4, 8 or 16")
         super().__init__(img_size, patch_size, *args, **kwargs)
 
     def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[Size] = None) -> None:
         """Take another image size; the patch size is the stride of the layers and stays."""
         if patch_size is not None and patch_size not in (self.patch_size[0], self.patch_size):
-            raise ValueError(f"patch_size={patch_size}: {self.kind} stem was built for {self.patch_size[0]}")
+            raise InputError(f"patch_size={patch_size}: {self.kind} stem was built for {self.patch_size[0]}")
         super().set_input_size(img_size=img_size)

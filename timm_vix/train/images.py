@@ -1,4 +1,4 @@
-"""Image folders and scikit-learn's digits as data sets whose randomness has no state.
+"""Images as a data set whose randomness has no state.
 
 The order of the images is a function of (seed, epoch), the augmentation of one image of (seed, epoch, image): a run
 that stops in mid-epoch is continued by skipping batches, and the number of workers changes nothing.
@@ -7,24 +7,28 @@ that stops in mid-epoch is continued by skipping batches, and the number of work
 import os
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, get_img_extensions
-from timm.utils.misc import natural_key
-from torch.utils.data import Dataset
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision.transforms import Compose, RandomCrop
 from tqdm import tqdm
 
+from .._checks import InputError
+from .folders import Items, Sample, Source
+
 CACHE_BYTES = 2 << 30  # decoded pixels kept in memory per split; images beyond are decoded again in every epoch
+CHECKED = 1000  # images whose content enters the digest, evenly spread
 ORDER, SAMPLE, STEP = range(3)  # what is drawn: the first word of every seed
 
-Items = list[tuple[Union[Path, np.ndarray], int]]  # an image, as file or as pixels, and its label
+Key = tuple[Optional[int], int]  # epoch, None without one, and index of an image
+Decoded = tuple[int, Optional[np.ndarray]]  # index and pixels of an image, or None if it can't be read
 
 
 def seed_of(*key: int) -> int:
@@ -39,98 +43,17 @@ def reseed(*key: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend: 0.2 ms, too slow for each image
 
 
-def find_images(
-    data_dir: Optional[str], val_dir: Optional[str] = None, held_out: float = 0.2
-) -> tuple[Items, Items, list[str]]:
-    """List training images, validation images and class names; None stands for scikit-learn's digits.
-
-    ``data_dir`` holds class folders, or ``train/`` and ``val/``, ``validation/`` or ``test/`` with class folders.
-    Without a validation folder, a share of every class is held out, the same in every run.
-
-    Raises:
-        ValueError: for a folder that is not so, naming it.
-    """
-    if data_dir is None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise ValueError(
-                "data_dir is missing, and the built-in digits need scikit-learn; allowed: a folder"
-            ) from None
-        digits = load_digits()
-        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        items: Items = list(zip(pixels, digits.target.tolist()))
-        return *hold_out(items, held_out), [str(name) for name in digits.target_names]
-    root = Path(data_dir)
-    splits = [root / name for name in ("val", "validation", "test") if (root / name).is_dir()]
-    if splits and not (root / "train").is_dir():
-        raise ValueError(f"data_dir={root} has {splits[0].name}/ but no train/; allowed: both, or class folders only")
-    train, classes = list_images(root / "train" if (root / "train").is_dir() else root)
-    if len(classes) < 2:
-        raise ValueError(f"data_dir={root} has one class only, {classes[0]!r}; at least two class folders are needed")
-    if val_dir or splits:
-        return train, list_images(Path(val_dir or splits[0]), classes)[0], classes
-    return *hold_out(train, held_out), classes
-
-
-def list_images(folder: Path, known: Optional[list[str]] = None) -> tuple[Items, list[str]]:
-    """List the images of class folders, and the class names in timm's order; ``known`` names set the labels."""
-    layout = f"expected {folder}/<class>/<image>.jpg"
-    if not folder.is_dir():
-        raise ValueError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {layout}")
-    names = sorted((p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."), key=natural_key)
-    known = known or names
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{folder} has classes that the training images lack: {', '.join(unknown)}")
-    extensions = get_img_extensions(as_set=True)
-    files = {
-        name: sorted((str(p) for p in (folder / name).rglob("*") if p.suffix.lower() in extensions), key=natural_key)
-        for name in names
-    }
-    if not any(files.values()):
-        raise ValueError(f"{folder} holds no images in class folders; {layout}")
-    if empty := [name for name in names if not files[name]]:
-        raise ValueError(f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them")
-    return [(Path(file), known.index(name)) for name in names for file in files[name]], names
-
-
-def find_unlabelled(folder: Path) -> Items:
-    """List the images of a folder at any depth, all with label 0.
-
-    Raises:
-        ValueError: for a folder that isn't there or holds no image.
-    """
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} {'is a file' if folder.exists() else 'does not exist'}; expected a folder of images"
-        )
-    extensions = get_img_extensions(as_set=True)
-    files = sorted((str(path) for path in folder.rglob("*") if path.suffix.lower() in extensions), key=natural_key)
-    if not files:
-        raise ValueError(f"{folder} holds no images; allowed are {', '.join(sorted(extensions))}")
-    return [(Path(file), 0) for file in files]
-
-
-def hold_out(items: Items, share: float) -> tuple[Items, Items]:
-    """Split off a share of every class."""
-    train: Items = []
-    val: Items = []
-    for label in sorted({label for _, label in items}):
-        own = [item for item in items if item[1] == label]
-        random.Random(label).shuffle(own)
-        cut = max(1, round(share * len(own))) if len(own) > 1 else 0
-        val += own[:cut]
-        train += own[cut:]
-    if not val:
-        raise ValueError("no class has two images, so none can be held out; give val_dir")
-    return train, val
-
-
 def transforms(data_config: dict[str, Any], augment: str, flip: float) -> tuple[Any, Any, Any]:
     """Split timm's pipelines into what is done once, for training and for validation; uint8 tensors come out.
 
     Images are kept at the size that the first step of validation gives, so validation is exactly timm's.
+
+    Raises:
+        ValueError: for a model that takes neither grey nor RGB images.
     """
+    channels = data_config["input_size"][0]
+    if channels not in (1, 3):
+        raise InputError(f"in_chans={channels}: allowed is 1 (grey) or 3 (RGB), which is what image files hold")
     shared = {key: data_config[key] for key in ("input_size", "interpolation", "mean")}
     shared["use_prefetcher"] = True  # stay uint8: whole batches are normalised on the device
     steps = create_transform(**shared, crop_pct=data_config["crop_pct"], crop_mode=data_config["crop_mode"]).transforms
@@ -154,74 +77,201 @@ def normaliser(data_config: dict[str, Any], device: str) -> Callable[[torch.Tens
 
 
 class Images(Dataset):
-    """Decoded images; item (epoch, index) is transformed as a function of (seed, epoch, index).
+    """Images by key (epoch, index), each transformed as a function of (seed, epoch, index).
 
-    Every image is decoded once at the start, by all threads: damaged files are found, named and left out before
-    training, and small sets stay in memory.
+    An image is decoded once, and kept in memory as long as there is room.
+
+    Args:
+        lazy: Decode an image when a batch first needs it. One that turns out to be damaged is left out of a batch
+            without an epoch; in an epoch the next readable image stands for it, since the number of steps is fixed
+            before. If False, all images are decoded now, and those that are damaged don't count.
 
     Raises:
-        ValueError: if no image of a class can be read.
+        ValueError: if no image of a class can be read; at once, even if the others are decoded later.
     """
 
-    def __init__(self, items: Items, classes: list[str], channels: int, resize: Any, transform: Any, seed: int) -> None:
+    def __init__(
+        self,
+        items: Items,
+        classes: list[str],
+        channels: int,
+        resize: Any,
+        transform: Any,
+        seed: int,
+        lazy: bool = False,
+    ) -> None:
         self.mode = "RGB" if channels == 3 else "L"
         self.resize, self.transform, self.seed = resize, transform, seed
-        self.items: Items = []
-        self.cache: list[Optional[np.ndarray]] = []
-        damaged, size = [], 0
+        self.items = items
+        self.cache: dict[int, np.ndarray] = {}
+        self.bytes = 0
+        self.damaged: set[int] = set()
+        self.reported = 0
+        of_class: dict[int, list[int]] = {}
+        for index, (_, label) in enumerate(items):
+            of_class.setdefault(label, []).append(index)
+        self.remember(self.decode([own[0] for own in of_class.values()] if lazy else range(len(items))))
+        for label, own in sorted(of_class.items()):
+            if own[0] in self.damaged:
+                self.remember(self.decode(own))
+            if self.damaged.issuperset(own):
+                raise InputError(
+                    f"class {classes[label]!r}: none of its {len(own)} images can be read, such as {self.name(own[0])}"
+                )
+        if not lazy:
+            self.report_damaged()
+            readable = [index for index in range(len(items)) if index not in self.damaged]
+            self.items = [items[index] for index in readable]
+            self.cache = {new: self.cache[old] for new, old in enumerate(readable) if old in self.cache}
+            self.damaged = set()
+
+    def decode(self, indices: Iterable[int]) -> Iterator[Decoded]:
+        """Decode those images that are not known yet, by all threads; a worker has one, since workers are many."""
+        missing = [index for index in indices if index not in self.cache and index not in self.damaged]
+        if len(missing) < 2 or get_worker_info():
+            yield from map(self.try_to_decode, missing)
+            return
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
-            decoded = pool.map(self._try_decode, (source for source, _ in items))
-            for item, pixels in zip(items, tqdm(decoded, "decode", len(items), leave=False, disable=None)):
-                if isinstance(pixels, Exception):
-                    damaged.append(item)
-                    continue
-                size += pixels.nbytes
-                self.items.append(item)
-                self.cache.append(pixels if size <= CACHE_BYTES else None)
+            decoded = pool.map(self.try_to_decode, missing)
+            # one batch is decoded too fast for a progress bar
+            yield from tqdm(decoded, "decode", len(missing), leave=False, disable=None, delay=1)
         finally:
             pool.shutdown(cancel_futures=True)  # else Ctrl-C waits for all images
-        for label in sorted({label for _, label in damaged} - {label for _, label in self.items}):
-            files = [str(source) for source, other in damaged if other == label]
-            raise ValueError(
-                f"class {classes[label]!r}: none of its {len(files)} images can be read, such as {files[0]}"
-            )
-        if damaged:
-            names = ", ".join(str(source) for source, _ in damaged[:5]) + (" ..." if len(damaged) > 5 else "")
-            print(f"skipped {len(damaged)} of {len(items)} images that cannot be read: {names}")
 
-    def _decode(self, source: Union[Path, np.ndarray]) -> np.ndarray:
-        with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source) as image:
-            return np.asarray(self.resize(image.convert(self.mode)))
-
-    def _try_decode(self, source: Union[Path, np.ndarray]) -> Union[np.ndarray, Exception]:
+    def try_to_decode(self, index: int) -> Decoded:
+        """The pixels of an image; None if it can't be read."""
         try:
-            return self._decode(source)
-        except Exception as error:  # what a damaged file raises differs between PIL's readers
-            return error
+            with open_image(self.items[index][0]) as image:
+                return index, np.asarray(self.resize(image.convert(self.mode)))
+        except Exception:  # what a damaged file raises differs between PIL's readers
+            return index, None
+
+    def remember(self, decoded: Iterable[Decoded]) -> None:
+        """Note damaged images, and keep the pixels of others while there is room."""
+        for index, pixels in decoded:
+            if pixels is None:
+                self.damaged.add(index)
+            elif index not in self.cache and self.bytes + pixels.nbytes <= CACHE_BYTES:
+                self.bytes += pixels.nbytes
+                self.cache[index] = pixels
+
+    def report_damaged(self) -> None:
+        """Print how many images can't be read, and the names of some, unless that was printed before."""
+        if len(self.damaged) > self.reported:
+            names = [self.name(index) for index in sorted(self.damaged)]
+            shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+            tqdm.write(f"skipped {len(names)} of {len(self.items)} images that cannot be read: {shown}")
+            self.reported = len(names)
+
+    def name(self, index: int) -> str:
+        """How messages call an image."""
+        source = self.items[index][0]
+        return str(source) if isinstance(source, Path) else f"number {getattr(source, 'number', index)}"
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = key
-        source, label = self.items[index]
-        pixels = self.cache[index]
-        if pixels is None:
-            pixels = self._decode(source)
-        reseed(SAMPLE, self.seed, epoch, index)
-        return self.transform(Image.fromarray(pixels)), label
+    @property
+    def readable(self) -> int:
+        """The number of images that are not known to be damaged."""
+        return len(self.items) - len(self.damaged)
 
-    def batches(self, batch_size: int, epoch: Optional[int] = None) -> list[list[tuple[int, int]]]:
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
+        """One image (C, H, W) and its label; the next readable one where it is damaged."""
+        epoch, index = key
+        (sample,), decoded = self.__getitems__([(epoch or 0, index)])
+        self.remember(decoded)
+        return sample
+
+    def __getitems__(self, keys: list[Key]) -> tuple[list[tuple[torch.Tensor, int]], list[Decoded]]:
+        """The images of a batch, each (C, H, W) with its label, and what had to be decoded for them."""
+        decoded = dict(self.decode(index for _, index in keys))
+        samples = []
+        for epoch, wanted in keys:
+            index = wanted
+            while (pixels := self.pixels(index, decoded)) is None and epoch is not None:
+                index = (index + 1) % len(self)
+            if pixels is not None:
+                reseed(SAMPLE, self.seed, epoch or 0, wanted)
+                samples.append((self.transform(Image.fromarray(pixels)), self.items[index][1]))
+        return samples, [(index, pixels) for index, pixels in decoded.items() if pixels is None or self.has_room()]
+
+    def pixels(self, index: int, decoded: dict[int, Optional[np.ndarray]]) -> Optional[np.ndarray]:
+        """The pixels of an image, from memory, from what was ``decoded`` or from its file; None if it is damaged."""
+        if index in self.cache:
+            return self.cache[index]
+        if index not in decoded and index not in self.damaged:
+            decoded.update([self.try_to_decode(index)])
+        return decoded.get(index)
+
+    def has_room(self) -> bool:
+        """Whether more pixels could be kept."""
+        return self.bytes < CACHE_BYTES
+
+    def batches(self, batch_size: int, epoch: Optional[int] = None) -> list[list[Key]]:
         """Keys of one epoch: shuffled whole batches, or all images in order where the epoch is None."""
         if epoch is None:
             order, stop = range(len(self)), len(self)
         else:
             generator = torch.Generator().manual_seed(seed_of(ORDER, self.seed, epoch))
             order, stop = torch.randperm(len(self), generator=generator).tolist(), len(self) // batch_size * batch_size
-        return [[(epoch or 0, i) for i in order[at : min(at + batch_size, stop)]] for at in range(0, stop, batch_size)]
+        return [[(epoch, i) for i in order[at : min(at + batch_size, stop)]] for at in range(0, stop, batch_size)]
+
+    def loader(self, keys: list[list[Key]], workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Load batches, pixels (B, C, H, W) and labels (B,), in this process or by ``workers``.
+
+        What a worker decodes comes back with its batch, so that later epochs have it in memory.
+        """
+        try:
+            for batch, decoded in DataLoader(self, batch_sampler=keys, num_workers=workers, collate_fn=stack):
+                self.remember(decoded)
+                if batch:
+                    yield batch
+        finally:
+            self.report_damaged()
 
     def digest(self) -> str:
-        """Number and checksum of the file names, to recognise the same data at another place."""
+        """Number of images and checksum of the file names, the same for a copy of the folder at another place."""
         names = ["/".join(source.parts[-2:]) for source, _ in self.items if isinstance(source, Path)]
         return f"{len(self)} images, names {zlib.crc32(repr(names).encode()):08x}"
+
+    def checksum(self) -> str:
+        """Checksum of all labels and file sizes and of the content of some images, to notice that pixels changed."""
+        sizes = [(label, size_of(source)) for source, label in self.items]
+        found = zlib.crc32(repr(sizes).encode())
+        for source, _ in self.items[:: -(-len(self) // CHECKED)]:
+            found = zlib.crc32(content_of(source), found)
+        return f"{found:08x}"
+
+
+def stack(loaded: tuple[list[tuple[torch.Tensor, int]], list[Decoded]]) -> tuple[Any, list[Decoded]]:
+    """A batch of what ``Images`` loaded; None if none of its images can be read."""
+    samples, decoded = loaded
+    return default_collate(samples) if samples else None, decoded
+
+
+def open_image(source: Source) -> Image.Image:
+    """An image of any source; its pixels may be still to be decoded."""
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    return source.open() if isinstance(source, Sample) else Image.open(source)
+
+
+def size_of(source: Source) -> int:
+    """The size of an image's file in bytes; 0 where it has none."""
+    try:
+        return source.stat().st_size if isinstance(source, Path) else 0
+    except OSError:  # a link to nothing
+        return 0
+
+
+def content_of(source: Source) -> bytes:
+    """The bytes of an image's file, or its pixels; none where it can't be read."""
+    try:
+        if isinstance(source, Path):
+            return source.read_bytes()
+        with open_image(source) as image:
+            return image.tobytes()
+    except Exception:  # a damaged image raises as its reader likes
+        return b""

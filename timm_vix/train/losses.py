@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
 
 class BlockMatching(nn.Module):
@@ -37,7 +37,8 @@ class BlockMatching(nn.Module):
         for index, block in self.blocks.items():
             args, kwargs, wanted = calls[index]
             x, wanted = args[0].float(), wanted.float()
-            errors.append((block(*args, **kwargs).float() - wanted).square().sum() / (wanted - x).square().sum())
+            error = (block(*args, **kwargs).float() - wanted).square().sum()
+            errors.append(relative(error, (wanted - x).square().sum(), x.square().sum()))
         return torch.stack(errors)
 
 
@@ -56,8 +57,34 @@ class Distillation(nn.Module):
         tokens = self.student.forward_features(images)
         mine = self.student.forward_head(tokens).float().log_softmax(-1)
         wanted = wanted.float()
-        feature = (tokens.float() - wanted).square().sum() / wanted.square().sum()
+        size = wanted.square().sum()
+        feature = relative((tokens.float() - wanted).square().sum(), size, size)
         # a model without a classifier has no predictions to agree on
-        has_head = self.student.num_classes > 0
-        divergence = F.kl_div(mine, logits.log_softmax(-1), log_target=True, reduction="batchmean") if has_head else 0.0
-        return torch.stack([feature, torch.as_tensor(divergence, device=feature.device, dtype=feature.dtype)])
+        if not self.student.num_classes:
+            return torch.stack([feature, torch.zeros_like(feature)])
+        divergence = F.kl_div(mine, logits.log_softmax(-1), log_target=True, reduction="sum")
+        return torch.stack([feature, divergence / mean_of_processes(feature.new_tensor(float(len(images))))])
+
+
+def relative(error: torch.Tensor, change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """A squared error relative to the squared ``change`` that a block makes to its ``tokens``, all of them scalars.
+
+    A block whose last layers are zero changes nothing. The error is then relative to the rounding of the tokens, below
+    which float32 could not show a change.
+    """
+    rounding = torch.finfo(torch.float32).eps ** 2
+    least = torch.finfo(torch.float32).tiny
+    return error / torch.maximum(mean_of_processes(change), rounding * mean_of_processes(tokens)).clamp_min(least)
+
+
+def mean_of_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a scalar without a gradient over the processes that share a batch; itself where there is one.
+
+    DistributedDataParallel takes the mean of the gradients. With such a mean in the denominator, that is the gradient
+    of the whole batch.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    value = value.clone()
+    distributed.all_reduce(value)
+    return value / distributed.get_world_size()

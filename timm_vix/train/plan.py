@@ -20,15 +20,16 @@ import torch
 from timm.models import get_model_args
 from torch import nn
 
-from .._checks import check_choice
+from .._checks import InputError, check_choice
 from .._device import find_device, versions
 from .._files import one_line, write_whole
-from ..benchmark.figures import agreement_over_cost, png
 from ..conversion.convert import attention_sites
 from ..conversion.delta import architecture, fingerprint, mechanisms_of
 from ..conversion.layers import layer_mixers
 from ..mixers import MIXERS
-from .images import Images, find_unlabelled, normaliser, transforms
+from .images import Images, normaliser, transforms
+from .listing import find_unlabelled
+from .plots import agreement_over_cost, png
 from .search import Search, measure_options
 from .sensitivity import Measurement, Plan, Sensitivity, block_gflops, plan_to_json
 from .settings import KeyValue, check_ranges
@@ -144,14 +145,14 @@ def check(run: SimpleNamespace, out: Path) -> None:
     )
     check_ranges(run, ranges)
     if run.keep is not None and run.budget_gflops is not None:
-        raise ValueError("keep and budget_gflops were both given; allowed is one of them")
+        raise InputError("keep and budget_gflops were both given; allowed is one of them")
     if isinstance(run.mixer, str) or not run.mixer:
-        raise ValueError(f"mixer={run.mixer!r}: expected a list of names, such as ['nystrom']")
+        raise InputError(f"mixer={run.mixer!r}: expected a list of names, such as ['nystrom']")
     for name in run.mixer:
         check_choice("mixer", name, tuple(mixer for mixer in run.candidates or CANDIDATES if mixer in MIXERS))
     check_teacher(run)
     if out.suffix != ".json":
-        raise ValueError(f"out={out}: expected a name that ends in .json")
+        raise InputError(f"out={out}: expected a name that ends in .json")
 
 
 def build_softmax_model(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
@@ -162,9 +163,9 @@ def build_softmax_model(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]
     """
     model, config = build_teacher(run)
     if any(name != "softmax" for name, _ in mechanisms_of(model).values()):
-        raise ValueError(f"source={run.source} has mixers already; a plan starts from a softmax model")
+        raise InputError(f"source={run.source} has mixers already; a plan starts from a softmax model")
     if not model.num_classes:
-        raise ValueError(f"source={run.source} has no classifier, so there are no predictions that could agree")
+        raise InputError(f"source={run.source} has no classifier, so there are no predictions that could agree")
     attention_sites(model)
     return model, config
 
@@ -224,21 +225,21 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a plan: {one_line(error)}") from error
+        raise InputError(f"{path} cannot be read as a plan: {one_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("layers"), dict):
-        raise ValueError(f"{path} is no plan; expected a file of timm-vix plan")
+        raise InputError(f"{path} is no plan; expected a file of timm-vix plan")
     depth = len(attention_sites(model))
     if (content.get("architecture"), content.get("depth")) != (architecture(model), depth):
-        raise ValueError(
+        raise InputError(
             f"{path} is a plan for {content.get('architecture')} with {content.get('depth')} layers; "
             f"this model is {architecture(model)} with {depth}"
         )
     if not content["layers"]:
-        raise ValueError(f"{path} keeps every layer as it is: nothing to convert")
+        raise InputError(f"{path} keeps every layer as it is: nothing to convert")
     try:
         layers = layer_mixers(content["layers"], depth, "softmax", {})
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {error}") from error
     return {layer: {"mixer": name, **keywords} for layer, (name, keywords) in layers.items()}
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
+from .._checks import InputError
 from .sensitivity import (
     Measurement,
     Plan,
@@ -76,7 +77,7 @@ def measure_options(
                 if any(softmax - own > needed for softmax, own in zip(softmax_gflops, gflops)):
                     cheaper.append((mixer, gflops))
     if not cheaper:
-        raise ValueError(f"mixer={list(mixers)}: no candidate is cheaper than softmax attention at {patches} patches")
+        raise InputError(f"mixer={list(mixers)}: no candidate is cheaper than softmax attention at {patches} patches")
     sensitivity.measure_single_layers([{layer: mixer} for layer in range(depth) for mixer, _ in cheaper])
     options = []
     for layer in range(depth):
@@ -208,7 +209,7 @@ class Search:
         """Raise ValueError for a budget in GFLOPs that no candidate meets."""
         least = self.other_gflops + sum(min(option.gflops for option in own) for own in self.options)
         if budget + HALF_AN_OPERATION < least:
-            raise ValueError(f"budget_gflops={budget:g} is below the {least:.3f} GFLOPs of the cheapest candidates")
+            raise InputError(f"budget_gflops={budget:g} is below the {least:.3f} GFLOPs of the cheapest candidates")
 
     def closest(self, budget: float) -> Plan:
         """The plan that changes least, among those that were found of at most ``budget`` GFLOPs."""

@@ -1,14 +1,109 @@
-"""Checks of a run's settings that hold whatever the data is."""
+"""Settings of a run as dataclasses, from whose fields the checks, the command line and the documentation are made."""
 
 import argparse
-from collections.abc import Callable, Iterable
+import functools
+import inspect
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Optional
+from types import NoneType
+from typing import Any, NamedTuple, Optional, TypeVar, Union, get_args, get_origin
 
 from timm.utils import ParseKwargs
 
+from .._checks import InputError
+
 Ranges = Iterable[tuple[str, str, Callable[[Any], bool]]]
+Function = TypeVar("Function", bound=Callable[..., Any])
+# for the type of a field: what a value may be an instance of, and what that is called
+TYPES: dict[type, tuple[type, str]] = {
+    str: (str, "text"),
+    bool: (bool, "True or False"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    dict: (Mapping, "a mapping of keywords"),
+}
+
+
+class Range(NamedTuple):
+    """What a setting may be: in words, and as a function that tells whether a value is."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+ABOVE_0 = Range("above 0", lambda value: value > 0)
+FROM_0 = Range("0 or more", lambda value: value >= 0)
+FROM_0_BELOW_1 = Range("0 to below 1", lambda value: 0 <= value < 1)
+FROM_0_TO_1 = Range("0 to 1", lambda value: 0 <= value <= 1)
+ABOVE_0_TO_1 = Range("above 0, at most 1", lambda value: 0 < value <= 1)
+BETWEEN_0_AND_1 = Range("above 0, below 1", lambda value: 0 < value < 1)
+
+
+def one_of(*choices: str) -> Range:
+    """The range of a setting that is one of some words."""
+    return Range(", ".join(choices), lambda value: value in choices)
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    allowed: Optional[Range] = None,
+    may_change: bool = False,
+    parse: Optional[Callable[[str], Any]] = None,
+) -> Any:
+    """A field of ``Settings``.
+
+    Args:
+        default: Its value if none is given; ``MISSING`` makes it obligatory.
+        meaning: One sentence for the documentation and the command line.
+        allowed: The values besides None.
+        may_change: Whether a run may be continued with another value.
+        parse: How the command line reads it, where the field's type doesn't say.
+    """
+    return field(default=default, metadata=dict(meaning=meaning, allowed=allowed, may_change=may_change, parse=parse))
+
+
+@dataclass
+class Settings:
+    """Base of dataclasses whose fields are all made by ``setting``; construction checks types and ranges.
+
+    Raises:
+        ValueError: for the first value that is wrong, with the values that are allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                setattr(self, own.name, value)
+            accepted, words = TYPES.get(type_of(own), (object, ""))
+            # True is an integer for Python, and no number of epochs
+            right = isinstance(value, accepted) and (accepted in (bool, object) or not isinstance(value, bool))
+            if not right and not (value is None and is_optional(own)):
+                raise InputError(f"{own.name}={value!r}: allowed is {words}{' or None' if is_optional(own) else ''}")
+        check_ranges(self, [(own.name, *allowed) for own in fields(self) if (allowed := own.metadata["allowed"])])
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that must be the same when the run is continued."""
+        return {own.name: getattr(self, own.name) for own in fields(self) if not own.metadata["may_change"]}
+
+
+def is_optional(own: Field) -> bool:
+    """Whether a field may be None."""
+    return NoneType in get_args(own.type)
+
+
+def type_of(own: Field) -> Any:
+    """The one type of a field's values besides None; ``object`` where there are several."""
+    types = (
+        [kind for kind in get_args(own.type) if kind is not NoneType] if get_origin(own.type) is Union else [own.type]
+    )
+    return get_origin(types[0]) or types[0] if len(types) == 1 else object
 
 
 class KeyValue(ParseKwargs):
@@ -22,7 +117,52 @@ class KeyValue(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-def check_ranges(run: SimpleNamespace, ranges: Ranges) -> None:
+def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
+    """Add an option for each field; those that aren't given stay out of the parsed namespace."""
+    for own in fields(kind):
+        options: dict[str, Any] = dict(help=description(own, "; default: ").replace("%", "%%"))
+        options.update(default=argparse.SUPPRESS, required=own.default is MISSING)
+        if type_of(own) is bool:
+            options["action"] = "store_true"
+        elif type_of(own) is dict:
+            options.update(nargs="*", action=KeyValue, metavar="KEY=VALUE")
+        else:
+            options["type"] = own.metadata["parse"] or type_of(own)
+        parser.add_argument(f"--{own.name.replace('_', '-')}", **options)
+
+
+def given_settings(arguments: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
+    """What was given of the options that ``add_settings`` added, as keywords."""
+    return {own.name: value for own in fields(kind) if (value := getattr(arguments, own.name, MISSING)) is not MISSING}
+
+
+def description(own: Field, before_default: str) -> str:
+    """Meaning, range and default of a field in one line."""
+    allowed, meaning = own.metadata["allowed"], own.metadata["meaning"]
+    text = f"{meaning} ({allowed.words})" if allowed else meaning
+    return text if own.default in (MISSING, None, False) else f"{text}{before_default}{own.default}"
+
+
+def documented(kind: type[Settings]) -> Callable[[Function], Function]:
+    """Decorator for a function that takes the fields of ``kind`` as arguments: they become its signature.
+
+    A line ``{settings}`` in its docstring becomes their descriptions.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(kind)
+        returned = inspect.signature(function).return_annotation
+        function.__signature__ = signature.replace(return_annotation=returned)  # type: ignore[attr-defined]
+        wrap = functools.partial(textwrap.fill, width=112, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        lines = [wrap(f"{own.name}: {description(own, '; default: ')}.") for own in fields(kind)]
+        if function.__doc__:  # python -OO has none
+            function.__doc__ = function.__doc__.replace("        {settings}", "\n".join(lines))
+        return function
+
+    return decorate
+
+
+def check_ranges(run: Any, ranges: Ranges) -> None:
     """Raise ValueError for a setting out of its range: names, what is allowed in words, and whether a value is.
 
     A setting that is None is not looked at.
@@ -31,20 +171,20 @@ def check_ranges(run: SimpleNamespace, ranges: Ranges) -> None:
         for name in names.split():
             value = getattr(run, name)
             if value is not None and not holds(value):
-                raise ValueError(f"{name}={value}: allowed is {allowed}")
+                raise InputError(f"{name}={value}: allowed is {allowed}")
 
 
 def check_weights(name: str, path: Optional[str]) -> None:
     """Raise ValueError if a file of weights is named and not there."""
     if path and not Path(path).is_file():
-        raise ValueError(f"{name}={path} is no file; allowed is a .safetensors or .pth file")
+        raise InputError(f"{name}={path} is no file; allowed is a .safetensors or .pth file")
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise ValueError for a folder of results that can't be continued, or that holds something to keep."""
     if resume and overwrite:
-        raise ValueError("resume and overwrite were both given; allowed is one of them")
+        raise InputError("resume and overwrite were both given; allowed is one of them")
     if resume and not (out / "checkpoint.pt").is_file():
-        raise ValueError(f"resume: {out} holds no checkpoint.pt; start without resume")
+        raise InputError(f"resume: {out} holds no checkpoint.pt; start without resume")
     if not (resume or overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")
+        raise InputError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")

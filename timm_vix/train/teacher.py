@@ -1,7 +1,6 @@
-"""The frozen original of a converted model: how it is built, and what new mixers may see of it before training."""
+"""The frozen original of a converted model, and how new mixers are initialised from it before training."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -9,22 +8,30 @@ import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 
+from .._checks import InputError
 from .._files import one_line
 from .._names import check_model
 from ..mixers._slot import AttentionSlot, MixerSlot
 from .settings import check_weights
 
 
-def check_teacher(run: SimpleNamespace) -> None:
+def check_teacher(run: Any) -> None:
     """Raise ValueError for a source that timm doesn't know, or that would have random weights."""
     check_model(run.source, "source")
     check_weights("weights", run.weights)
     if not run.weights and not run.pretrained and ":" not in run.source:
-        raise ValueError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
+        raise InputError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
 
 
-def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The frozen original, and timm's data configuration for it."""
+def build_teacher(run: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The frozen original in eval mode, and timm's data configuration for it.
+
+    Args:
+        run: Settings with source, source_kwargs, weights, img_size and device.
+
+    Raises:
+        ValueError: for keywords or weights that don't fit the source.
+    """
     arguments = dict(run.source_kwargs or {})
     if run.img_size:
         arguments["img_size"] = run.img_size
@@ -36,16 +43,16 @@ def build_teacher(run: SimpleNamespace) -> tuple[nn.Module, dict[str, Any]]:
         teacher = timm.create_model(run.source, pretrained=True, **arguments)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         weights = f" with weights={run.weights}" if run.weights else ""
-        raise ValueError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
-    wish = dict(img_size=run.img_size) if run.img_size else {}
-    return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, wish)
+        raise InputError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
+    size = dict(img_size=run.img_size) if run.img_size else {}
+    return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)
 
 
 @torch.no_grad()
 def start_mixers(teacher: nn.Module, mixers: dict[str, MixerSlot], images: torch.Tensor) -> None:
-    """Show the mixers, by their paths, what the teacher's attention there sees of some images (B, 3, H, W)."""
+    """Initialise mixers from the inputs of the teacher's attention at their paths, for some images (B, 3, H, W)."""
 
-    def show(mixer: MixerSlot) -> Callable:
+    def initialise(mixer: MixerSlot) -> Callable:
         def hook(attn: nn.Module, args: tuple, kwargs: dict) -> None:
             if isinstance(mixer, AttentionSlot):
                 mixer.init_from_inputs(args[0], kwargs.get("rope"))
@@ -53,7 +60,7 @@ def start_mixers(teacher: nn.Module, mixers: dict[str, MixerSlot], images: torch
         return hook
 
     handles = [
-        teacher.get_submodule(path).register_forward_pre_hook(show(mixer), with_kwargs=True)
+        teacher.get_submodule(path).register_forward_pre_hook(initialise(mixer), with_kwargs=True)
         for path, mixer in mixers.items()
     ]
     try:

@@ -1,0 +1,56 @@
+"""Processes of their own: what they return, why they failed, and that they end with the process that asked."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_vix.measure.process import call_in_process, explain
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_function_in_a_process_of_its_own(capfd) -> None:
+    assert call_in_process(math.sqrt, 9) == 3
+    assert call_in_process(print, '{"error": "printed, not returned"}') is None
+    assert capfd.readouterr().out == ""
+    assert call_in_process(print, "epoch 1", interactive=True) is None
+    assert capfd.readouterr().out == "  epoch 1\n"
+
+
+def test_a_failure_in_another_process_is_its_reason_in_one_line() -> None:
+    assert call_in_process(int, "x") == dict(error="invalid literal for int() with base 10: 'x'")
+    assert call_in_process(sys.exit, "no\nroom") == dict(error="exit 1: room")
+    killed = call_in_process(signal.raise_signal, int(signal.SIGKILL))
+    assert killed == dict(error="killed by signal 9, perhaps out of memory")
+    assert call_in_process(bytearray, 2**60) == dict(error="out of memory: MemoryError")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert explain(caught.value).startswith("out of memory: ")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are listed by Linux")
+def test_a_process_ends_with_the_one_that_asked() -> None:
+    program = "import time; from timm_vix.measure.process import call_in_process; call_in_process(time.sleep, 600.5)"
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment)
+    try:
+        while not (running := children_of(parent.pid)):
+            assert parent.poll() is None
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
+    while any(Path(f"/proc/{child}").exists() for child in running):  # for good, were it to outlive: the test's limit
+        time.sleep(0.05)
+
+
+def children_of(pid: int) -> list[str]:
+    tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
+    return [child for task in tasks if task.exists() for child in task.read_text().split()]

@@ -1,0 +1,87 @@
+"""The model that is fine-tuned, with its initial weights and the configuration of its images."""
+
+import json
+import logging
+import re
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.models import get_model_args, resolve_model_input_args
+from torch import nn
+
+from .._checks import InputError
+from .._device import autocast
+from .._files import one_line
+
+
+def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model of ``FinetuneSettings`` in eval mode; also return timm's data configuration for it.
+
+    Raises:
+        ValueError: for keywords or weights that don't fit the model, or a model that fails on images of this size.
+    """
+    extra: dict[str, Any] = dict(run.model_kwargs or {})
+    if run.checkpoint:
+        extra["pretrained_cfg_overlay"] = dict(file=run.checkpoint, source=None, custom_load=False)
+    if run.drop_path:
+        extra["drop_path_rate"] = run.drop_path
+    weighted = bool(run.pretrained or run.checkpoint)
+    # timm only logs which keys of a file fit no parameter
+    notes: dict[str, str] = {}
+    logger, pattern = logging.getLogger("timm.models._builder"), re.compile(r"(Missing|Unexpected) keys \((.*?)\)")
+
+    def listen(record: logging.LogRecord) -> bool:
+        found = pattern.findall(record.getMessage())
+        notes.update(found)
+        return not found and record.levelno >= logging.WARNING
+
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(listen)
+    try:
+        given = resolve_model_input_args(run.model, dict(img_size=run.img_size, in_chans=run.in_chans), **extra)
+        given["num_classes"] = num_classes  # instead of those that a saved converted model records
+        # a continued run has its weights in its own checkpoint
+        model = timm.create_model(**given, pretrained=weighted and not run.resume)
+    except Exception as error:  # timm, torch and safetensors raise by kind of damage
+        source = f" with checkpoint={run.checkpoint}" if run.checkpoint else ""
+        options = f" and model_kwargs={run.model_kwargs}" if run.model_kwargs else ""
+        raise InputError(f"model={run.model}{source}{options} cannot be built: {one_line(error)}") from error
+    finally:
+        logger.removeFilter(listen)
+        logger.setLevel(level)
+    if run.checkpoint and "Unexpected" in notes:
+        keys = one_line(notes["Unexpected"])
+        raise InputError(f"checkpoint={run.checkpoint} does not fit model={run.model}, which has no {keys}")
+    if "Missing" in notes:
+        print(f"new in {run.model}: {one_line(notes['Missing'])}")
+
+    wanted: dict[str, Any] = dict(img_size=run.img_size) if run.img_size else {}
+    if not weighted:
+        wanted.update(mean=(0.5,), std=(0.5,))
+    config = resolve_input_data_config(model, wanted)
+    if min(config["input_size"]) <= 64 and not weighted:
+        config["crop_pct"] = 1.0  # small images have no margin to cut away
+    model.to(run.device).eval()
+    try:
+        with torch.inference_mode(), autocast(run.device, dtype):
+            model(torch.zeros(1, *config["input_size"], device=run.device))
+    except Exception as error:
+        raise InputError(f"model={run.model} fails on {config['input_size']} images: {one_line(error)}") from error
+    return model, config
+
+
+def construction(model: nn.Module, data_config: dict[str, Any]) -> dict[str, Any]:
+    """What a model computes besides its weights: architecture, keywords, pooling and its images' preparation.
+
+    A folder that is named in ``local-dir:`` may hold another configuration later, under the same name.
+    """
+    found = dict(
+        architecture=(getattr(model, "pretrained_cfg", None) or {}).get("architecture"),
+        keywords=get_model_args(model),
+        images=data_config,
+    )
+    # a class, such as a norm layer, has a name that stays, and an address that doesn't
+    return json.loads(json.dumps(found, default=lambda value: getattr(value, "__name__", type(value).__name__)))

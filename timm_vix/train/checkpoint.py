@@ -1,0 +1,110 @@
+"""The checkpoint and the history of a training run. Each file is replaced as a whole, or stays."""
+
+import csv
+import io
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._checks import InputError
+from .._files import one_line, write_whole
+
+
+class Checkpoint:
+    """What a run needs to be continued: weights, optimizer, position, and the settings that must be the same.
+
+    Args:
+        path: The file.
+        settings: Plain values. Those that an earlier version did not record are not compared.
+        position: How far the run is, as plain values; the run changes it as it goes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        position: dict[str, Any],
+    ) -> None:
+        self.path, self.settings = path, settings
+        self.model, self.optimizer, self.position = model, optimizer, position
+
+    def save(self) -> None:
+        """Write the file; raise OSError if that fails, and leave the previous one."""
+        write_tensors(
+            self.path,
+            dict(
+                settings=self.settings,
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                position=self.position,
+            ),
+        )
+
+    def read(self) -> dict[str, Any]:
+        """The content of the file; raise ValueError for a damaged one."""
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            return {name: state[name] for name in ("settings", "model", "optimizer", "position")}
+        except Exception as error:  # torch.load raises by kind of damage
+            raise InputError(f"resume: {self.path} cannot be read: {one_line(error)}") from error
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take weights, optimizer and position of what ``read`` gave; raise ValueError for other settings."""
+        saved = state["settings"]
+        differing = [
+            f"{name}={before} before, {now} now"
+            for name, value in self.settings.items()
+            if name in saved and saved[name] != value
+            for before, now in [only_differing(saved[name], value)]
+        ]
+        if differing:
+            raise InputError(f"resume: settings differ from those of {self.path}: {'; '.join(differing)}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.position.update(state["position"])
+
+
+def only_differing(before: Any, now: Any) -> tuple[Any, Any]:
+    """Two values that differ; of two mappings only the entries that do."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return before, now
+    pairs = {
+        name: only_differing(before.get(name), now.get(name))
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    }
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values as ``torch.load(..., weights_only=True)`` reads them."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def clear(out: Path, files: Iterable[str]) -> None:
+    """Make the folder, and remove the ``files`` and the model that an earlier run left there, and nothing else."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (out / name).unlink(missing_ok=True)
+        if (out / "hub").exists():
+            shutil.rmtree(out / "hub")
+    except OSError as error:
+        raise OSError(f"out={out} cannot be written: {error.strerror}; choose a folder that can") from error
+
+
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """One row per epoch as CSV."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    write_whole(path, text.getvalue().encode())

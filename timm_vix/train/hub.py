@@ -1,0 +1,121 @@
+"""The folder that a run leaves for the Hugging Face Hub: weights, configuration and model card."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Optional
+
+from huggingface_hub import ModelCard, ModelCardData
+from timm.models import save_for_hf
+from torch import nn
+
+from .._files import one_line
+
+LOAD = """```python
+import timm{package}
+model = timm.create_model("local-dir:THIS/FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
+```"""
+
+
+def write_hub(
+    folder: Path,
+    model: nn.Module,
+    data_config: dict[str, Any],
+    card: ModelCard,
+    label_names: Optional[list[str]] = None,
+) -> None:
+    """Write weights, configuration and card as the Hub and timm's ``local-dir:`` want them, all or nothing.
+
+    Raises:
+        OSError: if they cannot be written; an earlier folder stays.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        names = dict(label_names=label_names) if label_names else None
+        save_for_hf(model, partial, names, safe_serialization=True, data_config=data_config)
+        card.save(partial / "README.md")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        message = f"cannot write {folder}: {one_line(error)}; checkpoint.pt has the weights; make room, then resume"
+        raise OSError(message) from error
+
+
+def model_card(text: str, license: str, ours: bool) -> ModelCard:
+    """A card with the Hub's metadata before ``text``; ``ours`` marks a model that needs this package to load."""
+    tags = ["image-classification", "timm", *(["timm_vix"] if ours else [])]
+    data = ModelCardData(library_name="timm", pipeline_tag="image-classification", license=license, tags=tags)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def finetuned_card(
+    name: str,
+    license: str,
+    ours: bool,
+    start: str,
+    data: str,
+    row: dict[str, Any],
+    recipe: dict[str, Any],
+    best: bool = False,
+) -> ModelCard:
+    """The card of a fine-tuned model.
+
+    Args:
+        name: In timm's registry.
+        start, data: The initial weights and the images, in words.
+        row: The row of the history that the weights belong to.
+        recipe: Every setting of the run; those that are None are left out.
+        best: Whether the epoch was chosen by its accuracy on the validation images.
+    """
+    which = "best on these images" if best else "last epoch, and no epoch was picked"
+    settings = "\n".join(f"- {key}: {value}" for key, value in recipe.items() if value is not None)
+    text = f"""# {name}
+
+`{name}` ({row["parameters"] / 1e6:.2f} M parameters, {row["img_size"]} px), trained from {start} on {data}.
+
+| on the validation images | % |
+|---|---|
+| top-1 | {row["top1"]:.2f} |
+| top-5 | {row["top5"]:.2f} |
+
+These are the figures of epoch {row["epoch"]}, the {which}.
+
+{LOAD.format(package=", timm_vix" if ours else "")}
+
+## Recipe
+
+{settings}
+
+## Limits
+
+The model answers every image with one of the classes in `config.json`. It was measured on one split with one seed, and
+on nothing from elsewhere. The terms of the training images and of the initial weights apply.
+"""
+    return model_card(text, license, ours)
+
+
+def transferred_card(row: dict[str, Any], table: str) -> ModelCard:
+    """The card of a model after attention transfer, of the row of result.csv and a table of its layers."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in row.items())
+    text = f"""# {row["source"]} with {row["mixer"]} attention
+
+The attention of `{row["source"]}` was replaced and trained to match the original without labels. On held-out
+images it predicts what the original predicts in {row["agreement"]} % of the cases.
+
+{LOAD.format(package=", timm_vix")}
+
+```
+{table}
+```
+
+## How it was made
+
+{facts}
+
+## Limits
+
+Agreement was measured on one kind of images and says nothing about labels. The terms of the original weights apply.
+"""
+    return model_card(text, "other", True)

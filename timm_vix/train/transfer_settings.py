@@ -1,0 +1,58 @@
+"""The settings of ``transfer``."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from ..conversion.layers import Layers
+from .settings import ABOVE_0, FROM_0, Settings, check_folder, one_of, setting
+from .teacher import check_teacher
+
+
+def parse_layers(text: str) -> Layers:
+    """Layers from a command line: "0,3,5" is a list of indices, anything else is for ``transfer`` to read."""
+    return [int(part) for part in text.split(",") if part] if text.replace(",", "").isdecimal() else text
+
+
+@dataclass
+class TransferSettings(Settings):
+    """The keywords of ``transfer``."""
+
+    source: str = setting(MISSING, "timm model, a VisionTransformer or Eva, e.g. deit_tiny_patch16_224")
+    data_dir: str = setting(MISSING, "folder of images of any depth, labels not wanted", may_change=True)
+    mixer: str = setting("nystrom", "of timm_vix.convert")
+    layers: Layers = setting(  # noqa: RUF009  (a field, not a shared default)
+        "all", "all, first-6, last-6, every-2, 0,3,5 or the .json file of a plan", parse=parse_layers
+    )
+    mixer_kwargs: Optional[dict[str, Any]] = setting(  # noqa: RUF009
+        None, "keywords of the mixer, e.g. num_landmarks=64"
+    )
+    source_kwargs: Optional[dict[str, Any]] = setting(  # noqa: RUF009
+        None, "further keywords of the source, plain values"
+    )
+    weights: Optional[str] = setting(
+        None,
+        "file with the source's weights, .safetensors or .pth (a state dict; nothing else is unpickled)",
+        may_change=True,
+    )
+    pretrained: bool = setting(False, "take timm's weights of the source instead", may_change=True)
+    img_size: Optional[int] = setting(None, "side of the images in pixels; None: the source's own", ABOVE_0)
+    block_steps: int = setting(300, "steps of stage 1, block by block; 0 leaves it out", FROM_0)
+    distill_steps: int = setting(100, "steps of stage 2, the whole model; 0 leaves it out", FROM_0)
+    block_lr: float = setting(1e-3, "highest learning rate of stage 1; it follows a cosine to zero", ABOVE_0)
+    distill_lr: float = setting(5e-5, "highest learning rate of stage 2; it follows a cosine to zero", ABOVE_0)
+    batch_size: int = setting(16, "images a step, over all processes", ABOVE_0)
+    seed: int = setting(0, "of the order and cropping of the images", FROM_0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    amp: str = setting("auto", "auto: bfloat16 where the processor has it", one_of("auto", "off", "bfloat16"))
+    threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0)
+    workers: int = setting(0, "processes that load images", FROM_0, may_change=True)
+    out: str = setting("transferred", "folder for the results", may_change=True)
+    checkpoint_every: int = setting(50, "steps between checkpoints", ABOVE_0, may_change=True)
+    resume: bool = setting(False, "continue the run in out", may_change=True)
+    overwrite: bool = setting(False, "replace the run in out", may_change=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_teacher(self)
+        check_folder(Path(self.out), self.resume, self.overwrite)
