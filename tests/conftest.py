@@ -3,7 +3,9 @@
 A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds keywords that deserve a run of their own.
 """
 
+import copy
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import timm
 import torch
 from timm.layers import Attention, to_2tuple
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import timm_vix  # noqa: F401  registers the names
 from timm_vix.mixers import MIXERS
@@ -32,6 +35,8 @@ VARIANTS = [
     for rope in ((None, "axial", "1d") if mixer_class.supports_rotary else (None,))
     for options in OPTIONS.get(mixer, [{}])
 ]
+# Enough where positions and options don't act together: each option without positions, each mixer with axial ones.
+FEW_VARIANTS = [v for v in VARIANTS if v.values[1] is None or (v.values[1] == "axial" and v.values[2] == {})]
 # prefix tokens: the class token; none; class and registers; registers without a class token
 LAYOUTS = {
     "class": {},
@@ -39,6 +44,9 @@ LAYOUTS = {
     "registers": {"reg_tokens": 4},
     "registers_only": {"class_token": False, "reg_tokens": 4, "global_pool": "avg", "no_embed_class": True},
 }
+
+# All names that timm takes after `import timm_vix`.
+REGISTERED = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm_vix.")]
 
 torch.set_num_threads(1)
 # A shell that starts the tests in the background has Ctrl-C ignored, and programs that the tests start inherit that.
@@ -91,6 +99,46 @@ def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Relative Euclidean distance."""
     value, reference = value.detach().double(), reference.detach().double()
     return float((value - reference).norm() / reference.norm())
+
+
+def rounding(dtype: torch.dtype, condition: float = 1.0) -> float:
+    """The largest relative distance that rounding explains on any processor: 300 roundings, times the condition.
+
+    The worst that was seen is 19: gradients of Nyström attention, whose landmarks solve a system of equations.
+    """
+    return 300 * torch.finfo(dtype).eps * max(1.0, condition)
+
+
+def condition(function: Callable[..., torch.Tensor], *inputs: nn.Module | torch.Tensor) -> float:
+    """How many times as far the value of a function moves as its inputs, both relatively; measured in float64.
+
+    Each input moves by a random millionth of itself, of a module each parameter.
+    """
+
+    def moved(value: nn.Module | torch.Tensor, step: float) -> nn.Module | torch.Tensor:
+        value = copy.deepcopy(value).double() if isinstance(value, nn.Module) else value.detach().double().clone()
+        with torch.no_grad():
+            for tensor in value.parameters() if isinstance(value, nn.Module) else [value]:
+                tensor.mul_(1 + step * torch.randn_like(tensor))
+        return value
+
+    step = 1e-6
+    here, there = (function(*(moved(value, by) for value in inputs)) for by in (0, step))
+    return distance(there, here) / step
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Gradients of the outputs' squares with respect to the input and all parameters, in a row."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    model(x).square().sum().backward()
+    return torch.cat([t.grad.flatten() for t in (x, *model.parameters())])
+
+
+def since(version: str, what: str) -> pytest.MarkDecorator:
+    """Skip a test on a torch that is older than ``version``, and say what it cannot do."""
+    old = TorchVersion(torch.__version__) < version
+    return pytest.mark.skipif(old, reason=f"torch before {version} {what}")
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,15 @@ import socket
 
 import pytest
 import torch
-from conftest import VARIANTS, distance, image, small
+from conftest import FEW_VARIANTS, condition, distance, gradients, image, rounding, since, small
+from torch import nn
 
-# exporters are slow: each option without positions, and each mixer with axial positions
-CASES = [v for v in VARIANTS if v.values[1] is None or (v.values[1] == "axial" and v.values[2] == {})]
-
+CASES = FEW_VARIANTS
+# compilers and exporters are slow: by default the first variant of each mixer
+FIRST = {variant.values[0]: variant.id for variant in reversed(CASES)}
+SLOW_CASES = [
+    pytest.param(*v.values, id=v.id, marks=[] if FIRST[v.values[0]] == v.id else pytest.mark.slow) for v in CASES
+]
 
 # what torch itself deprecates, inside its exporters
 pytestmark = [
@@ -20,10 +24,10 @@ pytestmark = [
 ]
 
 
-def gradients(model, x):
-    model.zero_grad()
-    model(x).square().sum().backward()
-    return [p.grad.clone() for p in model.parameters()]
+def agree(model: nn.Module, other: nn.Module, x: torch.Tensor, function=nn.Module.__call__) -> bool:
+    """Whether two models have the same value, but for rounding."""
+    expected = function(model, x)
+    return distance(function(other, x), expected) < rounding(torch.float32, condition(function, model, x))
 
 
 @pytest.fixture(autouse=True)
@@ -31,32 +35,30 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mixer, rope, options", CASES)
+@since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
+@pytest.mark.parametrize("mixer, rope, options", SLOW_CASES)
 def test_compiles_in_one_graph(mixer, rope, options):
     # a redraw reads a counter on the host, which breaks the graph
     model = small(
         mixer, rope, **{**options, **({"redraw_interval": 0} if "redraw_interval" in options else {})}, depth=1
     )
-    model.train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = image(model)
-    for mine, expected in zip(gradients(compiled, x), gradients(model, x), strict=True):
-        assert (mine - expected).norm() <= 1e-4 * (1 + expected.norm())
+    compiled, x = torch.compile(model.train(), fullgraph=True, backend="aot_eager"), image(model)
+    assert agree(model, compiled, x, gradients)
     with torch.no_grad():
-        assert distance(compiled.eval()(x), model.eval()(x)) < 1e-5
+        assert agree(model.eval(), compiled.eval(), x)
 
 
+@since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_compiles_with_inductor(mixer, rope, options):
     model = small(mixer, rope, **options, depth=1)
-    compiled = torch.compile(model, fullgraph=True)
-    x = image(model)
-    assert distance(compiled(x), model(x)) < 1e-4
-    for mine, expected in zip(gradients(compiled, x), gradients(model, x), strict=True):
-        assert (mine - expected).norm() <= 1e-3 * (1 + expected.norm())
+    compiled, x = torch.compile(model, fullgraph=True), image(model)
+    assert agree(model, compiled, x)
+    assert agree(model, compiled, x, gradients)
 
 
+@since("2.14", "compiles some mixers with a graph break")
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("mixer, rope, options", CASES)
@@ -65,17 +67,16 @@ def test_a_compiled_dynamic_model_follows_the_image(mixer, rope, options):
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager")
     for size in ((14, 10), (8, 18), (14, 10), (4, 4)):
-        x = torch.randn(2, 3, *size)
-        assert distance(compiled(x), twin(x)) < 1e-5, size
+        assert agree(twin, compiled, torch.randn(2, 3, *size)), size
 
 
-@pytest.mark.parametrize("mixer, rope, options", CASES)
+@since("2.9", "exports no autograd function with a batch of any size, and no forward hook that keeps something")
+@pytest.mark.parametrize("mixer, rope, options", SLOW_CASES)
 def test_torch_export(mixer, rope, options):
     model = small(mixer, rope, **options, depth=1)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (image(model),), dynamic_shapes=({0: batch},))
-    x = image(model, batch=3)
-    assert distance(program.module()(x), model(x)) < 1e-5
+    assert agree(model, program.module(), image(model, batch=3))
 
 
 @pytest.mark.parametrize("mixer, rope, options", CASES)
@@ -89,10 +90,11 @@ def test_torchscript(mixer, rope, options):
     file.seek(0)
     scripted, x = torch.jit.load(file), image(model)
     with torch.no_grad():
-        assert distance(scripted(x), model(x)) < 1e-5
-        assert distance(scripted(x[:1]), model(x[:1])) < 1e-5
+        assert agree(model, scripted, x)
+        assert agree(model, scripted, x[:1])
 
 
+@since("2.9", "traces not even timm's own attention, which reads a flag while it is traced")
 @pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_fx_traces(mixer, rope, options):
     """What timm's feature extraction does."""
@@ -102,9 +104,11 @@ def test_fx_traces(mixer, rope, options):
     graph = FeatureGraphNet(model, out_indices=(0,), out_map=None)
     x = image(model)
     expected = model.forward_intermediates(x, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
-    assert distance(graph(x)[0][:, model.num_prefix_tokens :], expected) < 1e-5
+    bound = rounding(torch.float32, condition(nn.Module.__call__, model, x))
+    assert distance(graph(x)[0][:, model.num_prefix_tokens :], expected) < bound
 
 
+@since("2.9", "exports not all mixers")
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_onnx(mixer, rope, options, tmp_path):
@@ -116,7 +120,7 @@ def test_onnx(mixer, rope, options, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     x = image(model)
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert torch.allclose(torch.from_numpy(y), model(x), rtol=1e-3, atol=1e-4)
+    assert distance(torch.from_numpy(y), model(x)) < rounding(torch.float32, condition(nn.Module.__call__, model, x))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
@@ -127,8 +131,7 @@ def test_checkpointing_leaves_gradients_alone(mixer, rope, options, dynamic):
     twin.set_grad_checkpointing()
     x = image(model)
     for _ in range(4):  # past a redraw
-        for mine, expected in zip(gradients(twin, x), gradients(model, x), strict=True):
-            assert torch.equal(mine, expected)
+        assert torch.equal(gradients(twin, x), gradients(model, x))
 
 
 def train_in_parallel(rank: int, port: int, path: str) -> None:
@@ -171,4 +174,4 @@ def test_data_parallel_gradients_are_those_of_one_process(tmp_path):
         x = torch.randn(4, 3, 14, 10, generator=torch.Generator().manual_seed(3))
         model(x).square().sum(1).mean().backward()
         for mine, expected in zip(grads, [p.grad for p in model.parameters()], strict=True):
-            assert (mine - expected).norm() <= 1e-4 * (1 + expected.norm()), variant.id
+            assert (mine - expected).norm() <= rounding(torch.float32, 3) * (1 + expected.norm()), variant.id

@@ -9,39 +9,34 @@ import tarfile
 import pytest
 import timm
 import torch
-from conftest import LAYOUTS, VARIANTS, distance, image, lively, small
+from conftest import (
+    FEW_VARIANTS,
+    LAYOUTS,
+    REGISTERED,
+    VARIANTS,
+    condition,
+    distance,
+    image,
+    lively,
+    rounding,
+    small,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import Attention, PatchEmbed
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
+from torch import nn
 
 from timm_vix.mixers import MIXERS
 from timm_vix.models.checkpoints import mixer_keys, stem_keys
 from timm_vix.stems import STEMS
 
-# Written out, so that a name can't get lost: family, sizes, sizes with rotary positions.
-NAMES = [
-    f"{family}_{size}"
-    for family, sizes in {
-        "vix_linformer": "tiny small base cifar tiny_rope small_rope cifar_rope",
-        "vix_performer": "tiny small base cifar tiny_rope small_rope cifar_rope",
-        "vix_nystrom": "tiny small base cifar tiny_rope small_rope cifar_rope",
-        "vix_atrous": "tiny small base",
-        "vix_fnet": "tiny small base cifar",
-        "vix_mixer": "tiny small base cifar",
-        "vix_softmax": "cifar tiny_rope small_rope cifar_rope",
-        "hybrid_vit": "tiny small base cifar tiny_rope small_rope cifar_rope",
-        "hybrid_vil": "tiny small base cifar tiny_rope small_rope cifar_rope",
-        "hybrid_vip": "tiny small base cifar tiny_rope small_rope cifar_rope",
-        "hybrid_vin": "tiny small base cifar tiny_rope small_rope cifar_rope",
-        "hybrid_via": "tiny small base",
-        "hybrid_fnet": "tiny cifar",
-        "hybrid_mixer": "tiny cifar",
-    }.items()
-    for size in sizes.split()
-]
+# Of the plain ViT with a mixer and a stem; of these, the ones that differ in more than their widths.
+NAMES = [name for name in REGISTERED if name.startswith(("vix_", "hybrid_")) and "_pi" not in name]
+NAMES.remove("vix_from_timm")
+NARROW = [name for name in NAMES if not {"small", "base"} & set(name.split("_"))]
 TINY = [name for name in NAMES if "_tiny" in name]
 # width, depth, heads, patch, pixels: Touvron et al. 2021 table 1, Dosovitskiy et al. 2021 table 1, Jeevan & Sethi 2022
 SIZES = {
@@ -51,12 +46,6 @@ SIZES = {
     "cifar": (128, 4, 4, 1, 32),
 }
 HYBRIDS = {"vit": "softmax", "vil": "linformer", "vip": "performer", "vin": "nystrom", "via": "atrous"}
-
-
-def test_registered_names():
-    assert len(NAMES) == 71
-    assert set(timm.list_models(["vix_*", "hybrid_*"], exclude_filters=["hybrid_pi*", "vix_from_timm"])) == set(NAMES)
-    assert {name for module in ("vix", "hybrid") for name in timm.list_models(module=module)} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +65,7 @@ def test_a_name_says_what_is_built(name):
     assert "arXiv" in timm.model_entrypoint(name).__doc__
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NARROW)
 def test_every_name_takes_another_mixer(name):
     for mixer in ("softmax", "linformer"):
         model = timm.create_model(name, mixer=mixer, device="meta", depth=1)
@@ -119,74 +108,97 @@ def test_feature_extraction_agrees_with_the_model(name):
     features = timm.create_model(name, img_size=32, depth=3, features_only=True, out_indices=(0, 2)).eval()
     features.model.load_state_dict({k: v for k, v in model.state_dict().items() if "head" not in k}, strict=False)
     x = torch.randn(1, 3, 32, 32)
-    last = model.forward_intermediates(x, indices=[2], norm=False, intermediates_only=True)[0]
-    assert distance(features(x)[1], last) < 1e-6
+    expected = model.forward_intermediates(x, indices=[0, 2], norm=False, intermediates_only=True)
+    for maps, wanted in zip(features(x), expected, strict=True):
+        assert distance(maps, wanted) < rounding(torch.float32)
 
 
 def in_other_size(mixer, rope, options, size, **kwargs):
-    """A dynamic model and one that was set to ``size``, with the same weights."""
-    dynamic = small(mixer, rope, **options, dynamic_img_size=True, **kwargs)
-    fixed = small(mixer, rope, **options, **kwargs)
+    """A dynamic model and one that was set to ``size``, with the same weights, in float64."""
+    dynamic = small(mixer, rope, **options, dynamic_img_size=True, **kwargs).double()
+    fixed = small(mixer, rope, **options, **kwargs).double()
     fixed.load_state_dict(dynamic.state_dict())
     fixed.set_input_size(size)
     return dynamic, fixed
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+@pytest.mark.parametrize("mixer, rope, options", FEW_VARIANTS)
 def test_a_dynamic_model_equals_one_set_to_the_size(mixer, rope, options, layout):
     for size in ((10, 18), (8, 6), (28, 20)):
         dynamic, fixed = in_other_size(mixer, rope, options, size, **LAYOUTS[layout])
-        x, built = torch.randn(2, 3, *size), torch.randn(1, 3, 14, 10)
+        x, built = torch.randn(2, 3, *size).double(), torch.randn(1, 3, 14, 10).double()
         first = dynamic(built)
-        assert distance(dynamic(x), fixed(x)) < 1e-5, size
-        assert distance(dynamic(built), first) < 1e-6
+        assert distance(dynamic(x), fixed(x)) < rounding(torch.float32), size  # positions are resampled in float32
+        assert torch.equal(dynamic(built), first)
 
 
 @pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize("mixer, rope, options", [v for v in VARIANTS if "1d" not in v.values])
+@pytest.mark.parametrize("mixer, rope, options", FEW_VARIANTS)
 def test_dynamic_padding_with_each_stem(mixer, rope, options, stem):
     dynamic, fixed = in_other_size(mixer, rope, options, (10, 18), stem=stem, dynamic_img_pad=True)
-    x = torch.randn(2, 3, 9, 17)
-    assert distance(dynamic(x), fixed(torch.nn.functional.pad(x, (0, 1, 0, 1)))) < 1e-5
+    x = torch.randn(2, 3, 9, 17).double()
+    assert distance(dynamic(x), fixed(torch.nn.functional.pad(x, (0, 1, 0, 1)))) < rounding(torch.float32)
 
 
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
 def test_training_on_changing_sizes(mixer, rope, options):
-    model = small(mixer, rope, **options, dynamic_img_size=True).train()
+    """Gradients of one model that sees several sizes are those of models that were set to each."""
+    options = {**options, **({"redraw_interval": 0} if "redraw_interval" in options else {})}
+    model = small(mixer, rope, **options, dynamic_img_size=True).double().train()
     for size in ((14, 10), (8, 6), (10, 18)):
-        model.zero_grad()
-        model(torch.randn(2, 3, *size)).square().sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), size
+        fixed = small(mixer, rope, **options).double()
+        fixed.load_state_dict(model.state_dict())
+        fixed.set_input_size(size)
+        x = torch.randn(2, 3, *size).double()
+        for trained in (model, fixed.train()):
+            trained.zero_grad()
+            trained(x).square().sum().backward()
+        compared = set()
+        for name, p in fixed.named_parameters():
+            mine = model.get_parameter(name).grad
+            assert mine.isfinite().all()
+            if mine.shape == p.shape:  # others live on the grid and were resampled
+                assert (mine - p.grad).norm() < rounding(torch.float32) * (1 + p.grad.norm()), (name, size)
+                compared.add(name)
+        assert {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight"} <= compared
+
+
+# keywords of which none is a default, and none follows the grid
+KEYWORDS = {
+    "linformer": {"num_proj_tokens": 12},
+    "nystrom": {"num_landmarks": 12, "ridge": 0.02},
+    "performer": {"num_features": 20, "feature_seed": 3},
+    "mixer": {"tokens_mlp_ratio": 1.5},
+}
 
 
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
 def test_set_input_size_there_and_back(mixer, rope, options):
+    """The model is then one that was built at that size, and what was frozen stays frozen."""
+    options = {**options, **KEYWORDS.get(mixer, {})}
     model = small(mixer, rope, **options)
     for p in model.parameters():
         p.requires_grad_(p is model.head.weight)
-    model.set_input_size((28, 20))
-    assert [name for name, p in model.named_parameters() if p.requires_grad and name != "head.weight"] in (
-        [],
-        ["pos_embed"],
-    )
-    assert model(torch.randn(1, 3, 28, 20)).isfinite().all()
-    with pytest.raises((ValueError, AssertionError), match="14|28"):
-        model(torch.randn(1, 3, 14, 10))
+    for size, before in (((28, 20), (14, 10)), ((14, 10), (28, 20))):
+        model.set_input_size(size)
+        trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trains - {"pos_embed"} == {"head.weight"}  # timm makes new positions, which train
+        built = small(mixer, rope, **options, img_size=size)
+        built.load_state_dict(model.state_dict())
+        x = image(built)
+        assert torch.equal(model(x), built(x))
+        with pytest.raises((ValueError, AssertionError), match="14|28"):
+            model(torch.randn(1, 3, *before))
 
 
 RELOADS = [None, (28, 20), (10, 18), (18, 10), (14, 6), (6, 4), (30, 2)]
 
 
 @pytest.mark.parametrize("size", RELOADS, ids=str)
-@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+@pytest.mark.parametrize("mixer, rope, options", FEW_VARIANTS)
 def test_a_saved_model_comes_back(mixer, rope, options, size, tmp_path):
-    keywords = {
-        "linformer": {"num_proj_tokens": 12},
-        "nystrom": {"num_landmarks": 12, "ridge": 0.01},
-        "performer": {"num_features": 20, "feature_seed": 3},
-        "mixer": {"tokens_mlp_ratio": 1.5},
-    }.get(mixer, {})
+    keywords = KEYWORDS.get(mixer, {})
     model = small(mixer, rope, **options, **keywords, stem="linear" if rope else "conv", reg_tokens=1)
     if size:
         model.set_input_size(size)
@@ -216,7 +228,7 @@ def test_a_saved_model_comes_back_at_another_size(mixer, rope, options, tmp_path
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(28, 20)).eval()
     model.set_input_size((28, 20))
     x = image(model)
-    assert distance(again(x), model(x)) < 1e-5
+    assert distance(again(x), model(x)) < rounding(torch.float32, condition(nn.Module.__call__, model, x))
 
 
 # Weights of a softmax ViT ------------------------------------------------------------------------------------------
@@ -271,7 +283,9 @@ def test_other_labels_channels_and_sizes(name, deit):
     grey = converted(name, deit, in_chans=1)
     assert grey(torch.randn(1, 1, 224, 224)).isfinite().all()
     if name.startswith("vix"):
-        assert distance(grey.patch_embed.proj.weight, weights["patch_embed.proj.weight"].sum(1, keepdim=True)) < 1e-6
+        assert distance(
+            grey.patch_embed.proj.weight, weights["patch_embed.proj.weight"].sum(1, keepdim=True)
+        ) < rounding(torch.float32)
 
 
 @pytest.mark.parametrize("stem", ["linear", "conv", "conv_linear", "conv_pool"])
@@ -284,8 +298,9 @@ def test_grey_images_with_every_stem(name, stem, tmp_path):
     save_file(coloured.state_dict(), tmp_path / "model.safetensors")
     grey = converted(name, tmp_path / "model.safetensors", in_chans=1, **arguments)
     # a grey pixel is the same in three channels
-    x = torch.randn(2, 1, 8, 8)
-    assert distance(grey(x), coloured.eval()(x.expand(-1, 3, -1, -1))) < 1e-4
+    x = torch.randn(2, 1, 8, 8).double()
+    expected = coloured.double().eval()(x.expand(-1, 3, -1, -1))
+    assert distance(grey.double()(x), expected) < rounding(torch.float32, 3)  # channels were added in float32
 
 
 def test_a_local_directory_of_softmax_weights(deit, tmp_path):
@@ -429,7 +444,8 @@ def test_converted_deit_at_the_exact_limit_gives_its_logits(name, options, batch
     with torch.inference_mode():
         logits = model(batch[0])
     assert (softmax_logits.argmax(1) == batch[1]).float().mean() > 0.75
-    assert distance(logits, softmax_logits) < 1e-4
+    bound = rounding(torch.float32, condition(nn.Module.__call__, model, batch[0][:4]))
+    assert distance(logits, softmax_logits) < bound < 1e-3
     assert torch.equal(logits.argmax(1), softmax_logits.argmax(1))
 
 

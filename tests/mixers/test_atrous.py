@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import distance, small
+from conftest import distance, rounding, small
 from test_linformer import rotation
 from timm.utils import ParseKwargs
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -79,14 +79,17 @@ def test_equals_the_loop(dilations, window_size, img_size, rope, prefix):
     module.qkv.weight.data *= 2
     x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
     ours, reference = module(x), naive(module, x, rope)
-    tolerance = 1e-6 if rope else 1e-10  # the table of rotations was made in float32
-    assert distance(ours, reference) < tolerance
+    bound = rounding(torch.float32 if rope else torch.float64, 10)  # the table of rotations was made in float32
+    assert distance(ours, reference) < bound
     weight = torch.randn_like(ours)
     inputs = (x, *module.parameters())
     for mine, theirs in zip(
         *(torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (ours, reference))
     ):
-        assert mine is None or mine.norm() < 1e-9 if theirs is None else distance(mine, theirs) < 10 * tolerance
+        if theirs is None:  # gates that nothing reads
+            assert mine is None or mine.norm() < bound
+        else:
+            assert distance(mine, theirs) < bound
 
 
 @pytest.mark.parametrize("prefix", PREFIXES, ids=len)
@@ -97,9 +100,10 @@ def test_a_window_over_the_grid_is_softmax(options, rope, prefix):
     softmax.load_state_dict(atrous.state_dict())
     x = torch.randn(2, 3, 14, 10, dtype=torch.float64, requires_grad=True)
     ours, theirs = atrous(x), softmax(x)
-    assert distance(ours, theirs) < 1e-12
+    bound = rounding(torch.float64, 10)
+    assert distance(ours, theirs) < bound
     mine, reference = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs))
-    assert distance(mine, reference) < 1e-10
+    assert distance(mine, reference) < bound
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import distance, image, small
+from conftest import distance, image, rounding, small
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import prune
 
@@ -41,9 +41,9 @@ def test_equals_projecting_first(long, monkeypatch):
     inputs = tensors()
     outputs, expected = fused(**inputs), projected(**inputs)
     for y, right in zip(outputs, expected):
-        assert distance(y, right) < 1e-12
+        assert distance(y, right) < rounding(torch.float64, 10)
     for name, ours, right in zip(inputs, gradients(outputs, inputs), gradients(expected, inputs)):
-        assert distance(ours, right) < 1e-11, name
+        assert distance(ours, right) < rounding(torch.float64, 10), name
 
 
 def test_a_long_sequence_drops_the_same_weights_again(monkeypatch):
@@ -97,7 +97,7 @@ def test_projections_with_hooks_are_called(attach, mixer):
         CALLS[attach](linear, calls)
     y = model(x)
     y.sum().backward()
-    assert distance(y, expected) < 1e-5
+    assert distance(y, expected) < rounding(torch.float32, 3)
     assert {id(linear) for linear in calls} == {id(attn.qkv), id(attn.proj)}
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import distance, small
+from conftest import distance, rounding, small
 
 from timm_vix.mixers._layout import TokenLayout
 
@@ -32,7 +32,7 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
     D, k = C // h, cells[0] * cells[1]
     q, keys, values = (x @ module.qkv.weight.T + module.qkv.bias).reshape(B, N, 3, h, D).permute(2, 0, 3, 1, 4)
     E = module.core.token_proj.flatten(2)
-    bias = torch.cat([torch.zeros(P), torch.full([k], math.log(H * W / k))]).double()
+    bias = torch.tensor([0.0] * P + [math.log(H * W / k)] * k, dtype=x.dtype)
     out = torch.zeros(B, N, h, D, dtype=x.dtype)
     for b in range(B):
         for head in range(h):
@@ -67,11 +67,12 @@ def test_equals_a_loop(sharing, rope, layout):
     module.core.token_proj.data.normal_(std=0.3)
     x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
     ours, reference = module(x), naive(module, x, rope, (3, 2))
-    assert distance(ours, reference) < 1e-6
+    bound = rounding(torch.float32 if rope else torch.float64, 10)  # the table of rotations was made in float32
+    assert distance(ours, reference) < bound
     weight = torch.randn_like(ours)
     inputs = (x, *module.parameters())
     for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, reference))):
-        assert distance(mine, theirs) < 1e-6
+        assert distance(mine, theirs) < bound
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=len)
@@ -85,11 +86,12 @@ def test_a_projection_for_each_patch_is_softmax(sharing, rope, layout):
     softmax.load_state_dict({k: v for k, v in linformer.state_dict().items() if "token_proj" not in k})
     x = torch.randn(2, 3, 14, 10, dtype=torch.float64, requires_grad=True)
     ours, theirs = linformer(x), softmax(x)
-    assert distance(ours, theirs) < 1e-6
+    bound = rounding(torch.float64, 100)
+    assert distance(ours, theirs) < bound
     for name, parameter in softmax.named_parameters():
         mine = torch.autograd.grad(ours.square().sum(), linformer.get_parameter(name), retain_graph=True)[0]
         reference = torch.autograd.grad(theirs.square().sum(), parameter, retain_graph=True)[0]
-        assert (mine - reference).norm() < 1e-6 * (1 + reference.norm()), name
+        assert (mine - reference).norm() < bound * (1 + reference.norm()), name
 
 
 def test_a_constant_image_is_attended_to_as_by_softmax():
@@ -100,7 +102,7 @@ def test_a_constant_image_is_attended_to_as_by_softmax():
         block.attn.core.reset_parameters()
     softmax.load_state_dict({k: v for k, v in linformer.state_dict().items() if "token_proj" not in k})
     x = torch.randn(2, 3, 1, 1, dtype=torch.float64).expand(2, 3, 14, 10)
-    assert distance(linformer(x), softmax(x)) < 1e-6
+    assert distance(linformer(x), softmax(x)) < rounding(torch.float32)  # averages are initial weights, in float32
 
 
 @pytest.mark.parametrize("rope", ["axial", "1d"])
@@ -111,5 +113,5 @@ def test_a_region_meets_queries_by_relative_position(rope):
     layout = TokenLayout(1, (8, 6))
     k = module.rotate(k, layout, (4, 3))
     logits = (module.rotate(q, layout, layout.grid) @ k.transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
-    assert (logits[2:, 2:, 1:, 1:] - logits[:-2, :-2, :-1, :-1]).abs().max() < 1e-5
-    assert logits.std() > 0.1
+    assert distance(logits[2:, 2:, 1:, 1:], logits[:-2, :-2, :-1, :-1]) < rounding(torch.float32)
+    assert distance(logits[2:, 2:, 1:, :-1], logits[:-2, :-2, :-1, 1:]) > 0.1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import distance, image, small
+from conftest import distance, image, rounding, small
 from torch.nn.functional import adaptive_avg_pool2d
 
 from timm_vix.mixers._dilated import from_windows, to_windows
@@ -59,11 +59,12 @@ def test_against_a_loop(grid, cells, w, P):
     keys, values = (torch.randn(2, 3, m, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     y = landmarks_and_windows(q, k, v, keys, values, window_biases(q, P, grid, cells, w), grid, w)
     expected = naive(q, k, v, keys, values, grid, cells, P, w)
-    assert distance(y, expected) < 1e-6
+    bound = rounding(torch.float32)  # what lies outside a window is counted in float32
+    assert distance(y, expected) < bound
     tensors = (q, k, v, keys, values)
     ours, theirs = (torch.autograd.grad(t.sin().sum(), tensors) for t in (y, expected))
     for mine, reference in zip(ours, theirs, strict=True):
-        assert distance(mine, reference) < 1e-6
+        assert distance(mine, reference) < bound
 
 
 @pytest.mark.parametrize("layout", [{"class_token": False, "global_pool": "avg"}, {"reg_tokens": 4}], ids=len)
@@ -80,7 +81,7 @@ def test_a_window_over_the_whole_grid_is_softmax_for_the_patches(mixer, rope, la
     x = torch.randn(2, 35 + model.num_prefix_tokens, 32, dtype=torch.float64)
     ours, theirs = model.blocks[0].attn(x), softmax.blocks[0].attn(x)
     P = model.num_prefix_tokens
-    assert distance(ours[:, P:], theirs[:, P:]) < 1e-6
+    assert distance(ours[:, P:], theirs[:, P:]) < rounding(torch.float32)  # and a fit of a billionth is left
 
 
 @pytest.mark.parametrize("mixer", ["nystrom", "linformer"])
