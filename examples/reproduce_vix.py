@@ -25,7 +25,7 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 
-import timm_vix  # noqa: F401  registers the names
+import timm_vix
 from timm_vix._files import one_line
 from timm_vix._records import append_record, header_of
 from timm_vix.measure.job import measure_in_process
@@ -36,7 +36,7 @@ from timm_vix.train.listing import list_images
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
 # leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.
-SYSTEMS: dict[str, tuple[str, int]] = {
+PAPER: dict[str, tuple[str, int]] = {
     "ccn_cifar": ("83.36", 160),
     "cvn_cifar": ("83.26", 160),
     "levip_cifar": ("79.50", 192),
@@ -71,6 +71,9 @@ SYSTEMS: dict[str, tuple[str, int]] = {
     "vix_mixer_cifar": ("", 640),
     "hybrid_mixer_cifar": ("", 640),
 }
+# every other model of this size is trained, too
+OTHERS = [name for name in timm.list_models("*_cifar*", module=timm_vix.models.__all__) if name not in PAPER]
+SYSTEMS = {**PAPER, **dict.fromkeys(OTHERS, ("", 128))}
 # the row whose weights are in examples/checkpoint
 SHIPPED = dict(system="hybrid_pin_cifar", recipe="modern", epochs=10, patch_size=4, seed=0)
 # the keyword of what attends for the tokens, and whose it is

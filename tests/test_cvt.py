@@ -128,6 +128,8 @@ def naive(module, x: torch.Tensor) -> torch.Tensor:
 def test_attention_is_the_formula_at_the_exact_limit(mixer, projection):
     model = small(mixer=mixer, projection=projection, embed_strides=(2, 1, 1), **EXACT[mixer]).double()
     module = model.stage2.blocks[0].attn
+    if mixer == "linformer":  # an average over one patch is the identity
+        module.core.reset_parameters()
     for x in "qk":
         getattr(module, f"proj_{x}").weight.data *= (
             0.3 if mixer == "performer" else 6
@@ -317,7 +319,10 @@ def test_another_image_of_as_many_tokens_is_refused(kind):
     }
     built = build[kind]()
     built(x)
-    with pytest.raises((AssertionError, torch.jit.Error), match="Input height .* doesn't match model|Guard failed"):
+    with pytest.raises(
+        (AssertionError, RuntimeError, torch.jit.Error),
+        match="Input height .* doesn't match model|Guard failed|Expected input",
+    ):
         built(other)
 
 

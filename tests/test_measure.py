@@ -199,11 +199,11 @@ def test_a_row_has_what_was_measured() -> None:
 
 
 def test_models_that_are_timed_together_have_the_columns_of_one_alone() -> None:
-    specs = [f"vix_fnet_cifar {SMALL}", *(f"vix_nystrom_cifar {SMALL} num_landmarks={count}" for count in (4, 300))]
+    specs = [f"vix_fnet_cifar {SMALL}", *(f"vix_nystrom_cifar {SMALL} num_landmarks={count}" for count in (4, 0))]
     jobs = [job(model) for model in (specs[0], specs[1], SOFTMAX, specs[2])]
     together = call_in_process(measure_together, jobs)
     alone = measure_in_process(jobs[0])
-    assert "num_landmarks=300" in together.pop()["error"]
+    assert "num_landmarks=0" in together.pop()["error"]
     assert set(together[0]) == set(alone) - {"first_call_ms", "peak_memory_mib"}
     same = ("gflops", "params_m", "checkpoint_mib", "tokens", "rounds", "fused", "device_name", "torch")
     assert {name: together[0][name] for name in same} == {name: alone[name] for name in same}

@@ -536,7 +536,9 @@ def test_plans_of_other_models_and_broken_ones_are_refused(weights: Path, tmp_pa
         "with 12 layers; this model is deit_tiny_patch16_224 with 3": json.dumps(good | dict(depth=12)),
         "is damaged: .*'7' is no layer": json.dumps(good | dict(layers={"7": "nystrom"})),
         "is damaged: .*'nistrom'": json.dumps(good | dict(layers={"1": "nistrom"})),
-        "takes no num_features": json.dumps(good | dict(layers={"1": {"mixer": "nystrom", "num_features": 3}})),
+        "num_features=3: mixer='nystrom' takes num_landmarks": json.dumps(
+            good | dict(layers={"1": {"mixer": "nystrom", "num_features": 3}})
+        ),
     }
     for words, text in broken.items():
         path.write_text(text)

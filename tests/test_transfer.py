@@ -181,7 +181,7 @@ def test_learned_features_start_from_the_teachers_tokens_and_move_faster(weights
     steps = dict(block_steps=1, distill_steps=0, block_lr=1e-3)
     moved, _ = transfer(**{**settings, **steps, "out": str(tmp_path / "moved")})
     # a step of AdamW is as long as its learning rate; a warm-up starts at a hundredth of block_lr
-    for name, factor in (("features", 30), ("feature_bias", 4), ("proj.weight", 1)):
+    for name, factor in (("core.features", 30), ("core.feature_bias", 4), ("proj.weight", 1)):
         before, after = (m.blocks[0].attn.get_parameter(name).detach() for m in (start, moved))
         assert (after - before).abs().median() == pytest.approx(1e-3 * factor, rel=0.01), name
 
@@ -391,7 +391,8 @@ def test_several_mixers_are_all_told():
     layers = {0: {"mixer": "linformer", "num_proj_tokens": 4}, 1: "performer", 2: {"mixer": "linformer"}}
     mixer, keywords = mixers_in_words(timm_vix.convert(model, layers=layers, num_features=8))
     assert mixer == "linformer, performer"
-    assert keywords.split("; ")[0] == "num_proj_tokens=[2, 2]" and "num_features=8" in keywords
+    assert keywords.split("; ")[0] == "num_proj_tokens=[2, 2] sharing=kv window_size=0"
+    assert "num_features=8 feature_seed=0 redraw_interval=0 learned_features=False" in keywords.split("; ")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,10 @@ __all__ = [
 LAZY = {"finetune": "train.finetune", "load_plan": "train.plan", "transfer": "train.transfer"}
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})
+
+
 def __getattr__(name: str) -> Any:
     if name in LAZY:
         return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)

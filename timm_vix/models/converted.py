@@ -137,8 +137,15 @@ def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     return state_dict
 
 
-def build(source: str, mixer: str, layers: Layers, keywords: dict[str, Any], **kwargs: Any) -> nn.Module:
-    model = create_model(source, **kwargs)
+def build(
+    source: str,
+    mixer: str,
+    layers: Layers,
+    keywords: dict[str, Any],
+    source_kwargs: Optional[dict[str, Any]],
+    **kwargs: Any,
+) -> nn.Module:
+    model = create_model(source, **kwargs, **(source_kwargs or {}))
     convert(model, mixer, layers, **keywords)
     return model
 
@@ -187,7 +194,7 @@ def vix_from_timm(
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     if not isinstance(cfg, dict) or cfg.get("source") not in ("local-dir", "hf-hub"):
         kwargs.update(pretrained=pretrained, cache_dir=cache_dir)
-        model = build(source, mixer, layers, keywords, **kwargs, **(source_kwargs or {}))
+        model = build(source, mixer, layers, keywords, source_kwargs, **kwargs)
     else:
         model = build_saved(cfg, cache_dir, pretrained, source, mixer, layers, keywords, source_kwargs or {}, kwargs)
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
@@ -220,14 +227,13 @@ def build_saved(
     try:
         with torch.device("meta"):
             size = sum(
-                t.numel()
-                for t in build(source, mixer, layers, keywords, **kwargs, **source_kwargs).state_dict().values()
+                t.numel() for t in build(source, mixer, layers, keywords, source_kwargs, **kwargs).state_dict().values()
             )
     except (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
         raise InputError(f"the saved arguments {arguments} don't build {source}: {error}") from error
     if weights and size > 2 * sum(tensor.numel() for tensor in weights.values()) + 10_000_000:
         raise InputError(f"the saved configuration asks for {size} numbers, far more than the weights beside it hold")
-    model = build(source, mixer, layers, keywords, **kwargs, **source_kwargs)
+    model = build(source, mixer, layers, keywords, source_kwargs, **kwargs)
     if pretrained:
         try:
             load_pretrained(

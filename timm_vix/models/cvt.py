@@ -28,7 +28,7 @@ from ..conversion.replace import no_decay_names
 from ..mixers._layout import Grid
 from ._convolutional import Stage, embed_padding, to_image
 from ._register import ModelName, register_names
-from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
+from .checkpoints import complete_checkpoint, hosts_of, mixer_keys, new_keys, tensors_of
 from .vit import NYSTROM, PERFORMER, build_xformer, check_sizes, overridden, projected_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -149,6 +149,9 @@ class ConvolutionalXformer(nn.Module):
                 trunc_normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        for host in hosts_of(self).values():  # Linformer's averages and learned features are no such weights
+            if hasattr(host.core, "reset_parameters"):
+                host.core.reset_parameters()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

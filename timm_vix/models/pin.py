@@ -65,10 +65,10 @@ class PoolingXformer(PoolingVisionTransformer):
         stride: int = 8,
         in_chans: int = 3,
         mixer: str = "softmax",
-        layers: Layers = "all",
         stem: str = "linear",
         rope: Optional[str] = None,
         block: str = "sequential",
+        layers: Layers = "all",
         **kwargs: Any,
     ) -> None:
         # the last normalisation of a hierarchical MLP is for tokens; PiT embeds patches as a map

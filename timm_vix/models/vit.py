@@ -110,10 +110,10 @@ class VisionXformer(VisionTransformer):
     def __init__(
         self,
         mixer: str = "softmax",
-        layers: Layers = "all",
         stem: str = "linear",
         rope: Optional[str] = None,
         block: str = "sequential",
+        layers: Layers = "all",
         **kwargs: Any,
     ) -> None:
         check_choice("mixer", mixer, tuple(MIXERS))
