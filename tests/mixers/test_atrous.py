@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import distance, rounding, small
+from einops import rearrange
 from test_linformer import rotation
 from timm.utils import ParseKwargs
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,8 +44,7 @@ def naive(module, x: torch.Tensor, rope: str | None) -> torch.Tensor:
     B, N, C = x.shape
     h, P, (H, W), n = module.num_heads, module.num_prefix_tokens, module.grid, len(module.core.dilations)
     D = C // h
-    qkv = (x @ module.qkv.weight.T + module.qkv.bias).reshape(B, N, 3, h, D)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k, v = rearrange(x @ module.qkv.weight.T + module.qkv.bias, "b n (t h d) -> t b h n d", t=3, h=h)
     places = [(0, 0, 0)] * P + [(r, c, r * W + c) for r in range(H) for c in range(W)]
     if rope:
         turn = torch.stack([rotation(place, D, rope) for place in places])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import distance, rounding, small
+from einops import rearrange
 
 from timm_vix.mixers._layout import TokenLayout
 
@@ -30,7 +31,7 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
     B, N, C = x.shape
     h, P, (H, W) = module.num_heads, module.num_prefix_tokens, module.grid
     D, k = C // h, cells[0] * cells[1]
-    q, keys, values = (x @ module.qkv.weight.T + module.qkv.bias).reshape(B, N, 3, h, D).permute(2, 0, 3, 1, 4)
+    q, keys, values = rearrange(x @ module.qkv.weight.T + module.qkv.bias, "b n (t h d) -> t b h n d", t=3, h=h)
     E = module.core.token_proj.flatten(2)
     bias = torch.tensor([0.0] * P + [math.log(H * W / k)] * k, dtype=x.dtype)
     out = torch.zeros(B, N, h, D, dtype=x.dtype)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import distance, small
+from einops import rearrange
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -12,14 +13,14 @@ def test_equals_a_loop(size, layout):
     module = small("pool", img_size=size, **layout).double().blocks[0].attn
     (H, W), P = module.grid, module.num_prefix_tokens
     x = torch.randn(2, P + H * W, 32, dtype=torch.float64, requires_grad=True)
-    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    q, k, v = rearrange(x @ module.qkv.weight.T + module.qkv.bias, "b n (t h d) -> t b h n d", t=3, h=2)
     rows = [scaled_dot_product_attention(q[:, :, :P], k, v)[:, :, i] for i in range(P)]
     for r in range(H):
         for c in range(W):
             near = [(i, j) for i in range(r - 1, r + 2) for j in range(c - 1, c + 2) if 0 <= i < H and 0 <= j < W]
             mean = sum(v[:, :, P + i * W + j] for i, j in near) / len(near)
             rows.append(mean - v[:, :, P + r * W + c])
-    expected = torch.stack(rows, dim=2).transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
+    expected = rearrange(torch.stack(rows), "n b h d -> b n (h d)") @ module.proj.weight.T + module.proj.bias
     assert distance(module(x), expected) < 1e-12
     weight = torch.randn_like(expected)
     mine, right = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (module(x), expected))

@@ -11,6 +11,7 @@ order), h heads of width D, A = h·D, C channels.
 from typing import Any, Optional
 
 import torch
+from einops.layers.torch import Rearrange
 from timm.layers import apply_rot_embed_cat, register_notrace_module
 from torch import nn
 
@@ -175,6 +176,9 @@ class AttentionSlot(MixerSlot):
         self.gate = getattr(attn, "gate", None)
         self.proj = attn.proj
         self.proj_drop = attn.proj_drop
+        # t of queries, keys and values at once, to heads and back
+        self.split_heads = Rearrange("b n (t h d) -> t b h n d", h=self.num_heads, d=self.head_dim)
+        self.merge_heads = Rearrange("b h n d -> b n (h d)")
         self.rope = rope
         self.rotate_half = getattr(attn, "rotate_half", False)
 
@@ -202,7 +206,6 @@ class AttentionSlot(MixerSlot):
 
         Only the wanted rows of the joint weight are multiplied; queries and keys come normalised.
         """
-        B, N, _ = x.shape
         start, stop = first * self.attn_dim, last * self.attn_dim
         if self.qkv is None:
             parts: list[torch.Tensor] = []
@@ -222,7 +225,7 @@ class AttentionSlot(MixerSlot):
             if self.q_bias is not None and bias is not None:
                 y = y + bias
             y = y[..., start:stop]
-        heads = y.reshape(B, N, last - first, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        heads = self.split_heads(y)
         out: list[torch.Tensor] = []
         for i in range(first, last):
             part = heads[i - first]
@@ -246,8 +249,7 @@ class AttentionSlot(MixerSlot):
 
     def merge(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Join the heads as timm's attention does: (B, h, N, D) and the slot's input (B, N, C) -> (B, N, C)."""
-        B, N, _ = x.shape
-        y = self.norm(heads.transpose(1, 2).reshape(B, N, self.attn_dim))
+        y = self.norm(self.merge_heads(heads))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))

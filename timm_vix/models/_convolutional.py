@@ -8,6 +8,7 @@ Shapes: B images, maps (B, C, H, W), tokens (B, P + H·W, C) with P prefix token
 from typing import Any
 
 import torch
+from einops.layers.torch import Rearrange
 from timm.layers import DropPath, Mlp, QuickGELU, register_notrace_module
 from timm.models import checkpoint_seq
 from torch import nn
@@ -30,9 +31,10 @@ class ConvolutionalProjection(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, dim, 3, stride, padding=1, groups=dim, bias=False, **dd)
         self.bn = nn.BatchNorm1d(dim, **dd)
+        self.to_tokens = Rearrange("b c h w -> b (h w) c")
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        tokens = self.conv(image).flatten(2).transpose(1, 2)
+        tokens = self.to_tokens(self.conv(image))
         return self.bn(tokens.flatten(0, 1)).reshape(tokens.shape)
 
 
