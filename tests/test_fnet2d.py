@@ -86,3 +86,7 @@ def test_a_wrong_keyword_is_named(kwargs, words):
 def test_an_unknown_keyword_is_a_type_error():
     with pytest.raises(TypeError, match="num_landmark"):
         small(num_landmark=3)
+
+
+def test_an_empty_batch():
+    assert timm.create_model("fnet2d_cifar").eval()(torch.zeros(0, 3, 32, 32)).shape == (0, 10)

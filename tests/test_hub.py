@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import timm_vix
@@ -249,3 +250,30 @@ def test_weights_of_something_else_are_refused(saved, content, tmp_path):
 def test_a_repository_that_is_not_there(hub, tmp_path):
     done = program(hub, 'timm.create_model("hf-hub:me/nothing", pretrained=True)', tmp_path)
     assert done.returncode != 0 and "nothing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value", [{"checkpoint_path": "/etc/hostname"}, {"pretrained_cfg": {"url": "https://x"}}], ids=str
+)
+def test_a_saved_configuration_names_no_other_weights(value, tmp_path):
+    """Neither among its arguments nor among those of the source."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=2)
+    timm_vix.convert(model, "linformer")
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for place in ({"source_kwargs": value}, value):
+        changed = {**config, "model_args": {**config["model_args"], **place}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises((ValueError, TypeError), match="may not say how to load|multiple values"):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_a_projection_without_axes_is_refused(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=2)
+    timm_vix.convert(model, "linformer")
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["blocks.0.attn.core.token_proj"] = torch.zeros(())
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"weights don't fit .*blocks\.0\.attn\.core\.token_proj"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)

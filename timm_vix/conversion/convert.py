@@ -30,7 +30,7 @@ from .replace import (
 
 HOSTS = (VisionTransformer, Eva)
 NAME = "vix_from_timm"
-# what a conversion notes among the arguments of a model; arguments of the source with these names are noted apart
+# what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
 NOTED = {"source", "source_kwargs", "mixer", "layers"}
 
 
@@ -217,10 +217,10 @@ def note_conversion(model: nn.Module, sites: list[list[AttentionSite]], mixer: s
     if cfg and cfg.get("architecture"):
         own = dict(getattr(model, "_model_args", {}))
         names = NOTED | {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
-        apart = {name: own.pop(name) for name in names & own.keys()}
+        source_kwargs = {name: own.pop(name) for name in names & own.keys()}
         noted = {"source": cfg["architecture"], "mixer": mixer, "layers": layers}
         model.pretrained_cfg = {**cfg, "architecture": NAME}
-        model._model_args = {**own, **noted, **({"source_kwargs": apart} if apart else {})}
+        model._model_args = {**own, **noted, **({"source_kwargs": source_kwargs} if source_kwargs else {})}
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:

@@ -74,7 +74,7 @@ def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> N
     for path, slot in slots_of(model).items():
         for name, resample in slot.core.grid_parameters.items():
             key = f"{path}.core.{name}"
-            # a tensor of other axes is told as one of another shape
+            # a tensor with another number of axes stays, and is refused as one of another shape
             if key in state_dict and state_dict[key].ndim == getattr(slot.core, name).ndim:
                 state_dict[key] = resample(state_dict[key], slot.grid)
 

@@ -92,7 +92,7 @@ def new_keys(state_dict: dict[str, Any], model: nn.Module) -> set[str]:
 
 
 def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give a checkpoint the keys of a ViT of ours, and tell ``complete_checkpoint`` what is new and what was left out.
+    """Give a checkpoint the keys of our model, and return what ``complete_checkpoint`` needs to know about it.
 
     Layers are paired for parallel blocks, and what only softmax attention has is left out.
     """
@@ -122,7 +122,7 @@ def complete_checkpoint(
 
     Args:
         new: keys that keep their initial value.
-        ours: it comes from a model with mixers, so that a missing key is an error and nothing is told.
+        ours: it comes from a model with mixers, so that a missing key is an error and nothing is logged.
         dropped: keys that were left out, for the log line.
         paired: the model is another function of the same parameters.
 

@@ -1,12 +1,14 @@
-"""Any timm ViT with another attention, as a model with a name: ``timm_vix.convert`` for timm's scripts and the Hub.
+"""A converted timm ViT as a model with a name: ``timm_vix.convert`` for timm's scripts and the Hub.
 
     timm.create_model("vix_from_timm", source="deit_small_patch16_224", mixer="nystrom", layers="last-6")
 
-A model that comes from the Hub or a folder is somebody's: its configuration may name a registered timm model and plain
-values of sane sizes, its weights are read as tensors and nothing else.
+The configuration of a model from the Hub or a folder isn't trusted. It may name a registered timm model, and hold plain
+values in sane ranges. Its weights are read as tensors only.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -74,7 +76,7 @@ def check_saved_size(name: str, value: Any, lowest: int = 1) -> None:
 
 
 def check_saved(cfg: dict[str, Any], arguments: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raise ValueError unless somebody's configuration is complete, of plain values and of sane sizes.
+    """Raise ValueError unless a saved configuration is complete, of plain values and of sane sizes.
 
     Args:
         cfg: of the weights.
@@ -142,10 +144,11 @@ def build(
     mixer: str,
     layers: Layers,
     keywords: dict[str, Any],
-    source_kwargs: Optional[dict[str, Any]],
+    source_kwargs: dict[str, Any],
     **kwargs: Any,
 ) -> nn.Module:
-    model = create_model(source, **kwargs, **(source_kwargs or {}))
+    """Create the source with its keywords, and convert it."""
+    model = create_model(source, **kwargs, **source_kwargs)
     convert(model, mixer, layers, **keywords)
     return model
 
@@ -179,7 +182,7 @@ def vix_from_timm(
         source: a timm model with a tag if wanted, a ``VisionTransformer`` or ``Eva``.
         mixer: a name in ``timm_vix.mixers.MIXERS``.
         layers: "all", "first-n", "last-n", "every-n", indices, or a mapping from index to mixer.
-        source_kwargs: keywords of ``source`` that are called like one of these or of a mixer.
+        source_kwargs: keywords of ``source`` whose names are those of one of these, or of a mixer's keyword.
         **kwargs: the mixer's keywords, and those of ``source``.
 
     Raises:
@@ -192,48 +195,47 @@ def vix_from_timm(
     keywords = take_keywords(kwargs)
     names = ("features_only", "out_indices", "feature_cls")
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
-    if not isinstance(cfg, dict) or cfg.get("source") not in ("local-dir", "hf-hub"):
-        kwargs.update(pretrained=pretrained, cache_dir=cache_dir)
-        model = build(source, mixer, layers, keywords, source_kwargs, **kwargs)
+    create = partial(build, source, mixer, layers, keywords, source_kwargs or {})
+    if isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub"):
+        conversion = {**keywords, **(source_kwargs or {}), "mixer": mixer, "layers": layers}
+        model = build_saved(create, source, conversion, cfg, cache_dir if pretrained else None, pretrained, kwargs)
     else:
-        model = build_saved(cfg, cache_dir, pretrained, source, mixer, layers, keywords, source_kwargs or {}, kwargs)
+        model = create(pretrained=pretrained, cache_dir=cache_dir, **kwargs)
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
 
 
 def build_saved(
+    create: Callable[..., nn.Module],
+    source: str,
+    conversion: dict[str, Any],
     cfg: dict[str, Any],
     cache_dir: Any,
     pretrained: bool,
-    source: str,
-    mixer: str,
-    layers: Layers,
-    keywords: dict[str, Any],
-    source_kwargs: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> nn.Module:
-    """A model that somebody saved, whose configuration is checked before anything is built."""
+    """A model from a folder or the Hub. Its configuration is checked before anything is built.
 
+    Args:
+        create: builds the model, given ``kwargs``.
+        conversion: the mixer, the layers and the keywords with which ``create`` converts ``source``.
+        cfg: the configuration of the weights.
+    """
     caller = ("pretrained_cfg_overlay", "pretrained_model_args", "device", "dtype")
-    arguments = {name: value for name, value in kwargs.items() if name not in caller}
-    arguments.update(keywords, mixer=mixer, layers=layers)
-    for name in source_kwargs:
-        check_plain(name, source_kwargs[name])
+    arguments = {name: value for name, value in kwargs.items() if name not in caller} | conversion
     check_saved(cfg, arguments, kwargs.get("pretrained_model_args") or {})
-    # what a stranger's configuration says about where to load from is not for the source's loader
+    # the configuration isn't trusted: what it says about other places of weights is not for the source's loader
     taken = ("num_classes", "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "first_conv")
-    plain = {name: cfg[name] for name in (*taken, "classifier") if name in cfg}
-    kwargs["pretrained_cfg"] = {**plain, "architecture": source.partition(".")[0]}
+    trusted = {name: cfg[name] for name in (*taken, "classifier") if name in cfg}
+    kwargs["pretrained_cfg"] = {**trusted, "architecture": source.partition(".")[0]}
     weights = read_weights(cfg, cache_dir) if pretrained else {}
     try:
         with torch.device("meta"):
-            size = sum(
-                t.numel() for t in build(source, mixer, layers, keywords, source_kwargs, **kwargs).state_dict().values()
-            )
+            size = sum(tensor.numel() for tensor in create(**kwargs).state_dict().values())
     except (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
         raise InputError(f"the saved arguments {arguments} don't build {source}: {error}") from error
     if weights and size > 2 * sum(tensor.numel() for tensor in weights.values()) + 10_000_000:
         raise InputError(f"the saved configuration asks for {size} numbers, far more than the weights beside it hold")
-    model = build(source, mixer, layers, keywords, source_kwargs, **kwargs)
+    model = create(**kwargs)
     if pretrained:
         try:
             load_pretrained(
@@ -250,7 +252,7 @@ def build_saved(
 
 
 def forget_unsaved(model: nn.Module) -> None:
-    """A mixer without queries, keys and values was saved without them: it has no attention to go back to."""
+    """Forget the attention that token mixing replaced: it was not saved, so ``revert`` can't bring it back."""
     for slot in slots_of(model).values():
         if isinstance(slot, TokenSlot):
             slot.replaced = ()

@@ -38,6 +38,8 @@ from .vit import build_xformer, check_sizes, first_convolution
 @register_notrace_function
 def fourier_mix_map(x: torch.Tensor) -> torch.Tensor:
     """Re(F_H F_W F_C X), orthonormal: (B, C, H, W) -> (B, C, H, W), in the dtype of x."""
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and x.shape[0] == 0:
+        return x  # libraries have no transform of an empty batch
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.fft.fftn(wide, dim=(1, 2, 3), norm="ortho").real.to(x.dtype)
 
