@@ -23,8 +23,8 @@ import timm_vix  # noqa: F401  registers the names
 from timm_vix._records import Columns, append_record, key_of, read_records
 from timm_vix.measure.job import timed, warm_up
 from timm_vix.measure.memory import PeakMemory, set_malloc
+from timm_vix.mixers import MIXERS
 
-MIXERS = ("softmax", "nystrom", "linformer", "performer", "atrous", "fnet", "mixer")
 COLUMNS: Columns = dict(
     mixer=str, tokens=int, batch=int, mode=str, dtype=str, options=str,
     ms=float, softmax_ms=float, ratio=float, ratio_low=float, ratio_high=float, peak_memory_mib=float,

@@ -12,10 +12,11 @@ import itertools
 import sys
 from pathlib import Path
 
+import timm_vix
 from timm_vix.benchmark import cost
 from timm_vix.cli import in_one_line
 
-MIXERS = ("nystrom", "linformer", "performer", "fnet", "mixer", "atrous")
+MIXERS = [name for name in timm_vix.mixers.MIXERS if name != "softmax"]
 
 
 def main() -> int:

@@ -298,7 +298,7 @@ def test_mixed_mechanisms_in_one_model(tmp_path):
     assert [hasattr(block.attn, "core") for block in plain.blocks] == [False, False, False, True]
 
 
-@pytest.mark.parametrize("name", ["hybrid_vil_cifar", "hybrid_vip_cifar", "hybrid_vin_cifar", "hybrid_mixer_cifar"])
+@pytest.mark.parametrize("name", [f"hybrid_{kind}_cifar" for kind in ("vil", "vip", "vin", "mixer", "fnet")])
 def test_a_hybrid_softmax_model_gives_its_weights_to_other_hybrids(name, tmp_path, caplog):
     from safetensors.torch import save_file
 
@@ -340,8 +340,8 @@ def test_weight_decay_spares_a_conversion_as_it_spares_a_name(mixer):
 def test_legacy_onnx_of_a_long_performer(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    model = small("performer", img_size=(46, 46), depth=1)  # 530 tokens: three blocks of unequal length
-    x = torch.randn(1, 3, 46, 46)
+    model = small("performer", img_size=(48, 48), depth=1)  # 577 tokens: two blocks of unequal length
+    x = torch.randn(1, 3, 48, 48)
     if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
         pytest.skip("this torch has one exporter only")
     try:
@@ -355,3 +355,82 @@ def test_legacy_onnx_of_a_long_performer(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert distance(torch.from_numpy(y), model(x)) < 1e-4
+
+
+@sdpa_kernel(SDPBackend.MATH)
+def test_second_derivatives_of_a_scripted_inverse():
+    from timm_vix.mixers.nystrom import ridge_inverse
+
+    A = torch.randn(1, 2, 6, 6, dtype=torch.float64).softmax(3)
+    v = torch.randn_like(A)
+    products = []
+    for inverse in (lambda a: torch.linalg.inv(a.mT @ a + 0.05 * torch.eye(6, dtype=a.dtype)), ridge_inverse):
+        function = torch.jit.script(inverse) if inverse is ridge_inverse else inverse
+        at = A.clone().requires_grad_()
+        y = function(at, 0.05, 40) if inverse is ridge_inverse else function(at)
+        (gradient,) = torch.autograd.grad(y.pow(2).sum(), at, create_graph=True)
+        products.append(torch.autograd.grad((gradient * v).sum(), at)[0])
+    assert distance(products[1], products[0]) < 1e-6
+
+
+class Adapted(torch.nn.Module):
+    """A projection with a low-rank part beside it, as LoRA wraps it; it has no weight and bias of its own."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = linear
+        self.low_rank = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.low_rank(x)
+
+
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if MIXERS[mixer].supports_rotary])
+def test_adapters_around_projections(mixer):
+    model = small(mixer, depth=1)
+    attn, x = model.blocks[0].attn, torch.randn(2, 3, 14, 10)
+    twin = copy.deepcopy(model)
+    attn.qkv, attn.proj = Adapted(attn.qkv), Adapted(attn.proj)
+    with torch.no_grad():
+        for name in ("qkv", "proj"):
+            getattr(twin.blocks[0].attn, name).weight.add_(getattr(attn, name).low_rank.weight)
+    assert distance(model(x), twin(x)) < 1e-5
+
+
+def test_checkpoints_of_the_attention_alone():
+    for mixer in ("atrous", "linformer"):
+        model = dynamic(mixer).train()
+        twin = copy.deepcopy(model)
+        for block in twin.blocks:
+            block.attn = checkpoint_wrapper(block.attn)
+        images = [torch.randn(2, 3, *size) for size in SIZES]
+        for net in (model, twin):
+            sum(net(x).square().sum() for x in images).backward()
+        for mine, right in zip(twin.parameters(), model.parameters(), strict=True):
+            assert (mine.grad - right.grad).norm() <= 1e-5 * (1 + right.grad.norm())
+
+
+def test_linformers_differ_and_reload_at_another_size(tmp_path):
+    layers = {0: "linformer", 2: {"mixer": "linformer", "num_proj_tokens": 4}}
+    model = timm.create_model("vix_linformer_cifar", layers=layers, img_size=16, patch_size=2).eval()
+    model.set_input_size((24, 16))
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(2, 3, 24, 16)
+    assert torch.equal(again(x), model(x))
+
+
+def test_frozen_attention_comes_back_frozen():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    timm_vix.convert(model, "fnet")
+    timm_vix.freeze_except(model, "head")
+    timm_vix.revert(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("name, words", [("pin_cifar", "built with its mixer"), ("cvn_cifar", "built with its mixer")])
+def test_why_a_model_cannot_be_converted(name, words):
+    with pytest.raises(ValueError, match=words):
+        timm_vix.convert(timm.create_model(name, img_size=16))
+    with pytest.raises(ValueError, match="DataParallel wraps the VisionTransformer at 'module'"):
+        timm_vix.convert(torch.nn.DataParallel(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)))

@@ -144,7 +144,7 @@ def test_a_model_of_mixers_is_refused():
     with pytest.raises(ValueError, match="ResNet has no attention"):
         convert(timm.create_model("resnet10t"), "nystrom")
     model = timm.create_model("vix_nystrom_cifar")
-    with pytest.raises(ValueError, match="create the model with another mixer="):
+    with pytest.raises(ValueError, match="pass another mixer="):
         convert(model, "performer")
 
 

@@ -36,7 +36,7 @@ LAZY = {"finetune": "train.finetune", "load_plan": "train.plan", "transfer": "tr
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *LAZY})
+    return sorted({*__all__, "__version__"})
 
 
 def __getattr__(name: str) -> Any:

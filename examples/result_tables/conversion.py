@@ -3,9 +3,10 @@
 import json
 from typing import Optional
 
+from timm_vix.mixers import MIXERS
+
 from . import RESULTS, Row, markdown, measured, read, values
 from .cost import Key, is_timed, models, speed
-from .mechanisms import has_queries_and_keys
 
 # What the README shows of all conversions; transfer is of the same size of image where a row says so.
 SHOWN = ("nystrom, last 6", "nystrom", "nystrom, 4x4 windows", "linformer", "linformer, 4x4 windows")
@@ -73,7 +74,7 @@ def advice() -> str:
     rows = read("convert_deit_tiny.csv")
     tokens |= {int(row["img_size"]): row["tokens"] for row in rows}
     names = [name for name in dict.fromkeys(key.model for key in cells) if name.startswith("vix_")]
-    names = [name for name in names if has_queries_and_keys(name.split("_")[1])]
+    names = [name for name in names if MIXERS[name.split("_")[1]].supports_rotary]
     body = []
     for pixels in sorted(tokens):
         faster = {mode: faster_at(cells, names, pixels, mode) for mode in ("infer", "train")}

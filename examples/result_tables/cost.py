@@ -185,12 +185,17 @@ def cost() -> str:
                 line.append(" / ".join(f"{float(row['latency_p50_ms']):,.0f}" for row in found) + " ms")
             else:
                 line.append(" / ".join(speed(row, spread=False) for row in found))
-        pays_from = ["", ""]
+        faster_from = ["", ""]
         if name.startswith("vix_"):
-            pays_from = [crossing(cells, name, mode, spread=False) for mode in MODES]
+            faster_from = [crossing(cells, name, mode, spread=False) for mode in MODES]
         memory = f"{float(cells[Key(name, True, at[-1], 'train')]['peak_memory_mib']):,.0f} MiB"
-        body.append([f"`{name}`", *line, " / ".join(filter(None, pays_from)), memory])
-    head = ["", *(f"{pixels:,} px" for pixels in at), "pays from (tokens)", f"training memory, {at[-1]:,} px"]
+        body.append([f"`{name}`", *line, " / ".join(filter(None, faster_from)), memory])
+    head = [
+        "",
+        *(f"{pixels:,} px" for pixels in at),
+        "faster from (tokens), inference / training",
+        f"training memory, {at[-1]:,} px",
+    ]
     return markdown(head, body)
 
 

@@ -3,7 +3,6 @@
 import inspect
 import re
 import sys
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -36,19 +35,6 @@ def found(pattern: re.Pattern[str], mixer: str) -> tuple[str, ...]:
     return match.groups()
 
 
-@cache
-def has_queries_and_keys(mixer: str) -> bool:
-    """Whether a mechanism is attention: it takes rotary positions, and the weights of a trained softmax model."""
-    try:
-        with torch.device("meta"):
-            VisionXformer(mixer, rope="axial", img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1)
-    except ValueError as error:
-        if "rope" not in str(error):
-            raise
-        return False
-    return True
-
-
 def keywords(mixer: str) -> str:
     """The mechanism's own keywords, with their defaults where the constructor has them."""
     parameters = inspect.signature(MIXERS[mixer].__init__).parameters.values()
@@ -64,7 +50,7 @@ def mechanisms() -> str:
         title = (module_of(mixer).__doc__ or "").split("\n\n")[0].replace("\n", " ").rstrip(".")
         authors, number = found(PAPER, mixer)
         paper = f"[{authors}](https://arxiv.org/abs/{number})"
-        rotary = "yes" if has_queries_and_keys(mixer) else "no"
+        rotary = "yes" if MIXERS[mixer].supports_rotary else "no"
         name = f"[`{mixer}`]({path.as_posix()})"
         body.append([name, title, paper, found(COST, mixer)[0], rotary, keywords(mixer)])
     return markdown(["name, file", "mechanism", "paper", "cost in N", "rotary", "keywords"], body)

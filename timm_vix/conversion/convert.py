@@ -14,6 +14,7 @@ from torch import nn
 
 from .._checks import InputError
 from ..mixers import MIXERS
+from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import AttentionSlot, MixerSlot
 from .layers import Layers, layer_mixers
 from .replace import (
@@ -90,6 +91,17 @@ def attention_sites(model: nn.Module) -> list[list[AttentionSite]]:
         ValueError: for a model whose attention can't be continued by a mixer, naming the module and the reason.
     """
     if not isinstance(model, HOSTS):
+        for path, module in model.named_modules():
+            if isinstance(module, HOSTS):
+                raise InputError(
+                    f"{type(model).__name__} wraps the {type(module).__name__} at {path!r}: convert that, and wrap it "
+                    "afterwards"
+                )
+            if isinstance(module, MechanismHost):
+                raise InputError(
+                    f"{type(model).__name__} is built with its mixer, {class_name(module)} at {path!r}; pass mixer= "
+                    "when the model is created"
+                )
         named = [(path, module) for path, module in model.named_modules() if "Att" in type(module).__name__]
         if not named:
             raise InputError(f"{type(model).__name__} has no attention to replace")
@@ -118,7 +130,10 @@ def reason(module: nn.Module) -> str:
     """Why attention of another class is not replaced, for an error message."""
     names = {name for name, _ in module.named_modules()} | set(vars(module)) | set(module._parameters)
     if isinstance(module, MixerSlot):
-        return "is a mixer without the attention that it replaced; create the model with another mixer= instead"
+        return (
+            "was built with this mixer and has no softmax attention to go back to; pass another mixer= when the model "
+            "is created"
+        )
     if type(module) in REPLACEABLE:
         return "works on tokens that are not prefix tokens and one patch grid"
     if any("rel_pos" in name or "relative_position" in name for name in names):
@@ -134,7 +149,7 @@ def reason(module: nn.Module) -> str:
 
 def class_name(module: nn.Module) -> str:
     """The class of an attention module; of a slot, that of its mixer."""
-    return type(module.core if isinstance(module, MixerSlot) else module).__name__
+    return type(module.core if isinstance(module, MechanismHost) else module).__name__
 
 
 def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **keywords: Any) -> Conversion:

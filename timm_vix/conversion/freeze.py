@@ -13,6 +13,7 @@ from torch import nn
 
 from .._checks import InputError, check_choice
 from ..mixers._mechanism import MechanismHost
+from ..mixers._slot import TokenSlot
 from .replace import REPLACEABLE
 
 PARTS = ("attention", "mlp", "mixer", "head")
@@ -86,6 +87,10 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
         raise InputError(f"part={part!r}: {type(model).__name__} {lacks[part]}; allowed here: {allowed}")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
+    for module in model.modules():  # attention that a mixer of tokens replaced comes back with ``revert``
+        if isinstance(module, TokenSlot):
+            for attn in module.replaced:
+                attn.requires_grad_(part == "attention")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Frozen(
         part,

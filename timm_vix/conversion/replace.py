@@ -14,10 +14,9 @@ from torch import nn
 from .._checks import InputError, check_choice
 from ..mixers import MIXERS
 from ..mixers._layout import CarryGrid, Grid, RecordGrid, TokenLayout
-from ..mixers._mechanism import MechanismHost
+from ..mixers._mechanism import MechanismHost, Mixer
 from ..mixers._rotary import RotaryPositions
 from ..mixers._slot import AttentionSlot, MixerSlot, build_slot
-from ..mixers.performer import PerformerAttention
 from ..mixers.softmax import SoftmaxAttention
 
 # attention that the mixers continue: another class, a subclass too, may do something else
@@ -74,7 +73,7 @@ def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> N
     for path, slot in slots_of(model).items():
         for name, resample in slot.core.grid_parameters.items():
             key = f"{path}.core.{name}"
-            # a tensor with another number of axes stays, and is refused as one of another shape
+            # a tensor with another number of axes is left as it is, and refused later as one of another shape
             if key in state_dict and state_dict[key].ndim == getattr(slot.core, name).ndim:
                 state_dict[key] = resample(state_dict[key], slot.grid)
 
@@ -134,7 +133,7 @@ class CountPasses:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.mixers = [module for module in model.modules() if isinstance(module, PerformerAttention)]
+        self.mixers = [module for module in model.modules() if isinstance(module, Mixer)]
 
     def __call__(self, patch_embed: nn.Module, args: Any, output: torch.Tensor) -> None:
         for mixer in self.mixers:
@@ -147,17 +146,17 @@ def update_hooks(model: nn.Module) -> None:
     slots = slots_of(model).values()
     if slots and getattr(model, "dynamic_img_size", False):
         model.patch_embed.register_forward_hook(RecordGrid())
-        for block in model.blocks:
-            block.register_forward_pre_hook(CarryGrid())
+        for module in (*model.blocks.children(), *slots):  # either may be what is checkpointed
+            module.register_forward_pre_hook(CarryGrid())
         for slot in slots:
             slot.dynamic = True
-    if any(getattr(slot.core, "redraw_interval", 0) for slot in slots):
+    if any(slot.core.counts_passes for slot in slots):
         model.patch_embed.register_forward_hook(CountPasses(model))
 
 
 def remove_hooks(model: nn.Module) -> None:
     """Take the hooks of ``update_hooks`` away."""
-    modules = [model.patch_embed, *getattr(model, "blocks", ())]
+    modules = [model.patch_embed, *getattr(model, "blocks", nn.Sequential()).children(), *slots_of(model).values()]
     for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
         for key in [key for key, hook in hooks.items() if isinstance(hook, (*HOOKS, CountPasses))]:
             del hooks[key]

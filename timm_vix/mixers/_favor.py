@@ -63,6 +63,12 @@ def read_queries(q: torch.Tensor, features: torch.Tensor, bias: torch.Tensor, va
     return torch.matmul(torch.matmul(q, features.transpose(-2, -1)).add_(bias).softmax(3), values)
 
 
+def block_sizes(num_tokens: int, block: int) -> list[int]:
+    """Nearly equal sizes of about ``block`` tokens; given one by one, since a traced graph has no uneven split."""
+    count = max(1, num_tokens // block)
+    return [num_tokens // count + int(i < num_tokens % count) for i in range(count)]
+
+
 def sum_in_blocks(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -78,7 +84,6 @@ def sum_in_blocks(
     q, k, v, features = q.to(dtype), k.to(dtype), v.to(dtype), features.to(dtype)
     B, h, N, D = q.shape
     features = features * D**-0.25
-    block = -(-N // max(1, N // block))  # equal blocks, no small last one
     again = long <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     c, u = centres(q, k)
     centre = c + u
@@ -87,7 +92,7 @@ def sum_in_blocks(
     v = F.pad(v, (0, 1), value=1.0)
     sums = torch.zeros([B, h, features.shape[-2], v.shape[3]], device=q.device, dtype=dtype)
     # split, since the gradient of a slice is as large as the whole
-    for k_block, v_block in zip(k.split(block, 2), v.split(block, 2)):
+    for k_block, v_block in zip(k.split(block_sizes(k.shape[2], block), 2), v.split(block_sizes(k.shape[2], block), 2)):
         if not torch.jit.is_scripting() and again:
             top, sums = checkpoint(add_keys, k_block, v_block, features, centre, top, sums, use_reentrant=False)
         else:
@@ -99,7 +104,7 @@ def sum_in_blocks(
     if feature_bias is not None:
         bias = bias + feature_bias.to(dtype)
     out: list[torch.Tensor] = []
-    for q_block in q.split(block, 2):
+    for q_block in q.split(block_sizes(q.shape[2], block), 2):
         if not torch.jit.is_scripting() and again:
             out.append(checkpoint(read_queries, q_block, features, bias, values, use_reentrant=False))
         else:

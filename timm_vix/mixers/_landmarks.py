@@ -28,8 +28,8 @@ def attention(
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D) + bias) v for few queries or few keys.
 
-    Fused kernels want values as wide as the keys. What ``scaled_dot_product_attention`` falls back to looks every row
-    over for a mask that hides the whole of it, which is a tenth of LeViT's time.
+    Fused kernels want values as wide as the keys. What ``scaled_dot_product_attention`` falls back to checks
+    each row for being fully masked, which is a tenth of LeViT's time.
     """
     if q.shape[3] == v.shape[3]:
         return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
@@ -47,6 +47,7 @@ class LandmarkAttention(AttentionMechanism):
     """
 
     zero_init = ("conv.weight",)
+    one_grid_keywords = ("window_size", "conv_residual")
     # whether landmarks have queries, whose exact attention decides their values
     needs_queries: torch.jit.Final[bool] = False
 

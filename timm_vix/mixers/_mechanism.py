@@ -21,8 +21,8 @@ from ._layout import Grid, TokenLayout
 class AttentionShape(NamedTuple):
     """What a mixer is built for.
 
-    ``queries`` and ``keys`` are the layouts of the tokens that ask and are asked, ``dropout`` is that of attention
-    weights, and ``rotary`` says that queries and keys come with rotary positions.
+    ``queries`` and ``keys`` are the layouts of their tokens, ``dropout`` is that of attention weights, and ``rotary``
+    says that queries and keys come with rotary positions.
     """
 
     dim: int
@@ -58,10 +58,13 @@ class Mixer(nn.Module):
     supports_rotary = True
     # keywords that count tokens: a host with several grids takes at most as many as each has
     token_counts: tuple[str, ...] = ()
+    # keywords that need queries on the grid of the keys: a host with other queries leaves them out
+    one_grid_keywords: tuple[str, ...] = ()
     # keywords with which a plan tries the mixer in a trained model; none: the mixer doesn't continue attention
     candidates: tuple[dict[str, Any], ...] = ()
     # parameters that begin at zero where the weights around them are trained ones
     zero_init: tuple[str, ...] = ()
+    __jit_unused_properties__: tuple[str, ...] = ("counts_passes",)
     # parameters on a patch grid, and how each is moved to another grid
     grid_parameters: dict[str, Callable[[torch.Tensor, Grid], torch.Tensor]] = {}
     # parameters on another scale than weights, with the factor of their learning rate in a transfer
@@ -89,6 +92,16 @@ class Mixer(nn.Module):
         """Every keyword with the value in force, as plain values that rebuild this mixer."""
         return {name: getattr(self, name) for name in self.keywords()}
 
+    @property
+    def counts_passes(self) -> bool:
+        """Whether ``count_pass`` is to be called at the beginning of each forward pass."""
+        return False
+
+    def count_pass(self) -> None:
+        """Count a forward pass."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
         """Take a new patch grid for good: parameters that live on it are resampled, frozen ones stay frozen."""
         for name, resample in self.grid_parameters.items():

@@ -55,7 +55,7 @@ def table_of_cells(table: torch.Tensor, num_prefix_tokens: int, grid: Grid, cell
     """A host's rotary table (.., H·W, 2·D) for prefix tokens, which are not turned, and patches or cells.
 
     Evenly spaced angles have the cell's centre for their mean direction, whatever the frequencies, as long as the cell
-    is shorter than a wave; beyond that an average of the patches means little anyhow.
+    is shorter than a wave; beyond that an average of the patches is not meaningful.
     """
     width = table.shape[-1]
     if cells is not None and cells != grid:

@@ -221,8 +221,9 @@ class AttentionSlot(MixerSlot):
             y = nn.functional.linear(x, self.qkv.weight[start:stop], None if bias is None else bias[start:stop])
         else:
             y = self.qkv(x)
-            bias = self.bias_of_qkv()
-            if self.q_bias is not None and bias is not None:
+            if self.q_bias is not None:
+                bias = self.bias_of_qkv()
+                assert bias is not None
                 y = y + bias
             y = y[..., start:stop]
         heads = self.split_heads(y)

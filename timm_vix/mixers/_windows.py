@@ -35,7 +35,7 @@ def shares(length: int, cells: int, w: int, like: torch.Tensor) -> torch.Tensor:
 
 def window_biases(like: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid, w: int) -> torch.Tensor:
     """c for landmarks and the mask of each window's tokens, (n, 1, P + m + w·w)."""
-    full = torch.empty([0], device=like.device)  # logarithms in float32, whatever the tokens have
+    full = torch.empty([0], device=like.device)  # logarithms are computed in float32 for every dtype of the tokens
     rows, columns = shares(grid[0], cells[0], w, full), shares(grid[1], cells[1], w, full)
     inside = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
     beside = (1.0 - inside).clamp(min=0.0) * (grid[0] * grid[1] / (cells[0] * cells[1]))

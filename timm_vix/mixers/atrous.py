@@ -11,12 +11,11 @@ several dilations, exact attention in windows, fused by gates.
 
 *Differs:* ACC-ViT averages the branches' outputs by their gates. Here a gate multiplies exponentials: the branches are
 one softmax, in which a window without a matching key weighs little. Gates start at 1, and what all windows hold, the
-token itself and the prefix, counts once (log n). So DeiT-Tiny keeps 78 of 88 % of 128 photographs without training;
-with averaged outputs it keeps 19 %. What a window's exponentials add up to is read off its attention: beside its keys
-stands their mean, whose value is 1 in a channel of its own and whose share is known to be small; float16 has no
-number for it, so there windows are computed in float32. Windows are equal and the fewest of at most w a side, so that
-little is padded; padding is masked. Prefix tokens attend to all tokens. All branches share queries, keys and values,
-which are a ViT's.
+token itself and the prefix, counts once (log n). A window's normaliser is read off its attention: an extra key, the
+mean of the window's keys, has the value 1 in a channel of its own, and its share of the attention gives the sum of
+all exponentials. That share can be below float16's smallest number, so there windows are computed in float32. Windows
+are equal and the fewest of at most w a side, so that little is padded; padding is masked. Prefix tokens
+attend to all tokens. All branches share queries, keys and values, which are a ViT's.
 
 *Pays:* one attention layer of ViT-Ti is 0.46, 0.71, 1.05 and 3.3 times as fast as with softmax through SDPA at 197,
 577, 1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads

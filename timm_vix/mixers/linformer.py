@@ -67,9 +67,9 @@ class LinformerAttention(LandmarkAttention):
     title = "Linformer attention"
     source = "Wang et al. 2020, arXiv 2006.04768"
     token_counts = ("num_proj_tokens",)
-    candidates = ({}, {"window_size": 2}, {"window_size": 4})
+    candidates = tuple(dict(num_proj_tokens=k, window_size=w) for k in (16, 25, 49, 64) for w in (0, 4))
     grid_parameters = {"token_proj": resample_reading}
-    __jit_unused_properties__ = ("num_proj_tokens",)
+    __jit_unused_properties__ = ("counts_passes", "num_proj_tokens")
 
     def __init__(
         self,

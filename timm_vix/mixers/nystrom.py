@@ -42,6 +42,11 @@ from ._resample import pool_patches
 DEFAULT_LANDMARKS = 49
 
 
+def newton_step(M: torch.Tensor, Z: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
+    """Z (2 I - M Z), whose distance to the inverse is the square of that of Z."""
+    return torch.bmm(Z, torch.baddbmm(2.0 * eye, M, Z, alpha=-1.0))
+
+
 def newton_inverse(M: torch.Tensor, lowest: float, iterations: int) -> torch.Tensor:
     """M^-1 by Newton's iteration Z <- a Z (2 I - a M Z): (n, m, m), symmetric with eigenvalues from ``lowest`` on.
 
@@ -54,13 +59,18 @@ def newton_inverse(M: torch.Tensor, lowest: float, iterations: int) -> torch.Ten
         # with a ridge near zero the lowest eigenvalue is unknown, and this one is as good as any
         low = max(lowest, 1e-3) / norm
         Z = eye / norm
-        for _ in range(iterations - 1):
+        a = torch.ones_like(low)
+        for i in range(iterations - 1):
+            if i > 0:
+                Z = newton_step(M, Z, eye)
             a = 2.0 / (1.0 + low)
             Z = a * Z
-            Z = torch.bmm(Z, torch.baddbmm(2.0 * eye, M, Z, alpha=-1.0))
             low = low * a * (2.0 - a * low)
-    # the last step alone has the inverse's first derivative, -Z dM Z
-    return torch.bmm(Z, torch.baddbmm(2.0 * eye, M, Z, alpha=-1.0))
+    # The inverse is a fixed point of a step. So the last two steps have its derivatives up to the third order, and earlier
+    # steps need not be kept for the gradient.
+    if iterations > 1:
+        Z = newton_step(M, Z, eye)
+    return newton_step(M, Z, eye)
 
 
 class Inverse(torch.autograd.Function):
@@ -98,7 +108,7 @@ def ridge_inverse(A: torch.Tensor, ridge: float, iterations: int) -> torch.Tenso
     # rounding can make the lowest eigenvalue of A^T A negative, and the iteration would blow it up
     ridge = max(ridge, m * (2.2e-16 if A.dtype == torch.float64 else 1.2e-7))
     M = torch.baddbmm(ridge * eye, A.transpose(1, 2), A)
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # neither knows derivatives of derivatives
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # they don't take the function below
         return newton_inverse(M, ridge, iterations).reshape(B, h, m, m)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         return Inverse.apply(M, ridge, iterations).reshape(B, h, m, m)
@@ -135,7 +145,7 @@ class NystromAttention(LandmarkAttention):
     title = "Nyström attention"
     source = "Xiong et al. 2021, arXiv 2102.03902"
     token_counts = ("num_landmarks",)
-    candidates = ({}, {"window_size": 2}, {"window_size": 4})
+    candidates = tuple(dict(num_landmarks=m, window_size=w) for m in (16, 25, 49, 64) for w in (0, 4))
     needs_queries: torch.jit.Final[bool] = True
 
     def __init__(

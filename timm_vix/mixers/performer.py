@@ -49,7 +49,7 @@ from ._layout import TokenLayout
 from ._mechanism import AttentionMechanism, AttentionShape
 
 DEFAULT_FEATURES = 64
-# Of the sums at which features start: found best of 0.5 to 1 (examples/results/convert_tried.md).
+# Of the sums at which features start: found best of 0.5 to 1 (examples/results/convert_tried.csv).
 SHRINK = 0.8
 
 
@@ -71,9 +71,10 @@ class PerformerAttention(AttentionMechanism):
     source = "Choromanski et al. 2021, arXiv 2009.14794"
     uses_grid = False
     supports_dropout = False
-    candidates = ({},)
+    candidates = tuple(dict(num_features=m) for m in (32, 64, 128, 256))
     # features are as large as queries and keys, where weights are a hundredth
     learning_rates = {"features": 30.0, "feature_bias": 4.0}
+    __jit_unused_properties__ = ("counts_passes",)
 
     def __init__(
         self,
@@ -120,6 +121,10 @@ class PerformerAttention(AttentionMechanism):
     def draw(self, seed: int) -> torch.Tensor:
         """Random features of a seed, (m, D)."""
         return orthogonal_features(self.num_features, self.features.shape[-1], seed)
+
+    @property
+    def counts_passes(self) -> bool:
+        return self.redraw_interval > 0
 
     def count_pass(self) -> None:
         """Count a forward pass in training, and draw new features after ``redraw_interval`` of them."""

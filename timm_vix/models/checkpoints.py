@@ -103,9 +103,12 @@ def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict
     if pairs:
         state_dict = pair_layers(state_dict)
     new = new_keys(state_dict, model)
-    # with weights of its mixers, or where they have none, of its stem, a checkpoint is one of ours
-    ours = bool((mixer_keys(model) or stem_keys(model)) & state_dict.keys())
-    dropped = set() if ours else absent_keys(state_dict, model, new)
+    # with weights of its mixers, or where they have none, of its stem, a checkpoint is one of ours;
+    # not if it has softmax attention where the model has none
+    absent = absent_keys(state_dict, model, new)
+    softmax = any(".attn." in key for key in absent)
+    ours = bool((mixer_keys(model) or stem_keys(model)) & state_dict.keys()) and not softmax
+    dropped = set() if ours else absent
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
     return state_dict, dict(new=new, ours=ours, dropped=dropped, paired=pairs)
 
@@ -140,7 +143,7 @@ def complete_checkpoint(
     state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
-    # a mixer without parameters of its own can't tell whose weights these are; a saved model brings its configuration
+    # a mixer without parameters has no keys that identify a checkpoint; a saved model brings its configuration
     mixers = any(not isinstance(module.core, SoftmaxAttention) for module in hosts_of(model).values())
     if new or (not ours and (dropped or paired or (mixers and not cfg.get("source")))):
         _logger.warning(

@@ -3,8 +3,8 @@
 Graham et al. 2021 (arXiv 2104.01136): timm's LeViT. Jeevan & Sethi 2022 (arXiv 2107.02239) put Nyström (LeViN) and
 Performer (LeViP) attention into it; ``mixer="softmax"`` is the control. ``128s`` is LeViT-128S for 224 px and takes its
 weights. LeViT adds a learned bias for each distance to the logits, which is left out: it belongs to a pair of tokens,
-while Nyström's landmarks are cells of tokens, and Performer has no logits. Between stages, the queries of every second
-token ask all tokens.
+while Nyström's landmarks are cells of tokens, and Performer has no logits. Between stages, only every second
+token has a query; the keys are all tokens.
 
 ``cifar`` is the paper's model: one stage of four layers of 128 channels with 4 heads, every pixel of a 32 px image a
 token, and the mean of the tokens classified. It departs from the official code, which has no normalisation anywhere, so
@@ -79,8 +79,7 @@ class ProjectedDownsampling(MechanismHost):
         self.grid = ((height - 1) // attn.stride + 1, (width - 1) // attn.stride + 1)
         self.key_grid = (height, width)
         queries, keys = TokenLayout(0, self.grid), TokenLayout(0, self.key_grid)
-        # there is no residual between grids
-        keywords = {name: value for name, value in keywords.items() if name != "conv_residual"}
+        keywords = {name: value for name, value in keywords.items() if name not in MIXERS[mixer].one_grid_keywords}
         self.set_core(build_core(attn, self.kv.linear.weight, queries, keys, mixer, keywords))
         self.proj = attn.proj
 
@@ -251,7 +250,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dic
     biases = {key for key in state_dict if key.endswith("attention_biases")}
     dropped = set() if ours else biases - model.state_dict().keys()
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
-    # where no parameter tells whose weights these are, LeViT's biases do
+    # without parameters of a mixer, attention biases identify a checkpoint of LeViT
     return complete_checkpoint(state_dict, model, new, ours or not (own or dropped), dropped)
 
 

@@ -23,6 +23,7 @@ from ..conversion.replace import (
     check_keywords,
     layout_of,
     mixer_keywords,
+    mixer_name,
     no_decay_names,
     replace_attention,
     set_grid,
@@ -137,7 +138,7 @@ class VisionXformer(VisionTransformer):
         self._traits = {"first_conv": f"patch_embed.{first_convolution(stem)}"}
         mixers = layer_mixers(layers, len(self.blocks), mixer, keywords)
         replace_attention([(self.blocks, layout_of(self))], self, mixers, rope)
-        self._model_args = shared_config(self)
+        self._model_args = recorded_config(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -162,7 +163,7 @@ class VisionXformer(VisionTransformer):
         super().set_input_size(img_size=None if img_size is None else to_2tuple(img_size), patch_size=patch_size)
         set_grid(self, self.patch_embed.grid_size)
         if source_of(self) is None:  # Linformer's regions stay; with another grid a reload would choose others
-            self._model_args = {**self._model_args, **shared_config(self)}
+            self._model_args = {**self._model_args, **recorded_config(self)}
 
 
 def first_convolution(stem: str) -> str:
@@ -188,13 +189,17 @@ def projected_keywords(mixer: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return keywords
 
 
-def shared_config(model: nn.Module) -> dict[str, Any]:
-    """The mixers' keywords in force, of those that all mixers which take them share: a reload is to have them too."""
-    found: dict[str, list[Any]] = {}
-    for slot in slots_of(model).values():
-        for name, value in slot.config().items():
-            found.setdefault(name, []).append(value)
-    return {name: values[0] for name, values in found.items() if all(value == values[0] for value in values)}
+def recorded_config(model: nn.Module) -> dict[str, Any]:
+    """The mixers' keywords in force, with which a saved model is built again; by layer where mixers differ."""
+    found = {
+        str(index): {"mixer": mixer_name(slot), **slot.config()}
+        for index, block in enumerate(model.blocks.children())
+        for slot in slots_of(block).values()
+    }
+    configs = list(found.values())
+    if any(config != configs[0] for config in configs):
+        return {"layers": found}
+    return {name: value for config in configs[:1] for name, value in config.items() if name != "mixer"}
 
 
 def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:

@@ -36,11 +36,8 @@ from .settings import KeyValue, check_ranges
 from .teacher import build_teacher, check_teacher
 
 FORMAT = "timm_vix plan 1"
-SIZES = (16, 25, 49, 64)  # cells of a square grid
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
-    "nystrom": [dict(num_landmarks=m, window_size=w) for m in SIZES for w in (0, 4)],
-    "linformer": [dict(num_proj_tokens=k, window_size=w) for k in SIZES for w in (0, 4)],
-    "performer": [dict(num_features=m) for m in (32, 64, 128, 256)],
+    name: list(mixer_class.candidates) for name, mixer_class in MIXERS.items() if mixer_class.candidates
 }
 
 

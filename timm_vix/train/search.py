@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 from .._checks import InputError
+from ..mixers import MIXERS
 from .sensitivity import (
     Measurement,
     Plan,
@@ -70,7 +71,7 @@ def measure_options(
     cheaper: list[tuple[dict[str, Any], list[float]]] = []
     for name in dict.fromkeys(mixers):
         for keywords in candidates[name]:
-            if max(keywords.get("num_landmarks", 0), keywords.get("num_proj_tokens", 0)) <= patches:
+            if all(keywords.get(count, 0) <= patches for count in MIXERS[name].token_counts):
                 mixer = {"mixer": name, **keywords}
                 with temporarily_converted(model, dict.fromkeys(range(depth), mixer)):
                     gflops, _ = block_gflops(model, sensitivity.batches[0][:1])
