@@ -66,8 +66,8 @@ def newton_inverse(M: torch.Tensor, lowest: float, iterations: int) -> torch.Ten
             a = 2.0 / (1.0 + low)
             Z = a * Z
             low = low * a * (2.0 - a * low)
-    # The inverse is a fixed point of a step. So the last two steps have its derivatives up to the third order, and earlier
-    # steps need not be kept for the gradient.
+    # The inverse is a fixed point of a step: the last two steps have its derivatives up to the third order, and earlier
+    # ones need not be kept for the gradient.
     if iterations > 1:
         Z = newton_step(M, Z, eye)
     return newton_step(M, Z, eye)
