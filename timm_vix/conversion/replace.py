@@ -147,7 +147,7 @@ def update_hooks(model: nn.Module) -> None:
     slots = slots_of(model).values()
     if slots and getattr(model, "dynamic_img_size", False):
         model.patch_embed.register_forward_hook(RecordGrid())
-        for block in model.blocks:
+        for block in model.blocks.children():
             block.register_forward_pre_hook(CarryGrid())
         for slot in slots:
             slot.dynamic = True
@@ -157,7 +157,7 @@ def update_hooks(model: nn.Module) -> None:
 
 def remove_hooks(model: nn.Module) -> None:
     """Take the hooks of ``update_hooks`` away."""
-    modules = [model.patch_embed, *getattr(model, "blocks", ())]
+    modules = [model.patch_embed, *(model.blocks.children() if hasattr(model, "blocks") else ())]
     for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
         for key in [key for key, hook in hooks.items() if isinstance(hook, (*HOOKS, CountPasses))]:
             del hooks[key]

@@ -29,6 +29,7 @@ from .._checks import InputError
 from .._names import check_model
 from ..conversion.convert import NAME, convert
 from ..conversion.layers import Layers
+from ..conversion.merging import Merge
 from ..conversion.replace import resample_weights, slots_of
 from ..mixers._slot import TokenSlot, rename_core_keys
 from .checkpoints import tensors_of
@@ -138,6 +139,7 @@ def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[s
 
 
 def build(source: str, mixer: str, layers: Layers, keywords: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """timm's ``source``, converted; ``keywords`` are the mixer's, and ``merge`` if it was given."""
     model = create_model(source, **kwargs)
     convert(model, mixer, layers, **keywords)
     return model
@@ -162,6 +164,7 @@ def vix_from_timm(
     source: str = "deit_tiny_patch16_224",
     mixer: str = "nystrom",
     layers: Layers = "all",
+    merge: Optional[Merge] = None,
     source_kwargs: Optional[dict[str, Any]] = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -172,6 +175,7 @@ def vix_from_timm(
         source: a timm model with a tag if wanted, a ``VisionTransformer`` or ``Eva``.
         mixer: a name in ``timm_vix.mixers.MIXERS``.
         layers: "all", "first-n", "last-n", "every-n", indices, or a mapping from index to mixer.
+        merge: how many tokens merge in each layer, or another form that ``convert`` takes.
         source_kwargs: keywords of ``source`` that are called like one of these or of a mixer.
         **kwargs: the mixer's keywords, and those of ``source``.
 
@@ -183,6 +187,8 @@ def vix_from_timm(
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)
+    if merge is not None:
+        keywords["merge"] = merge
     names = ("features_only", "out_indices", "feature_cls")
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     if not isinstance(cfg, dict) or cfg.get("source") not in ("local-dir", "hf-hub"):
