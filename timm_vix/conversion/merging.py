@@ -16,18 +16,19 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .._checks import InputError, check_integer
+from .._checks import InputError
 from ..mixers._layout import CarryGrid, TokenLayout, check_sequence
 from ..mixers._merging import (
     Groups,
+    copy_back,
     match,
     merge_groups,
     merge_mask,
     merge_table,
     merge_tokens,
     propose,
-    rows,
     single_groups,
+    take_one,
 )
 from ..mixers._slot import AttentionSlot
 
@@ -58,17 +59,16 @@ def merge_steps(merge: Merge, depth: int) -> list[Step]:
         if not 0 < merge < 1:
             raise InputError(f"merge={merge!r}: {FORMS}")
         return [1 - (1 - merge) * (layer + 1) / depth for layer in range(depth)]
-    if isinstance(merge, Sequence) and not isinstance(merge, str):
+    if isinstance(merge, (list, tuple)):
         if len(merge) != depth:
             raise InputError(f"merge={merge!r} has {len(merge)} numbers; the model has {depth} layers")
-        numbers = list(merge)
-    elif isinstance(merge, int) and not isinstance(merge, bool):
-        numbers = [merge] * depth
+        numbers: Sequence[Any] = merge
     else:
-        raise InputError(f"merge={merge!r}: {FORMS}")
+        numbers = [merge] * depth
     for number in numbers:
-        check_integer("merge", number, 0)
-    return numbers
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise InputError(f"merge={merge!r}: {FORMS}")
+    return list(numbers)
 
 
 def num_merged(step: Step, at_start: int, left: int) -> int:
@@ -107,9 +107,10 @@ class MergingBlocks(nn.ModuleList):
         return super().__getitem__(index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self:
-            x = block(x)
-        return x
+        groups: Optional[Groups] = None
+        for block, step in zip(self.children(), self.steps):
+            x, groups = run_block(block, step, self.num_prefix_tokens, x, groups)
+        return x if groups is None else copy_back(x, groups)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise InputError("a model that merges tokens can't be scripted; torch.export and torch.compile can take it")
@@ -139,50 +140,63 @@ class BlockInPass:
         return repr(self.block)
 
     def __call__(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        block, groups, step = self.block, self.groups[self.layer], self.blocks.steps[self.layer]
-        if groups is None and not step:
-            return block(x, **kwargs)
-        slot = block.attn
+        groups = self.groups[self.layer]
+        if groups is not None:
+            CarryGrid()(self.block, (x,))
+            x = take_one(x, groups)
+        step, num_prefix_tokens = self.blocks.steps[self.layer], self.blocks.num_prefix_tokens
+        x, groups = run_block(self.block, step, num_prefix_tokens, x, groups, **kwargs)
+        self.groups[self.layer + 1] = groups
+        return x if groups is None else copy_back(x, groups)
+
+
+def run_block(
+    block: nn.Module, step: Step, num_prefix_tokens: int, x: torch.Tensor, groups: Optional[Groups], **kwargs: Any
+) -> tuple[torch.Tensor, Optional[Groups]]:
+    """A block whose tokens merge between attention and MLP: groups x (B, M, C) in, fewer groups out.
+
+    Args:
+        groups: of x; None: nothing has merged yet.
+        **kwargs: what the host hands to its block, for the whole grid.
+    """
+    if groups is None and not step:
+        return block(x, **kwargs), None
+    slot = block.attn
+    tokens = block.norm1(x)
+    if groups is None:
         if slot.dynamic:
             CarryGrid()(block, (x,))
-        merged = x if groups is None else rows(x, groups.member)
-        tokens = block.norm1(merged)
-        if groups is None:
-            attended = slot(tokens, **kwargs)
-            keys = keys_of(slot, tokens, kwargs.get("rope"))
-            groups = single_groups(x)
-        else:
-            attended, keys = attend_groups(slot, tokens, groups, **kwargs)
-        merged = add_attention(block, merged, attended)
-        merged, groups = self.merge(merged, keys, groups)
-        self.groups[self.layer + 1] = groups
-        return rows(add_mlp(block, merged), groups.place)
+        groups = single_groups(x)
+        attended, keys = slot(tokens, **kwargs), keys_of(slot, tokens, kwargs.get("rope"))
+    else:
+        attended, keys = attend_groups(slot, tokens, groups, **kwargs)
+    x, groups = merge_similar(add_attention(block, x, attended), keys, groups, step, num_prefix_tokens)
+    return add_mlp(block, x), groups
 
-    def merge(self, x: torch.Tensor, keys: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, Groups]:
-        """Merge x (B, M, C) by its keys (B, h, M, D)."""
-        step, P = self.blocks.steps[self.layer], self.blocks.num_prefix_tokens
-        at_start, left = groups.place.shape[1] - P, x.shape[1] - P
-        if left < 2 or not step:
-            return x, groups
-        with torch.no_grad():
-            if isinstance(step, Mapping):
-                if len(x) > 1:
-                    raise InputError(
-                        f"merge={step!r} merges as many tokens as an image has alike, and a batch needs the same "
-                        f"number in all: expected a batch of 1, got {len(x)}"
-                    )
-                similarity, partner = propose(keys[:, :, P:].mean(1))
-                r = min(int((similarity >= step["threshold"]).sum()), left // 2)
-            else:
-                r = num_merged(step, at_start, left)
-                if r == 0:
-                    return x, groups
-                similarity, partner = propose(keys[:, :, P:].mean(1))
-            place = match(similarity, partner, left, r)
-            prefix = torch.arange(P, device=x.device).expand(len(x), -1)
-            place = torch.cat([prefix, P + place], dim=1)
-            fewer = merge_groups(groups, place, x.shape[1] - r)
-        return merge_tokens(x, groups.counts, place, fewer.counts), fewer
+
+def merge_similar(
+    x: torch.Tensor, keys: torch.Tensor, groups: Groups, step: Step, num_prefix_tokens: int
+) -> tuple[torch.Tensor, Groups]:
+    """Merge groups x (B, M, C) by their keys (B, h, M, D)."""
+    M = x.shape[1]
+    left = M - num_prefix_tokens
+    r: Optional[int] = None
+    if not isinstance(step, Mapping):
+        r = num_merged(step, groups.place.shape[1] - num_prefix_tokens, left)
+    elif len(x) > 1:
+        raise InputError(
+            f"merge={step!r} merges as many tokens as an image has alike, and the images of a batch need the same "
+            f"number: expected a batch of 1, got {len(x)}"
+        )
+    if left < 2 or r == 0:
+        return x, groups
+    with torch.no_grad():
+        similarity, partner = propose(keys[:, :, num_prefix_tokens:].mean(1))
+        if isinstance(step, Mapping):
+            r = min(int((similarity >= step["threshold"]).sum()), left // 2)
+        place = match(similarity, partner, num_prefix_tokens, M, r)
+        fewer = merge_groups(groups, place, M - r)
+    return merge_tokens(x, groups.counts, place, fewer.counts), fewer
 
 
 def keys_of(slot: AttentionSlot, x: torch.Tensor, rope: Optional[torch.Tensor]) -> torch.Tensor:

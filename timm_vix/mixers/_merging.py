@@ -25,60 +25,70 @@ from ._precision import outside_autocast
 class Groups(NamedTuple):
     """Which tokens of the whole grid have become one.
 
-    ``place`` (B, N): the group of each token, from 0; ``member`` (B, M): a token of each group; ``counts`` (B, M): how
-    many tokens it has, in float32.
+    ``place`` (B, N): the group of each token, from 0; ``counts`` (B, M): how many tokens each group has, in float32.
     """
 
     place: torch.Tensor
-    member: torch.Tensor
     counts: torch.Tensor
 
 
 def single_groups(x: torch.Tensor) -> Groups:
     """Each token of x (B, N, C) for itself."""
     place = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-    return Groups(place, place, torch.ones(place.shape, device=x.device))
+    return Groups(place, torch.ones(place.shape, device=x.device))
 
 
-def rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x[b, index[b, i]] for x (B, N, C) and index (B, M): (B, M, C), by whole rows, which ``gather`` is slow at."""
-    first = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+def flat(index: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Rows (B, n) of each image, which has ``num_rows``, as rows of all images in a row: (B·n)."""
+    if len(index) == 1:
+        return index.flatten()
+    return (index + torch.arange(len(index), device=index.device).unsqueeze(1) * num_rows).flatten()
+
+
+def copy_back(x: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """The value of each token's group: (B, M, C) -> (B, N, C). Whole rows are copied, which ``gather`` is slow at."""
+    return x.flatten(0, 1).index_select(0, flat(groups.place, x.shape[1])).unflatten(0, groups.place.shape)
+
+
+def take_one(x: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """A token of each group, for groups of equal tokens: (B, N, C) -> (B, M, C)."""
+    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    member = places.new_zeros(groups.counts.shape).scatter_reduce(1, groups.place, places, "amax")
+    return x.flatten(0, 1).index_select(0, flat(member, x.shape[1])).unflatten(0, member.shape)
 
 
 def add_rows(x: torch.Tensor, place: torch.Tensor, num_groups: int) -> torch.Tensor:
     """The sums of x (B, N, C) over groups: (B, M, C)."""
-    first = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * num_groups
     sums = x.new_zeros(x.shape[0] * num_groups, x.shape[2])
-    return sums.index_add(0, (place + first).flatten(), x.flatten(0, 1)).unflatten(0, (x.shape[0], num_groups))
+    return sums.index_add_(0, flat(place, num_groups), x.flatten(0, 1)).unflatten(0, (x.shape[0], num_groups))
 
 
 def propose(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each even one of n keys (B, n, D): its largest cosine to an odd one, and the odd one's place; (B, n - n//2).
+    """For each even one of n keys (B, n, D): its largest cosine to an odd one, and that one's number; (B, n - n//2).
 
     In float32 at least: half precision would have many ties.
     """
     with outside_autocast(keys.device):
         unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=2)
         similarity, partner = torch.matmul(unit[:, ::2], unit[:, 1::2].transpose(1, 2)).max(2)
-    return similarity, 2 * partner + 1
+    return similarity, partner
 
 
-def match(similarity: torch.Tensor, partner: torch.Tensor, num_tokens: int, r: int) -> torch.Tensor:
-    """The places (B, n) of n tokens after the r most similar of the proposed pairs merged, in the same order."""
+def match(similarity: torch.Tensor, partner: torch.Tensor, num_prefix_tokens: int, M: int, r: int) -> torch.Tensor:
+    """The places (B, M) that M tokens have after the r most similar of the proposed pairs merged; the order stays."""
     # stable, so that equal pairs are taken in the same order everywhere
     merged = similarity.argsort(dim=1, descending=True, stable=True)[:, :r]
-    stays = torch.ones(len(merged), num_tokens, dtype=torch.int64, device=merged.device).scatter(1, 2 * merged, 0)
+    even = num_prefix_tokens + 2 * merged
+    odd = num_prefix_tokens + 1 + 2 * partner.gather(1, merged)
+    stays = torch.ones(len(merged), M, dtype=torch.int64, device=merged.device).scatter_(1, even, 0)
     place = stays.cumsum(1) - 1
-    return place.scatter(1, 2 * merged, place.gather(1, partner.gather(1, merged)))
+    return place.scatter_(1, even, place.gather(1, odd))
 
 
 def merge_groups(groups: Groups, place: torch.Tensor, num_groups: int) -> Groups:
     """The groups after the M present ones moved to ``place`` (B, M) among fewer."""
-    counts = groups.counts.new_zeros(len(place), num_groups).scatter_add(1, place, groups.counts)
-    # any member will do, since those of a group are equal
-    member = groups.member.new_zeros(len(place), num_groups).scatter(1, place, groups.member)
-    return Groups(place.gather(1, groups.place), member, counts)
+    counts = groups.counts.new_zeros(len(place), num_groups).scatter_add_(1, place, groups.counts)
+    return Groups(place.gather(1, groups.place), counts)
 
 
 def merge_tokens(x: torch.Tensor, counts: torch.Tensor, place: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
