@@ -180,20 +180,19 @@ def merge_similar(
     """Merge groups x (B, M, C) by their keys (B, h, M, D)."""
     M = x.shape[1]
     left = M - num_prefix_tokens
-    r: Optional[int] = None
-    if not isinstance(step, Mapping):
-        r = num_merged(step, groups.place.shape[1] - num_prefix_tokens, left)
-    elif len(x) > 1:
+    if isinstance(step, Mapping) and len(x) > 1:
         raise InputError(
             f"merge={step!r} merges as many tokens as an image has alike, and the images of a batch need the same "
             f"number: expected a batch of 1, got {len(x)}"
         )
-    if left < 2 or r == 0:
+    at_start = groups.place.shape[1] - num_prefix_tokens
+    r = left // 2 if isinstance(step, Mapping) else num_merged(step, at_start, left)
+    if r == 0:
         return x, groups
     with torch.no_grad():
         similarity, partner = propose(keys[:, :, num_prefix_tokens:].mean(1))
         if isinstance(step, Mapping):
-            r = min(int((similarity >= step["threshold"]).sum()), left // 2)
+            r = min(r, int((similarity >= step["threshold"]).sum()))
         place = match(similarity, partner, num_prefix_tokens, M, r)
         fewer = merge_groups(groups, place, M - r)
     return merge_tokens(x, groups.counts, place, fewer.counts), fewer

@@ -40,9 +40,9 @@ def single_groups(x: torch.Tensor) -> Groups:
 
 def flat(index: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Rows (B, n) of each image, which has ``num_rows``, as rows of all images in a row: (B·n)."""
-    if len(index) == 1:
+    if index.shape[0] == 1:
         return index.flatten()
-    return (index + torch.arange(len(index), device=index.device).unsqueeze(1) * num_rows).flatten()
+    return (index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * num_rows).flatten()
 
 
 def copy_back(x: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -76,18 +76,17 @@ def propose(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def match(similarity: torch.Tensor, partner: torch.Tensor, num_prefix_tokens: int, M: int, r: int) -> torch.Tensor:
     """The places (B, M) that M tokens have after the r most similar of the proposed pairs merged; the order stays."""
-    # stable, so that equal pairs are taken in the same order everywhere
-    merged = similarity.argsort(dim=1, descending=True, stable=True)[:, :r]
+    merged = similarity.topk(r, dim=1).indices
     even = num_prefix_tokens + 2 * merged
     odd = num_prefix_tokens + 1 + 2 * partner.gather(1, merged)
-    stays = torch.ones(len(merged), M, dtype=torch.int64, device=merged.device).scatter_(1, even, 0)
+    stays = torch.ones(merged.shape[0], M, dtype=torch.int64, device=merged.device).scatter_(1, even, 0)
     place = stays.cumsum(1) - 1
     return place.scatter_(1, even, place.gather(1, odd))
 
 
 def merge_groups(groups: Groups, place: torch.Tensor, num_groups: int) -> Groups:
     """The groups after the M present ones moved to ``place`` (B, M) among fewer."""
-    counts = groups.counts.new_zeros(len(place), num_groups).scatter_add_(1, place, groups.counts)
+    counts = groups.counts.new_zeros(place.shape[0], num_groups).scatter_add_(1, place, groups.counts)
     return Groups(place.gather(1, groups.place), counts)
 
 
