@@ -28,8 +28,10 @@ HOSTS = {
     "vix_rope": ("vix_softmax_cifar", {"rope": "axial"}),
 }
 MERGE = [0, 3, 5, 2]
+# which of three patches is where in images of equal patches
+KINDS = torch.randint(3, (35,), generator=torch.Generator().manual_seed(0))
 # few enough that among 35 tokens of three kinds only equal ones merge
-EQUAL = [8, 4, 2, 0]
+EQUAL = [6, 3, 1, 0]
 
 
 def host(kind="class", **kwargs):
@@ -51,9 +53,9 @@ def images(batch=2):
 
 
 def repeating_images(batch=2):
-    """Images of three different patches in a row, again and again."""
+    """Images of three different patches, as ``KINDS`` has them."""
     patches = torch.randn(batch, 3, 3, 8, 8)
-    places = torch.arange(35).reshape(7, 5) % 3
+    places = KINDS.reshape(7, 5)
     return patches[:, places].permute(0, 3, 1, 4, 2, 5).reshape(batch, 3, 56, 40)
 
 
@@ -218,7 +220,7 @@ def test_merged_masks():
 
 def test_a_mask_of_the_whole_grid_acts_on_equal_tokens_as_before():
     model, x = without_positions("class").double(), repeating_images().double()
-    kinds = torch.cat([torch.tensor([3]), torch.arange(35) % 3])
+    kinds = torch.cat([torch.tensor([3]), KINDS])
     mask = torch.randn(4, 4, dtype=torch.float64)[kinds][:, kinds]
     expected = model(x, attn_mask=mask)
     timm_vix.convert(model, "softmax", merge=EQUAL)
@@ -255,6 +257,17 @@ def test_saved_reloaded_and_reverted(kind, merge, tmp_path):
         timm_vix.revert(reverted)
         assert torch.equal(reverted(x), own)
         assert [type(module) for module in reverted.modules()] == modules
+
+
+def test_a_delta_knows_how_its_model_merges(tmp_path):
+    model = merging()
+    timm_vix.freeze_except(model, "head")
+    timm_vix.save_delta(model, tmp_path / "delta.safetensors")
+    timm_vix.load_delta(merging(), tmp_path / "delta.safetensors")
+    with pytest.raises(
+        InputError, match=r"blocks is merging\(merge=\[0, 3, 5, 2\]\) in the file and merging\(merge=4\)"
+    ):
+        timm_vix.load_delta(merging(merge=4), tmp_path / "delta.safetensors")
 
 
 def test_merging_stays_until_it_is_taken_away():
@@ -312,7 +325,8 @@ def test_threshold_merges_what_is_alike():
     timm_vix.convert(model, "softmax", merge={"threshold": 0.9999})
     assert distance(model(x), expected) < rounding(torch.float32)
     last = model.forward_intermediates(x, intermediates_only=True)[-1]
-    assert len(last.flatten(2)[0].T.unique(dim=0)) <= 4  # of three kinds, on a last layer of few tokens
+    # three kinds are left, some of them several times, where all of a kind came to lie in one half
+    assert 3 <= len(last.flatten(2)[0].T.unique(dim=0)) <= 8
     timm_vix.convert(model, "softmax", merge={"threshold": 1.0})
     with pytest.raises(ValueError, match="expected a batch of 1, got 2"):
         model(images(2))
@@ -362,15 +376,18 @@ def test_threads_do_not_meet():
 @pytest.mark.parametrize("mixer", ["softmax", "performer"])
 def test_half_precision(mixer, autocast):
     model, x = without_positions("average"), repeating_images()
-    timm_vix.convert(model, mixer, merge=EQUAL)
+    timm_vix.convert(model, mixer)
     expected = model(x)
-    if autocast:
-        with torch.autocast("cpu", torch.bfloat16):
-            value = model(x)
-    else:
-        value = model.bfloat16()(x.bfloat16())
+
+    def half():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(x) if autocast else copy.deepcopy(model).bfloat16()(x.bfloat16())
+
+    without = half()
+    timm_vix.convert(model, mixer, merge=EQUAL)
+    value = half()
     assert value.dtype == torch.bfloat16
-    assert distance(value, expected) < 0.03
+    assert distance(value, expected) < 3 * distance(without, expected) < 0.2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -138,8 +138,11 @@ def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     return state_dict
 
 
-def build(source: str, mixer: str, layers: Layers, keywords: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """timm's ``source``, converted; ``keywords`` are the mixer's, and ``merge`` if it was given."""
+def build(source: str, mixer: str, layers: Layers, keywords: dict[str, Any], /, **kwargs: Any) -> nn.Module:
+    """timm's ``source``, converted; ``keywords`` are the mixer's, and ``merge`` if it was given.
+
+    Positional, so that ``kwargs`` may have a mixer and layers of the source's own.
+    """
     model = create_model(source, **kwargs)
     convert(model, mixer, layers, **keywords)
     return model
