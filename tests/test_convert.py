@@ -409,7 +409,7 @@ def test_saved_and_loaded_it_is_the_same_function(host, mixer, safe, tmp_path):
         timm_vix.revert(model)
         assert torch.equal(loaded(x), model(x))
     else:
-        with pytest.raises(ValueError, match="without the attention"):
+        with pytest.raises(ValueError, match="no softmax attention to go back to"):
             timm_vix.revert(loaded)
 
 

@@ -4,7 +4,8 @@ The mixers share the weights of the attention that they replace. A converted mod
 among timm's arguments, under the name ``vix_from_timm``, so that ``save_for_hf`` and ``push_to_hf_hub`` keep them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Optional
 
@@ -17,6 +18,7 @@ from ..mixers import MIXERS
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import AttentionSlot, MixerSlot
 from .layers import Layers, layer_mixers
+from .merging import Merge, MergingBlocks, Step, check_merging, first_merge, merge_steps, num_merged, set_merging
 from .replace import (
     REPLACEABLE,
     AttentionSite,
@@ -32,12 +34,16 @@ from .replace import (
 HOSTS = (VisionTransformer, Eva)
 NAME = "vix_from_timm"
 # what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
-NOTED = {"source", "source_kwargs", "mixer", "layers"}
+NOTED = {"source", "source_kwargs", "mixer", "layers", "merge"}
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What became of one place of attention: its block and path, the class before and after, the mixer's keywords."""
+    """What became of one place of attention: its block and path, the class before and after, the mixer's keywords.
+
+    ``merged``: the patch tokens that merge after it, at the size for which the model is built; None: as many as are
+    alike.
+    """
 
     layer: int
     path: str
@@ -46,6 +52,7 @@ class ConvertedLayer:
     changed: bool
     config: dict[str, Any]
     new_parameters: int
+    merged: Optional[int] = 0
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,11 @@ class Conversion:
             keywords = ", ".join(f"{name}={value}" for name, value in row.config.items())
             became = f"-> {row.after}" if row.changed else "kept"
             fresh = f", {row.new_parameters} new parameters" if row.new_parameters else ""
-            lines.append(
-                f"{row.layer:5}  {row.path:{width}}  {row.before} {became}{f' ({keywords})' if keywords else ''}{fresh}"
+            merges = (
+                "" if row.merged == 0 else ", merges " + ("similar tokens" if row.merged is None else str(row.merged))
             )
+            keywords = f" ({keywords})" if keywords else ""
+            lines.append(f"{row.layer:5}  {row.path:{width}}  {row.before} {became}{keywords}{fresh}{merges}")
         return "\n".join(lines)
 
 
@@ -111,7 +120,7 @@ def attention_sites(model: nn.Module) -> list[list[AttentionSite]]:
             f"{reason(module)}; what can be converted is timm's VisionTransformer and Eva"
         )
     found: list[list[AttentionSite]] = []
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(model.blocks.children()):
         sites = [
             AttentionSite(f"blocks.{index}.{prefix}{'.' if prefix else ''}{name}", parent, name, attn)
             for prefix, parent in block.named_modules()
@@ -152,7 +161,9 @@ def class_name(module: nn.Module) -> str:
     return type(module.core if isinstance(module, MechanismHost) else module).__name__
 
 
-def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **keywords: Any) -> Conversion:
+def convert(
+    model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", merge: Optional[Merge] = None, **keywords: Any
+) -> Conversion:
     """Replace the attention of some layers of a timm ViT by a token mixer, in place; weights are shared, not copied.
 
     Args:
@@ -161,6 +172,13 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
         layers: "all"; "first-n" or "last-n"; "every-n": each n-th, from the n-th on, so that the first stay; indices
             from 0; or a mapping from index to a mixer, or to a dict with "mixer" and keywords. Other layers stay as
             they are, converted ones too.
+        merge: fewer tokens from layer to layer, by merging the most similar ones (``timm_vix/mixers/_merging.py``):
+            how many each layer merges, as a number or a list with one for each layer; or the share of the patch tokens
+            to end with, a float between 0 and 1; or ``{"threshold": t}``, every pair whose keys have a cosine of at
+            least t, which takes one image at a time. No layer merges more than half of its patch tokens, whatever is
+            asked for, and prefix tokens never merge. Layers after a merge must have "softmax" or "performer". None:
+            as it is, at first no merging; 0 takes merging away. Features, masks and pooling see the whole grid. Forward
+            hooks of merging blocks aren't called.
         **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
             them.
 
@@ -174,36 +192,62 @@ def convert(model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", **
     Example:
         >>> model = timm.create_model("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=True, img_size=518)
         >>> print(timm_vix.convert(model, "nystrom", layers="last-6", num_landmarks=64).table())
+        >>> timm_vix.convert(model, "softmax", merge=60)
     """
     check_keywords(mixer, {})
     sites = attention_sites(model)
     layout = layout_of(model)
     wanted = layer_mixers(layers, len(sites), mixer, keywords)
-    built: list[tuple[AttentionSite, nn.Module]] = []
-    for index, (name, own) in wanted.items():
-        for site in sites[index]:
-            if name == "softmax":
-                built.append((site, site.attn))
-                continue
-            try:
-                rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
-                slot = build_mixer(model, site.attn, name, layout, rope, **own)
-            except ValueError as error:
-                raise InputError(f"{site.path}: {error}") from error
-            for parameter in slot.core.zero_init:  # the weights around it know nothing of it
-                if parameter in dict(slot.core.named_parameters()):
-                    nn.init.zeros_(slot.core.get_parameter(parameter))
-            slot.replaced = (site.attn,)
-            slot.patch_embed = (model.patch_embed,)  # the host's own set_input_size doesn't know the slots
-            built.append((site, slot))
+    if merge is None:
+        merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
+    steps = merge_steps(merge, len(sites))
     former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
-    for site, module in built:
-        setattr(site.parent, site.name, module)
+    planned = dict(former)
+    for index, block in enumerate(sites):
+        name, own = wanted.get(index, (None, {}))
+        merges = first_merge(steps[: index + 1]) is not None  # tokens stand for several from here on
+        for site in block:
+            if name is not None or is_softmax(former[site.path]):
+                planned[site.path] = planned_attention(model, site, name or "softmax", own, merges)
+    check_merging(list(model.blocks.children()), [[planned[site.path] for site in block] for block in sites], steps)
+    for site in (site for block in sites for site in block):
+        setattr(site.parent, site.name, planned[site.path])
+    set_merging(model, merge, steps)
     note_conversion(model, sites, mixer)
-    return Conversion(
-        [layer_row(index, site, former[site.path]) for index, block in enumerate(sites) for site in block],
-        layout.num_prefix_tokens + layout.grid[0] * layout.grid[1],
-    )
+    rows = [layer_row(index, site, former[site.path]) for index, block in enumerate(sites) for site in block]
+    patches = layout.grid[0] * layout.grid[1]
+    merged = merges_of(steps, patches)
+    return Conversion([replace(row, merged=merged[row.layer]) for row in rows], layout.num_prefix_tokens + patches)
+
+
+def planned_attention(model: nn.Module, site: AttentionSite, name: str, own: dict[str, Any], merges: bool) -> nn.Module:
+    """What is to stand at a place of attention: a mixer, or the attention itself unless tokens merge there.
+
+    Raises:
+        ValueError: for what the mixer can't honour.
+    """
+    if name == "softmax" and (not merges or isinstance(site.attn, AttentionSlot)):
+        return site.attn
+    try:
+        rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
+        slot = build_mixer(model, site.attn, name, layout_of(model), rope, **own)
+    except ValueError as error:
+        raise InputError(f"{site.path}: {error}") from error
+    for parameter in slot.core.zero_init:  # the weights around it know nothing of it
+        if parameter in dict(slot.core.named_parameters()):
+            nn.init.zeros_(slot.core.get_parameter(parameter))
+    slot.replaced = (site.attn,)
+    slot.patch_embed = (model.patch_embed,)  # the host's own set_input_size doesn't know the slots
+    return slot
+
+
+def merges_of(steps: list[Step], patches: int) -> list[Optional[int]]:
+    """How many patch tokens merge in each layer, of so many at the start; None for a threshold."""
+    left, found = patches, []
+    for step in steps:
+        found.append(None if isinstance(step, Mapping) else num_merged(step, patches, left))
+        left -= found[-1] or 0
+    return found
 
 
 def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLayer:
@@ -234,6 +278,8 @@ def note_conversion(model: nn.Module, sites: list[list[AttentionSite]], mixer: s
         names = NOTED | {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
         source_kwargs = {name: own.pop(name) for name in names & own.keys()}
         noted = {"source": cfg["architecture"], "mixer": mixer, "layers": layers}
+        if isinstance(model.blocks, MergingBlocks):
+            noted["merge"] = model.blocks.merge
         model.pretrained_cfg = {**cfg, "architecture": NAME}
         model._model_args = {**own, **noted, **({"source_kwargs": source_kwargs} if source_kwargs else {})}
 
@@ -272,5 +318,6 @@ def revert(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
     for site in converted:
         setattr(site.parent, site.name, site.attn)
+    set_merging(model, None, [])
     forget_conversion(model)
     update_hooks(model)

@@ -27,6 +27,7 @@ from ..mixers._slot import MixerSlot
 from ..mixers.atrous import check_dilations
 from .convert import source_of
 from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
+from .merging import MergingBlocks
 from .replace import mixer_name
 
 FORMAT = "timm_vix delta 2"  # a mechanism with a further keyword needs another format: files of this one lack it
@@ -168,13 +169,16 @@ def pooling(model: nn.Module) -> Optional[str]:
 def mechanisms_of(model: nn.Module) -> dict[str, list[Any]]:
     """By the path of each attention that was replaced: name of the mechanism there, and all its keywords.
 
-    Two models may have the same weights and another function.
+    Two models may have the same weights and another function. Blocks that merge tokens count as a mechanism.
     """
-    return {
+    found = {
         unwrapped_name(path): [mixer_name(module), json.loads(json.dumps(config_of(module)))]
         for path, module in model.named_modules()
         if isinstance(module, MechanismHost)
     }
+    if isinstance(blocks := getattr(model, "blocks", None), MergingBlocks):
+        found["blocks"] = ["merging", {"merge": json.loads(json.dumps(blocks.merge))}]
+    return found
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:

@@ -29,10 +29,15 @@ def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Te
     return torch.cat(blocks)[:num_features] * lengths
 
 
-def centres(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """c and u of unscaled queries and keys (B, h, N, D): the mean query, and what it sees of the keys, (B, h, 1, D)."""
-    c = q.mean(2, keepdim=True)
-    return c, F.scaled_dot_product_attention(c, k, k)
+def centres(
+    q: torch.Tensor, k: torch.Tensor, key_bias: Optional[torch.Tensor] = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """c and u of unscaled queries and keys (B, h, N, D): the mean query, and what it sees of the keys, (B, h, 1, D).
+
+    ``key_bias`` (B, 1, 1, N): the log of the weight of each query in the mean, and of each key.
+    """
+    c = q.mean(2, keepdim=True) if key_bias is None else torch.matmul(key_bias.softmax(3), q)
+    return c, F.scaled_dot_product_attention(c, k, k, attn_mask=key_bias)
 
 
 def add_keys(
@@ -77,6 +82,7 @@ def sum_in_blocks(
     feature_bias: Optional[torch.Tensor],
     block: int,
     long: int,
+    key_bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """The work of ``favor_attention``, outside of autocast."""
     out_dtype = v.dtype
@@ -85,11 +91,15 @@ def sum_in_blocks(
     B, h, N, D = q.shape
     features = features * D**-0.25
     again = long <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    c, u = centres(q, k)
+    if key_bias is not None:
+        key_bias = key_bias.to(dtype)
+    c, u = centres(q, k, key_bias)
     centre = c + u
     top = torch.full([B, h, 1, features.shape[-2]], -float("inf"), device=q.device, dtype=dtype)
     # one product gives the sums of phi v^T and of phi
     v = F.pad(v, (0, 1), value=1.0)
+    if key_bias is not None:
+        v = v * key_bias.exp().transpose(2, 3)
     sums = torch.zeros([B, h, features.shape[-2], v.shape[3]], device=q.device, dtype=dtype)
     # split, since the gradient of a slice is as large as the whole
     for k_block, v_block in zip(k.split(block_sizes(k.shape[2], block), 2), v.split(block_sizes(k.shape[2], block), 2)):
@@ -120,14 +130,16 @@ def favor_attention(
     block: int = BLOCK,
     long: int = LONG,
     feature_bias: Optional[torch.Tensor] = None,
+    key_bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """FAVOR+ attention: q, k, v (B, h, N, D) -> (B, h, N, D), computed in float32 at least.
 
-    ``features``: (m, D), or (h, m, D) for each head its own; ``feature_bias`` (h, 1, m): the log of their weights.
+    ``features``: (m, D), or (h, m, D) for each head its own; ``feature_bias`` (h, 1, m): the log of their weights;
+    ``key_bias`` (B, 1, 1, N): the log of how many tokens each one stands for.
     """
     # no autocast is on around a scripted model's own casts
     if torch.jit.is_scripting():
-        return sum_in_blocks(q, k, v, features, feature_bias, block, long)
+        return sum_in_blocks(q, k, v, features, feature_bias, block, long, key_bias)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         with outside_autocast(q.device):
-            return sum_in_blocks(q, k, v, features, feature_bias, block, long)
+            return sum_in_blocks(q, k, v, features, feature_bias, block, long, key_bias)

@@ -54,6 +54,8 @@ class Mixer(nn.Module):
     # whether attention weights can be dropped, and masked or made causal
     supports_dropout = True
     supports_mask = False
+    # whether keys may stand for several tokens each: ``forward`` takes what is added to their logits after the layouts
+    supports_key_bias = False
     # whether queries and keys can be rotated
     supports_rotary = True
     # keywords that count tokens: a host with several grids takes at most as many as each has

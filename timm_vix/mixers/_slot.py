@@ -233,20 +233,23 @@ class AttentionSlot(MixerSlot):
             out.append(self.q_norm(part) if i == 0 else self.k_norm(part) if i == 1 else part)
         return out
 
-    def rotate(
-        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
-        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid.
+    def rotary_table(self, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """Sine and cosine for the P prefix tokens and n cells, (P + n, 2·D) or one for each head; None: no positions.
 
         ``rope`` is the table that the host hands on for its patches, (H·W, 2·D) or one for each head, if it has one.
         """
         if self.rope is not None:
-            table = self.rope(layout.grid, cells)
-        elif rope is not None:
-            table = table_of_cells(rope, layout.num_prefix_tokens, layout.grid, cells)
-        else:
-            return x
-        return apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
+            return self.rope(layout.grid, cells)
+        if rope is not None:
+            return table_of_cells(rope, layout.num_prefix_tokens, layout.grid, cells)
+        return None
+
+    def rotate(
+        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid."""
+        table = self.rotary_table(layout, cells, rope)
+        return x if table is None else apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
 
     def merge(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Join the heads as timm's attention does: (B, h, N, D) and the slot's input (B, N, C) -> (B, N, C)."""

@@ -71,6 +71,7 @@ class PerformerAttention(AttentionMechanism):
     source = "Choromanski et al. 2021, arXiv 2009.14794"
     uses_grid = False
     supports_dropout = False
+    supports_key_bias = True
     candidates = tuple(dict(num_features=m) for m in (32, 64, 128, 256))
     # features are as large as queries and keys, where weights are a hundredth
     learning_rates = {"features": 30.0, "feature_bias": 4.0}
@@ -161,6 +162,12 @@ class PerformerAttention(AttentionMechanism):
         self.feature_bias.copy_(-0.5 * self.features.square().sum(2).unsqueeze(1))
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        queries: TokenLayout,
+        keys: TokenLayout,
+        key_bias: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        return favor_attention(q, k, v, self.features, feature_bias=self.feature_bias)
+        return favor_attention(q, k, v, self.features, feature_bias=self.feature_bias, key_bias=key_bias)

@@ -24,6 +24,7 @@ class SoftmaxAttention(AttentionMechanism):
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     uses_grid = False
     supports_mask = True
+    supports_key_bias = True
 
     def forward(
         self,

@@ -31,6 +31,7 @@ from .._checks import InputError
 from .._names import check_model
 from ..conversion.convert import NAME, convert
 from ..conversion.layers import Layers
+from ..conversion.merging import Merge
 from ..conversion.replace import resample_weights, slots_of
 from ..mixers._slot import TokenSlot, rename_core_keys
 from .checkpoints import tensors_of
@@ -147,7 +148,7 @@ def build(
     source_kwargs: dict[str, Any],
     **kwargs: Any,
 ) -> nn.Module:
-    """Create the source with its keywords, and convert it."""
+    """Create the source with its keywords, and convert it; ``keywords`` are the mixer's, and ``merge`` if it was given."""
     model = create_model(source, **kwargs, **source_kwargs)
     convert(model, mixer, layers, **keywords)
     return model
@@ -172,6 +173,7 @@ def vix_from_timm(
     source: str = "deit_tiny_patch16_224",
     mixer: str = "nystrom",
     layers: Layers = "all",
+    merge: Optional[Merge] = None,
     source_kwargs: Optional[dict[str, Any]] = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -182,6 +184,7 @@ def vix_from_timm(
         source: a timm model with a tag if wanted, a ``VisionTransformer`` or ``Eva``.
         mixer: a name in ``timm_vix.mixers.MIXERS``.
         layers: "all", "first-n", "last-n", "every-n", indices, or a mapping from index to mixer.
+        merge: how many tokens merge in each layer, or another form that ``convert`` takes.
         source_kwargs: keywords of ``source`` whose names are those of one of these, or of a mixer's keyword.
         **kwargs: the mixer's keywords, and those of ``source``.
 
@@ -193,6 +196,8 @@ def vix_from_timm(
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)
+    if merge is not None:
+        keywords["merge"] = merge
     names = ("features_only", "out_indices", "feature_cls")
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     create = partial(build, source, mixer, layers, keywords, source_kwargs or {})

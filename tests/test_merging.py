@@ -1,0 +1,468 @@
+"""Token merging: against loops over tokens, exact for equal tokens, and the whole grid for whoever reads features."""
+
+import copy
+import math
+import threading
+
+import pytest
+import timm
+import torch
+from conftest import distance, gradients, lively, rounding, since
+from timm.models import save_for_hf
+
+import timm_vix
+from timm_vix._checks import InputError
+from timm_vix.conversion.merging import MergingBlocks, attend_groups, merge_similar, merge_steps, num_merged
+from timm_vix.mixers._merging import Groups, merge_mask, merge_table, single_groups
+
+HOSTS = {
+    "class": ("vit_tiny_patch16_224", {}),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 2, "init_values": 0.5, "qk_norm": True}),
+    "average": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "attention_pool": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "map"}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "eva": ("eva02_tiny_patch14_224", {"patch_size": 8}),
+    "eva_biases": ("eva_giant_patch14_224", {"patch_size": 8}),
+    "rope_mixed": ("vit_small_patch16_rope_mixed_224", {}),
+    "dinov3": ("vit_small_patch16_dinov3", {}),
+    "vix_rope": ("vix_softmax_cifar", {"rope": "axial"}),
+}
+MERGE = [0, 3, 5, 2]
+# which of three patches is where in images of equal patches
+KINDS = torch.randint(3, (35,), generator=torch.Generator().manual_seed(0))
+# few enough that among 35 tokens of three kinds only equal ones merge
+EQUAL = [6, 3, 1, 0]
+
+
+def host(kind="class", **kwargs):
+    """A small model in eval mode, of 7x5 patches of 8 px, 4 layers and 2 heads, with lively weights."""
+    name, own = HOSTS[kind]
+    size = {"img_size": (56, 40), "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    return lively(timm.create_model(name, **{**size, **own, **kwargs}).eval())
+
+
+def merging(kind="class", merge=MERGE, mixer="softmax", **kwargs):
+    model = host(kind, **kwargs)
+    timm_vix.convert(model, mixer, merge=merge)
+    return model
+
+
+def images(batch=2):
+    return torch.randn(batch, 3, 56, 40)
+
+
+def repeating_images(batch=2):
+    """Images of three different patches, as ``KINDS`` has them."""
+    patches = torch.randn(batch, 3, 3, 8, 8)
+    places = KINDS.reshape(7, 5)
+    return patches[:, places].permute(0, 3, 1, 4, 2, 5).reshape(batch, 3, 56, 40)
+
+
+def without_positions(kind):
+    """A host whose patch tokens are equal where the patches are."""
+    model = host(kind)
+    with torch.no_grad():
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        model.pos_embed[:, prefix:] = 0
+    return model
+
+
+def merge_in_loops(x, keys, members, P, r):
+    """One image: tokens as a list, keys (M, D), the members of each token; most similar pairs of even and odd ones."""
+    cosine = torch.nn.functional.cosine_similarity
+    proposals = []
+    for i in range(P, len(x), 2):
+        partners = {j: float(cosine(keys[i], keys[j], dim=0).detach()) for j in range(P + 1, len(x), 2)}
+        if partners:
+            j = max(partners, key=partners.get)
+            proposals.append((partners[j], i, j))
+    into = {i: j for _, i, j in sorted(proposals, reverse=True)[:r]}
+    tokens, groups = [], []
+    for j in range(len(x)):
+        if j not in into:
+            parts = [j, *(i for i in into if into[i] == j)]
+            groups.append([token for part in parts for token in members[part]])
+            tokens.append(sum(len(members[part]) * x[part] for part in parts) / len(groups[-1]))
+    return tokens, groups
+
+
+def model_in_loops(model, image, merge):
+    """A ViT with softmax attention and a class token, one image, tokens merged in loops: the features of all tokens."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    N, members = len(x), [[token] for token in range(len(x))]
+    for block, r in zip(model.blocks, merge):
+        attn, tokens = block.attn, block.norm1(x)
+        q, k, v = attn.qkv(tokens).reshape(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
+        heads = []
+        for head in range(attn.num_heads):
+            weights = torch.exp(q[:, head] @ k[:, head].T / math.sqrt(attn.head_dim))
+            weights = weights * torch.tensor([float(len(group)) for group in members], dtype=x.dtype)
+            heads.append(weights / weights.sum(1, keepdim=True) @ v[:, head])
+        x = x + attn.proj(torch.cat(heads, dim=1))
+        tokens, members = merge_in_loops(x, k.mean(1), members, 1, r)
+        x = torch.stack(tokens)
+        x = x + block.mlp(block.norm2(x))
+    place = {token: i for i, group in enumerate(members) for token in group}
+    return model.norm(torch.stack([x[place[token]] for token in range(N)]))
+
+
+@pytest.mark.parametrize("P, M, r", [(1, 10, 3), (0, 7, 3), (3, 9, 2), (2, 3, 1)])
+def test_merging_is_that_of_loops(P, M, r):
+    x = torch.randn(2, M, 4, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, 3, M, 5, dtype=torch.float64)
+    place = torch.cat([torch.arange(M), torch.randint(P, M, (6,))]).expand(2, -1) if P < M else None
+    counts = torch.stack([torch.bincount(row, minlength=M) for row in place]).float()
+    members = [[token for token in range(M + 6) if place[0, token] == group] for group in range(M)]
+    r = min(r, (M - P) // 2)
+    merged, groups = merge_similar(x, keys, Groups(place, counts), r, P)
+    weight = torch.randn(M - r, 4, dtype=torch.float64)
+    for image in range(2):
+        tokens, expected = merge_in_loops(x[image], keys[image].mean(0), members, P, r)
+        assert distance(merged[image], torch.stack(tokens)) < 1e-12
+        assert groups.counts[image].tolist() == [len(group) for group in expected]
+        assert [sorted(group) for group in expected] == [
+            (groups.place[image] == i).nonzero().flatten().tolist() for i in range(M - r)
+        ]
+        (ours,) = torch.autograd.grad((merged[image] * weight).sum(), x, retain_graph=True)
+        (theirs,) = torch.autograd.grad((torch.stack(tokens) * weight).sum(), x)
+        assert distance(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("merge", [MERGE, [4, 0, 6, 1]])
+def test_a_model_is_that_of_loops(merge):
+    model = merging(merge=merge).double()
+    x = images().double()
+    twin = copy.deepcopy(model)
+    timm_vix.revert(twin)
+    features = model.forward_features(x)
+    expected = torch.stack([model_in_loops(twin, image, merge) for image in x])
+    assert distance(features, expected) < 1e-6  # counts and similarities are in float32
+    features.square().sum().backward()
+    expected.square().sum().backward()
+    ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]) for m in (model, twin))
+    assert distance(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "performer"])
+@pytest.mark.parametrize("kind", ["class", "registers", "average", "attention_pool", "distilled"])
+def test_equal_tokens_merge_without_a_trace(kind, mixer):
+    model, x = without_positions(kind).double(), repeating_images().double()
+    timm_vix.convert(model, mixer)
+    expected, features, slopes = model(x), model.forward_features(x), gradients(model, x)
+    timm_vix.convert(model, mixer, merge=EQUAL)
+    assert distance(model(x), expected) < 1e-6  # counts are in float32
+    assert distance(model.forward_features(x), features) < 1e-6
+    assert distance(gradients(model, x), slopes) < 1e-6
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_attention_of_single_groups_is_the_hosts_own(kind):
+    model = host(kind)
+    sites = [block.attn for block in model.blocks]
+    seen = []
+    handle = sites[2].register_forward_hook(lambda m, a, k, y: seen.append((a, k, y)), with_kwargs=True)
+    model(images())
+    handle.remove()
+    timm_vix.convert(model, "softmax", merge=MERGE)
+    (args, kwargs, expected), slot = seen[0], model.blocks[2].attn
+    attended, keys = attend_groups(slot, *args, single_groups(args[0]), **kwargs)
+    assert distance(attended, expected) < rounding(torch.float32)
+    assert keys.shape == (2, 2, args[0].shape[1], 16)
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_features_are_on_the_whole_grid(kind):
+    model, x = merging(kind), images()
+    last, maps = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True)
+    prefix = model.num_prefix_tokens
+    # 35 patches, of which 3, 5 and 2 merge
+    for number, found in zip((35, 32, 27, 25), maps):
+        patches = found[0] if prefix else found
+        assert patches.shape == (2, 35, 32)
+        assert [len(image.unique(dim=0)) for image in patches.detach()] == [number, number]
+    assert torch.equal(model.forward_features(x), last)
+    assert distance(model.forward_head(last), model(x)) < rounding(torch.float32)
+    early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)[0]
+    patches = maps[1][0] if prefix else maps[1]
+    assert torch.equal(early.flatten(2).transpose(1, 2), patches)
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_no_image_depends_on_its_batch(kind):
+    model, x = merging(kind, merge=6), images(4)
+    together = model(x)
+    for i in range(4):
+        assert distance(model(x[i : i + 1])[0], together[i]) < rounding(torch.float32)
+
+
+def test_merged_masks():
+    place = torch.tensor([[0, 1, 1, 2, 1], [0, 1, 2, 2, 2]])
+    groups = Groups(place, torch.tensor([[1.0, 3.0, 1.0], [1.0, 1.0, 3.0]]))
+    added = torch.randn(2, 2, 5, 5)
+    boolean = (torch.rand(5, 5) > 0.3) | torch.eye(5, dtype=torch.bool)
+    as_added = torch.zeros(5, 5).masked_fill(~boolean, -torch.inf)
+    causal = torch.zeros(5, 5).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    keys_only = torch.randn(2, 1, 1, 5)
+    for mask, is_causal, full in [
+        (added, False, added),
+        (boolean, False, as_added),
+        (None, True, causal),
+        (keys_only, False, keys_only),
+    ]:
+        found, full = merge_mask(mask, is_causal, groups).expand(2, 2, 3, 3), full.expand(2, 2, 5, 5)
+        for b, h, i, j in torch.cartesian_prod(*map(torch.arange, (2, 2, 3, 3))).tolist():
+            rows, columns = (place[b] == i).nonzero().flatten(), (place[b] == j).nonzero().flatten()
+            expected = full[b, h][rows][:, columns].exp().sum() / len(rows)
+            torch.testing.assert_close(found[b, h, i, j].exp(), expected)
+    assert torch.equal(merge_mask(None, False, groups).exp().flatten(1), groups.counts)
+
+
+def test_a_mask_of_the_whole_grid_acts_on_equal_tokens_as_before():
+    model, x = without_positions("class").double(), repeating_images().double()
+    kinds = torch.cat([torch.tensor([3]), KINDS])
+    mask = torch.randn(4, 4, dtype=torch.float64)[kinds][:, kinds]
+    expected = model(x, attn_mask=mask)
+    timm_vix.convert(model, "softmax", merge=EQUAL)
+    assert distance(model(x, attn_mask=mask), expected) < 1e-6
+    assert distance(model(x), expected) > 1e-3
+
+
+def test_positions_of_a_group_are_the_mean_direction():
+    place = torch.tensor([[0, 1, 1, 0, 2]])
+    groups = Groups(place, torch.tensor([[2.0, 2.0, 1.0]]))
+    angles = torch.rand(2, 5, 4)
+    for given in (angles, angles[0], angles[None]):
+        table = merge_table(torch.cat([given.sin(), given.cos()], dim=-1), groups)
+        for head, group in torch.cartesian_prod(torch.arange(table.shape[1]), torch.arange(3)).tolist():
+            mean = torch.polar(torch.ones(()), angles[head, place[0] == group]).mean(0)
+            expected = torch.cat([torch.sin(mean.angle()), torch.cos(mean.angle())])
+            torch.testing.assert_close(table[0, head, group], expected)
+
+
+@pytest.mark.parametrize("kind", ["class", "eva", "rope_mixed"])
+@pytest.mark.parametrize("merge", [MERGE, 4, 0.4, {"threshold": 0.5}], ids=str)
+def test_saved_reloaded_and_reverted(kind, merge, tmp_path):
+    model, x = host(kind), images(1)
+    own, keys, modules = model(x), list(model.state_dict()), [type(module) for module in model.modules()]
+    timm_vix.convert(model, "softmax", merge=merge)
+    assert list(model.state_dict()) == keys
+    value = model(x)
+    assert distance(value, own) > 1e-4
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert loaded.blocks.steps == model.blocks.steps
+    assert torch.equal(loaded(x), value)
+    for reverted in (model, loaded):
+        timm_vix.revert(reverted)
+        assert torch.equal(reverted(x), own)
+        assert [type(module) for module in reverted.modules()] == modules
+
+
+def test_a_delta_knows_how_its_model_merges(tmp_path):
+    model = merging()
+    timm_vix.freeze_except(model, "head")
+    timm_vix.save_delta(model, tmp_path / "delta.safetensors")
+    timm_vix.load_delta(merging(), tmp_path / "delta.safetensors")
+    with pytest.raises(
+        InputError, match=r"blocks is merging\(merge=\[0, 3, 5, 2\]\) in the file and merging\(merge=4\)"
+    ):
+        timm_vix.load_delta(merging(merge=4), tmp_path / "delta.safetensors")
+
+
+def test_merging_stays_until_it_is_taken_away():
+    model, x = host(), images()
+    own = model(x)
+    timm_vix.convert(model, "softmax", merge=5)
+    merged = model(x)
+    timm_vix.convert(model, "performer", layers=[3])
+    assert isinstance(model.blocks, MergingBlocks) and distance(model(x), merged) > 1e-4
+    timm_vix.convert(model, "softmax")
+    assert torch.equal(model(x), merged)
+    timm_vix.convert(model, "softmax", merge=0)
+    assert torch.equal(model(x), own) and type(model.blocks) is torch.nn.Sequential
+    assert "merge" not in getattr(model, "_model_args", {})
+
+
+def test_the_table_tells_what_merges():
+    model = host()
+    conversion = timm_vix.convert(model, "nystrom", {0: "nystrom"}, merge=[0, 3, 40, 40], num_landmarks=35)
+    assert [row.merged for row in conversion.rows] == [0, 3, 16, 8]
+    assert "merges 16" in conversion.table()
+
+
+@pytest.mark.parametrize("mixer", ["nystrom", "linformer", "atrous", "performer"])
+def test_any_mixer_with_keys_may_stand_before_the_first_merge(mixer):
+    model, x = host(), images()
+    timm_vix.convert(model, mixer, {0: mixer, 1: mixer})
+    features = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    timm_vix.convert(model, mixer, [0], merge=MERGE)
+    merged = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    assert torch.equal(merged[0], features[0])
+    # in the second layer the same attention, then 3 tokens merge: most patches stay where they were
+    same = (merged[1] - features[1]).abs().amax(1).flatten(1) < 1e-4
+    assert all(35 - 6 <= int(number) < 35 for number in same.sum(1))
+
+
+@pytest.mark.parametrize(
+    "merge, left",
+    [(4, [31, 27, 23, 19]), (20, [18, 9, 5, 3]), ([0, 3, 5, 2], [35, 32, 27, 25]), (0.5, [31, 27, 22, 18])],
+)
+def test_no_layer_merges_more_than_half(merge, left):
+    found, now = [], 35
+    for step in merge_steps(merge, 4):
+        now -= num_merged(step, 35, now)
+        found.append(now)
+    assert found == left
+    model = merging(merge=merge)
+    maps = model.forward_intermediates(images(), intermediates_only=True)
+    assert [len(m[0].flatten(1).T.unique(dim=0)) for m in maps] == left
+
+
+def test_threshold_merges_what_is_alike():
+    model, x = without_positions("class"), repeating_images(1)
+    expected = model(x)
+    timm_vix.convert(model, "softmax", merge={"threshold": 0.9999})
+    assert distance(model(x), expected) < rounding(torch.float32)
+    last = model.forward_intermediates(x, intermediates_only=True)[-1]
+    # three kinds are left, some of them several times, where all of a kind came to lie in one half
+    assert 3 <= len(last.flatten(2)[0].T.unique(dim=0)) <= 8
+    timm_vix.convert(model, "softmax", merge={"threshold": 1.0})
+    with pytest.raises(ValueError, match="expected a batch of 1, got 2"):
+        model(images(2))
+
+
+@pytest.mark.parametrize("kind", ["class", "eva", "vix_rope"])
+def test_checkpointing_changes_nothing(kind):
+    model, x = merging(kind), images()
+    expected = gradients(model, x)
+    model.set_grad_checkpointing()
+    model.train()
+    assert distance(gradients(model, x), expected) < rounding(torch.float32)
+
+
+def test_two_sizes_in_turn_with_checkpointing():
+    model = merging("vix_rope", dynamic_img_size=True, merge=4)
+    pair = [torch.randn(1, 3, 56, 40), torch.randn(1, 3, 40, 64)]
+    expected = sum(gradients(model, x)[-1000:] for x in pair)
+    model.set_grad_checkpointing()
+    model.train().zero_grad()
+    values = [model(x).square().sum() for x in pair]  # both forward passes first
+    sum(values).backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])[-1000:]
+    assert distance(found, expected) < rounding(torch.float32)
+
+
+def test_threads_do_not_meet():
+    model, pair = merging("eva"), [images(1), images(3)]
+    with torch.no_grad():
+        expected = [model(x) for x in pair]
+        wrong = []
+
+        def work(number):
+            for _ in range(20):
+                if distance(model(pair[number]), expected[number]) > rounding(torch.float32):
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mixer", ["softmax", "performer"])
+def test_half_precision(mixer, autocast):
+    model, x = without_positions("average"), repeating_images()
+    timm_vix.convert(model, mixer)
+    expected = model(x)
+
+    def half():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(x) if autocast else copy.deepcopy(model).bfloat16()(x.bfloat16())
+
+    without = half()
+    timm_vix.convert(model, mixer, merge=EQUAL)
+    value = half()
+    assert value.dtype == torch.bfloat16
+    assert distance(value, expected) < 3 * distance(without, expected) < 0.2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["class", "eva", "vix_rope"])
+@since("2.9", "exports no batch of any size")
+def test_export_and_compile(kind):
+    model = merging(kind)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},))
+    x = images(3)
+    assert distance(program.module()(x), model(x)) < rounding(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert distance(compiled(x), model(x)) < rounding(torch.float32)
+    assert distance(gradients(compiled, x), gradients(model, x)) < rounding(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = merging(), images()
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (value,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert distance(torch.from_numpy(value), model(x)) < rounding(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "merge, told",
+    [
+        (-1, "merge=-1: expected a number"),
+        (0.0, "merge=0.0: expected a number"),
+        (1.0, "between 0 and 1"),
+        (True, "merge=True"),
+        ("8", "merge='8'"),
+        ([1, 2], "has 2 numbers; the model has 4 layers"),
+        ([1, 2, 3, -1], "merge="),
+        ({"threshold": 2}, "between -1 and 1"),
+        ({"above": 0.5}, "threshold"),
+    ],
+)
+def test_wrong_amounts_are_refused(merge, told):
+    model = host()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(InputError, match=told.replace("[", r"\[")):
+        timm_vix.convert(model, "softmax", merge=merge)
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (dict(mixer="nystrom", merge=4), r"blocks.\d has NystromAttention, which needs the whole patch grid"),
+        (dict(mixer="fnet", layers=[1], merge=MERGE), "blocks.1 has FourierMixing, without keys"),
+        (dict(mixer="pool", layers=[3], merge=MERGE), "blocks.3"),
+    ],
+)
+def test_layers_that_need_the_grid_are_refused(arguments, told):
+    model = host()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(InputError, match=told):
+        timm_vix.convert(model, **arguments)
+    assert [type(module) for module in model.modules()] == before
+    timm_vix.convert(model, "softmax", merge=MERGE)
+    with pytest.raises(InputError, match=told):
+        timm_vix.convert(model, **{name: value for name, value in arguments.items() if name != "merge"})
+
+
+def test_other_blocks_are_refused():
+    model = timm.create_model("vix_softmax_cifar", block="parallel", depth=4)
+    with pytest.raises(InputError, match="is a ParallelThingsBlock; tokens can merge in Block and EvaBlock"):
+        timm_vix.convert(model, "softmax", merge=4)
+
+
+def test_torchscript_is_refused():
+    with pytest.raises(InputError, match=r"torch\.export"):
+        torch.jit.script(merging())

@@ -1,0 +1,282 @@
+"""Blocks of a trained ViT that merge similar tokens after their attention, and hand on the whole grid all the same.
+
+Between blocks each group's value is copied to all of its tokens, and the next block takes one of each group. So a host
+that reads features, pools or normalises sees the whole grid, and means over it are weighted by the counts. Which tokens
+are a group belongs to one forward pass, and travels with it: iterating over the blocks begins a pass. Nothing of it is
+kept on modules, so threads don't meet, and gradient checkpointing, which calls a block again, finds what it had.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Optional, Union
+
+import torch
+from timm.layers import apply_rot_embed_cat
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from .._checks import InputError
+from ..mixers._layout import CarryGrid, TokenLayout, check_sequence
+from ..mixers._merging import (
+    Groups,
+    copy_back,
+    match,
+    merge_groups,
+    merge_mask,
+    merge_table,
+    merge_tokens,
+    propose,
+    single_groups,
+    take_one,
+)
+from ..mixers._slot import AttentionSlot
+
+Merge = Union[int, float, Sequence[int], Mapping[str, float]]
+# what one layer does: merge so many patches; or down to a share of those at the start; or all above a threshold
+Step = Union[int, float, Mapping[str, float]]
+
+FORMS = (
+    "expected a number of tokens that each layer merges, a list with one number for each layer, the share of the patch "
+    "tokens to end with as a float between 0 and 1, or {'threshold': t}, a cosine between -1 and 1"
+)
+# blocks whose residual branches are attention, then an MLP
+BLOCKS = (Block, EvaBlock)
+
+
+def merge_steps(merge: Merge, depth: int) -> list[Step]:
+    """What each of ``depth`` layers merges.
+
+    Raises:
+        ValueError: for a form or a number that isn't allowed.
+    """
+    if isinstance(merge, Mapping):
+        t = merge.get("threshold")
+        if set(merge) != {"threshold"} or isinstance(t, bool) or not isinstance(t, (int, float)) or not -1 <= t <= 1:
+            raise InputError(f"merge={merge!r}: {FORMS}")
+        return [dict(merge)] * depth
+    if isinstance(merge, float):
+        if not 0 < merge < 1:
+            raise InputError(f"merge={merge!r}: {FORMS}")
+        return [1 - (1 - merge) * (layer + 1) / depth for layer in range(depth)]
+    if isinstance(merge, (list, tuple)):
+        if len(merge) != depth:
+            raise InputError(f"merge={merge!r} has {len(merge)} numbers; the model has {depth} layers")
+        numbers: Sequence[Any] = merge
+    else:
+        numbers = [merge] * depth
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise InputError(f"merge={merge!r}: {FORMS}")
+    return list(numbers)
+
+
+def num_merged(step: Step, at_start: int, left: int) -> int:
+    """How many of ``left`` patch tokens a step other than a threshold merges; ``at_start`` there were so many.
+
+    No more than half of what is left: each pair has one of either half.
+    """
+    wanted = left - math.ceil(step * at_start) if isinstance(step, float) else int(step)  # type: ignore[arg-type]
+    return max(0, min(wanted, left // 2))
+
+
+class MergingBlocks(nn.ModuleList):
+    """The blocks of a host, which merge tokens.
+
+    Args:
+        blocks: timm ``Block`` or ``EvaBlock``.
+        merge: as it was given, see ``timm_vix.convert``.
+        steps: what each block merges.
+        num_prefix_tokens: P; these never merge.
+    """
+
+    def __init__(self, blocks: list[nn.Module], merge: Merge, steps: list[Step], num_prefix_tokens: int) -> None:
+        super().__init__(blocks)
+        self.merge = merge
+        self.steps = steps
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def __iter__(self) -> Iterator[Any]:
+        groups: list[Optional[Groups]] = [None] * (len(self) + 1)
+        return iter([BlockInPass(self, layer, groups) for layer in range(len(self))])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            blocks = list(self.children())[index]
+            return type(self)(blocks, self.merge, self.steps[index], self.num_prefix_tokens)
+        return super().__getitem__(index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        groups: Optional[Groups] = None
+        for block, step in zip(self.children(), self.steps):
+            x, groups = run_block(block, step, self.num_prefix_tokens, x, groups)
+        return x if groups is None else copy_back(x, groups)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise InputError("a model that merges tokens can't be scripted; torch.export and torch.compile can take it")
+
+
+class BlockInPass:
+    """A block in one forward pass, called as the host calls a block: the whole grid in, the whole grid out.
+
+    Everything else about it is the block's own.
+
+    Args:
+        blocks: all of them.
+        layer: which one this is.
+        groups: before each layer of this pass, and after the last; None: nothing merged yet.
+    """
+
+    def __init__(self, blocks: MergingBlocks, layer: int, groups: list[Optional[Groups]]) -> None:
+        self.blocks = blocks
+        self.layer = layer
+        self.groups = groups
+        self.block = blocks[layer]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+    def __repr__(self) -> str:
+        return repr(self.block)
+
+    def __call__(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        groups = self.groups[self.layer]
+        if groups is not None:
+            CarryGrid()(self.block, (x,))
+            x = take_one(x, groups)
+        step, num_prefix_tokens = self.blocks.steps[self.layer], self.blocks.num_prefix_tokens
+        x, groups = run_block(self.block, step, num_prefix_tokens, x, groups, **kwargs)
+        self.groups[self.layer + 1] = groups
+        return x if groups is None else copy_back(x, groups)
+
+
+def run_block(
+    block: nn.Module, step: Step, num_prefix_tokens: int, x: torch.Tensor, groups: Optional[Groups], **kwargs: Any
+) -> tuple[torch.Tensor, Optional[Groups]]:
+    """A block whose tokens merge between attention and MLP: groups x (B, M, C) in, fewer groups out.
+
+    Args:
+        groups: of x; None: nothing has merged yet.
+        **kwargs: what the host hands to its block, for the whole grid.
+    """
+    if groups is None and not step:
+        return block(x, **kwargs), None
+    slot = block.attn
+    tokens = block.norm1(x)
+    if groups is None:
+        if slot.dynamic:
+            CarryGrid()(block, (x,))
+        groups = single_groups(x)
+        attended, keys = slot(tokens, **kwargs), keys_of(slot, tokens, kwargs.get("rope"))
+    else:
+        attended, keys = attend_groups(slot, tokens, groups, **kwargs)
+    x, groups = merge_similar(add_attention(block, x, attended), keys, groups, step, num_prefix_tokens)
+    return add_mlp(block, x), groups
+
+
+def merge_similar(
+    x: torch.Tensor, keys: torch.Tensor, groups: Groups, step: Step, num_prefix_tokens: int
+) -> tuple[torch.Tensor, Groups]:
+    """Merge groups x (B, M, C) by their keys (B, h, M, D)."""
+    M = x.shape[1]
+    left = M - num_prefix_tokens
+    if isinstance(step, Mapping) and len(x) > 1:
+        raise InputError(
+            f"merge={step!r} merges as many tokens as an image has alike, and the images of a batch need the same "
+            f"number: expected a batch of 1, got {len(x)}"
+        )
+    at_start = groups.place.shape[1] - num_prefix_tokens
+    r = left // 2 if isinstance(step, Mapping) else num_merged(step, at_start, left)
+    if r == 0:
+        return x, groups
+    with torch.no_grad():
+        similarity, partner = propose(keys[:, :, num_prefix_tokens:].mean(1))
+        if isinstance(step, Mapping):
+            r = min(r, int((similarity >= step["threshold"]).sum()))
+        place = match(similarity, partner, num_prefix_tokens, M, r)
+        fewer = merge_groups(groups, place, M - r)
+    return merge_tokens(x, groups.counts, place, fewer.counts), fewer
+
+
+def keys_of(slot: AttentionSlot, x: torch.Tensor, rope: Optional[torch.Tensor]) -> torch.Tensor:
+    """The keys (B, h, N, D) of the whole grid x (B, N, C), rotated."""
+    layout = TokenLayout(slot.num_prefix_tokens, slot.current_grid(x.shape[1]))
+    return slot.rotate(slot.project(x, 1, 2)[0], layout, layout.grid, rope)
+
+
+def attend_groups(
+    slot: AttentionSlot,
+    x: torch.Tensor,
+    groups: Groups,
+    rope: Optional[torch.Tensor] = None,
+    attn_mask: Optional[torch.Tensor] = None,
+    is_causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention among groups x (B, M, C), of the slot's mechanism: (B, M, C), and the rotated keys (B, h, M, D)."""
+    grid = TokenLayout(slot.num_prefix_tokens, slot.current_grid(groups.place.shape[1]))
+    layout = TokenLayout(slot.num_prefix_tokens, (1, x.shape[1] - slot.num_prefix_tokens))
+    check_sequence(x, layout, attn_mask, is_causal, slot.supports_mask, False)
+    q, k, v = slot.project(x, 0, 3)
+    table = slot.rotary_table(grid, grid.grid, rope)
+    if table is not None:
+        table = merge_table(table, groups)
+        q, k = (apply_rot_embed_cat(part, table, half=slot.rotate_half).type_as(v) for part in (q, k))
+    bias = merge_mask(attn_mask, is_causal, groups).to(q.dtype)
+    return slot.merge(slot.core(q, k, v, layout, layout, bias), x), k
+
+
+def add_attention(block: nn.Module, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """The first residual connection of a block."""
+    if isinstance(block, EvaBlock):
+        return x + block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
+    return x + block.drop_path1(block.ls1(attended))
+
+
+def add_mlp(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The second residual connection of a block."""
+    y = block.mlp(block.norm2(x))
+    if isinstance(block, EvaBlock):
+        return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
+    return x + block.drop_path2(block.ls2(y))
+
+
+def first_merge(steps: list[Step]) -> Optional[int]:
+    """The first layer that merges; None where none does."""
+    return next((layer for layer, step in enumerate(steps) if step), None)
+
+
+def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], steps: list[Step]) -> None:
+    """Raise ValueError unless blocks with this attention can merge tokens.
+
+    Args:
+        attention: of each block, as it is to be.
+    """
+    first = first_merge(steps)
+    if first is None:
+        return
+    for layer in range(first, len(blocks)):
+        block, slot = blocks[layer], attention[layer][0]
+        if type(block) not in BLOCKS or len(attention[layer]) != 1:
+            raise InputError(
+                f"merge: blocks.{layer} is a {type(block).__name__}; tokens can merge in "
+                f"{' and '.join(allowed.__name__ for allowed in BLOCKS)}, whose attention is followed by an MLP"
+            )
+        title = type(slot.core).__name__
+        if not isinstance(slot, AttentionSlot):
+            raise InputError(f"merge: blocks.{layer} has {title}, without keys by which tokens could merge")
+        if layer > first and not slot.core.supports_key_bias:
+            raise InputError(
+                f"merge: blocks.{layer} has {title}, which needs the whole patch grid, and blocks.{first} merges "
+                "tokens before it; allowed from there on are mixer='softmax' and mixer='performer', or a list of "
+                "merge= with 0 up to the last layer that needs the grid"
+            )
+
+
+def set_merging(model: nn.Module, merge: Optional[Merge], steps: list[Step]) -> None:
+    """Give a host blocks that merge, or blocks that don't."""
+    blocks = list(model.blocks.children())
+    if first_merge(steps) is not None:
+        assert merge is not None
+        model.blocks = MergingBlocks(blocks, merge, steps, model.num_prefix_tokens)
+    elif isinstance(model.blocks, MergingBlocks):
+        model.blocks = nn.ModuleList(blocks) if isinstance(model, Eva) else nn.Sequential(*blocks)
