@@ -15,8 +15,9 @@ from torch import nn
 
 from .._checks import InputError
 from ..mixers import MIXERS
+from ..mixers._attention_slot import AttentionSlot
 from ..mixers._mechanism import MechanismHost
-from ..mixers._slot import AttentionSlot, MixerSlot
+from ..mixers._slot import MixerSlot
 from .layers import Layers, layer_mixers
 from .merging import Merge, MergingBlocks, Step, check_merging, first_merge, merge_steps, num_merged, set_merging
 from .replace import (

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from .._checks import InputError
+from ..mixers._attention_slot import AttentionSlot
 from ..mixers._layout import CarryGrid, TokenLayout, check_sequence
 from ..mixers._merging import (
     Groups,
@@ -30,7 +31,6 @@ from ..mixers._merging import (
     single_groups,
     take_one,
 )
-from ..mixers._slot import AttentionSlot
 
 Merge = Union[int, float, Sequence[int], Mapping[str, float]]
 # what one layer does: merge so many patches; or down to a share of those at the start; or all above a threshold

@@ -13,10 +13,12 @@ from torch import nn
 
 from .._checks import InputError, check_choice
 from ..mixers import MIXERS
+from ..mixers._attention_slot import AttentionSlot, LandmarkSlot
+from ..mixers._landmarks import LandmarkAttention
 from ..mixers._layout import CarryGrid, Grid, RecordGrid, TokenLayout
-from ..mixers._mechanism import MechanismHost, Mixer
+from ..mixers._mechanism import AttentionMechanism, AttentionShape, MechanismHost, Mixer, TokenMixing
 from ..mixers._rotary import RotaryPositions
-from ..mixers._slot import AttentionSlot, MixerSlot, build_slot
+from ..mixers._slot import MixerSlot, TokenSlot
 from ..mixers.softmax import SoftmaxAttention
 
 # attention that the mixers continue: another class, a subclass too, may do something else
@@ -117,13 +119,47 @@ def build_mixer(
     rotary = type(attn) in (AttentionRope, EvaAttention) and getattr(model, "rope", None) is not None
     if rotary and not MIXERS[mixer].supports_rotary:
         raise InputError(f"mixer={mixer!r} has no queries and keys for the rotary positions of {type(model).__name__}")
-    slot = build_slot(MIXERS[mixer], attn, layout, rope, rotary, **keywords)
+    slot = build_slot(MIXERS[mixer], attn, layout, rope, rope is not None or rotary, **keywords)
     if slot.uses_grid and getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
         raise InputError(
             f"patch_drop_rate={model.patch_drop.prob}: mixer={mixer!r} works on the whole patch grid, so no patch can "
             "be dropped; allowed is 0"
         )
     return slot
+
+
+def build_slot(
+    mixer_class: type[Mixer],
+    attn: nn.Module,
+    layout: TokenLayout,
+    rope: Optional[nn.Module],
+    rotary: bool,
+    **keywords: Any,
+) -> MixerSlot:
+    """A slot with a new mixer; ``rotary`` says whether queries and keys are rotated, by ``rope`` or by the host."""
+    weight = attn.proj.weight
+    shape = AttentionShape(
+        weight.shape[0],
+        attn.num_heads,
+        attn.head_dim,
+        attn.head_dim,
+        layout,
+        layout,
+        attn.attn_drop.p,
+        rotary,
+        weight.device,
+        weight.dtype,
+    )
+    core = mixer_class(shape, **keywords)
+    slot: MixerSlot
+    if isinstance(core, TokenMixing):
+        slot = TokenSlot(core, attn, layout)
+    elif isinstance(core, LandmarkAttention):
+        slot = LandmarkSlot(core, attn, layout, rope)
+    else:
+        assert isinstance(core, AttentionMechanism)
+        slot = AttentionSlot(core, attn, layout, rope)
+    return slot.train(attn.training)
 
 
 class CountPasses:

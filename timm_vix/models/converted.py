@@ -148,7 +148,7 @@ def build(
     source_kwargs: dict[str, Any],
     **kwargs: Any,
 ) -> nn.Module:
-    """Create the source with its keywords, and convert it; ``keywords`` are the mixer's, and ``merge`` if it was given."""
+    """Create the source with its keywords, and convert it. ``keywords`` are the mixer's, and ``merge`` if given."""
     model = create_model(source, **kwargs, **source_kwargs)
     convert(model, mixer, layers, **keywords)
     return model

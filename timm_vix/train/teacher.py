@@ -11,7 +11,8 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line
 from .._names import check_model
-from ..mixers._slot import AttentionSlot, MixerSlot
+from ..mixers._attention_slot import AttentionSlot
+from ..mixers._slot import MixerSlot
 from .settings import check_weights
 
 

@@ -1,0 +1,260 @@
+"""Slots for mechanisms with queries, keys and values: project, rotate, call the mechanism, merge the heads.
+
+Shapes: B images, N = P + H·W tokens, h heads of width D, A = h·D, C channels, m landmarks.
+"""
+
+from typing import Any, Optional
+
+import torch
+from einops.layers.torch import Rearrange
+from timm.layers import apply_rot_embed_cat, register_notrace_module
+from torch import nn
+
+from ._fused import fused_attend_from, fused_attend_to
+from ._landmarks import LandmarkAttention
+from ._layout import Grid, TokenLayout, count_bias
+from ._mechanism import AttentionMechanism
+from ._resample import table_of_cells
+from ._slot import MixerSlot
+
+# weights that can be read and multiplied elsewhere: quantised, sharded and other tensors have classes of their own
+PLAIN_TENSORS = (torch.Tensor, nn.Parameter, torch._subclasses.FakeTensor)
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Is the module called with hooks, as for pruning, or with an overridden forward?"""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Is it a linear layer of floating-point weights, without adapter, parametrisation, quantisation or hook?"""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in PLAIN_TENSORS
+        and module.weight.dtype in PLAIN_DTYPES
+        and not has_hooks(module)
+    )
+
+
+@register_notrace_module
+class AttentionSlot(MixerSlot):
+    """A slot for a mechanism with queries, keys and values.
+
+    Args:
+        core: the mechanism.
+        attn: timm ``Attention``, ``AttentionRope`` or ``EvaAttention``, or another slot of this kind.
+        layout: of the tokens.
+        rope: rotary positions shared by the blocks of a model, or None.
+    """
+
+    def __init__(
+        self, core: AttentionMechanism, attn: nn.Module, layout: TokenLayout, rope: Optional[nn.Module] = None
+    ) -> None:
+        super().__init__(core, layout)
+        self.set_core(core)
+        # rotary positions belong to the grid, so a rotated sequence must have its length
+        self.uses_grid: torch.jit.Final[bool] = core.uses_grid or rope is not None
+        self.num_heads = attn.num_heads
+        self.head_dim = attn.head_dim
+        self.attn_dim = attn.num_heads * attn.head_dim
+        self.qkv = attn.qkv
+        self.q_proj: Any = getattr(attn, "q_proj", None)
+        self.k_proj: Any = getattr(attn, "k_proj", None)
+        self.v_proj: Any = getattr(attn, "v_proj", None)
+        # EVA's biases of the joint projection; its keys have none
+        self.q_bias = getattr(attn, "q_bias", None)
+        self.v_bias = getattr(attn, "v_bias", None)
+        self.q_norm = attn.q_norm
+        self.k_norm = attn.k_norm
+        self.attn_drop = attn.attn_drop
+        self.norm = attn.norm
+        self.gate = getattr(attn, "gate", None)
+        self.proj = attn.proj
+        self.proj_drop = attn.proj_drop
+        # t of queries, keys and values at once, to heads and back
+        self.split_heads = Rearrange("b n (t h d) -> t b h n d", h=self.num_heads, d=self.head_dim)
+        self.merge_heads = Rearrange("b h n d -> b n (h d)")
+        self.rope = rope
+        self.rotate_half = getattr(attn, "rotate_half", False)
+
+    def init_from_inputs(self, x: torch.Tensor, rope: Optional[torch.Tensor] = None) -> None:
+        """See input of a trained model (B, N, C) before training, for weights of the mechanism to start from."""
+        layout = self.layout_of(x, None, False)
+        q, k, _ = self.project(x, 0, 3)
+        self.core.init_from_inputs(self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope))
+
+    def bias_of_qkv(self) -> Optional[torch.Tensor]:
+        """The bias of the joint projection, (3·A)."""
+        if self.q_bias is not None and self.v_bias is not None:
+            return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return self.qkv.bias
+
+    def has_plain_qkv(self) -> bool:
+        """Whether rows of the joint projection can be read apart."""
+        if torch.jit.is_scripting():
+            return True
+        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+            return is_plain_linear(self.qkv)
+
+    def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:
+        """Some of queries (0), keys (1), values (2), from ``first`` up to ``last``: (B, N, C) -> list of (B, h, N, D).
+
+        Only the wanted rows of the joint weight are multiplied; queries and keys come normalised.
+        """
+        start, stop = first * self.attn_dim, last * self.attn_dim
+        if self.qkv is None:
+            parts: list[torch.Tensor] = []
+            if first == 0:
+                parts.append(self.q_proj(x))
+            if first <= 1 < last:
+                parts.append(self.k_proj(x))
+            if last == 3:
+                parts.append(self.v_proj(x))
+            y = torch.cat(parts, dim=2)
+        elif last - first < 3 and self.has_plain_qkv():
+            bias = self.bias_of_qkv()
+            y = nn.functional.linear(x, self.qkv.weight[start:stop], None if bias is None else bias[start:stop])
+        else:
+            y = self.qkv(x)
+            if self.q_bias is not None:
+                bias = self.bias_of_qkv()
+                assert bias is not None
+                y = y + bias
+            y = y[..., start:stop]
+        heads = self.split_heads(y)
+        out: list[torch.Tensor] = []
+        for i in range(first, last):
+            part = heads[i - first]
+            out.append(self.q_norm(part) if i == 0 else self.k_norm(part) if i == 1 else part)
+        return out
+
+    def rotary_table(self, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """Sine and cosine for the P prefix tokens and n cells, (P + n, 2·D) or one for each head; None: no positions.
+
+        ``rope`` is the table that the host hands on for its patches, (H·W, 2·D) or one for each head, if it has one.
+        """
+        if self.rope is not None:
+            return self.rope(layout.grid, cells)
+        if rope is not None:
+            return table_of_cells(rope, layout.num_prefix_tokens, layout.grid, cells)
+        return None
+
+    def rotate(
+        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid."""
+        table = self.rotary_table(layout, cells, rope)
+        return x if table is None else apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
+
+    def merge(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Join the heads as timm's attention does: (B, h, N, D) and the slot's input (B, N, C) -> (B, N, C)."""
+        y = self.norm(self.merge_heads(heads))
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y))
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        attn_mask: Optional[torch.Tensor],
+        is_causal: bool,
+        rope: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """Project, rotate, call the mechanism and merge: (B, N, C) -> (B, N, C)."""
+        q, k, v = self.project(x, 0, 3)
+        q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
+        return self.merge(self.mix(q, k, v, layout, layout, x, attn_mask, is_causal), x)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+        rope: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        return self.attend(x, self.layout_of(x, attn_mask, is_causal), attn_mask, is_causal, rope)
+
+
+@register_notrace_module
+class LandmarkSlot(AttentionSlot):
+    """A slot for attention to landmarks, which pools before it projects, and fuses attention with the projections."""
+
+    def __init__(
+        self, core: LandmarkAttention, attn: nn.Module, layout: TokenLayout, rope: Optional[nn.Module] = None
+    ) -> None:
+        super().__init__(core, attn, layout, rope)
+        # nothing acts on heads between the projections and the attention, so they can be multiplied together
+        bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        self.bare = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
+
+    def can_fuse_projections(self, num_landmarks: int, rope: Optional[torch.Tensor]) -> bool:
+        """Whether attention to so many landmarks can be fused with the projections of the tokens, and costs less so."""
+        if not (self.bare and rope is None and self.core.can_fuse()):
+            return False
+        cheaper = self.num_heads * num_landmarks < self.attn_dim + num_landmarks
+        if torch.jit.is_scripting():
+            return cheaper
+        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+            return cheaper and is_plain_linear(self.qkv) and is_plain_linear(self.proj)
+
+    def landmarks(
+        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Queries, keys and values of the landmarks, (B, h, m, D) each; keys stand for queries that aren't needed."""
+        core = self.core
+        if core.pools_tokens and core.pools_once:
+            # the mean of a projection is the projection of the mean, for m instead of N tokens
+            parts = self.project(core.pool(x, layout, cells, False), 0 if core.needs_queries else 1, 3)
+        elif core.pools_tokens:
+            parts = self.project(core.pool(x, layout, cells, False), 0 if core.needs_queries else 1, 2)
+            parts = parts + self.project(core.pool(x, layout, cells, True), 2, 3)
+        else:
+            parts = self.project(x, 0 if core.needs_queries else 1, 3)
+            parts = [core.pool(part, layout, cells, i == len(parts) - 1) for i, part in enumerate(parts)]
+        k = self.rotate(parts[len(parts) - 2], layout, cells, rope)
+        q = self.rotate(parts[0], layout, cells, rope) if core.needs_queries else k
+        return [q, k, parts[len(parts) - 1]]
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        attn_mask: Optional[torch.Tensor],
+        is_causal: bool,
+        rope: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        core = self.core
+        cells = core.cells(layout.grid)
+        num_landmarks = layout.num_prefix_tokens + cells[0] * cells[1]
+        if core.is_exact(layout):
+            q, k, v = self.project(x, 0, 3)
+            q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
+            return self.merge(self.mix(q, k, v, layout, layout, x), x)
+        q_m, k_m, v_m = self.landmarks(x, layout, cells, rope)
+        if self.can_fuse_projections(num_landmarks, rope):
+            return self.attend_fused(x, q_m, k_m, v_m, count_bias(k_m, layout, cells[0] * cells[1]))
+        if core.needs_queries or not core.can_fuse():
+            q, k, v = self.project(x, 0, 3)
+            k = self.rotate(k, layout, layout.grid, rope)
+        else:  # keys and values of single tokens aren't read
+            q = self.project(x, 0, 1)[0]
+            k, v = q, q
+        q = self.rotate(q, layout, layout.grid, rope)
+        return self.merge(core.attend(q, k, v, q_m, k_m, v_m, layout), x)
+
+    def attend_fused(
+        self, x: torch.Tensor, q_m: torch.Tensor, k_m: torch.Tensor, v_m: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """The output (B, N, C), without queries, keys and values for all tokens, see ``_fused.py``."""
+        A = self.attn_dim
+        weight, proj = self.qkv.weight, self.proj
+        qkv_bias = self.bias_of_qkv()
+        bias_q, bias_v = (None, None) if qkv_bias is None else (qkv_bias[:A], qkv_bias[2 * A :])
+        if self.core.needs_queries:
+            exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v)
+            v_m = self.core.fit(q_m, k_m, v_m, exact, bias)
+        dropout = self.attn_drop.p if self.training else 0.0
+        return self.proj_drop(fused_attend_to(x, k_m, v_m, bias, weight[:A], bias_q, proj.weight, proj.bias, dropout))
