@@ -15,46 +15,48 @@ from ._mechanism import AttentionMechanism, AttentionShape
 LONG = 512
 
 
-def attend_along_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip_width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K^, V^ (A, H, W, ·) and the entropy S (A, H, W) of the rows outside of each token's strip, from (A, H, W, ·)."""
-    strip = torch.arange(q.shape[2], device=q.device) // strip_width
-    # sums and logarithms in float32; far below every logit, but finite: 0 log 0 is 0
+def attend_along_rows(q: torch.Tensor, kv: torch.Tensor, strip_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K^ beside V^, (A, H, W, 2·D), and S, (A, H, W), of rows without the strip of the query.
+
+    From queries (A, H, W, D) and keys beside values (A, H, W, 2·D).
+    """
+    W, D = q.shape[2], q.shape[3]
+    # sums and logarithms in float32
     dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = torch.matmul(q, k.transpose(2, 3)).to(dtype)
-    log_p = logits.masked_fill(strip.unsqueeze(1) == strip, -1e30).log_softmax(3)
+    strip = torch.arange(W, device=q.device) // strip_width
+    # far below every logit, but finite, so that 0 log 0 is 0
+    beyond = torch.zeros([W, W], device=q.device, dtype=dtype).masked_fill(strip.unsqueeze(1) == strip, -1e30)
+    logits = torch.matmul(q, kv[..., :D].transpose(2, 3)).to(dtype)
+    log_p = torch.add(beyond, logits, alpha=D**-0.5).log_softmax(3)
     p = log_p.exp()
-    entropy = -(p * log_p).sum(3)
-    p = p.to(v.dtype)
-    return torch.matmul(p, k), torch.matmul(p, v), entropy
+    return torch.matmul(p.to(kv.dtype), kv), -(p * log_p).sum(3)
 
 
 def attend_down_strips(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    row_k: torch.Tensor,
-    row_v: torch.Tensor,
+    kv: torch.Tensor,
+    row_kv: torch.Tensor,
     entropy: torch.Tensor,
-    prefix_k: torch.Tensor,
-    prefix_v: torch.Tensor,
+    prefix_kv: torch.Tensor,
     strip_width: int,
     rate: float,
 ) -> torch.Tensor:
-    """Y (A, W, H, E) of whole strips, from (A, W, H, ·) and the prefix tokens (A, P, ·)."""
-    A, W, H, _ = q.shape
+    """Y, (A, W, H, D), of W columns in strips of equal width.
+
+    From queries (A, W, H, D), keys beside values of these columns, (A, W, H, 2·D), and of the prefix tokens,
+    (A, 1, P, 2·D), and what ``attend_along_rows`` gives, (A, W, H, ·).
+    """
+    A, W, H, D = q.shape
     n, c = W // strip_width, strip_width
-    tokens, values = [
-        torch.cat([t.unsqueeze(1).expand(-1, n, -1, -1), u.reshape(A, n, c * H, u.shape[3])], dim=2)
-        for t, u in ((prefix_k, k), (prefix_v, v))
-    ]
-    near = torch.matmul(q.reshape(A, n, c * H, q.shape[3]), tokens.transpose(2, 3))
-    far = torch.matmul(q, row_k.transpose(2, 3)) + entropy.unsqueeze(2)
-    w = torch.cat([near.to(far.dtype), far.reshape(A, n, c * H, H)], dim=3).softmax(3).to(v.dtype)
-    w = dropout(w, rate, rate > 0.0)
-    near_w, far_w = w.split([tokens.shape[2], H], dim=3)
-    return torch.matmul(near_w, values).reshape(v.shape) + torch.matmul(far_w.reshape(A, W, H, H), row_v)
+    near_kv = torch.cat([prefix_kv.expand(-1, n, -1, -1), kv.reshape(A, n, c * H, 2 * D)], dim=2)
+    near = torch.matmul(q.reshape(A, n, c * H, D), near_kv[..., :D].transpose(2, 3))
+    far = torch.matmul(q, row_kv[..., :D].transpose(2, 3)).reshape(A, n, c * H, H)
+    entropy = entropy.unsqueeze(2).expand(A, W, H, H).reshape(A, n, c * H, H)
+    logits = torch.cat([near.to(entropy.dtype)* D**-0.5, torch.add(entropy, far, alpha=D**-0.5)], dim=3)
+    weights = dropout(logits.softmax(3).to(kv.dtype), rate, rate > 0.0)
+    near, far = weights.split([near_kv.shape[2], H], dim=3)
+    y = torch.matmul(near, near_kv[..., D:]).reshape(A, W, H, D)
+    return y + torch.matmul(far.reshape(A, W, H, H), row_kv[..., D:])
 
 
 def attend_in_grid(
@@ -67,30 +69,28 @@ def attend_in_grid(
     columns_first: bool,
     rate: float,
 ) -> torch.Tensor:
-    """Attention of the patches: q, k, v (B, h, N, ·) -> (B, h, H·W, E)."""
-    P = num_prefix_tokens
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    q = q * q.shape[2] ** -0.5
-    rows = [t[:, P:].unflatten(1, grid) for t in (q, k, v)]
+    """Attention of the patches: q, k, v (B, h, N, D) -> (B, h, H·W, D)."""
+    B, h, _, D = q.shape
+    P, (H, W) = num_prefix_tokens, grid
+    q = q[:, :, P:].unflatten(2, (H, W))
+    kv = torch.cat([k, v], dim=3)
+    prefix_kv, kv = kv[:, :, :P].reshape(B * h, 1, P, 2 * D), kv[:, :, P:].unflatten(2, (H, W))
     if columns_first:
-        rows = [t.transpose(1, 2) for t in rows]
-    row_k, row_v, entropy = attend_along_rows(rows[0], rows[1], rows[2], strip_width)
-    columns = [t.transpose(1, 2) for t in (rows[0], rows[1], rows[2], row_k, row_v, entropy)]
-    W = columns[0].shape[1]
+        q, kv = q.transpose(2, 3), kv.transpose(2, 3)
+    q, kv = q.flatten(0, 1), kv.flatten(0, 1)
+    row_kv, entropy = attend_along_rows(q, kv, strip_width)
+    q, kv, row_kv, entropy = q.transpose(1, 2), kv.transpose(1, 2), row_kv.transpose(1, 2), entropy.transpose(1, 2)
+    # a last strip may be narrower
+    length = q.shape[1]
+    whole = length - length % strip_width
     outs: list[torch.Tensor] = []
-    whole = W - W % strip_width
-    for start, stop, width in ((0, whole, strip_width), (whole, W, W - whole)):
-        if stop > start:
-            parts = [t[:, start:stop] for t in columns]
-            outs.append(
-                attend_down_strips(
-                    parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], k[:, :P], v[:, :P], width, rate
-                )
-            )
-    y = torch.cat(outs, dim=1)
-    if not columns_first:
-        y = y.transpose(1, 2)
-    return y.flatten(1, 2)
+    for start, stop in ((0, whole), (whole, length)):
+        if start < stop:
+            s = slice(start, stop)
+            width = min(strip_width, stop - start)
+            outs.append(attend_down_strips(q[:, s], kv[:, s], row_kv[:, s], entropy[:, s], prefix_kv, width, rate))
+    y = torch.cat(outs, dim=1).unflatten(0, (B, h))
+    return (y if columns_first else y.transpose(2, 3)).flatten(2, 3)
 
 
 class AxialAttention(AttentionMechanism):
@@ -122,7 +122,6 @@ class AxialAttention(AttentionMechanism):
             y = checkpoint_if_long(
                 attend_in_grid, q.shape[2] >= LONG, q, k, v, P, grid, self.strip_width, columns_first, rate
             )
-        y = y.unflatten(0, (q.shape[0], q.shape[1]))
         if P > 0:
             y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
         return y
