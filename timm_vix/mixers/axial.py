@@ -1,6 +1,38 @@
-"""Axial attention with row mass: softmax attention in which each distant row is asked once for each column.
+"""Axial attention with row mass: exact in the token's row and strip of columns, one key per row for the rest.
 
-Later.
+Softmax attention of the token in row i and column j is a sum over rows. What a row r holds outside of the token's strip
+R of w columns is known if two functions of the query are: the log of the mass l_r(q) and the attended value V_r(q),
+
+    l_r(q) = log sum_{c not in R} e^(q K_rc^T / sqrt(D)),     dl_r/dq = K_r(q) / sqrt(D),
+    K_r(q), V_r(q) = attended key and value of these tokens.
+
+Both are computed at one query for each row and column, the one that row r itself has in column j; for another query in
+that column l_r is expanded to first order, and V_r is kept:
+
+    p_rj = softmax over c not in R of Q_rj K_rc^T / sqrt(D)            attention along the row
+    K^_rj, V^_rj = sum_c p_rjc (K_rc, V_rc),     S_rj = -sum_c p_rjc log p_rjc
+    l_r(Q_ij) ~ l_r(Q_rj) + (Q_ij - Q_rj) K^_rj^T / sqrt(D) = Q_ij K^_rj^T / sqrt(D) + S_rj
+    Y_ij = softmax(Q_ij [K_P | K_R | K^_j]^T / sqrt(D) + [0 | 0 | S_j]) [V_P | V_R | V^_j]
+
+P are the prefix tokens, K_R the tokens of the strip in all rows, K^_j the rows' attended keys, H of them: a row counts
+for as many tokens as the entropy S of its attention says. Cost in N: N^1.5, N·(W + (w + 1)·H) for an H x W grid. The
+token's own row is exact, since it is expanded at its own query. So a grid of one row gives softmax attention, and so
+does one of w columns or fewer. Prefix tokens attend to all tokens.
+
+The two passes are those of Ho et al. 2019 (arXiv 1912.12180), along rows, then along columns; Fan et al. 2023 (arXiv
+2309.11523) decompose attention so. MonarchAttention (Yaras et al. 2025, arXiv 2505.18698) is a relative, which fits
+such factors in several rounds.
+
+*Names:* ``strip_width`` = w; ``first="columns"`` exchanges rows and columns, for N·(H + (w + 1)·W).
+
+*Differs:* there the second pass knows nothing of the query, keys and mass of the first; here it is an expansion of
+softmax attention, without parameters, so that trained weights keep most of their function. Dropout acts on the second
+pass. In training on a long
+sequence attention weights are computed again for the gradient.
+
+*Pays:* PAYS
+
+Shapes: A images and heads (B·h), N = P + H·W tokens, D head width.
 """
 
 import torch
@@ -11,52 +43,48 @@ from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout
 from ._mechanism import AttentionMechanism, AttentionShape
 
-# as in ``_windows.py``
+# As in ``_windows.py``: copies of queries, keys and values by rows and by columns would be kept besides the weights.
 LONG = 512
 
 
-def attend_along_rows(q: torch.Tensor, kv: torch.Tensor, strip_width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K^ beside V^, (A, H, W, 2·D), and S, (A, H, W), of rows without the strip of the query.
-
-    From queries (A, H, W, D) and keys beside values (A, H, W, 2·D).
-    """
-    W, D = q.shape[2], q.shape[3]
+def attend_along_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip_width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K^ and V^, (A, H, W, D), and S, (A, H, W), from queries, keys and values (A, H, W, D)."""
     # sums and logarithms in float32
     dtype = torch.promote_types(q.dtype, torch.float32)
-    strip = torch.arange(W, device=q.device) // strip_width
+    strip = torch.arange(q.shape[2], device=q.device) // strip_width
+    own = (strip.unsqueeze(1) == strip).to(dtype)
+    logits = torch.matmul(q, k.transpose(2, 3)).to(dtype)
     # far below every logit, but finite, so that 0 log 0 is 0
-    beyond = torch.zeros([W, W], device=q.device, dtype=dtype).masked_fill(strip.unsqueeze(1) == strip, -1e30)
-    logits = torch.matmul(q, kv[..., :D].transpose(2, 3)).to(dtype)
-    log_p = torch.add(beyond, logits, alpha=D**-0.5).log_softmax(3)
+    log_p = torch.add(-1e30 * own, logits, alpha=q.shape[3] ** -0.5).log_softmax(3)
     p = log_p.exp()
-    return torch.matmul(p.to(kv.dtype), kv), -(p * log_p).sum(3)
+    entropy = -(p * log_p).sum(3)
+    p = p.to(v.dtype)
+    return torch.matmul(p, k), torch.matmul(p, v), entropy
 
 
 def attend_down_strips(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    row_kv: torch.Tensor,
-    entropy: torch.Tensor,
-    prefix_kv: torch.Tensor,
-    strip_width: int,
-    rate: float,
+    columns: list[torch.Tensor], prefix: list[torch.Tensor], strip_width: int, rate: float
 ) -> torch.Tensor:
     """Y, (A, W, H, D), of W columns in strips of equal width.
 
-    From queries (A, W, H, D), keys beside values of these columns, (A, W, H, 2·D), and of the prefix tokens,
-    (A, 1, P, 2·D), and what ``attend_along_rows`` gives, (A, W, H, ·).
+    Args:
+        columns: Q, K, V, K^ and V^ of these columns, (A, W, H, D), and S, (A, W, H).
+        prefix: K and V of the prefix tokens, (A, P, D).
     """
+    q, k, v, row_k, row_v, entropy = columns
     A, W, H, D = q.shape
-    n, c = W // strip_width, strip_width
-    near_kv = torch.cat([prefix_kv.expand(-1, n, -1, -1), kv.reshape(A, n, c * H, 2 * D)], dim=2)
-    near = torch.matmul(q.reshape(A, n, c * H, D), near_kv[..., :D].transpose(2, 3))
-    far = torch.matmul(q, row_kv[..., :D].transpose(2, 3)).reshape(A, n, c * H, H)
-    entropy = entropy.unsqueeze(2).expand(A, W, H, H).reshape(A, n, c * H, H)
-    logits = torch.cat([near.to(entropy.dtype)* D**-0.5, torch.add(entropy, far, alpha=D**-0.5)], dim=3)
-    weights = dropout(logits.softmax(3).to(kv.dtype), rate, rate > 0.0)
-    near, far = weights.split([near_kv.shape[2], H], dim=3)
-    y = torch.matmul(near, near_kv[..., D:]).reshape(A, W, H, D)
-    return y + torch.matmul(far.reshape(A, W, H, H), row_kv[..., D:])
+    n, c, scale = W // strip_width, strip_width, D**-0.5
+    k, v = [
+        torch.cat([one.unsqueeze(1).expand(-1, n, -1, -1), t.reshape(A, n, c * H, D)], dim=2)
+        for one, t in zip(prefix, (k, v))
+    ]
+    near = torch.matmul(q.reshape(A, n, c * H, D), k.transpose(2, 3)).to(entropy.dtype) * scale
+    far = torch.add(entropy.unsqueeze(2), torch.matmul(q, row_k.transpose(2, 3)), alpha=scale)
+    weights = torch.cat([near, far.reshape(A, n, c * H, H)], dim=3).softmax(3).to(v.dtype)
+    near, far = dropout(weights, rate, rate > 0.0).split([k.shape[2], H], dim=3)
+    return torch.matmul(near, v).reshape(A, W, H, D) + torch.matmul(far.reshape(A, W, H, H), row_v)
 
 
 def attend_in_grid(
@@ -70,38 +98,44 @@ def attend_in_grid(
     rate: float,
 ) -> torch.Tensor:
     """Attention of the patches: q, k, v (B, h, N, D) -> (B, h, H·W, D)."""
-    B, h, _, D = q.shape
-    P, (H, W) = num_prefix_tokens, grid
-    q = q[:, :, P:].unflatten(2, (H, W))
-    kv = torch.cat([k, v], dim=3)
-    prefix_kv, kv = kv[:, :, :P].reshape(B * h, 1, P, 2 * D), kv[:, :, P:].unflatten(2, (H, W))
+    B, h, P = q.shape[0], q.shape[1], num_prefix_tokens
+    prefix = [t[:, :, :P].flatten(0, 1) for t in (k, v)]
+    rows = [t[:, :, P:].unflatten(2, grid) for t in (q, k, v)]
     if columns_first:
-        q, kv = q.transpose(2, 3), kv.transpose(2, 3)
-    q, kv = q.flatten(0, 1), kv.flatten(0, 1)
-    row_kv, entropy = attend_along_rows(q, kv, strip_width)
-    q, kv, row_kv, entropy = q.transpose(1, 2), kv.transpose(1, 2), row_kv.transpose(1, 2), entropy.transpose(1, 2)
-    # a last strip may be narrower
-    length = q.shape[1]
-    whole = length - length % strip_width
-    outs: list[torch.Tensor] = []
-    for start, stop in ((0, whole), (whole, length)):
-        if start < stop:
-            s = slice(start, stop)
-            width = min(strip_width, stop - start)
-            outs.append(attend_down_strips(q[:, s], kv[:, s], row_kv[:, s], entropy[:, s], prefix_kv, width, rate))
-    y = torch.cat(outs, dim=1).unflatten(0, (B, h))
-    return (y if columns_first else y.transpose(2, 3)).flatten(2, 3)
+        rows = [t.transpose(2, 3) for t in rows]
+    # products of many small matrices copy what isn't contiguous, each for itself
+    rows = [t.contiguous().flatten(0, 1) for t in rows]
+    rows += attend_along_rows(rows[0], rows[1], rows[2], strip_width)
+    columns = [t.transpose(1, 2).contiguous() for t in rows]
+    # the last strip may be narrower
+    length = columns[0].shape[1]
+    rest = length % strip_width
+    y: list[torch.Tensor] = []
+    if rest < length:
+        y.append(attend_down_strips([t[:, : length - rest] for t in columns], prefix, strip_width, rate))
+    if rest > 0:
+        y.append(attend_down_strips([t[:, length - rest :] for t in columns], prefix, rest, rate))
+    patches = (y[0] if len(y) == 1 else torch.cat(y, dim=1)).unflatten(0, (B, h))
+    return (patches if columns_first else patches.transpose(2, 3)).flatten(2, 3)
 
 
 class AxialAttention(AttentionMechanism):
-    """Axial attention with row mass."""
+    """Axial attention with row mass.
+
+    Args:
+        strip_width: columns of the strip in which each token attends exactly.
+        first: "rows" or "columns", along which the first pass runs; with "columns" strips are of rows.
+
+    Raises:
+        ValueError: for a wrong keyword, naming what is allowed.
+    """
 
     title = "axial attention"
-    source = "x"
+    source = "after Ho et al. 2019, arXiv 1912.12180"
     needs_self_attention = True
-    candidates = ({},)
+    candidates = ({}, {"strip_width": 4})
 
-    def __init__(self, shape: AttentionShape, strip_width: int = 1, first: str = "rows") -> None:
+    def __init__(self, shape: AttentionShape, strip_width: int = 2, first: str = "rows") -> None:
         super().__init__(shape)
         check_integer("strip_width", strip_width, 1)
         check_choice("first", first, ("rows", "columns"))
