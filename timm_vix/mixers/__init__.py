@@ -2,6 +2,7 @@
 
 from ._mechanism import Mixer
 from .atrous import AtrousAttention
+from .axial import AxialAttention
 from .fourier import FourierMixing
 from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
@@ -16,6 +17,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "performer": PerformerAttention,
     "nystrom": NystromAttention,
     "atrous": AtrousAttention,
+    "axial": AxialAttention,
     "fnet": FourierMixing,
     "mixer": TokenMlp,
     "pool": Pooling,

@@ -35,6 +35,10 @@ NAMES = [
     ModelName("vix_atrous_tiny", "atrous", "linear", "tiny"),
     ModelName("vix_atrous_small", "atrous", "linear", "small"),
     ModelName("vix_atrous_base", "atrous", "linear", "base"),
+    ModelName("vix_axial_tiny", "axial", "linear", "tiny"),
+    ModelName("vix_axial_small", "axial", "linear", "small"),
+    ModelName("vix_axial_base", "axial", "linear", "base"),
+    ModelName("vix_axial_cifar", "axial", "linear", "cifar"),
     ModelName("vix_fnet_tiny", "fnet", "linear", "tiny"),
     ModelName("vix_fnet_small", "fnet", "linear", "small"),
     ModelName("vix_fnet_base", "fnet", "linear", "base"),
@@ -58,6 +62,9 @@ NAMES = [
     ModelName("vix_nystrom_tiny_rope", "nystrom", "linear", "tiny", "axial"),
     ModelName("vix_nystrom_small_rope", "nystrom", "linear", "small", "axial"),
     ModelName("vix_nystrom_cifar_rope", "nystrom", "linear", "cifar", "axial", NYSTROM),
+    ModelName("vix_axial_tiny_rope", "axial", "linear", "tiny", "axial"),
+    ModelName("vix_axial_small_rope", "axial", "linear", "small", "axial"),
+    ModelName("vix_axial_cifar_rope", "axial", "linear", "cifar", "axial"),
 ]
 
 default_cfgs = generate_default_cfgs(default_cfgs_for(NAMES))
