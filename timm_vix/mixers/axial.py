@@ -29,9 +29,6 @@ such factors in several rounds.
 softmax attention, without parameters, so that trained weights keep most of their function. Dropout acts on the second
 pass. Long sequences have their attention weights computed again for the gradient.
 
-*Pays:* a whole ViT-Ti takes 1.2, 0.77 and 0.36 times the processor time of softmax attention through SDPA at 197, 785
-and 4,097 tokens, in inference with default keywords in float32 on one thread; at 4,097 tokens in training 0.35.
-
 Shapes: A images and heads (B·h), N = P + H·W tokens, D head width.
 """
 
