@@ -114,11 +114,11 @@ def mechanism(record: Record) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--img-size", type=positive, required=True)
-    add("--patch-size", type=positive, default=16)
-    add("--mode", choices=("infer", "train"), default="infer")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--batch-size", type=positive, default=1)
+    add("--img-size", type=positive, required=True, help="side of the images in pixels")
+    add("--patch-size", type=positive, default=16, help="side of a patch in pixels: 16")
+    add("--mode", choices=("infer", "train"), default="infer", help="a forward pass, or a training step: infer")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products: float32")
+    add("--batch-size", type=positive, default=1, help="images a call: 1")
     add("--depth", type=positive, default=2, help="blocks that are measured: 2")
     add("--memory", action="store_true", help="peak memory too, each model in a process of its own: slower")
     add("--out", type=Path, help="keep the rows here, and continue from them; default: nowhere")

@@ -13,6 +13,7 @@ import argparse
 import re
 import statistics
 import zlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,9 +25,10 @@ from .._names import parse_model
 from .._records import Columns, Record, append_record, check_writable, header_of, read_records
 from ..measure.job import measure_in_process
 from ..measure.process import call_in_process
+from ..train.finetune_settings import FinetuneSettings
 from ..train.folders import Items, as_folder
 from ..train.listing import find_images
-from ..train.settings import check_weights
+from ..train.settings import check_weights, description
 from .baselines import baseline_of
 from .cost import positive, round_off
 
@@ -254,16 +256,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("models", nargs="*", metavar="MODEL", help="names of timm.list_models(), or 'NAME key=value ...'")
     add("--data-dir", required=True, metavar="DIR", help="class folders, train/ and val/ with them, or hfds/NAME etc.")
     add("--data-root", metavar="DIR", help="where timm's reader of hfds/NAME, torch/NAME etc. has its files")
-    add("--val-dir", metavar="DIR")
+    add("--val-dir", metavar="DIR", help="class folders that validate, where they are elsewhere")
     add("--checkpoint", metavar="FILE", help="initial weights of the MODELs: .safetensors or .pth")
     add("--pretrained", action="store_true", help="or those that timm knows for each name")
     add("--from-scratch", nargs="+", default=[], metavar="MODEL", help="further models, from random weights")
-    add("--seeds", type=int, nargs="+", default=[0])
+    add("--seeds", type=int, nargs="+", default=[0], help="a run for each: 0")
+    meanings = {own.name: description(own, "; default: ") for own in fields(FinetuneSettings)}
     for name, kind in RECIPE.items():
-        add(f"--{name.replace('_', '-')}", type=kind, help="as in examples/finetune.py")
-    add("--device", default="auto")
-    add("--threads", type=positive)
-    add("--workers", type=int, default=0)
+        add(f"--{name.replace('_', '-')}", type=kind, help=meanings[name].replace("%", "%%"))
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=positive, help="of the CPU; default: torch's number")
+    add("--workers", type=int, default=0, help="processes that load images: 0")
     add("--runs", type=Path, default=Path("runs/compare"), help="folder of checkpoints and models")
     add("--out", type=Path, default=Path("compare.csv"), help="rows are appended; finished runs are not repeated")
 

@@ -223,11 +223,11 @@ def summary(records: list[Record]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="a name of timm.list_models(), or 'NAME key=value ...'")
-    add("--img-size", type=positive, nargs="+", default=[224])
-    add("--batch-size", type=positive, nargs="+", default=[1])
-    add("--mode", nargs="+", choices=("infer", "train"), default=["infer"])
-    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
-    add("--compile", nargs="+", choices=("off", "on"), default=["off"])
+    add("--img-size", type=positive, nargs="+", default=[224], help="sides of the images in pixels: 224")
+    add("--batch-size", type=positive, nargs="+", default=[1], help="images a call: 1")
+    add("--mode", nargs="+", choices=("infer", "train"), default=["infer"], help="forward pass, training step: infer")
+    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of matrix products: float32")
+    add("--compile", nargs="+", choices=("off", "on"), default=["off"], help="whether torch.compile is used: off")
     add("--baseline", metavar="MODEL", help="what is timed beside each model; default: softmax of the same size")
     add("--softmax", nargs="*", choices=("fused", "unfused"), default=["fused", "unfused"], help="baselines' own rows")
     add("--epoch-images", type=positive, default=50000, help="images of an epoch, for its time: 50000")
