@@ -28,6 +28,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .._checks import InputError
+from .._files import one_line
 from .._names import check_model
 from ..conversion.convert import NAME, convert
 from ..conversion.layers import Layers
@@ -251,7 +252,7 @@ def build_saved(
                 filter_fn=fit_weights,
             )
         except RuntimeError as error:
-            raise InputError(f"the weights don't fit {source} with this configuration: {error}") from error
+            raise InputError(f"the weights don't fit {source} with this configuration: {one_line(error)}") from error
         forget_unsaved(model)
     return model
 
