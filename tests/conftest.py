@@ -8,9 +8,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.layers import Attention, to_2tuple
 from torch import nn
 from torch.torch_version import TorchVersion
@@ -158,3 +160,16 @@ def photographs() -> Path:
     if not PHOTOGRAPHS.exists():
         pytest.skip(f"needs the photographs at {PHOTOGRAPHS}")
     return PHOTOGRAPHS
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """Three digits, 20 PNG files each."""
+    folder = tmp_path_factory.mktemp("digits")
+    data = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits()
+    for label in range(3):
+        (folder / f"digit{label}").mkdir()
+        for i, image in enumerate(data.images[data.target == label][:20]):
+            pixels = Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32))
+            pixels.save(folder / f"digit{label}" / f"{i}.png")
+    return folder

@@ -10,10 +10,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import timm
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from timm_vix import cli
@@ -28,19 +26,6 @@ load_digits = pytest.importorskip("sklearn.datasets", reason="the images are sci
 MODEL = "vit_tiny_patch16_224 patch_size=8 embed_dim=32 depth=1 num_heads=2"
 OTHER = "vix_nystrom_cifar patch_size=8 embed_dim=32 depth=1 num_heads=2 num_landmarks=4"
 RECIPE = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--lr", "1e-3", "--amp", "off", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    """Three digits, 20 PNG files each."""
-    folder = tmp_path_factory.mktemp("digits")
-    data = load_digits()
-    for label in range(3):
-        (folder / f"digit{label}").mkdir()
-        for i, image in enumerate(data.images[data.target == label][:20]):
-            pixels = Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32))
-            pixels.save(folder / f"digit{label}" / f"{i}.png")
-    return folder
 
 
 def command(digits: Path, folder: Path, *models: str) -> list[str]:

@@ -20,19 +20,6 @@ from timm_vix.train.listing import find_images, find_unlabelled, list_images
 load_digits = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    """Three digits, 20 PNG files each."""
-    folder = tmp_path_factory.mktemp("digits")
-    data = load_digits()
-    for label in range(3):
-        (folder / f"digit{label}").mkdir()
-        for i, image in enumerate(data.images[data.target == label][:20]):
-            pixels = Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32))
-            pixels.save(folder / f"digit{label}" / f"{i}.png")
-    return folder
-
-
 def test_links_to_folders_are_followed_as_timm_follows_them(digits, tmp_path):
     """A folder of links, and links inside of class folders."""
     (tmp_path / "linked").mkdir()

@@ -155,7 +155,7 @@ class AttentionSlot(MixerSlot):
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
 
-    def attend(
+    def attend_tokens(
         self,
         x: torch.Tensor,
         layout: TokenLayout,
@@ -167,6 +167,17 @@ class AttentionSlot(MixerSlot):
         q, k, v = self.project(x, 0, 3)
         q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
         return self.merge(self.mix(q, k, v, layout, layout, x, attn_mask, is_causal), x)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        attn_mask: Optional[torch.Tensor],
+        is_causal: bool,
+        rope: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """The output of the slot: (B, N, C) -> (B, N, C)."""
+        return self.attend_tokens(x, layout, attn_mask, is_causal, rope)
 
     def forward(
         self,
@@ -230,9 +241,7 @@ class LandmarkSlot(AttentionSlot):
         cells = core.cells(layout.grid)
         num_landmarks = layout.num_prefix_tokens + cells[0] * cells[1]
         if core.is_exact(layout):
-            q, k, v = self.project(x, 0, 3)
-            q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
-            return self.merge(self.mix(q, k, v, layout, layout, x), x)
+            return self.attend_tokens(x, layout, attn_mask, is_causal, rope)
         q_m, k_m, v_m = self.landmarks(x, layout, cells, rope)
         if self.can_fuse_projections(num_landmarks, rope):
             return self.attend_fused(x, q_m, k_m, v_m, count_bias(k_m, layout, cells[0] * cells[1]))
