@@ -108,7 +108,8 @@ def ridge_inverse(A: torch.Tensor, ridge: float, iterations: int) -> torch.Tenso
     # rounding can make the lowest eigenvalue of A^T A negative, and the iteration would blow it up
     ridge = max(ridge, m * (2.2e-16 if A.dtype == torch.float64 else 1.2e-7))
     M = torch.baddbmm(ridge * eye, A.transpose(1, 2), A)
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # they don't take the function below
+    # TorchScript and torch.compile don't take the function below, and without a gradient its bookkeeping is lost time
+    if torch.jit.is_scripting() or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return newton_inverse(M, ridge, iterations).reshape(B, h, m, m)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         return Inverse.apply(M, ridge, iterations).reshape(B, h, m, m)
