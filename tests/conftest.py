@@ -31,14 +31,31 @@ OPTIONS: dict[str, list[dict]] = {
     "nystrom": [{}, {"conv_residual": True}, {"window_size": 3}],
     "performer": [{}, {"redraw_interval": 3}, {"learned_features": True}],
 }
+
+
+def variants(positions: tuple[str | None, ...], which: slice, **marks) -> list:
+    """Mixer, rotary positions and options, for a slice of each mixer's options."""
+    return [
+        pytest.param(
+            mixer, rope, options, id="-".join([mixer, *([rope] if rope else []), *map(str, options.values())]), **marks
+        )
+        for mixer, mixer_class in MIXERS.items()
+        for rope in positions
+        for options in OPTIONS.get(mixer, [{}])[which]
+        if rope is None or mixer_class.supports_rotary
+    ]
+
+
+# each mixer once
+PLAIN = variants((None,), slice(1))
+# each option without positions, and each mixer's first option with axial ones
+FEW_VARIANTS = variants((None,), slice(None)) + variants(("axial",), slice(1))
+# positions and options seldom act together, so the other pairs of them are slow tests
 VARIANTS = [
-    pytest.param(mixer, rope, options, id="-".join([mixer, *([rope] if rope else []), *map(str, options.values())]))
-    for mixer, mixer_class in MIXERS.items()
-    for rope in ((None, "axial", "1d") if mixer_class.supports_rotary else (None,))
-    for options in OPTIONS.get(mixer, [{}])
+    *FEW_VARIANTS,
+    *variants(("axial",), slice(1, None), marks=pytest.mark.slow),
+    *variants(("1d",), slice(None), marks=pytest.mark.slow),
 ]
-# Enough where positions and options don't act together: each option without positions, each mixer with axial ones.
-FEW_VARIANTS = [v for v in VARIANTS if v.values[1] is None or (v.values[1] == "axial" and v.values[2] == {})]
 # prefix tokens: the class token; none; class and registers; registers without a class token
 LAYOUTS = {
     "class": {},

@@ -292,7 +292,8 @@ def registry():
     for module in modules:
         names = timm.list_models(module=module)
         for start in range(0, len(names), 40):
-            yield pytest.param(names[start : start + 40], id=f"{module}-{start}")
+            marks = [pytest.mark.slow] if start > 0 else []
+            yield pytest.param(names[start : start + 40], id=f"{module}-{start}", marks=marks)
 
 
 REFUSALS = (

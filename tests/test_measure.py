@@ -55,7 +55,9 @@ def operators(call) -> set[str]:
 CONTROLS = sorted({baseline_of(name) for name in timm.list_models(module=models.__all__)})
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize(
+    "control", [pytest.param(c, marks=pytest.mark.slow if "_base" in c or "_small" in c else []) for c in CONTROLS]
+)
 def test_rows_of_a_softmax_control_run_the_kernels_that_they_name(control) -> None:
     """In inference, and of the small ones in training too."""
     img_size = timm.get_pretrained_cfg(control.split()[0]).input_size[-1]

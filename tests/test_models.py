@@ -12,6 +12,7 @@ import torch
 from conftest import (
     FEW_VARIANTS,
     LAYOUTS,
+    PLAIN,
     REGISTERED,
     VARIANTS,
     condition,
@@ -122,8 +123,15 @@ def in_other_size(mixer, rope, options, size, **kwargs):
     return dynamic, fixed
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mixer, rope, options", FEW_VARIANTS)
+@pytest.mark.parametrize(
+    "mixer, rope, options, layout",
+    [
+        pytest.param(*v.values, layout, id=f"{v.id}-{layout}")
+        for layout in LAYOUTS
+        for v in FEW_VARIANTS
+        if layout == "class" or v in PLAIN
+    ],
+)
 def test_a_dynamic_model_equals_one_set_to_the_size(mixer, rope, options, layout):
     for size in ((10, 18), (8, 6), (28, 20)):
         dynamic, fixed = in_other_size(mixer, rope, options, size, **LAYOUTS[layout])
@@ -134,7 +142,7 @@ def test_a_dynamic_model_equals_one_set_to_the_size(mixer, rope, options, layout
 
 
 @pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize("mixer, rope, options", FEW_VARIANTS)
+@pytest.mark.parametrize("mixer, rope, options", PLAIN)
 def test_dynamic_padding_with_each_stem(mixer, rope, options, stem):
     dynamic, fixed = in_other_size(mixer, rope, options, (10, 18), stem=stem, dynamic_img_pad=True)
     x = torch.randn(2, 3, 9, 17).double()
