@@ -25,7 +25,8 @@ import timm_vix
 from timm_vix import cli
 from timm_vix.train.losses import BlockMatching, Distillation
 from timm_vix.train.plan import plan_layers
-from timm_vix.train.transfer import mixers_in_words, transfer
+from timm_vix.train.transfer import transfer
+from timm_vix.train.transfer_results import mixers_in_words
 from timm_vix.train.transfer_settings import parse_layers
 
 SOURCE = "vit_tiny_patch16_224"
@@ -99,6 +100,38 @@ def test_block_errors_are_those_of_a_loop_over_blocks():
     errors[0].backward()
     assert student.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
     assert not student.blocks[2].attn.qkv.weight.grad.any()
+
+
+def test_an_error_goes_through_the_rest_of_the_original_and_without_its_mean():
+    teacher, student = model().double(), model().double()
+    timm_vix.convert(student, layers={0: "linformer", 2: "nystrom"}, num_proj_tokens=4, num_landmarks=4)
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    plain = BlockMatching(teacher, student, [0, 2])(x)
+    start = teacher._pos_embed(teacher.patch_embed(x))
+    blocks = teacher.blocks
+    inputs = [start, blocks[0](start), blocks[1](blocks[0](start))]
+    end = blocks[2](inputs[2])
+    for step, layer in enumerate([0, 2, 0]):
+        *own, behind = BlockMatching(teacher, student, [0, 2], mean_free=0.5, pass_through=3.0)(x, step)
+        y = student.blocks[layer](inputs[layer])
+        for block in blocks[layer + 1 :]:
+            y = block(y)
+        error = y - end
+        centred = error - error.sum(1, keepdim=True) / error.shape[1]
+        expected = 3 * ((error**2).sum() + 0.5 * (centred**2).sum()) / (end**2).sum()
+        assert distance(behind, expected) < 1e-6
+        # the gradient reaches the block of this step, and none of the original's
+        (gradient,) = torch.autograd.grad(behind, student.blocks[layer].attn.qkv.weight)
+        assert gradient.abs().sum() > 0
+        for index, (value, before) in enumerate(zip(own, plain)):
+            error = student.blocks[2 * index](inputs[2 * index]) - (inputs[1], end)[index]
+            centred = error - error.sum(1, keepdim=True) / error.shape[1]
+            assert distance(value / before, 1 + 0.5 * (centred**2).sum() / (error**2).sum()) < 1e-6
+    wanted, mine = teacher.forward_features(x), student.forward_features(x)
+    error = mine - wanted
+    centred = error - error.sum(1, keepdim=True) / error.shape[1]
+    feature = Distillation(teacher, student, mean_free=2.0)(x)[0]
+    assert distance(feature, ((error**2).sum() + 2 * (centred**2).sum()) / (wanted**2).sum()) < 1e-6
 
 
 def test_a_block_that_changes_nothing_has_no_error_and_no_gradient():
@@ -393,6 +426,35 @@ def test_several_mixers_are_all_told():
     assert mixer == "linformer, performer"
     assert keywords.split("; ")[0] == "num_proj_tokens=[2, 2] sharing=kv window_size=0"
     assert "num_features=8 feature_seed=0 redraw_interval=0 learned_features=False" in keywords.split("; ")
+
+
+def test_it_goes_on_at_another_size_and_trains_the_whole_network(weights, unlabelled, tmp_path):
+    """At 48 px from one folder, then at 64 px from two, from the weights of the first transfer."""
+    few = dict(block_steps=2, distill_steps=2, pass_through=1.0, mean_free=1.0)
+    first, _ = transfer(**arguments(weights, unlabelled, tmp_path / "first", **few))
+    start = first.state_dict()
+    nothing = dict(block_steps=0, distill_steps=0, start=str(tmp_path / "first"))
+    grown, _ = transfer(**arguments(weights, unlabelled, tmp_path / "grown", **nothing, img_size=64))
+    first.set_input_size((64, 64))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(grown(x), first(x))
+    folders = [str(unlabelled / "more"), str(unlabelled)]
+    settings = arguments(weights, unlabelled, tmp_path / "whole", block_steps=0, distill_steps=2, distill_part="all")
+    settings.update(data_dir=folders, layer_decay=0.5, distill_lr=1e-2, start=str(tmp_path / "first"))
+    whole, _ = transfer(**settings)
+    state = whole.state_dict()
+    moved = {name: (state[name] - start[name]).abs().max() for name in start if state[name].is_floating_point()}
+    assert not [name for name, change in moved.items() if change == 0 and "conv" not in name]
+    # Adam moves each by its learning rate, which halves from layer to layer
+    top, bottom = (moved[f"blocks.{layer}.mlp.fc1.weight"] for layer in (2, 0))
+    assert 3 < top / bottom < 5
+    row = next(csv.DictReader((tmp_path / "whole" / "result.csv").read_text().splitlines()))
+    assert int(row["images"]) == 57  # of 61, those of the inner folder once; every twentieth is held out
+    settings.update(out=str(tmp_path / "other"), mixer="nystrom", mixer_kwargs={})
+    with pytest.raises(ValueError, match="expected the folder of a transfer with the same source and mixers"):
+        transfer(**settings)
+    with pytest.raises(ValueError, match="start=.*nowhere"):
+        transfer(**{**settings, "start": str(tmp_path / "nowhere")})
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,14 @@
     stage 2   |z' - z|^2 / |z|^2  +  KL(softmax(y) || softmax(y'))                     z: last tokens, y: logits
 
 B is a block of the frozen original and B' the same block with another attention. In stage 1 all layers learn at once
-and none depends on another's errors; stage 2 trains the whole model, gently. Both train the parameters of the replaced
-attention alone. Stage 3, with labels, is ordinary fine-tuning of the folder that is written.
+and none depends on another's errors; stage 2 fits the model as a whole, gently. Both train the parameters of the
+replaced attention alone, unless ``distill_part="all"`` lets stage 2 train the whole network. Stage 3, with labels, is
+ordinary fine-tuning of the folder that is written. To grow the size of the images, transfer at each size in turn, and
+let ``start`` name the folder of the one before.
+
+``pass_through`` sends the output of one converted block a step through the frozen rest of the original, and adds the
+relative error at its end: Fan et al. 2024, "ScaleKD" (arXiv 2411.06786), section 3.3. ``mean_free`` adds the squared
+error without its mean over the tokens (section 3.2 there).
 
 The idea of stage 1 is that of Zhang et al. 2024, "LoLCATs" (arXiv 2410.10254, section 3.1), on blocks' outputs.
 """
@@ -18,33 +24,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from .._checks import InputError
-from .._device import autocast, find_device, find_dtype, versions
-from .._files import write_table
+from .._device import autocast, find_device, find_dtype
+from .._files import one_line, write_table
 from ..conversion.convert import Conversion, convert
 from ..conversion.delta import fingerprint
-from ..mixers import MIXERS
 from ..mixers._slot import MixerSlot
 from .build import construction
-from .checkpoint import Checkpoint, clear, write_history
-from .hub import transferred_card, write_hub
+from .checkpoint import Checkpoint, clear
 from .images import Images, Key, normaliser, transforms
 from .interrupt import deferred_interrupt
 from .listing import find_unlabelled
 from .loop import Loop
 from .losses import BlockMatching, Distillation
 from .plan import load_plan
-from .plots import layer_errors, write_figure
 from .settings import add_settings, documented, given_settings
 from .teacher import build_teacher, start_mixers
+from .transfer_results import compare, finish
 from .transfer_settings import TransferSettings
 
 FILES = ("checkpoint.pt", "steps.csv", "result.csv", "layers.png")
@@ -84,24 +88,27 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     dtype = find_dtype(run.amp, run.device)
 
     teacher, config = build_teacher(run)
-    student, report, groups = convert_copy(teacher, run)
+    student, report = convert_copy(teacher, run)
+    mixers = mixers_of(student, report)
     images, held_out = prepare_images(run, config)
+    start = load_start(student, run.start) if run.start else ""
     settings = json.loads(json.dumps(run.recorded() | dict(layers=str(run.layers)), default=str))
     settings.update(
         images=images.digest(),
         content=images.checksum(),
         dtype=str(dtype),
         teacher=fingerprint(teacher.state_dict()),
+        start=start,
         construction=construction(teacher, config),
     )
     normalise = normaliser(config, run.device)
     position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[])
 
-    def new_optimizer(lr: float) -> torch.optim.Optimizer:
-        # of copies, since the optimizer writes its learning rate into the groups
-        return create_optimizer_v2([dict(group) for group in groups], "adamw", lr=lr, weight_decay=0.0)
+    def optimizer_of(stage: int) -> torch.optim.Optimizer:
+        groups = stage_groups(run, student, mixers, stage)
+        return create_optimizer_v2(groups, "adamw", lr=lr_of(run, stage), weight_decay=0.0)
 
-    checkpoint = Checkpoint(folder / "checkpoint.pt", settings, student, new_optimizer(lr_of(run, 1)), position)
+    checkpoint = Checkpoint(folder / "checkpoint.pt", settings, student, optimizer_of(1), position)
 
     def save() -> None:
         if rank == 0:
@@ -109,12 +116,15 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
             write_table(folder / "steps.csv", ["stage", "step", "losses"], position["rows"])
 
     if run.resume:
-        checkpoint.restore(checkpoint.read())
+        saved = checkpoint.read()
+        checkpoint.optimizer = optimizer_of(saved["position"]["stage"])
+        checkpoint.restore(saved)
     else:
         if rank == 0:
             clear(folder, FILES)
-        seen = [images[key][0] for key in images.batches(run.batch_size)[0]]
-        start_mixers(teacher, mixers_of(student, report), normalise(torch.stack(seen)))
+        if not run.start:
+            seen = [images[key][0] for key in images.batches(run.batch_size)[0]]
+            start_mixers(teacher, mixers, normalise(torch.stack(seen)))
         save()  # a full disk shows now and not after an hour
     layers = sorted({row.layer for row in report.rows if row.changed})
     with deferred_interrupt() as asked:
@@ -122,8 +132,12 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
         for stage in range(position["stage"], 3):
             if position["stage"] != stage:
                 position.update(stage=stage, step=0)
-                checkpoint.optimizer = new_optimizer(lr_of(run, stage))
-            losses = (BlockMatching(teacher, student, layers), Distillation(teacher, student))[stage - 1]
+                checkpoint.optimizer = optimizer_of(stage)
+            losses = (
+                BlockMatching(teacher, student, layers, run.mean_free, run.pass_through)
+                if stage == 1
+                else Distillation(teacher, student, run.mean_free)
+            )
             train_stage(loop, losses, images, normalise, run, dtype)
     save()
     student.requires_grad_(True).eval()
@@ -135,8 +149,8 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     return student, report
 
 
-def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, Conversion, list[dict[str, Any]]]:
-    """A converted copy of the teacher in which only mixers train, what became of its layers, and what trains.
+def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, Conversion]:
+    """A converted copy of the teacher, and what became of its layers.
 
     Raises:
         ValueError: if there is nothing to train.
@@ -148,14 +162,28 @@ def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, 
     mixers = mixers_of(student, report)
     if not mixers:
         raise InputError(f"mixer={run.mixer!r}, layers={run.layers!r} leave every layer as it is: nothing to transfer")
-    groups = parameter_groups(list(mixers.values()))
-    if not groups:
+    if not any(True for mixer in mixers.values() for _ in mixer.parameters()):
         raise InputError(f"mixer={run.mixer!r} has no parameters to fit")
-    student.requires_grad_(False)
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(True)
-    return student, report, groups
+    return student, report
+
+
+def load_start(student: nn.Module, folder: str) -> str:
+    """Give the student the weights of an earlier transfer's folder, and return their fingerprint.
+
+    Position embeddings and what else lives on the patch grid are resampled to the student's image size.
+
+    Raises:
+        ValueError: for a folder that isn't one, or whose model is converted otherwise.
+    """
+    hub = Path(folder) / "hub" if (Path(folder) / "hub").is_dir() else Path(folder)
+    try:
+        earlier = timm.create_model(f"local-dir:{hub}", pretrained=True, img_size=student.patch_embed.img_size)
+        student.load_state_dict(earlier.state_dict())
+    except Exception as error:  # timm, torch and safetensors raise by kind of damage
+        raise InputError(
+            f"start={folder}: {one_line(error)}; expected the folder of a transfer with the same source and mixers"
+        ) from error
+    return fingerprint(earlier.state_dict())
 
 
 def mixers_of(student: nn.Module, report: Conversion) -> dict[str, Any]:
@@ -170,7 +198,9 @@ def prepare_images(run: TransferSettings, config: dict[str, Any]) -> tuple[Image
         ValueError: for a folder with too few.
     """
     resize, augmented, evaluated = transforms(config, "light", 0.5)
-    found = find_unlabelled(Path(run.data_dir))
+    folders = [run.data_dir] if isinstance(run.data_dir, str) else run.data_dir
+    # an image that is in two of the folders counts once
+    found = list({os.path.realpath(str(i[0])): i for folder in folders for i in find_unlabelled(Path(folder))}.values())
     images, held_out = (
         Images(part, ["image"], config["input_size"][0], resize, transform, run.seed, lazy=True)
         for part, transform in (([item for i, item in enumerate(found) if i % 20], augmented), (found[::20], evaluated))
@@ -210,7 +240,7 @@ def train_stage(
     for pixels, _ in loop.steps(name, images.loader(keys, run.workers), steps):
         scheduler.step_update(position["step"])
         with autocast(run.device, dtype):
-            losses = losses_of(normalise(pixels))
+            losses = losses_of(normalise(pixels), position["step"])
         loop.update(losses.mean() if stage == 1 else losses.sum(), f"lower {rate}={lr}")
         values = [round(value, 6) for value in losses.tolist()]
         position["rows"].append([stage, position["step"] + 1, values])
@@ -220,13 +250,29 @@ def train_stage(
         print(f"{name}: {steps} steps, losses {last}; {position['seconds']:.0f} s so far")
 
 
-def parameter_groups(mixers: list[MixerSlot]) -> list[dict[str, Any]]:
-    """The parameters of some mixers by the factor of their learning rate, which timm's schedulers call ``lr_scale``."""
+def stage_groups(
+    run: TransferSettings, student: nn.Module, mixers: dict[str, MixerSlot], stage: int
+) -> list[dict[str, Any]]:
+    """The parameters that a stage trains, by the factor of their learning rate (timm's ``lr_scale``).
+
+    All others stop requiring a gradient.
+    """
+    student.requires_grad_(stage == 2 and run.distill_part == "all")
+    for mixer in mixers.values():
+        mixer.requires_grad_(True)
+    if stage == 2 and run.distill_part == "all":
+        groups = param_groups_layer_decay(student, weight_decay=0.0, layer_decay=run.layer_decay)
+    else:
+        groups = [dict(params=[p for mixer in mixers.values() for p in mixer.parameters()], lr_scale=1.0)]
+    own = {
+        parameter: mixer.core.learning_rates.get(name.removeprefix("core."), 1.0)
+        for mixer in mixers.values()
+        for name, parameter in mixer.named_parameters()
+    }
     found: dict[float, list[nn.Parameter]] = {}
-    for mixer in mixers:
-        for name, parameter in mixer.named_parameters():
-            factor = mixer.core.learning_rates.get(name.removeprefix("core."), 1.0)
-            found.setdefault(factor, []).append(parameter)
+    for group in groups:
+        for parameter in group["params"]:
+            found.setdefault(group["lr_scale"] * own.get(parameter, 1.0), []).append(parameter)
     return [dict(params=parameters, lr_scale=factor) for factor, parameters in found.items()]
 
 
@@ -238,78 +284,6 @@ def batches(images: Images, batch_size: int, steps: int, stage: int) -> list[lis
         found += images.batches(batch_size, epoch)
         epoch += 1
     return found[:steps]
-
-
-@torch.inference_mode()
-def compare(
-    teacher: nn.Module,
-    student: nn.Module,
-    images: Images,
-    normalise: Callable[[torch.Tensor], torch.Tensor],
-    run: TransferSettings,
-    dtype: torch.dtype,
-) -> dict[str, float]:
-    """Percent of images on which both predict the same, and the relative distance of their last tokens."""
-    number, same, difference, size = 0, 0, 0.0, 0.0
-    keys = images.batches(run.batch_size)
-    for pixels, _ in tqdm(images.loader(keys, run.workers), "compare", len(keys), leave=False, disable=None):
-        with autocast(run.device, dtype):
-            wanted, mine = (model.forward_features(normalise(pixels)) for model in (teacher, student))
-            predicted = [model.forward_head(t).argmax(-1) for model, t in ((teacher, wanted), (student, mine))]
-        number += len(pixels)
-        same += int((predicted[0] == predicted[1]).sum())
-        difference += float((mine.float() - wanted.float()).square().sum())
-        size += float(wanted.float().square().sum())
-    distance = (difference / size) ** 0.5 if size else float(difference > 0)
-    return dict(agreement=round(100 * same / number, 2), feature_distance=round(distance, 4))
-
-
-def finish(
-    run: TransferSettings,
-    report: Conversion,
-    position: dict[str, Any],
-    student: nn.Module,
-    config: dict[str, Any],
-    figures: dict[str, Any],
-) -> None:
-    """Write the row, the figure and the folder for the Hub; ``figures`` are what was measured."""
-    folder = Path(run.out)
-    mixer, keywords = mixers_in_words(report)
-    layers = [row.layer for row in report.rows if row.changed]
-    row = dict(
-        source=run.source,
-        mixer=mixer,
-        layers=" ".join(map(str, layers)),
-        keywords=keywords,
-        tokens=report.tokens,
-        images=figures["images"],
-        block_steps=run.block_steps,
-        distill_steps=run.distill_steps,
-        batch_size=run.batch_size,
-        agreement=figures["agreement"],
-        feature_distance=figures["feature_distance"],
-        seconds=round(position["seconds"]),
-        device=run.device,
-        dtype=figures["dtype"].removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        processes=int(os.environ.get("WORLD_SIZE", 1)),
-        **versions(),
-    )
-    write_history(folder / "result.csv", [row])
-    if errors := [values for stage, _, values in position["rows"] if stage == 1]:
-        write_figure(folder / "layers.png", layer_errors, errors, sorted(set(layers)), f"{run.source} -> {mixer}")
-    write_hub(folder / "hub", student, config, transferred_card(row, report.table()))
-
-
-def mixers_in_words(report: Conversion) -> tuple[str, str]:
-    """Names and keywords of the mixers in a converted model; a mapping of layers may have several of both."""
-    names = {mixer.__name__: name for name, mixer in MIXERS.items()}
-    found = dict.fromkeys(
-        (names[row.after], " ".join(f"{name}={value}" for name, value in row.config.items()))
-        for row in report.rows
-        if row.changed
-    )
-    return ", ".join(dict.fromkeys(name for name, _ in found)), "; ".join(dict.fromkeys(words for _, words in found))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,10 @@
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from ..conversion.layers import Layers
-from .settings import ABOVE_0, FROM_0, Settings, check_folder, one_of, setting
+from .settings import ABOVE_0, ABOVE_0_TO_1, FROM_0, Settings, check_folder, one_of, setting
 from .teacher import check_teacher
 
 
@@ -19,7 +19,9 @@ class TransferSettings(Settings):
     """The keywords of ``transfer``."""
 
     source: str = setting(MISSING, "timm model, a VisionTransformer or Eva, e.g. deit_tiny_patch16_224")
-    data_dir: str = setting(MISSING, "folder of images of any depth, labels not wanted", may_change=True)
+    data_dir: Union[str, list[str]] = setting(  # noqa: RUF009
+        MISSING, "folder of images of any depth, or several; labels not wanted", may_change=True
+    )
     mixer: str = setting("nystrom", "of timm_vix.convert")
     layers: Layers = setting(  # noqa: RUF009  (a field, not a shared default)
         "all", "all, first-6, last-6, every-2, 0,3,5 or the .json file of a plan", parse=parse_layers
@@ -41,6 +43,19 @@ class TransferSettings(Settings):
     distill_steps: int = setting(100, "steps of stage 2, the whole model; 0 leaves it out", FROM_0)
     block_lr: float = setting(1e-3, "highest learning rate of stage 1; it follows a cosine to zero", ABOVE_0)
     distill_lr: float = setting(5e-5, "highest learning rate of stage 2; it follows a cosine to zero", ABOVE_0)
+    distill_part: str = setting(
+        "attention", "what stage 2 trains: the replaced attention, or the whole network", one_of("attention", "all")
+    )
+    layer_decay: float = setting(
+        1.0, "of the learning rate from each layer to the one below, with distill_part=all", ABOVE_0_TO_1
+    )
+    pass_through: float = setting(
+        0.0, "weight of the error that a converted block causes behind the rest of the original, in stage 1", FROM_0
+    )
+    mean_free: float = setting(0.0, "weight of the error of tokens without its mean over them, in both stages", FROM_0)
+    start: Optional[str] = setting(
+        None, "folder of an earlier transfer, whose weights this one starts from", may_change=True
+    )
     batch_size: int = setting(16, "images a step, over all processes", ABOVE_0)
     seed: int = setting(0, "of the order and cropping of the images", FROM_0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")

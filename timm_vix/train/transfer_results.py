@@ -1,0 +1,92 @@
+"""What a transfer leaves: how far the converted model agrees with its original, as a row, a figure and a Hub folder."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .._device import autocast, versions
+from ..conversion.convert import Conversion
+from ..mixers import MIXERS
+from .checkpoint import write_history
+from .hub import transferred_card, write_hub
+from .images import Images
+from .plots import layer_errors, write_figure
+from .transfer_settings import TransferSettings
+
+
+@torch.inference_mode()
+def compare(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Images,
+    normalise: Callable[[torch.Tensor], torch.Tensor],
+    run: TransferSettings,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Percent of images on which both predict the same, and the relative distance of their last tokens."""
+    number, same, difference, size = 0, 0, 0.0, 0.0
+    keys = images.batches(run.batch_size)
+    for pixels, _ in tqdm(images.loader(keys, run.workers), "compare", len(keys), leave=False, disable=None):
+        with autocast(run.device, dtype):
+            wanted, mine = (model.forward_features(normalise(pixels)) for model in (teacher, student))
+            predicted = [model.forward_head(t).argmax(-1) for model, t in ((teacher, wanted), (student, mine))]
+        number += len(pixels)
+        same += int((predicted[0] == predicted[1]).sum())
+        difference += float((mine.float() - wanted.float()).square().sum())
+        size += float(wanted.float().square().sum())
+    distance = (difference / size) ** 0.5 if size else float(difference > 0)
+    return dict(agreement=round(100 * same / number, 2), feature_distance=round(distance, 4))
+
+
+def finish(
+    run: TransferSettings,
+    report: Conversion,
+    position: dict[str, Any],
+    student: nn.Module,
+    config: dict[str, Any],
+    figures: dict[str, Any],
+) -> None:
+    """Write the row, the figure and the folder for the Hub; ``figures`` are what was measured."""
+    folder = Path(run.out)
+    mixer, keywords = mixers_in_words(report)
+    layers = [row.layer for row in report.rows if row.changed]
+    row = dict(
+        source=run.source,
+        mixer=mixer,
+        layers=" ".join(map(str, layers)),
+        keywords=keywords,
+        tokens=report.tokens,
+        images=figures["images"],
+        block_steps=run.block_steps,
+        distill_steps=run.distill_steps,
+        batch_size=run.batch_size,
+        agreement=figures["agreement"],
+        feature_distance=figures["feature_distance"],
+        seconds=round(position["seconds"]),
+        device=run.device,
+        dtype=figures["dtype"].removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        **versions(),
+    )
+    write_history(folder / "result.csv", [row])
+    # without the error behind the rest of the original
+    if errors := [values[: len(set(layers))] for stage, _, values in position["rows"] if stage == 1]:
+        write_figure(folder / "layers.png", layer_errors, errors, sorted(set(layers)), f"{run.source} -> {mixer}")
+    write_hub(folder / "hub", student, config, transferred_card(row, report.table()))
+
+
+def mixers_in_words(report: Conversion) -> tuple[str, str]:
+    """Names and keywords of the mixers in a converted model; a mapping of layers may have several of both."""
+    names = {mixer.__name__: name for name, mixer in MIXERS.items()}
+    found = dict.fromkeys(
+        (names[row.after], " ".join(f"{name}={value}" for name, value in row.config.items()))
+        for row in report.rows
+        if row.changed
+    )
+    return ", ".join(dict.fromkeys(name for name, _ in found)), "; ".join(dict.fromkeys(words for _, words in found))
