@@ -40,6 +40,11 @@ UNTRAINED: dict[str, dict[str, Any]] = {
     "nystrom, 4x4 windows": dict(mixer="nystrom", num_landmarks=49, window_size=4),
     "linformer, 4x4 windows": dict(mixer="linformer", num_proj_tokens=49, window_size=4),
     "performer, 256 features": dict(mixer="performer", num_features=256),
+    "axial": dict(mixer="axial"),
+    "axial, last 6": dict(mixer="axial", layers="last-6"),
+    "softmax, merged to 50 %": dict(mixer="softmax", merge=0.5),
+    "softmax, merged to 30 %": dict(mixer="softmax", merge=0.3),
+    "softmax, merged to 15 %": dict(mixer="softmax", merge=0.15),
 }
 
 
