@@ -4,6 +4,7 @@ from ._mechanism import Mixer
 from .atrous import AtrousAttention
 from .axial import AxialAttention
 from .fourier import FourierMixing
+from .gpsa import GatedPositionalAttention
 from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
@@ -23,4 +24,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "mixer": TokenMlp,
     "pool": Pooling,
     "retention": Retention,
+    "gpsa": GatedPositionalAttention,
 }

@@ -135,11 +135,14 @@ def complete_checkpoint(
     target = model.state_dict()
     resample_weights(state_dict, model)
     # inherited weights know nothing of what is added to them: it starts as nothing and leaves their function alone
-    zeros = {
-        f"{path}.core.{name}" for path, module in hosts_of(model).items() for name in module.core.zero_init if not ours
+    values = {
+        f"{path}.core.{name}": value
+        for path, module in hosts_of(model).items()
+        for name, value in module.core.values_beside_trained().items()
+        if not ours
     }
-    zeros |= {key for key in new if key.endswith("attn.qkv.bias")}
-    fresh = {key: torch.zeros_like(target[key]) if key in zeros else target[key] for key in new}
+    values |= {key: 0.0 for key in new if key.endswith("attn.qkv.bias")}
+    fresh = {key: torch.full_like(target[key], values[key]) if key in values else target[key] for key in new}
     state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
