@@ -20,8 +20,8 @@ there, and as the paper's logits don't say for how many, its logit carries the l
 
 the number of tokens that the decay leaves of it, W without decay. This is the same for all rows, so it cancels where
 there are no prefix tokens. Prefix tokens attend to all tokens, without decay. The decays don't learn. The paper's
-depthwise convolution of the values is ``conv_residual``, where the host has it. Dropout acts on the second pass.
-Long sequences have their attention weights computed again for the gradient.
+depthwise convolution of the values is not part of this mechanism. Dropout acts on the second pass. Long sequences have
+their attention weights computed again for the gradient.
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width.
 """
