@@ -21,7 +21,13 @@ from conftest import REGISTERED, since
 import timm_vix
 
 # modules of models that stand in for another one than the plain ViT: one of timm that has stages and a fixed grid
-HOSTS = {"pin": "pit_ti_224", "cvt": "pit_ti_224", "levin": "levit_128s", "fnet2d": "pit_ti_224"}
+HOSTS = {
+    "convix": "convit_tiny",
+    "pin": "pit_ti_224",
+    "cvt": "pit_ti_224",
+    "levin": "levit_128s",
+    "fnet2d": "pit_ti_224",
+}
 # of each architecture and stem, of mixers with and without a grid, features, rotary positions, and attention at all
 A_FEW = [
     "vix_nystrom_cifar",

@@ -16,7 +16,7 @@ from timm_vix.models.vit import VisionXformer
 from . import ROOT, markdown
 
 COST = re.compile(r"[Cc]ost in N: (.+?)(?:\. |$)", re.MULTILINE)
-PAPER = re.compile(r"([A-Z][^\W\d]+(?:-[A-Z]\w+)?(?: et al\.| & [A-Z]\w+) \d{4})[ ,(]+arXiv (\d{4}\.\d{4,5})")
+PAPER = re.compile(r"((?:d')?[A-Z][^\W\d]+(?:-[A-Z]\w+)?(?: et al\.| & [A-Z]\w+) \d{4})[ ,(]+arXiv (\d{4}\.\d{4,5})")
 
 
 def module_of(mixer: str) -> ModuleType:

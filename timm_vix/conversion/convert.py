@@ -234,9 +234,9 @@ def planned_attention(model: nn.Module, site: AttentionSite, name: str, own: dic
         slot = build_mixer(model, site.attn, name, layout_of(model), rope, **own)
     except ValueError as error:
         raise InputError(f"{site.path}: {error}") from error
-    for parameter in slot.core.zero_init:  # the weights around it know nothing of it
+    for parameter, value in slot.core.values_beside_trained().items():
         if parameter in dict(slot.core.named_parameters()):
-            nn.init.zeros_(slot.core.get_parameter(parameter))
+            nn.init.constant_(slot.core.get_parameter(parameter), value)
     slot.replaced = (site.attn,)
     slot.patch_embed = (model.patch_embed,)  # the host's own set_input_size doesn't know the slots
     return slot

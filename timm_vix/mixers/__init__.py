@@ -4,11 +4,13 @@ from ._mechanism import Mixer
 from .atrous import AtrousAttention
 from .axial import AxialAttention
 from .fourier import FourierMixing
+from .gpsa import GatedPositionalAttention
 from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
 from .performer import PerformerAttention
 from .pool import Pooling
+from .retention import Retention
 from .softmax import SoftmaxAttention
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -21,4 +23,6 @@ MIXERS: dict[str, type[Mixer]] = {
     "fnet": FourierMixing,
     "mixer": TokenMlp,
     "pool": Pooling,
+    "retention": Retention,
+    "gpsa": GatedPositionalAttention,
 }

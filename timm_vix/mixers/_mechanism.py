@@ -64,8 +64,9 @@ class Mixer(nn.Module):
     one_grid_keywords: tuple[str, ...] = ()
     # keywords with which a plan tries the mixer in a trained model; none: the mixer doesn't continue attention
     candidates: tuple[dict[str, Any], ...] = ()
-    # parameters that begin at zero where the weights around them are trained ones
+    # parameters that begin at zero where the weights around them are trained ones, and others at a value of their own
     zero_init: tuple[str, ...] = ()
+    trained_init: dict[str, float] = {}
     __jit_unused_properties__: tuple[str, ...] = ("counts_passes",)
     # parameters on a patch grid, and how each is moved to another grid
     grid_parameters: dict[str, Callable[[torch.Tensor, Grid], torch.Tensor]] = {}
@@ -93,6 +94,10 @@ class Mixer(nn.Module):
     def config(self) -> dict[str, Any]:
         """Every keyword with the value in force, as plain values that rebuild this mixer."""
         return {name: getattr(self, name) for name in self.keywords()}
+
+    def values_beside_trained(self) -> dict[str, float]:
+        """Where parameters begin that the trained weights around them know nothing of."""
+        return {**dict.fromkeys(self.zero_init, 0.0), **self.trained_init}
 
     @property
     def counts_passes(self) -> bool:

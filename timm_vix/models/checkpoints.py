@@ -22,6 +22,8 @@ _logger = logging.getLogger(__name__)
 
 # what softmax attention has below its own name
 SOFTMAX_KEY = re.compile(r"(qkv|q_norm|k_norm|norm|gate|proj)\.")
+# what ConViT has at its attention besides
+CONVIT_POSITIONS = (".attn.core.gating_param", ".attn.core.pos_proj")
 
 
 def hosts_of(model: nn.Module) -> dict[str, MechanismHost]:
@@ -96,6 +98,10 @@ def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict
 
     Layers are paired for parallel blocks, and what only softmax attention has is left out.
     """
+    positions: set[str] = set()
+    if any(key.endswith(".attn.qk.weight") for key in state_dict):
+        state_dict = from_convit(state_dict)
+        positions = {key for key in state_dict if key.endswith(CONVIT_POSITIONS)} - model.state_dict().keys()
     for path, module in hosts_of(model).items():
         rename_core_keys(state_dict, f"{path}.", module.core)
     parallel = any(isinstance(module, ParallelThingsBlock) for module in model.modules())
@@ -107,8 +113,8 @@ def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict
     # not if it has softmax attention where the model has none
     absent = absent_keys(state_dict, model, new)
     softmax = any(".attn." in key for key in absent)
-    ours = bool((mixer_keys(model) or stem_keys(model)) & state_dict.keys()) and not softmax
-    dropped = set() if ours else absent
+    ours = bool((mixer_keys(model) or stem_keys(model)) & state_dict.keys()) and not (softmax or positions)
+    dropped = set() if ours else absent | positions
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
     return state_dict, dict(new=new, ours=ours, dropped=dropped, paired=pairs)
 
@@ -135,11 +141,14 @@ def complete_checkpoint(
     target = model.state_dict()
     resample_weights(state_dict, model)
     # inherited weights know nothing of what is added to them: it starts as nothing and leaves their function alone
-    zeros = {
-        f"{path}.core.{name}" for path, module in hosts_of(model).items() for name in module.core.zero_init if not ours
+    values = {
+        f"{path}.core.{name}": value
+        for path, module in hosts_of(model).items()
+        for name, value in module.core.values_beside_trained().items()
+        if not ours
     }
-    zeros |= {key for key in new if key.endswith("attn.qkv.bias")}
-    fresh = {key: torch.zeros_like(target[key]) if key in zeros else target[key] for key in new}
+    values |= {key: 0.0 for key in new if key.endswith("attn.qkv.bias")}
+    fresh = {key: torch.full_like(target[key], values[key]) if key in values else target[key] for key in new}
     state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
@@ -151,6 +160,23 @@ def complete_checkpoint(
             f"Fresh: {summary(new)}. Left out: {summary(dropped)}."
         )
     return state_dict
+
+
+def from_convit(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """timm's ConViT weights under our keys: queries, keys and values in one projection, positions in the mixer.
+
+    The bias of the positional logits is left out, since it cancels in the softmax.
+    """
+    out = {}
+    for key, value in state_dict.items():
+        if key.endswith((".attn.qk.weight", ".attn.qk.bias")):
+            value = torch.cat([value, state_dict[key.replace(".attn.qk.", ".attn.v.")]])
+            key = key.replace(".attn.qk.", ".attn.qkv.")
+        elif key.endswith((".attn.gating_param", ".attn.pos_proj.weight")):
+            key = key.replace(".attn.", ".attn.core.").removesuffix(".weight")
+        if not key.endswith((".attn.v.weight", ".attn.v.bias", ".attn.pos_proj.bias")):
+            out[key] = value
+    return out
 
 
 def pair_layers(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,10 @@ NAMES = [
     ModelName("vix_mixer_cifar", "mixer", "linear", "cifar"),
     ModelName("vix_pool_tiny", "pool", "linear", "tiny"),
     ModelName("vix_pool_cifar", "pool", "linear", "cifar"),
+    ModelName("vix_retention_tiny", "retention", "linear", "tiny"),
+    ModelName("vix_retention_cifar", "retention", "linear", "cifar"),
+    ModelName("vix_gpsa_tiny", "gpsa", "linear", "tiny"),
+    ModelName("vix_gpsa_cifar", "gpsa", "linear", "cifar"),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
@@ -65,6 +69,10 @@ NAMES = [
     ModelName("vix_axial_tiny_rope", "axial", "linear", "tiny", "axial"),
     ModelName("vix_axial_small_rope", "axial", "linear", "small", "axial"),
     ModelName("vix_axial_cifar_rope", "axial", "linear", "cifar", "axial"),
+    ModelName("vix_retention_tiny_rope", "retention", "linear", "tiny", "axial"),
+    ModelName("vix_retention_cifar_rope", "retention", "linear", "cifar", "axial"),
+    ModelName("vix_gpsa_tiny_rope", "gpsa", "linear", "tiny", "axial"),
+    ModelName("vix_gpsa_cifar_rope", "gpsa", "linear", "cifar", "axial"),
 ]
 
 default_cfgs = generate_default_cfgs(default_cfgs_for(NAMES))

@@ -1,0 +1,93 @@
+"""Gated positional self-attention: each head is part softmax attention, part a learned distribution of places.
+
+    A = (1 - s(g)) softmax(Q K^T / sqrt(D)) + s(g) softmax(w_0 dx + w_1 dy + w_2 (dx^2 + dy^2))
+    s(g) = 1 / (1 + e^-g),     (dx, dy) = columns and rows from the query to the key
+
+d'Ascoli et al. 2021 (arXiv 2103.10697), section 3. Cost in N: quadratic, N^2 + N·(H + W) for an H x W grid. The
+positional logits are a sum of one for the column and one for the row, so the softmax over the grid is the product of
+two softmaxes over one axis each, and A_pos V = A_y V A_x^T is exact without an N x N matrix.
+
+*Names:* ``gating_param`` = g, lambda in the paper; ``pos_proj`` = (w_0, w_1, w_2) of each head, v_pos in the paper;
+``locality_strength`` = alpha, the scale at which w starts.
+
+Without trained weights g starts at 1, so that 73 % of the attention is positional, and the first k^2 heads, k =
+floor(sqrt(h)), start at w = alpha (2 c_x, 2 c_y, -1) with their centres c on a k x k grid around the query, as
+published. Beside trained weights g starts at -3, 5 % positional, which leaves most of their function alone.
+
+*Differs:* there is no bias of the positional logits, as it cancels. Further heads start at w = 0, not at small random
+numbers. Values start as the host has them; the paper's start as the tokens themselves. The paper's class token joins
+after the layers with positions, as in ``models/convit.py``. Here prefix tokens may be there: the positional part is
+among patches only, patches read prefix tokens in the content part, and prefix queries have the content part alone.
+Dropout acts on the content part.
+
+Shapes: B images, N = P + H·W tokens, h heads, D head width, E width of a head's values.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .._checks import check_number
+from ._layout import TokenLayout
+from ._mechanism import AttentionMechanism, AttentionShape
+
+
+def place_weights(linear: torch.Tensor, square: torch.Tensor, length: int) -> torch.Tensor:
+    """softmax of linear d + square d^2 over the offsets d of n = ``length`` places: (h), (h) -> (h, n, n)."""
+    place = torch.arange(length, device=linear.device, dtype=linear.dtype)
+    offset = place - place.unsqueeze(1)
+    return (linear.reshape(-1, 1, 1) * offset + square.reshape(-1, 1, 1) * offset.square()).softmax(2)
+
+
+class GatedPositionalAttention(AttentionMechanism):
+    """Gated positional self-attention.
+
+    Args:
+        locality_strength: alpha, how narrow the heads' distributions of places are at the start, at least 0.
+
+    Raises:
+        ValueError: for a wrong keyword, naming what is allowed.
+    """
+
+    title = "gated positional self-attention"
+    source = "d'Ascoli et al. 2021, arXiv 2103.10697"
+    needs_self_attention = True
+    trained_init = {"gating_param": -3.0}
+
+    def __init__(self, shape: AttentionShape, locality_strength: float = 1.0) -> None:
+        super().__init__(shape)
+        check_number("locality_strength", locality_strength, 0)
+        self.locality_strength = float(locality_strength)
+        dd = {"device": shape.device, "dtype": shape.dtype}
+        self.gating_param = nn.Parameter(torch.empty(shape.num_heads, **dd))
+        self.pos_proj = nn.Parameter(torch.empty(shape.num_heads, 3, **dd))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.gating_param.fill_(1.0)
+        self.pos_proj.zero_()
+        side = math.isqrt(len(self.pos_proj))
+        for head in range(side**2):
+            column, row = divmod(head, side)
+            centre = torch.tensor([2.0 * column - side + 1, 2.0 * row - side + 1, -1.0], device="cpu")
+            self.pos_proj[head] = self.locality_strength * centre.to(self.pos_proj)
+
+    def attend_to_places(self, v: torch.Tensor) -> torch.Tensor:
+        """Positional attention to values on the grid: (B, h, H, W, E) -> (B, h, H·W, E)."""
+        across, down, square = self.pos_proj.to(torch.promote_types(v.dtype, torch.float32)).unbind(1)
+        columns = place_weights(across, square, v.shape[3]).to(v.dtype)
+        rows = place_weights(down, square, v.shape[2]).to(v.dtype)
+        y = torch.matmul(columns.unsqueeze(1), v)
+        return torch.matmul(rows, y.flatten(3)).reshape(v.shape).flatten(2, 3)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+    ) -> torch.Tensor:
+        P = keys.num_prefix_tokens
+        content = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        places = self.attend_to_places(v[:, :, P:].unflatten(2, keys.grid))
+        gate = self.gating_param.sigmoid().to(v.dtype).reshape(-1, 1, 1)
+        return torch.cat([content[:, :, :P], torch.lerp(content[:, :, P:], places, gate)], dim=2)

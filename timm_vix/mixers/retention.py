@@ -1,0 +1,117 @@
+"""Retention: attention that decays with distance, along the rows of the patch grid and then down its columns.
+
+    A^W_ij,c = softmax over c of Q_ij K_ic^T / sqrt(D) + |j - c| log gamma        attention along the row
+    A^H_ij,r = softmax over r of Q_ij K_rj^T / sqrt(D) + |i - r| log gamma        attention down the column
+    Y_ij = sum_r A^H_ij,r sum_c A^W_rj,c V_rc
+    gamma = 1 - 2^-(a + b t / h)                                                  for head t = 0..h-1
+
+Fan et al. 2023 (arXiv 2309.11523), section 3. Cost in N: N^1.5, N·(H + W) for an H x W grid. Both passes together decay
+with the Manhattan distance of two patches, |i - r| + |j - c|.
+
+*Names:* ``decay_start`` = a, ``decay_range`` = b. Published: a = 2 with b = 4 in the first two stages and b = 6 in the
+others. The default a = 6 is gentle: a patch 14 places away still counts 0.8 and more. Trained softmax attention keeps
+more of its function so.
+
+*Differs:* the decay is added to the logits, as in the official code; the paper multiplies the weights by it. The paper
+has no prefix tokens. Here they are keys in the pass down the columns, without decay. A row stands for several tokens
+there, and as the paper's logits don't say for how many, its logit carries the log of
+
+    n_j = sum_c gamma^|j - c|
+
+the number of tokens that the decay leaves of it, W without decay. This is the same for all rows, so it cancels where
+there are no prefix tokens. Prefix tokens attend to all tokens, without decay. The decays don't learn. The paper's
+depthwise convolution of the values is not part of this mechanism. Dropout acts on the second pass. Long sequences have
+their attention weights computed again for the gradient.
+
+Shapes: B images, N = P + H·W tokens, h heads, D head width.
+"""
+
+import torch
+from torch.nn.functional import dropout, scaled_dot_product_attention
+
+from .._checks import check_number
+from . import _fused
+from ._layout import Grid, TokenLayout
+from ._mechanism import AttentionMechanism, AttentionShape
+
+
+def log_decay(like: torch.Tensor, num_heads: int, length: int, start: float, span: float) -> torch.Tensor:
+    """|i - j| log gamma, (h, n, n) for n = ``length`` places, on the device of ``like`` and in float32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    head = torch.arange(num_heads, device=like.device, dtype=dtype)
+    place = torch.arange(length, device=like.device, dtype=dtype)
+    log_gamma = torch.log1p(-torch.exp2(-start - span * head / num_heads))
+    return log_gamma.reshape(-1, 1, 1) * (place.unsqueeze(1) - place).abs()
+
+
+def retain_in_grid(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_prefix_tokens: int,
+    grid: Grid,
+    start: float,
+    span: float,
+    rate: float,
+) -> torch.Tensor:
+    """Retention of the patches: q, k, v (B, h, N, D) -> (B, h, H·W, D)."""
+    P = num_prefix_tokens
+    # one key and value for all columns, (B, h, 1, P, D)
+    prefix_k, prefix_v = k[:, :, :P].unsqueeze(2), v[:, :, :P].unsqueeze(2)
+    q, k, v = [t[:, :, P:].unflatten(2, grid) for t in (q * q.shape[3] ** -0.5, k, v)]
+    along_row = log_decay(q, q.shape[1], grid[1], start, span)
+    down_column = log_decay(q, q.shape[1], grid[0], start, span)
+
+    weights = (torch.matmul(q, k.transpose(3, 4)).to(along_row.dtype) + along_row.unsqueeze(1)).softmax(4)
+    q, k, v = [t.transpose(2, 3) for t in (q, k, torch.matmul(weights.to(v.dtype), v))]
+
+    count = along_row.logsumexp(2)  # log n_j, (h, W)
+    weights = torch.cat(
+        [
+            torch.matmul(q, prefix_k.transpose(3, 4)).to(count.dtype) - count.unsqueeze(2).unsqueeze(3),
+            torch.matmul(q, k.transpose(3, 4)).to(count.dtype) + down_column.unsqueeze(1),
+        ],
+        dim=4,
+    ).softmax(4)
+    prefix, rows = dropout(weights.to(v.dtype), rate, rate > 0.0).split([P, grid[0]], dim=4)
+    y = torch.matmul(prefix, prefix_v) + torch.matmul(rows, v)
+    return y.transpose(2, 3).flatten(2, 3)
+
+
+class Retention(AttentionMechanism):
+    """Retention with Manhattan decay.
+
+    Args:
+        decay_start: a, at least 1: a patch one place away counts at least half.
+        decay_range: b, at least 0; 0: all heads decay alike.
+
+    Raises:
+        ValueError: for a wrong keyword, naming what is allowed.
+    """
+
+    title = "retention"
+    source = "Fan et al. 2023, arXiv 2309.11523"
+    needs_self_attention = True
+    candidates = ({},)
+
+    def __init__(self, shape: AttentionShape, decay_start: float = 6.0, decay_range: float = 4.0) -> None:
+        super().__init__(shape)
+        check_number("decay_start", decay_start, 1)
+        check_number("decay_range", decay_range, 0)
+        self.decay_start = float(decay_start)
+        self.decay_range = float(decay_range)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+    ) -> torch.Tensor:
+        P, grid = keys.num_prefix_tokens, keys.grid
+        start, span = self.decay_start, self.decay_range
+        rate = self.dropout if self.training else 0.0
+        if torch.jit.is_scripting():
+            y = retain_in_grid(q, k, v, P, grid, start, span, rate)
+        else:
+            long = q.shape[2] >= _fused.LONG
+            y = _fused.checkpoint_if_long(retain_in_grid, long, q, k, v, P, grid, start, span, rate)
+        if P > 0:
+            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
+        return y
