@@ -18,6 +18,9 @@ from timm.models import generate_default_cfgs
 from ._register import ModelName, register_names
 from .vit import LINFORMER, NYSTROM, PERFORMER, create_vision_xformer, default_cfgs_for, describe_vit
 
+# without token mixing only patches know the image; everything else, an idle class token too, is as in a ViT
+PATCHES = dict(global_pool="avg", fc_norm=False)
+
 # name, mixer, stem, size, rotary positions, keywords
 NAMES = [
     ModelName("vix_linformer_tiny", "linformer", "linear", "tiny"),
@@ -49,6 +52,8 @@ NAMES = [
     ModelName("vix_mixer_cifar", "mixer", "linear", "cifar"),
     ModelName("vix_pool_tiny", "pool", "linear", "tiny"),
     ModelName("vix_pool_cifar", "pool", "linear", "cifar"),
+    ModelName("vix_glu_tiny", "glu", "linear", "tiny", None, PATCHES),
+    ModelName("vix_glu_cifar", "glu", "linear", "cifar", None, PATCHES),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
