@@ -54,6 +54,8 @@ NAMES = [
     ModelName("vix_pool_cifar", "pool", "linear", "cifar"),
     ModelName("vix_glu_tiny", "glu", "linear", "tiny", None, PATCHES),
     ModelName("vix_glu_cifar", "glu", "linear", "cifar", None, PATCHES),
+    ModelName("vix_latent_tiny", "latent", "linear", "tiny"),
+    ModelName("vix_latent_cifar", "latent", "linear", "cifar"),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
@@ -70,6 +72,8 @@ NAMES = [
     ModelName("vix_axial_tiny_rope", "axial", "linear", "tiny", "axial"),
     ModelName("vix_axial_small_rope", "axial", "linear", "small", "axial"),
     ModelName("vix_axial_cifar_rope", "axial", "linear", "cifar", "axial"),
+    ModelName("vix_latent_tiny_rope", "latent", "linear", "tiny", "axial"),
+    ModelName("vix_latent_cifar_rope", "latent", "linear", "cifar", "axial"),
 ]
 
 default_cfgs = generate_default_cfgs(default_cfgs_for(NAMES))
