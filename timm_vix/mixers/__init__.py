@@ -11,6 +11,7 @@ from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
 from .performer import PerformerAttention
 from .pool import Pooling
+from .scattering import WaveletScattering
 from .softmax import SoftmaxAttention
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -25,4 +26,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "pool": Pooling,
     "glu": GatedLinearUnit,
     "latent": LatentAttention,
+    "scattering": WaveletScattering,
 }

@@ -56,6 +56,8 @@ NAMES = [
     ModelName("vix_glu_cifar", "glu", "linear", "cifar", None, PATCHES),
     ModelName("vix_latent_tiny", "latent", "linear", "tiny"),
     ModelName("vix_latent_cifar", "latent", "linear", "cifar"),
+    ModelName("vix_scattering_tiny", "scattering", "linear", "tiny"),
+    ModelName("vix_scattering_cifar", "scattering", "linear", "cifar"),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
