@@ -27,6 +27,8 @@ PHOTOGRAPHS = DATA / "nips17_dev.tar"
 OPTIONS: dict[str, list[dict]] = {
     # small windows, so that the 7x5 grid of most tests has several, with padding
     "atrous": [{"window_size": 2}, {"dilations": (3, 1), "window_size": 3}, {"dilations": 1}],
+    # groups of which the last are smaller, and cells without patches
+    "latent": [{"group_size": 3, "latents_per_group": 2}, {"group_size": 4}],
     "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}, {"window_size": 2}],
     "nystrom": [{}, {"conv_residual": True}, {"window_size": 3}],
     "performer": [{}, {"redraw_interval": 3}, {"learned_features": True}],

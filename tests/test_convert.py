@@ -167,7 +167,7 @@ def test_there_and_back(mixer):
     model = vit()
     x, weights, args, cfg = images(model), dict(model.named_parameters()), model._model_args, model.pretrained_cfg
     y = model(x)
-    few = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}}
+    few = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}, "latent": {"group_size": 2}}
     timm_vix.convert(model, mixer, **few.get(mixer, {}))
     if MIXERS[mixer].supports_rotary:
         assert all(dict(model.named_parameters())[name] is p for name, p in weights.items()), "weights are shared"

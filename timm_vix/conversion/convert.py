@@ -30,6 +30,7 @@ from .replace import (
     mixer_name,
     no_decay_names,
     update_hooks,
+    warn_of_unseen_patches,
 )
 
 HOSTS = (VisionTransformer, Eva)
@@ -215,6 +216,7 @@ def convert(
         setattr(site.parent, site.name, planned[site.path])
     set_merging(model, merge, steps)
     note_conversion(model, sites, mixer)
+    warn_of_unseen_patches(model)
     rows = [layer_row(index, site, former[site.path]) for index, block in enumerate(sites) for site in block]
     patches = layout.grid[0] * layout.grid[1]
     merged = merges_of(steps, patches)

@@ -3,6 +3,7 @@
 The registered models, conversions and models that come back from the Hub all build their mixers here.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
@@ -24,6 +25,7 @@ from ..mixers.softmax import SoftmaxAttention
 # attention that the mixers continue: another class, a subclass too, may do something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
 HOOKS = (RecordGrid, CarryGrid)
+_logger = logging.getLogger(__name__)
 
 
 class AttentionSite(NamedTuple):
@@ -198,6 +200,18 @@ def remove_hooks(model: nn.Module) -> None:
             del hooks[key]
 
 
+def warn_of_unseen_patches(model: nn.Module) -> None:
+    """Log a warning where the class token is pooled and no layer lets it see the patches."""
+    slots = list(slots_of(model).values())
+    blind = slots and not find_attention(model) and not any(slot.core.mixes_tokens for slot in slots)
+    if blind and getattr(model, "global_pool", None) == "token":
+        _logger.warning(
+            f"mixer={mixer_name(slots[0])!r} mixes no tokens, so with global_pool='token' the output of "
+            f"{type(model).__name__} is the same for every image; what makes sense is global_pool='avg', or layers= "
+            "that leave other layers their attention"
+        )
+
+
 def layout_of(model: nn.Module) -> TokenLayout:
     """The layout of the tokens of a ViT or Eva at the size for which it was built."""
     height, width = model.patch_embed.grid_size
@@ -242,3 +256,4 @@ def replace_attention(
             slot = build_mixer(model, site.attn, mixer, layout, positions.get(layout.grid), **keywords)
             setattr(site.parent, site.name, slot)
     update_hooks(model)
+    warn_of_unseen_patches(model)

@@ -4,13 +4,16 @@ from ._mechanism import Mixer
 from .atrous import AtrousAttention
 from .axial import AxialAttention
 from .fourier import FourierMixing
+from .glu import GatedLinearUnit
 from .gpsa import GatedPositionalAttention
+from .latent import LatentAttention
 from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
 from .performer import PerformerAttention
 from .pool import Pooling
 from .retention import Retention
+from .scattering import WaveletScattering
 from .softmax import SoftmaxAttention
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -25,4 +28,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "pool": Pooling,
     "retention": Retention,
     "gpsa": GatedPositionalAttention,
+    "glu": GatedLinearUnit,
+    "latent": LatentAttention,
+    "scattering": WaveletScattering,
 }

@@ -49,6 +49,8 @@ class Mixer(nn.Module):
     # the name in errors and in the documentation of models, and the paper
     title = "this token mixer"
     source = ""
+    # whether a token sees others at all
+    mixes_tokens = True
     # whether tokens must be the whole patch grid, so that none may be dropped
     uses_grid = True
     # whether attention weights can be dropped, and masked or made causal

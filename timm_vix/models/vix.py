@@ -18,6 +18,9 @@ from timm.models import generate_default_cfgs
 from ._register import ModelName, register_names
 from .vit import LINFORMER, NYSTROM, PERFORMER, create_vision_xformer, default_cfgs_for, describe_vit
 
+# without token mixing only patches know the image; everything else, an idle class token too, is as in a ViT
+PATCHES = dict(global_pool="avg", fc_norm=False)
+
 # name, mixer, stem, size, rotary positions, keywords
 NAMES = [
     ModelName("vix_linformer_tiny", "linformer", "linear", "tiny"),
@@ -53,6 +56,12 @@ NAMES = [
     ModelName("vix_retention_cifar", "retention", "linear", "cifar"),
     ModelName("vix_gpsa_tiny", "gpsa", "linear", "tiny"),
     ModelName("vix_gpsa_cifar", "gpsa", "linear", "cifar"),
+    ModelName("vix_glu_tiny", "glu", "linear", "tiny", None, PATCHES),
+    ModelName("vix_glu_cifar", "glu", "linear", "cifar", None, PATCHES),
+    ModelName("vix_latent_tiny", "latent", "linear", "tiny"),
+    ModelName("vix_latent_cifar", "latent", "linear", "cifar"),
+    ModelName("vix_scattering_tiny", "scattering", "linear", "tiny"),
+    ModelName("vix_scattering_cifar", "scattering", "linear", "cifar"),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
@@ -73,6 +82,8 @@ NAMES = [
     ModelName("vix_retention_cifar_rope", "retention", "linear", "cifar", "axial"),
     ModelName("vix_gpsa_tiny_rope", "gpsa", "linear", "tiny", "axial"),
     ModelName("vix_gpsa_cifar_rope", "gpsa", "linear", "cifar", "axial"),
+    ModelName("vix_latent_tiny_rope", "latent", "linear", "tiny", "axial"),
+    ModelName("vix_latent_cifar_rope", "latent", "linear", "cifar", "axial"),
 ]
 
 default_cfgs = generate_default_cfgs(default_cfgs_for(NAMES))

@@ -1,0 +1,139 @@
+"""Latent attention: exact within a group of patches, and through latents, which groups read and write, for the rest.
+
+The patch grid is cut into groups of s x s patches. Each group g has m latents, pooled from its patches as Nyström's
+landmarks are: Q~_l is the mean query of a cell of the group. What tokens or latents give to a query q is known from
+the log of their mass, log sum_j e^(q K_j^T / sqrt(D) + c_j), and from the attended value. Both are computed at the
+latent's query. The first is expanded from there, q K^T / sqrt(D) + S, where K is the attended key:
+
+    read:    p_l = softmax_j∈g(Q~_l K_j^T / sqrt(D))                            latents attend to their group's patches
+             K^_l, V^_l = sum_j p_lj (K_j, V_j),         S^_l = -sum_j p_lj log p_lj
+    global:  r_l = softmax_n∉g(Q~_l K^_n^T / sqrt(D) + S^_n - log m)            latents attend to the other groups'
+             K'_l, V'_l = sum_n r_ln (K^_n, V^_n),       S'_l = sum_n r_ln (S^_n - log m - log r_ln)
+    write:   Y_i = softmax(Q_i [K_P | K_g | K'_g]^T / sqrt(D) + [0 | 0 | S'_g - log m]) [V_P | V_g | V'_g]
+
+for a patch i of group g, with P the prefix tokens, which attend to all tokens themselves. With L = s^2 patches in a
+group, cost in N: N·(L + m) + (N·m/L)^2. On a grid of one group this is softmax attention.
+
+After FIT (Chen & Li 2023, arXiv 2305.12689), whose layers run inside groups, read from a group to its latents, run on
+all latents, and write back.
+
+*Names:* ``group_size`` = s, ``latents_per_group`` = m.
+
+*Differs:* FIT's latents are learned tokens, with projections, residuals and feed-forward layers of their own, and live
+from layer to layer. Here the three attentions are one layer without parameters: queries, keys and values are the
+host's, and latents have the mass of their tokens, so that a ViT's weights keep most of their function. Latents attend
+to those of other groups only, and not to prefix tokens: the patches that read them attend to their own group and to
+prefix tokens themselves, and no token counts twice. Groups are as equal as the grid allows, and the last ones may be
+smaller. A cell without patches has no latent; m is the number of those that a group has. Dropout acts on the last of
+the attentions. Long sequences have attention weights computed again for the gradient.
+
+Shapes: B images, h heads, A = B·h, N = P + H·W tokens, D head width, G groups of L patches with m latents each.
+"""
+
+import torch
+from torch.nn.functional import dropout, scaled_dot_product_attention
+
+from .._checks import check_integer
+from ._dilated import axis_layout, from_windows, to_windows
+from ._fused import checkpoint_if_long
+from ._layout import Grid, TokenLayout, cell_grid
+from ._mechanism import AttentionMechanism, AttentionShape
+from ._resample import averages
+from ._windows import LONG
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+    """Attended keys and values of scaled queries, and S of the module's docstring in the dtype of the bias."""
+    weights = (torch.matmul(q, k.transpose(2, 3)).to(bias.dtype) + bias).log_softmax(3)
+    p = weights.exp()
+    offset = (p * (bias - weights)).sum(3)
+    p = p.to(v.dtype)
+    return [torch.matmul(p, k), torch.matmul(p, v), offset]
+
+
+def attend_through_latents(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_prefix_tokens: int,
+    grid: Grid,
+    group_size: int,
+    latents_per_group: int,
+    rate: float,
+) -> torch.Tensor:
+    """Attention of the patches: q, k, v (B, h, N, D) -> (B, h, H·W, D)."""
+    B, h, P, D = q.shape[0], q.shape[1], num_prefix_tokens, q.shape[3]
+    dtype = torch.promote_types(q.dtype, torch.float32)  # sums and logarithms
+    rows, columns = axis_layout(grid[0], 1, group_size), axis_layout(grid[1], 1, group_size)
+    prefix_k, prefix_v = k[:, :, :P].flatten(0, 1).unsqueeze(1), v[:, :, :P].flatten(0, 1).unsqueeze(1)
+    q, k, v = [to_windows(t[:, :, P:].flatten(0, 1), grid, rows, columns) for t in (q * D**-0.5, k, v)]
+    A, G = q.shape[0], q.shape[1]
+    # which places of a group are patches, (G, L), and the weights that pool them in cells, (G, m, L)
+    real = torch.ones([1, grid[0] * grid[1], 1], device=q.device, dtype=dtype)
+    inside = to_windows(real, grid, rows, columns)[0, :, :, 0]
+    cells = cell_grid(latents_per_group, (rows[1], columns[1]))
+    rows_of, columns_of = averages(rows[1], cells[0], real), averages(columns[1], cells[1], real)
+    pooled = (rows_of[:, None, :, None] * columns_of[None, :, None, :]).flatten(2).flatten(0, 1) * inside.unsqueeze(1)
+    share = pooled.sum(2, keepdim=True)
+    exists = (share[:, :, 0] > 0).to(dtype)
+    m = exists.shape[1]
+    latents = torch.matmul((pooled / share.clamp(min=1e-6)).to(q.dtype), q)
+
+    # far below every logit, but finite, so that 0 log 0 is 0
+    near = -1e30 * (1.0 - inside)
+    # an existing latent stands for its share of the group, and others don't count
+    once = -1e30 * (1.0 - exists) - exists.sum(1, keepdim=True).log()
+    latent_k, latent_v, mass = attend(latents, k, v, near.unsqueeze(1))
+    group = torch.arange(G, device=q.device).repeat_interleave(m)
+    others = -1e30 * (group.unsqueeze(1) == group).to(dtype) + (mass + once).reshape(A, 1, 1, G * m)
+    latent_k, latent_v = latent_k.reshape(A, 1, G * m, D), latent_v.reshape(A, 1, G * m, D)
+    latent_k, latent_v, mass = attend(latents.reshape(A, 1, G * m, D), latent_k, latent_v, others)
+    latent_k, latent_v = latent_k.reshape(A, G, m, D), latent_v.reshape(A, G, m, D)
+
+    k = torch.cat([prefix_k.expand(-1, G, -1, -1), k, latent_k], dim=2)
+    v = torch.cat([prefix_v.expand(-1, G, -1, -1), v, latent_v], dim=2)
+    prefix = torch.zeros([A, G, P], device=q.device, dtype=dtype)
+    bias = torch.cat([prefix, near.expand(A, -1, -1), mass.reshape(A, G, m) + once], dim=2)
+    weights = (torch.matmul(q, k.transpose(2, 3)).to(dtype) + bias.unsqueeze(2)).softmax(3).to(v.dtype)
+    y = torch.matmul(dropout(weights, rate, rate > 0.0), v)
+    return from_windows(y, grid, rows, columns).reshape(B, h, grid[0] * grid[1], D)
+
+
+class LatentAttention(AttentionMechanism):
+    """Attention in groups, and through their latents.
+
+    Args:
+        group_size: the largest side of a group, in patches.
+        latents_per_group: latents of a group; the largest number, at most this and that of its patches, that lies
+            evenly over it is taken (``cell_grid``).
+
+    Raises:
+        ValueError: for a wrong keyword, naming what is allowed.
+    """
+
+    title = "latent attention"
+    source = "after Chen & Li 2023, arXiv 2305.12689"
+    needs_self_attention = True
+    candidates = ({}, {"group_size": 4})
+
+    def __init__(self, shape: AttentionShape, group_size: int = 8, latents_per_group: int = 4) -> None:
+        super().__init__(shape)
+        check_integer("group_size", group_size, 1)
+        check_integer("latents_per_group", latents_per_group, 1)
+        self.group_size = group_size
+        self.latents_per_group = latents_per_group
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+    ) -> torch.Tensor:
+        P, grid, size, m = keys.num_prefix_tokens, keys.grid, self.group_size, self.latents_per_group
+        rate = self.dropout if self.training else 0.0
+        if max(grid[0], grid[1]) <= size:
+            return scaled_dot_product_attention(q, k, v, dropout_p=rate)
+        if torch.jit.is_scripting():
+            y = attend_through_latents(q, k, v, P, grid, size, m, rate)
+        else:
+            y = checkpoint_if_long(attend_through_latents, q.shape[2] >= LONG, q, k, v, P, grid, size, m, rate)
+        if P > 0:
+            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
+        return y
