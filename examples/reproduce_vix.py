@@ -28,6 +28,7 @@ from timm.data import resolve_model_data_config
 import timm_vix
 from timm_vix._files import one_line
 from timm_vix._records import append_record, header_of
+from timm_vix.measure.flops import counter
 from timm_vix.measure.job import measure_in_process
 from timm_vix.train.cards import COLUMNS, read_rows, seed_suffix, write_cards
 from timm_vix.train.finetune import find_device, finetune
@@ -205,8 +206,18 @@ def train(
         peak_memory_mib=rounded(step, "peak_memory_mib", 1),
         seconds=round(sum(row["seconds"] for row in history), 1),
         seed=given.seed,
+        gflops=gigaflops(system, patch_size),
         **{key: best[key] for key in shared},
     )
+
+
+@torch.inference_mode()
+def gigaflops(system: str, patch_size: int) -> float:
+    """10^9 floating-point operations of a forward pass of one image."""
+    model = timm.create_model(system, **patched(system, patch_size)).eval()
+    with counter() as flops:
+        model(torch.zeros(1, 3, 32, 32))
+    return round(flops.get_total_flops() / 1e9, 4)
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ COLUMNS: Columns = dict(
     seconds=float,
     seed=int,
     parameters=int,
+    gflops=float,
     device=str,
     dtype=str,
     threads=int,
