@@ -4,6 +4,7 @@ from ._mechanism import Mixer
 from .atrous import AtrousAttention
 from .axial import AxialAttention
 from .fourier import FourierMixing
+from .hyena import HyenaConvolution
 from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
@@ -21,4 +22,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "fnet": FourierMixing,
     "mixer": TokenMlp,
     "pool": Pooling,
+    "hyena": HyenaConvolution,
 }
