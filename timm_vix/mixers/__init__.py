@@ -5,6 +5,7 @@ from .atrous import AtrousAttention
 from .axial import AxialAttention
 from .fourier import FourierMixing
 from .hyena import HyenaConvolution
+from .legendre import LegendreMemory
 from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
@@ -23,4 +24,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "mixer": TokenMlp,
     "pool": Pooling,
     "hyena": HyenaConvolution,
+    "legendre": LegendreMemory,
 }

@@ -51,6 +51,8 @@ NAMES = [
     ModelName("vix_pool_cifar", "pool", "linear", "cifar"),
     ModelName("vix_hyena_tiny", "hyena", "linear", "tiny"),
     ModelName("vix_hyena_cifar", "hyena", "linear", "cifar", None, dict(reference_size=32)),
+    ModelName("vix_legendre_tiny", "legendre", "linear", "tiny"),
+    ModelName("vix_legendre_cifar", "legendre", "linear", "cifar", None, dict(theta=32.0)),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
