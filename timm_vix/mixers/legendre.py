@@ -99,12 +99,14 @@ class LegendreMemory(AttentionMechanism):
     ) -> torch.Tensor:
         P, (height, width) = keys.num_prefix_tokens, keys.grid
         B, h, _, D = v.shape
-        image = v[:, :, P:].transpose(2, 3).reshape(B, h * D, height, width)
+        # products of many small matrices copy what isn't contiguous, each for itself
+        image = v[:, :, P:].transpose(2, 3).reshape(B, h * D, height, width).contiguous()
         step = torch.tensor(self.step, dtype=torch.float64, device="cpu")
         basis = toeplitz_basis(impulse_response(step, max(height, width)).to(self.readout))
-        along_rows = torch.einsum("ck,kts->cts", self.readout[0], basis[:, :width, :width])
-        along_columns = torch.einsum("ck,kts->cts", self.readout[1], basis[:, :height, :height])
-        y = torch.matmul(image, along_rows.transpose(1, 2)) + torch.matmul(along_columns, image)
+        rows, columns = basis[:, :width, :width].transpose(1, 2), basis[:, :height, :height]
+        along_rows = torch.matmul(self.readout[0], rows.flatten(1)).unflatten(1, (width, width))
+        along_columns = torch.matmul(self.readout[1], columns.flatten(1)).unflatten(1, (height, height))
+        y = torch.matmul(image, along_rows) + torch.matmul(along_columns, image)
         y = y.reshape(B, h, D, height * width).transpose(2, 3)
         if P > 0:
             y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
