@@ -8,10 +8,11 @@
 Products are elementwise. The filter h is implicit: a perceptron with sines gives its value at any offset p, a pair of
 rows and columns, in units of a reference size. It covers the whole plane, from -(H - 1) to H - 1 rows and likewise
 columns, so every patch sees every other. The convolution is a product of Fourier transforms of 2H x 2W numbers, which
-is long enough that no offset meets another one. The filter is computed once for all images of a batch, at 4·N offsets.
+is long enough that no offset meets another one; memory is linear in N. The filter is computed once for all images of a
+batch, at 4·N offsets.
 
-Zimerman & Wolf 2023 (arXiv 2309.13600), section 3, after Poli et al. 2023 (arXiv 2302.10866), with the plane of Spravil
-et al. 2024 (arXiv 2402.19305). It is their operator of order 2, which has one convolution and two gates.
+Zimerman & Wolf 2023 (arXiv 2309.13600), after Poli et al. 2023 (arXiv 2302.10866), with the plane of Spravil et al.
+2024 (arXiv 2402.19305). It is their operator of order 2, which has one convolution and two gates.
 
 *Names:* ``filter_order``, ``num_inner_mlps``: hidden units and inner layers of the MLP; ``emb_dim``: numbers in gamma
 for each axis, the coordinate and pairs of cosine and sine of π, 2π, ... times it; ``w``: frequency of the MLP's sines;

@@ -8,9 +8,10 @@
 M are the first coefficients of the last theta tokens in Legendre polynomials (Voelker et al. 2019, "Legendre memory
 units"); c reads them, another vector for each direction and channel. The recurrence is linear, so a direction is a
 convolution with c^T A^t B, and both directions of an axis are a product with one Toeplitz matrix for each channel. For
-the sides of patch grids that is several times as fast as Fourier transforms, and it needs no complex numbers.
+the sides of patch grids that is several times as fast as Fourier transforms, and it needs no complex numbers. The
+matrices hold H^2 + W^2 numbers for each channel, so memory is linear in N unless the grid is long and narrow.
 
-Liu et al. 2024 (arXiv 2402.04882), section 3, with the parallel form of Chilkuri & Eliasmith 2021 (arXiv 2102.11417).
+Liu et al. 2024 (arXiv 2402.04882), with the parallel form of Chilkuri & Eliasmith 2021 (arXiv 2102.11417).
 
 *Names:* ``order``: coefficients in M; ``theta``: tokens in the window; ``readout`` = c of rows, then of columns, in
 each the direction of the raster and then the other.
@@ -19,8 +20,8 @@ each the direction of the raster and then the other.
 values has a memory of its own, without ReLU, since the recurrence is linear in what it remembers and a MLP follows. The
 input that the paper joins to M is in the token's residual connection. The paper runs through one sequence of fixed
 length in one direction; four directions of the grid take any image. Its order is theta, 128: patches along a side are
-fewer, and order 16 holds all that a window of 14 tokens has. Powers of A are taken in float64. Prefix tokens lie on no
-grid: they keep softmax attention to all tokens, and patches don't see them.
+fewer, and order 16 has more coefficients than a window of 14 tokens has tokens. Powers of A are taken in float64.
+Prefix tokens lie on no grid: they keep softmax attention to all tokens, and patches don't see them.
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D channels, L the longer side.
 """
