@@ -160,7 +160,7 @@ def test_a_dynamic_image_that_patches_do_not_divide_is_refused(mixer, stem):
 )
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_refused_size_changes_nothing(mixer, keywords):
-    model = small(mixer, "axial" if MIXERS[mixer].supports_rotary else None)
+    model = small(mixer, rope="axial" if MIXERS[mixer].supports_rotary else None)
     x, before = image(model), copy.deepcopy(model.state_dict())
     expected = model(x)
     with pytest.raises(ValueError, match="_size"):

@@ -17,6 +17,7 @@ import timm_vix
 from timm_vix.conversion.convert import attention_sites
 from timm_vix.conversion.replace import mixer_name
 from timm_vix.mixers import MIXERS
+from timm_vix.mixers._mechanism import AttentionMechanism
 
 # 16 landmarks on a 4x4 grid and no ridge: Nyström attention is then softmax attention
 EXACT = dict(num_landmarks=16, ridge=0.0, pinv_iterations=60)
@@ -169,7 +170,7 @@ def test_there_and_back(mixer):
     y = model(x)
     few = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}, "latent": {"group_size": 2}}
     timm_vix.convert(model, mixer, **few.get(mixer, {}))
-    if MIXERS[mixer].supports_rotary:
+    if issubclass(MIXERS[mixer], AttentionMechanism):
         assert all(dict(model.named_parameters())[name] is p for name, p in weights.items()), "weights are shared"
     if mixer == "softmax":
         with pytest.raises(ValueError, match="nothing to revert"):
@@ -405,7 +406,7 @@ def test_saved_and_loaded_it_is_the_same_function(host, mixer, safe, tmp_path):
         f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=3, img_size=(56, 70) if host is eva else (32, 40)
     )
     assert other(images(other)).isfinite().all()
-    if MIXERS[mixer].supports_rotary:
+    if issubclass(MIXERS[mixer], AttentionMechanism):
         timm_vix.revert(loaded)
         timm_vix.revert(model)
         assert torch.equal(loaded(x), model(x))

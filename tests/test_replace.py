@@ -11,6 +11,7 @@ from timm.layers import Attention
 from timm_vix import convert, revert
 from timm_vix.conversion.replace import mixer_keywords, mixer_name, slots_of
 from timm_vix.mixers import MIXERS
+from timm_vix.mixers._mechanism import AttentionMechanism
 
 MECHANISMS = [mixer for mixer in MIXERS if mixer != "softmax"]
 
@@ -36,7 +37,7 @@ def test_weights_are_shared_not_copied(mixer):
     before = dict(model.named_parameters())
     convert(model, mixer)
     after = dict(model.named_parameters())
-    kept = {name for name in before if MIXERS[mixer].supports_rotary or ".attn." not in name}
+    kept = {name for name in before if issubclass(MIXERS[mixer], AttentionMechanism) or ".attn." not in name}
     assert kept == before.keys() & after.keys()
     assert all(after[name] is before[name] for name in kept)
     assert {name.split(".attn.")[1].split(".")[0] for name in after.keys() - before.keys()} <= {"core"}

@@ -6,7 +6,9 @@ from .axial import AxialAttention
 from .fourier import FourierMixing
 from .glu import GatedLinearUnit
 from .gpsa import GatedPositionalAttention
+from .hyena import HyenaConvolution
 from .latent import LatentAttention
+from .legendre import LegendreMemory
 from .linformer import LinformerAttention
 from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
@@ -31,4 +33,6 @@ MIXERS: dict[str, type[Mixer]] = {
     "glu": GatedLinearUnit,
     "latent": LatentAttention,
     "scattering": WaveletScattering,
+    "hyena": HyenaConvolution,
+    "legendre": LegendreMemory,
 }
