@@ -92,8 +92,10 @@ def no_decay_names(model: nn.Module) -> set[str]:
 
 
 def is_softmax(module: nn.Module) -> bool:
-    """Whether a module is softmax attention that a mixer can continue."""
-    return type(module) in REPLACEABLE or (type(module) is AttentionSlot and type(module.core) is SoftmaxAttention)
+    """Whether a module is softmax attention that a mixer can continue, to which nothing is added."""
+    if type(module) is AttentionSlot and type(module.core) is SoftmaxAttention:
+        return not any(module.core.config().values())
+    return type(module) in REPLACEABLE
 
 
 def find_attention(model: nn.Module) -> list[AttentionSite]:
@@ -150,7 +152,7 @@ def build_slot(
         weight.device,
         weight.dtype,
     )
-    core = mixer_class(shape, **keywords)
+    core = mixer_class.build(shape, **keywords)
     slot: MixerSlot
     if isinstance(core, TokenMixing):
         slot = TokenSlot(core, attn, layout)
@@ -230,7 +232,7 @@ def replace_attention(
     blocks = [(block, layout) for part, layout in parts for block in part.children()]
     for index, (block, layout) in enumerate(blocks):
         mixer, keywords = mixers.get(index, ("softmax", {}))
-        if mixer == "softmax" and rope is None:
+        if mixer == "softmax" and rope is None and not any(keywords.values()):
             continue
         for site in find_attention(block):
             weight = site.attn.proj.weight
