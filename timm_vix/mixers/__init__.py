@@ -9,6 +9,7 @@ from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
 from .performer import PerformerAttention
 from .pool import Pooling
+from .relu import ReluAttention
 from .softmax import SoftmaxAttention
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -21,4 +22,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "fnet": FourierMixing,
     "mixer": TokenMlp,
     "pool": Pooling,
+    "relu": ReluAttention,
 }

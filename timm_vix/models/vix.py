@@ -49,6 +49,8 @@ NAMES = [
     ModelName("vix_mixer_cifar", "mixer", "linear", "cifar"),
     ModelName("vix_pool_tiny", "pool", "linear", "tiny"),
     ModelName("vix_pool_cifar", "pool", "linear", "cifar"),
+    ModelName("vix_relu_tiny", "relu", "linear", "tiny"),
+    ModelName("vix_relu_cifar", "relu", "linear", "cifar"),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
@@ -65,6 +67,8 @@ NAMES = [
     ModelName("vix_axial_tiny_rope", "axial", "linear", "tiny", "axial"),
     ModelName("vix_axial_small_rope", "axial", "linear", "small", "axial"),
     ModelName("vix_axial_cifar_rope", "axial", "linear", "cifar", "axial"),
+    ModelName("vix_relu_tiny_rope", "relu", "linear", "tiny", "axial"),
+    ModelName("vix_relu_cifar_rope", "relu", "linear", "cifar", "axial"),
 ]
 
 default_cfgs = generate_default_cfgs(default_cfgs_for(NAMES))
