@@ -29,6 +29,7 @@ OPTIONS: dict[str, list[dict]] = {
     "atrous": [{"window_size": 2}, {"dilations": (3, 1), "window_size": 3}, {"dilations": 1}],
     "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}, {"window_size": 2}],
     "nystrom": [{}, {"conv_residual": True}, {"window_size": 3}],
+    "softmax": [{}, {"conv_residual": True, "locality": 0.05}],
     "performer": [{}, {"redraw_interval": 3}, {"learned_features": True}],
 }
 VARIANTS = [

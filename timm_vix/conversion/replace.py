@@ -50,7 +50,7 @@ def check_keywords(mixer: str, keywords: Mapping[str, Any]) -> None:
     allowed = mixer_keywords(mixer)
     for name, value in sorted(keywords.items()):
         if name not in allowed:
-            raise InputError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed) or 'no keywords'}")
+            raise InputError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed)}")
 
 
 def mixer_name(module: nn.Module) -> str:
