@@ -261,11 +261,13 @@ def test_inherited_weights_are_those_of_the_file(name, deit, caplog):
 
 @pytest.mark.parametrize("name", [name for name in TINY if "_rope" not in name])
 def test_own_weights_keep_their_initial_value(name, deit):
+    """But for a convolution of values that know nothing of it, which starts as nothing."""
     torch.manual_seed(3)
     model = converted(name, deit)
     torch.manual_seed(3)
     state = timm.create_model(name).state_dict()
-    assert all(torch.equal(model.state_dict()[key], state[key]) for key in (mixer_keys(model) | stem_keys(model)))
+    expected = {key: 0 * state[key] if "core.conv." in key else state[key] for key in state}
+    assert all(torch.equal(model.state_dict()[key], expected[key]) for key in (mixer_keys(model) | stem_keys(model)))
 
 
 @pytest.mark.parametrize("name", ["vix_nystrom_tiny", "vix_mixer_tiny", "hybrid_vil_tiny", "vix_performer_tiny_rope"])

@@ -39,7 +39,7 @@ class DepthwiseResidual(nn.Conv2d):
         """(B, h, N, E) -> (B, h, N, E), or (B, N, C) -> (B, N, C)."""
         P, (height, width) = layout.num_prefix_tokens, layout.grid
         patches = v.transpose(-2, -1)[..., P:]
-        image = patches.reshape(v.shape[0], -1, height, width)
+        image = patches.reshape(v.shape[0], self.weight.shape[0], height, width)
         local = self._conv_forward(image, self.weight, self.bias).reshape(patches.shape)
         return pad(local.transpose(-2, -1), (0, 0, P, 0))
 
