@@ -131,7 +131,7 @@ def test_locality_is_the_mechanism_on_wider_heads(mixer, rope):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_nothing_changes_where_nothing_is_added(mixer):
     off = {"locality": 0.0} if mixer in LOCAL else {}
-    plain, same = small(mixer), small(mixer, conv_residual=False, **off)
+    plain, same = small(mixer), small(mixer, conv_residual=MIXERS[mixer].conv_residual, **off)
     same.load_state_dict(plain.state_dict())
     x = image(plain)
     assert torch.equal(same(x), plain(x))
