@@ -31,6 +31,7 @@ OPTIONS: dict[str, list[dict]] = {
     "latent": [{"group_size": 3, "latents_per_group": 2}, {"group_size": 4}],
     "linformer": [{}, {"sharing": "headwise"}, {"sharing": "none"}, {"window_size": 2}],
     "nystrom": [{}, {"conv_residual": True}, {"window_size": 3}],
+    "softmax": [{}, {"conv_residual": True, "locality": 0.05}],
     "performer": [{}, {"redraw_interval": 3}, {"learned_features": True}],
 }
 

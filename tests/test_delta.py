@@ -203,6 +203,27 @@ def test_a_delta_that_was_tampered_with_is_refused(tmp_path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_a_file_from_before_a_keyword_has_what_it_had(tmp_path) -> None:
+    def build(**options) -> torch.nn.Module:
+        model = vit()
+        timm_vix.convert(model, "axial", **options)
+        return model
+
+    path = tmp_path / "delta.safetensors"
+    expected = task(path, build)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    mechanisms = json.loads(metadata["mechanisms"])
+    for _, config in mechanisms.values():
+        assert (config.pop("conv_residual"), config.pop("locality")) == (False, 0.0)
+    save_file(load_file(path), path, metadata | {"mechanisms": json.dumps(mechanisms)})
+    model = build()
+    timm_vix.load_delta(model, path)
+    assert torch.equal(answer(model), expected)
+    with pytest.raises(ValueError, match=r"axial\(locality=0.0\) in the file and axial\(locality=0.05\) here"):
+        timm_vix.load_delta(build(locality=0.05), path)
+
+
 def test_a_delta_needs_a_backbone(tmp_path) -> None:
     with pytest.raises(ValueError, match="has no frozen parameters.*call freeze_except"):
         timm_vix.save_delta(vit(), tmp_path / "delta.safetensors")

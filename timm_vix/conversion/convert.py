@@ -229,7 +229,7 @@ def planned_attention(model: nn.Module, site: AttentionSite, name: str, own: dic
     Raises:
         ValueError: for what the mixer can't honour.
     """
-    if name == "softmax" and (not merges or isinstance(site.attn, AttentionSlot)):
+    if name == "softmax" and not any(own.values()) and (not merges or isinstance(site.attn, AttentionSlot)):
         return site.attn
     try:
         rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None

@@ -30,7 +30,9 @@ from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
 from .merging import MergingBlocks
 from .replace import mixer_name
 
-FORMAT = "timm_vix delta 2"  # a mechanism with a further keyword needs another format: files of this one lack it
+FORMAT = "timm_vix delta 2"
+# a mechanism in a file that lacks one of these keywords is older than it, and has this value
+LATER: dict[str, Any] = dict(conv_residual=False, locality=0.0)
 DESCRIBED = ("architecture", "pooling", "mechanisms", "backbone")  # in the metadata of a file
 ROWS = ("weight", "bias")  # of a classifier: one for each class
 # from the finest to the coarsest
@@ -55,7 +57,7 @@ FORMAT_1_DEFAULTS: dict[str, dict[str, Any]] = {
     "atrous": dict(dilations=[1, 2, 4], window_size=8),
     "linformer": dict(sharing="kv", window_size=0),
     "mixer": dict(tokens_mlp_ratio=0.5),
-    "nystrom": dict(pinv_iterations=8, ridge=0.01, conv_residual=False, window_size=0),
+    "nystrom": dict(pinv_iterations=8, ridge=0.01, window_size=0),
     "performer": dict(num_features=64, feature_seed=0, redraw_interval=0, learned_features=False),
 }
 
@@ -233,7 +235,7 @@ def difference(saved: Description, model: nn.Module, frozen: dict[str, torch.Ten
         return f"it pools by global_pool={saved.pooling!r}; this one by {pooling(model)!r}"
     mechanisms = mechanisms_of(model)
     for path in sorted({*saved.mechanisms, *mechanisms}):
-        theirs, ours = saved.mechanisms.get(path), mechanisms.get(path)
+        theirs, ours = completed(saved.mechanisms.get(path)), completed(mechanisms.get(path))
         if theirs != ours:
             theirs_in_words, ours_in_words = in_words(theirs, ours), in_words(ours, theirs)
             return f"its mixers differ: {path} is {theirs_in_words} in the file and {ours_in_words} here"
@@ -245,6 +247,11 @@ def difference(saved: Description, model: nn.Module, frozen: dict[str, torch.Ten
             "was fine-tuned"
         )
     return ""
+
+
+def completed(mechanism: Optional[list[Any]]) -> Optional[list[Any]]:
+    """A mechanism of ``mechanisms_of`` with the keywords that it may be older than."""
+    return mechanism and [mechanism[0], {**LATER, **mechanism[1]}]
 
 
 def in_words(mechanism: Optional[list[Any]], other: Optional[list[Any]]) -> str:
@@ -296,7 +303,7 @@ def from_format_1(metadata: dict[str, str], current: dict[str, list[Any]]) -> De
         later = current[path][1] if path in current and current[path][0] == name else {}
         defaults = {keyword: value for keyword, value in FORMAT_1_DEFAULTS.get(name, {}).items() if keyword in later}
         given = {keyword: value for keyword, value in options.items() if value is not None}
-        config = {**later, **defaults, **given}
+        config = {**later, **LATER, **defaults, **given}
         if "dilations" in config:
             config["dilations"] = check_dilations(config["dilations"])
         mechanisms[path] = [name, config]

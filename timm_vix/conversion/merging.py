@@ -267,8 +267,8 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
         if layer > first and not slot.core.supports_key_bias:
             raise InputError(
                 f"merge: blocks.{layer} has {title}, which needs the whole patch grid, and blocks.{first} merges "
-                "tokens before it; allowed from there on are mixer='softmax' and mixer='performer', or a list of "
-                "merge= with 0 up to the last layer that needs the grid"
+                "tokens before it; allowed from there on are mixer='softmax' and mixer='performer' without "
+                "conv_residual and locality, or a list of merge= with 0 up to the last layer that needs the grid"
             )
 
 

@@ -52,7 +52,7 @@ def check_keywords(mixer: str, keywords: Mapping[str, Any]) -> None:
     allowed = mixer_keywords(mixer)
     for name, value in sorted(keywords.items()):
         if name not in allowed:
-            raise InputError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed) or 'no keywords'}")
+            raise InputError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed)}")
 
 
 def mixer_name(module: nn.Module) -> str:
@@ -94,8 +94,10 @@ def no_decay_names(model: nn.Module) -> set[str]:
 
 
 def is_softmax(module: nn.Module) -> bool:
-    """Whether a module is softmax attention that a mixer can continue."""
-    return type(module) in REPLACEABLE or (type(module) is AttentionSlot and type(module.core) is SoftmaxAttention)
+    """Whether a module is softmax attention that a mixer can continue, to which nothing is added."""
+    if type(module) is AttentionSlot and type(module.core) is SoftmaxAttention:
+        return not any(module.core.config().values())
+    return type(module) in REPLACEABLE
 
 
 def find_attention(model: nn.Module) -> list[AttentionSite]:
@@ -152,7 +154,7 @@ def build_slot(
         weight.device,
         weight.dtype,
     )
-    core = mixer_class(shape, **keywords)
+    core = mixer_class.build(shape, **keywords)
     slot: MixerSlot
     if isinstance(core, TokenMixing):
         slot = TokenSlot(core, attn, layout)
@@ -244,7 +246,7 @@ def replace_attention(
     blocks = [(block, layout) for part, layout in parts for block in part.children()]
     for index, (block, layout) in enumerate(blocks):
         mixer, keywords = mixers.get(index, ("softmax", {}))
-        if mixer == "softmax" and rope is None:
+        if mixer == "softmax" and rope is None and not any(keywords.values()):
             continue
         for site in find_attention(block):
             weight = site.attn.proj.weight

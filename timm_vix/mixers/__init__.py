@@ -14,6 +14,7 @@ from .mlp_mixer import TokenMlp
 from .nystrom import NystromAttention
 from .performer import PerformerAttention
 from .pool import Pooling
+from .relu import ReluAttention
 from .retention import Retention
 from .scattering import WaveletScattering
 from .softmax import SoftmaxAttention
@@ -35,4 +36,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "scattering": WaveletScattering,
     "hyena": HyenaConvolution,
     "legendre": LegendreMemory,
+    "relu": ReluAttention,
 }

@@ -13,6 +13,7 @@ from torch import nn
 from ._fused import fused_attend_from, fused_attend_to
 from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout, count_bias
+from ._local import append_channels, locality_channels
 from ._mechanism import AttentionMechanism
 from ._resample import table_of_cells
 from ._slot import MixerSlot
@@ -82,8 +83,10 @@ class AttentionSlot(MixerSlot):
     def init_from_inputs(self, x: torch.Tensor, rope: Optional[torch.Tensor] = None) -> None:
         """See input of a trained model (B, N, C) before training, for weights of the mechanism to start from."""
         layout = self.layout_of(x, None, False)
-        q, k, _ = self.project(x, 0, 3)
-        self.core.init_from_inputs(self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope))
+        q, k, v = self.project(x, 0, 3)
+        q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
+        q, k, _ = self.core.localise(q, k, v, layout, layout)
+        self.core.init_from_inputs(q, k)
 
     def bias_of_qkv(self) -> Optional[torch.Tensor]:
         """The bias of the joint projection, (3·A)."""
@@ -252,7 +255,14 @@ class LandmarkSlot(AttentionSlot):
             q = self.project(x, 0, 1)[0]
             k, v = q, q
         q = self.rotate(q, layout, layout.grid, rope)
-        return self.merge(core.attend(q, k, v, q_m, k_m, v_m, layout), x)
+        wide = v
+        if core.locality > 0.0:  # the mean logit of a cell's tokens is that of their mean channels
+            of_queries, of_keys = locality_channels(core.locality, self.head_dim, layout, layout, q)
+            q, k, wide = append_channels(q, k, v, of_queries, of_keys)
+            of_queries, of_keys = core.pool(of_queries, layout, cells, False), core.pool(of_keys, layout, cells, False)
+            q_m, k_m, v_m = append_channels(q_m, k_m, v_m, of_queries, of_keys)
+        y = core.attend(q, k, wide, q_m, k_m, v_m, layout)
+        return self.merge(core.enhance(y, v, layout), x)
 
     def attend_fused(
         self, x: torch.Tensor, q_m: torch.Tensor, k_m: torch.Tensor, v_m: torch.Tensor, bias: torch.Tensor

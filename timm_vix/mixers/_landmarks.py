@@ -18,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .._checks import InputError, check_integer
 from ._layout import Grid, TokenLayout, count_bias
-from ._local import DepthwiseResidual
 from ._mechanism import AttentionMechanism, AttentionShape
 from ._windows import landmarks_and_windows, window_biases
 
@@ -43,15 +42,13 @@ class LandmarkAttention(AttentionMechanism):
 
     Args:
         window_size: side of the windows of the patch grid within which attention is exact; 0: none.
-        conv_residual: add a depthwise 5x5 convolution of the values.
     """
 
-    zero_init = ("conv.weight",)
     one_grid_keywords = ("window_size", "conv_residual")
     # whether landmarks have queries, whose exact attention decides their values
     needs_queries: torch.jit.Final[bool] = False
 
-    def __init__(self, shape: AttentionShape, window_size: int, conv_residual: bool = False) -> None:
+    def __init__(self, shape: AttentionShape, window_size: int) -> None:
         super().__init__(shape)
         check_integer("window_size", window_size, 0)
         grids = shape.queries.grid, shape.keys.grid
@@ -60,16 +57,7 @@ class LandmarkAttention(AttentionMechanism):
             raise InputError(
                 f"window_size={window_size}: {queries} queries have no windows among {keys} keys; allowed is 0"
             )
-        if conv_residual and queries != keys:
-            raise InputError(
-                f"conv_residual=True: values of a grid of {keys} can't be added to {queries} queries; allowed is "
-                "conv_residual=False or, in a CvT, key_stride=1 or projection='linear'"
-            )
         self.window_size = window_size
-        self.conv_residual = conv_residual
-        self.conv: Optional[nn.Module] = None
-        if conv_residual:
-            self.conv = DepthwiseResidual(shape.num_heads * shape.value_dim, shape.device, shape.dtype)
         # pooling is the same for all heads, so it may come before the projections; and for queries, keys and values
         self.pools_tokens = True
         self.pools_once = True
@@ -94,14 +82,13 @@ class LandmarkAttention(AttentionMechanism):
 
     def can_fuse(self) -> bool:
         """Whether keys and values of single tokens aren't needed, so that projections can be fused."""
-        return self.window_size == 0 and self.conv is None
+        return self.window_size == 0 and self.conv is None and self.locality == 0.0
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
     ) -> torch.Tensor:
         if self.is_exact(keys):
-            y = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-            return self.add_local(y, v, keys)
+            return scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         cells = self.cells(keys.grid)
         q_m = self.pool(q, queries, cells, False) if self.needs_queries else q
         k_m, v_m = self.pool(k, keys, cells, False), self.pool(v, keys, cells, True)
@@ -124,15 +111,11 @@ class LandmarkAttention(AttentionMechanism):
             v_m = self.fit(q_m, k_m, v_m, attention(q_m, k, v), bias)
         dropout = self.dropout if self.training else 0.0
         if self.window_size == 0:
-            return self.add_local(attention(q, k_m, v_m, bias, dropout), v, keys)
+            return attention(q, k_m, v_m, bias, dropout)
         P, grid = keys.num_prefix_tokens, keys.grid
         size = min(self.window_size, max(grid[0], grid[1]))  # more would be padding
         biases = window_biases(q, P, grid, cells, size)
         y = landmarks_and_windows(q[:, :, P:], k[:, :, P:], v[:, :, P:], k_m, v_m, biases, grid, size, dropout)
         if P > 0:
             y = torch.cat([attention(q[:, :, :P], k_m, v_m, bias, dropout), y], dim=2)
-        return self.add_local(y, v, keys)
-
-    def add_local(self, y: torch.Tensor, v: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """Add the convolution of the values, if there is one."""
-        return y if self.conv is None else y + self.conv(v, layout)
+        return y

@@ -1,8 +1,18 @@
-"""Local enhancement: a depthwise convolution of the values over the patch grid, added to what attention gives.
+"""Local enhancement, which any mixer takes by a keyword: a convolution of the values, or a Gaussian bias of the logits.
 
-Xiong et al. 2021 (arXiv 2102.03902, section 3.3: ``conv_residual``), there over the sequence.
+``conv_residual``: Y + a depthwise 5x5 convolution of V over the patch grid, 0 for prefix tokens. Xiong et al. 2021
+(arXiv 2102.03902, section 3.3), there over the sequence.
 
-Shapes: B images, N = P + H·W tokens, h heads, E width of a head's values.
+``locality`` = a: the logit of patches i and j loses a |p_i - p_j|^2, with places p in rows and columns of the keys;
+prefix tokens keep theirs. It is the product of further channels of queries and keys, so there is no bias of N x N, and
+fused kernels stay:
+
+    -a |p_i - p_j|^2 = (2 a p_i) p_j + 1 (-a |p_j|^2) + (-a |p_i|^2) 1
+
+These are four channels. Their products cancel, and half precision would lose the difference. So each is split in two,
+the first of eight bits, the second the rest. Eight channels are also what kernels want to be added to a head.
+
+Shapes: B images, N = P + H·W tokens, h heads, D width of a head's queries and keys, E of its values.
 """
 
 from typing import Any
@@ -11,9 +21,10 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from ._layout import TokenLayout
+from ._layout import Grid, TokenLayout
 
 KERNEL_SIZE = 5
+CHANNELS = 8
 
 
 class DepthwiseResidual(nn.Conv2d):
@@ -25,9 +36,87 @@ class DepthwiseResidual(nn.Conv2d):
         )
 
     def forward(self, v: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """(B, h, N, E) -> (B, h, N, E)."""
-        B, h, _, E = v.shape
+        """(B, h, N, E) -> (B, h, N, E), or (B, N, C) -> (B, N, C)."""
         P, (height, width) = layout.num_prefix_tokens, layout.grid
-        image = v[:, :, P:].transpose(2, 3).reshape(B, h * E, height, width)
-        local = self._conv_forward(image, self.weight, self.bias).reshape(B, h, E, height * width)
-        return pad(local.transpose(2, 3), (0, 0, P, 0))
+        patches = v.transpose(-2, -1)[..., P:]
+        image = patches.reshape(v.shape[0], self.weight.shape[0], height, width)
+        local = self._conv_forward(image, self.weight, self.bias).reshape(patches.shape)
+        return pad(local.transpose(-2, -1), (0, 0, P, 0))
+
+
+def power_of_two(x: float) -> float:
+    """The lowest power of two that is at least x, for x > 0."""
+    power = 1.0
+    while power < x:
+        power *= 2.0
+    while power >= 2.0 * x:
+        power /= 2.0
+    return power
+
+
+def axis_places(count: int, key_count: int, like: torch.Tensor) -> torch.Tensor:
+    """Places of ``count`` tokens along an axis of ``key_count`` keys, in steps of these, from their middle.
+
+    Where there are fewer queries than keys, or more, one is a token in every so many of the other, from the first on.
+    """
+    step = float(-(-key_count // count)) if count < key_count else 1.0 / -(-count // key_count)
+    return torch.arange(count, device=like.device).to(like.dtype) * step - 0.5 * (key_count - 1)
+
+
+def patch_places(grid: Grid, key_grid: Grid, like: torch.Tensor) -> torch.Tensor:
+    """Row, column and the sum of their squares, of each patch: (H·W, 3), see ``axis_places``."""
+    rows = axis_places(grid[0], key_grid[0], like).reshape(-1, 1).expand(grid[0], grid[1])
+    columns = axis_places(grid[1], key_grid[1], like).reshape(1, -1).expand(grid[0], grid[1])
+    return torch.stack([rows, columns, rows.square() + columns.square()], dim=2).flatten(0, 1)
+
+
+def halves(x: torch.Tensor, limit: float) -> torch.Tensor:
+    """x (N, n), of at most ``limit``, as what eight bits hold and the rest, whose sum it is: (N, 2·n)."""
+    step = power_of_two(limit) / 128.0
+    high = (x / step).round() * step
+    return torch.cat([high, x - high], dim=1)
+
+
+def locality_channels(
+    locality: float,
+    head_dim: int,
+    queries: TokenLayout,
+    keys: TokenLayout,
+    like: torch.Tensor,
+    channels: int = CHANNELS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channels of queries (1, 1, Nq, 8) and of keys (1, 1, Nk, 8), whose product is the bias times sqrt(D + 8).
+
+    Both are of about the same size, which Performer's random features want. What stands beside a part that was split
+    has few bits: places of keys, and powers of two.
+    """
+    dtype = like.dtype
+    like = torch.empty([0], device=like.device, dtype=torch.promote_types(dtype, torch.float32))
+    height, width = keys.grid
+    a = locality * (head_dim + channels) ** 0.5
+    unit = power_of_two((2.0 * a) ** 0.5)
+    one = power_of_two((a * (height * height + width * width) / 12.0) ** 0.5)
+    reach = 0.5 * (max(height, width) + 1)
+    p, r = patch_places(queries.grid, keys.grid, like), patch_places(keys.grid, keys.grid, like)
+    scaled = halves(p[:, :2] * (2.0 * a / unit), 2.0 * a / unit * reach)
+    squares = [halves(x[:, 2:] * (-a / one), 2.0 * a / one * reach * reach) for x in (p, r)]
+    ones = [torch.full([x.shape[0], 2], one, device=like.device, dtype=like.dtype) for x in (p, r)]
+    of_queries = torch.cat([scaled, ones[0], squares[0]], dim=1)
+    of_keys = torch.cat([r[:, :2] * unit, r[:, :2] * unit, squares[1], ones[1]], dim=1)
+    of_queries = pad(of_queries, (0, 0, queries.num_prefix_tokens, 0)).reshape(1, 1, -1, channels)
+    of_keys = pad(of_keys, (0, 0, keys.num_prefix_tokens, 0)).reshape(1, 1, -1, channels)
+    return of_queries.to(dtype), of_keys.to(dtype)
+
+
+def append_channels(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_queries: torch.Tensor, of_keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Append channels to queries and keys (B, h, N, D), whose own product keeps its scale under a root of D + 8.
+
+    Values as wide as keys stay so, with zeros: fused kernels want that.
+    """
+    B, h, _, D = q.shape
+    channels = of_keys.shape[3]
+    q = torch.cat([q * (1.0 + channels / D) ** 0.5, of_queries.expand(B, h, -1, -1)], dim=3)
+    wide = torch.cat([k, of_keys.expand(B, h, -1, -1)], dim=3)
+    return q, wide, pad(v, (0, channels)) if v.shape[3] == D else v

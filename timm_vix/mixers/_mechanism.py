@@ -1,7 +1,8 @@
 """What a token mixer is: attention between projected heads, or a mixing of the tokens themselves.
 
 A mechanism is one class in one file, with a line in ``MIXERS``. What a host projects, rotates and merges around it is
-the host's affair: ``_slot.py`` for ViT, Eva and PiT, ``models/`` for CvT and LeViT.
+the host's affair: ``_slot.py`` for ViT, Eva and PiT, ``models/`` for CvT and LeViT. Hosts make it by ``build``, which
+adds the keywords that all mechanisms share (``_local.py``); a mechanism knows nothing of these.
 
 Shapes: B images, N tokens, h heads, D width of a head's queries and keys, E of its values, C channels.
 """
@@ -14,8 +15,9 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
-from .._checks import InputError
+from .._checks import InputError, check_choice, check_number
 from ._layout import Grid, TokenLayout
+from ._local import CHANNELS, DepthwiseResidual, append_channels, locality_channels
 
 
 class AttentionShape(NamedTuple):
@@ -40,7 +42,8 @@ class AttentionShape(NamedTuple):
 class Mixer(nn.Module):
     """What all token mixers share: what a host, a plan, an optimizer or a conversion need to know of one.
 
-    Each keyword of the constructor after ``shape`` is kept as an attribute of its name.
+    Each keyword of the constructor after ``shape`` is kept as an attribute of its name. ``build`` takes two more, see
+    ``_local.py``: ``conv_residual``, and ``locality`` where there are queries and keys.
 
     Raises:
         ValueError: where the mixer can't honour what the host asks for.
@@ -60,14 +63,18 @@ class Mixer(nn.Module):
     supports_key_bias = False
     # whether queries and keys can be rotated
     supports_rotary = True
+    # whether queries and keys decide what patches attend to, so that a bias of their logits acts
+    supports_locality = False
+    # the defaults of the keywords that all mixers share
+    conv_residual = False
+    locality = 0.0
     # keywords that count tokens: a host with several grids takes at most as many as each has
     token_counts: tuple[str, ...] = ()
     # keywords that need queries on the grid of the keys: a host with other queries leaves them out
-    one_grid_keywords: tuple[str, ...] = ()
+    one_grid_keywords: tuple[str, ...] = ("conv_residual",)
     # keywords with which a plan tries the mixer in a trained model; none: the mixer doesn't continue attention
     candidates: tuple[dict[str, Any], ...] = ()
-    # parameters that begin at zero where the weights around them are trained ones, and others at a value of their own
-    zero_init: tuple[str, ...] = ()
+    # where parameters begin that the trained weights around them know nothing of
     trained_init: dict[str, float] = {}
     __jit_unused_properties__: tuple[str, ...] = ("counts_passes",)
     # parameters on a patch grid, and how each is moved to another grid
@@ -87,11 +94,59 @@ class Mixer(nn.Module):
             raise InputError(
                 f"attn_drop_rate={shape.dropout}: {self.title} has no attention weights to drop; allowed is 0"
             )
+        self.conv_residual = False
+        self.locality = 0.0
+        self.conv: Optional[nn.Module] = None
+
+    @classmethod
+    def build(cls, shape: AttentionShape, **keywords: Any) -> Any:
+        """The mixer with its own keywords and with those that all mixers share.
+
+        Args:
+            conv_residual: add a depthwise 5x5 convolution of the values, of the tokens in a mixer without values.
+            locality: what is subtracted from a logit for each squared step between the two patches; 0: nothing.
+
+        Raises:
+            ValueError: for a wrong keyword, naming what is allowed, or what the mixer can't honour.
+        """
+        one_grid = shape.queries.grid == shape.keys.grid
+        conv_residual = keywords.pop("conv_residual", cls.conv_residual and one_grid)
+        locality = keywords.pop("locality", cls.locality) if cls.supports_locality else 0.0
+        check_choice("conv_residual", conv_residual, (True, False))
+        check_number("locality", locality, 0)
+        if conv_residual and not one_grid:
+            queries, keys = ("x".join(map(str, layout.grid)) for layout in (shape.queries, shape.keys))
+            raise InputError(
+                f"conv_residual=True: values of a grid of {keys} can't be added to {queries} queries; allowed is "
+                "conv_residual=False or, in a CvT, key_stride=1 or projection='linear'"
+            )
+        core = cls(widened(shape) if locality else shape, **keywords)
+        core.conv_residual = bool(conv_residual)
+        core.locality = float(locality)
+        if conv_residual:
+            core.conv = DepthwiseResidual(cls.channels_of_values(shape), shape.device, shape.dtype)
+            core.supports_mask = False  # neighbours are added, masked or not
+        if conv_residual or locality:  # neighbours and places are those of the whole grid
+            core.uses_grid = True
+            core.supports_key_bias = False
+        return core
 
     @classmethod
     def keywords(cls) -> list[str]:
         """The keywords of the mixer, e.g. ``["num_landmarks", "pinv_iterations", ...]``."""
-        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "shape")]
+        own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "shape")]
+        return own + ["conv_residual"] + ["locality"] * cls.supports_locality
+
+    @staticmethod
+    def channels_of_values(shape: AttentionShape) -> int:
+        """How many channels ``conv_residual`` convolves."""
+        return shape.num_heads * shape.value_dim
+
+    def enhance(self, y: torch.Tensor, v: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """What a mixer makes of v, without the channels that ``locality`` added, with the convolution of v, if any."""
+        if self.locality > 0.0:
+            y = y[..., : v.shape[-1]]
+        return y if self.conv is None else y + self.conv(v, layout)
 
     def config(self) -> dict[str, Any]:
         """Every keyword with the value in force, as plain values that rebuild this mixer."""
@@ -99,7 +154,7 @@ class Mixer(nn.Module):
 
     def values_beside_trained(self) -> dict[str, float]:
         """Where parameters begin that the trained weights around them know nothing of."""
-        return {**dict.fromkeys(self.zero_init, 0.0), **self.trained_init}
+        return {"conv.weight": 0.0, **self.trained_init}
 
     @property
     def counts_passes(self) -> bool:
@@ -119,6 +174,12 @@ class Mixer(nn.Module):
             setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
+def widened(shape: AttentionShape) -> AttentionShape:
+    """The shape with the channels of ``locality``, see ``append_channels``."""
+    same = shape.value_dim == shape.head_dim
+    return shape._replace(head_dim=shape.head_dim + CHANNELS, value_dim=shape.value_dim + CHANNELS * same)
+
+
 class AttentionMechanism(Mixer):
     """Attention between projected heads.
 
@@ -127,6 +188,7 @@ class AttentionMechanism(Mixer):
     that ask, (B, Nq, C), after these, one with ``supports_mask`` gets ``attn_mask`` and ``is_causal``.
     """
 
+    supports_locality = True
     needs_tokens = False
     # whether queries and keys must be the same tokens, and values as wide as these
     needs_self_attention = False
@@ -143,12 +205,25 @@ class AttentionMechanism(Mixer):
     def init_from_inputs(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """See typical queries and keys (B, h, N, D) of a trained model before training, for weights to start from."""
 
+    def localise(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values as the mechanism takes them: with the channels of ``locality``, if it is on."""
+        if self.locality == 0.0:
+            return q, k, v
+        of_queries, of_keys = locality_channels(self.locality, q.shape[3], queries, keys, q)
+        return append_channels(q, k, v, of_queries, of_keys)
+
 
 class TokenMixing(Mixer):
     """Mixing of tokens without queries, keys and values: ``forward(x, layout)``, (B, N, C) -> (B, N, C)."""
 
     supports_dropout = False
     supports_rotary = False
+
+    @staticmethod
+    def channels_of_values(shape: AttentionShape) -> int:
+        return shape.dim
 
 
 class MechanismHost(nn.Module):
@@ -173,11 +248,13 @@ class MechanismHost(nn.Module):
         attn_mask: Optional[torch.Tensor] = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """Call the mechanism with what it takes, see ``AttentionMechanism``."""
+        """Call the mechanism with what it takes, see ``AttentionMechanism``, and with what is added to any."""
+        q, k, wide = self.core.localise(q, k, v, queries, keys)
         # TorchScript compiles the branch of the constant alone
         if self.needs_tokens:
-            return self.core(q, k, v, queries, keys, tokens)
-        elif self.supports_mask:  # noqa: RET505
-            return self.core(q, k, v, queries, keys, attn_mask, is_causal)
+            y = self.core(q, k, wide, queries, keys, tokens)
+        elif self.supports_mask:
+            y = self.core(q, k, wide, queries, keys, attn_mask, is_causal)
         else:
-            return self.core(q, k, v, queries, keys)
+            y = self.core(q, k, wide, queries, keys)
+        return self.core.enhance(y, v, keys)

@@ -114,4 +114,5 @@ class TokenSlot(MixerSlot):
         is_causal: bool = False,
         rope: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        return self.drop(self.core(x, self.layout_of(x, attn_mask, is_causal)))
+        layout = self.layout_of(x, attn_mask, is_causal)
+        return self.drop(self.core.enhance(self.core(x, layout), x, layout))

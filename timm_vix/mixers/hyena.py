@@ -86,6 +86,8 @@ class HyenaConvolution(AttentionMechanism):
     title = "a gated long convolution"
     source = "Zimerman & Wolf 2023, arXiv 2309.13600"
     supports_dropout = False
+    # gates aren't compared
+    supports_locality = False
     supports_rotary = False
     needs_self_attention = True
 

@@ -9,7 +9,8 @@
 Xiong et al. 2021 (arXiv 2102.03902), equation 13 and section 3.2: Y = F A^+ O, to which this tends as r goes to 0.
 
 *Names:* ``num_landmarks`` = m without prefix tokens; ``ridge`` = r; ``pinv_iterations``: Newton steps for the inverse;
-``conv_residual``: the paper's depthwise convolution of the values, added to Y; ``window_size``: see below.
+``conv_residual``, which every mixer takes: the paper's depthwise convolution of the values, added to Y;
+``window_size``: see below.
 
 *Differs:* A is close to singular, and an exact pseudo-inverse amplifies what A cannot see; the ridge draws X towards
 the pooled values V~ instead, so the rows of the approximation still sum to one. Landmarks are means over cells of the
@@ -32,7 +33,7 @@ from typing import Any, Optional
 
 import torch
 
-from .._checks import check_choice, check_integer, check_number
+from .._checks import check_integer, check_number
 from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout, cell_grid
 from ._mechanism import AttentionShape
@@ -136,7 +137,6 @@ class NystromAttention(LandmarkAttention):
         pinv_iterations: Newton steps. Each lifts the weakest direction fourfold at first and squares the error in the
             end: 8 do for the default landmarks, a few hundred want 10 to 12.
         ridge: r.
-        conv_residual: add a depthwise 5x5 convolution of the values.
         window_size: side of the windows of the patch grid within which attention is exact; 0: none.
 
     Raises:
@@ -155,11 +155,9 @@ class NystromAttention(LandmarkAttention):
         num_landmarks: Optional[int] = None,
         pinv_iterations: int = 8,
         ridge: float = 0.01,
-        conv_residual: bool = False,
         window_size: int = 0,
     ) -> None:
-        check_choice("conv_residual", conv_residual, (True, False))
-        super().__init__(shape, window_size, conv_residual)
+        super().__init__(shape, window_size)
         num_landmarks = DEFAULT_LANDMARKS if num_landmarks is None else num_landmarks
         check_integer("num_landmarks", num_landmarks, 1)
         check_integer("pinv_iterations", pinv_iterations, 1)

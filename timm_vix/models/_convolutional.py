@@ -79,7 +79,7 @@ class ConvolutionalAttention(MechanismHost):
         queries, keys = TokenLayout(num_prefix_tokens, grid), TokenLayout(num_prefix_tokens, self.key_grid)
         head_dim = dim // num_heads
         shape = AttentionShape(dim, num_heads, head_dim, head_dim, queries, keys, **dd)
-        self.set_core(MIXERS[mixer](shape, **keywords))
+        self.set_core(MIXERS[mixer].build(shape, **keywords))
         self.proj = nn.Linear(dim, dim, **dd)
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,7 @@ def build_core(
         device=weight.device,
         dtype=weight.dtype,
     )
-    return MIXERS[mixer](shape, **keywords)
+    return MIXERS[mixer].build(shape, **keywords)
 
 
 PROJECTED_LAYERS = {Attention: ProjectedAttention, AttentionDownsample: ProjectedDownsampling}
@@ -160,7 +160,8 @@ class LevitXformer(Levit):
     """timm's ``Levit`` with a token mixer and a stem chosen by name.
 
     Args:
-        mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values; "softmax" is timm's own attention.
+        mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values; "softmax" is timm's own attention,
+            unless keywords add to it.
         stem: None: LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``, None: 16.
         **kwargs: the mixer's keywords and those of timm's class.
 
@@ -186,7 +187,7 @@ class LevitXformer(Levit):
         if stem is not None:
             for info in self.feature_info:
                 info["reduction"] = info["reduction"] // 2 * (16 if patch_size is None else patch_size)
-        if mixer != "softmax":
+        if mixer != "softmax" or any(keywords.values()):
             for parent in list(self.modules()):
                 for name, attn in list(parent.named_children()):
                     if type(attn) in PROJECTED_LAYERS:

@@ -66,6 +66,8 @@ NAMES = [
     ModelName("vix_hyena_cifar", "hyena", "linear", "cifar", None, dict(reference_size=32)),
     ModelName("vix_legendre_tiny", "legendre", "linear", "tiny"),
     ModelName("vix_legendre_cifar", "legendre", "linear", "cifar", None, dict(theta=32.0)),
+    ModelName("vix_relu_tiny", "relu", "linear", "tiny"),
+    ModelName("vix_relu_cifar", "relu", "linear", "cifar"),
     ModelName("vix_softmax_cifar", "softmax", "linear", "cifar"),
     ModelName("vix_softmax_tiny_rope", "softmax", "linear", "tiny", "axial"),
     ModelName("vix_softmax_small_rope", "softmax", "linear", "small", "axial"),
@@ -88,6 +90,8 @@ NAMES = [
     ModelName("vix_gpsa_cifar_rope", "gpsa", "linear", "cifar", "axial"),
     ModelName("vix_latent_tiny_rope", "latent", "linear", "tiny", "axial"),
     ModelName("vix_latent_cifar_rope", "latent", "linear", "cifar", "axial"),
+    ModelName("vix_relu_tiny_rope", "relu", "linear", "tiny", "axial"),
+    ModelName("vix_relu_cifar_rope", "relu", "linear", "cifar", "axial"),
 ]
 
 default_cfgs = generate_default_cfgs(default_cfgs_for(NAMES))

@@ -1,0 +1,73 @@
+"""ReLU attention: linear attention whose queries and keys are rectified, with learned positions of the keys.
+
+    Q' = ReLU(Q),   K' = ReLU(K + p)                   p: one vector for each patch, the same for all images
+    Y = Q' (K'^T V) / (Q' K'^T 1 + eps)                cost in N: linear, N·D^2
+
+Guo et al. 2024, arXiv 2405.11582 (SLAB), section 3.2, "simplified linear attention".
+
+*Names:* ``key_positions`` = p, which starts at zero; ``conv_residual``, on by default: the paper's depthwise 5x5
+convolution of the values, added to Y.
+
+*Differs:* p lives on the patch grid and is resampled for another one. Prefix tokens, which the official code drops, are
+tokens like all others, without p. The convolution has a filter for each channel of all heads and not one that the heads
+share. Sums are taken in float32 at least. A query that is negative everywhere, or meets no key, gives 0.
+
+Trained softmax attention is another function, of which little is kept: this one is to be trained from scratch. Rotary
+positions turn queries and keys before they are rectified, and p is added to turned keys.
+
+Shapes: B images, N = P + H·W tokens, h heads, D width of a head's queries and keys, E of its values.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import pad, relu
+
+from ._layout import TokenLayout
+from ._mechanism import AttentionMechanism, AttentionShape
+from ._precision import outside_autocast
+from ._resample import resample_writing
+
+# Added to the sum of a query's weights, which may be 0.
+EPSILON = 1e-6
+
+
+def relu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
+    """Y of rectified queries and keys (B, h, N, D) and values (B, h, Nk, E), in the dtype of the values."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    # one product gives the sums of K'^T V and of K'
+    sums = torch.matmul(k.to(dtype).transpose(2, 3), pad(v.to(dtype), (0, 1), value=1.0))
+    y, total = torch.matmul(q.to(dtype), sums).split([v.shape[3], 1], dim=3)
+    return (y / (total + epsilon)).to(v.dtype)
+
+
+class ReluAttention(AttentionMechanism):
+    """ReLU attention."""
+
+    title = "ReLU attention"
+    source = "Guo et al. 2024, arXiv 2405.11582"
+    supports_dropout = False
+    # there are no logits to which a bias could be added
+    supports_locality = False
+    conv_residual = True
+    grid_parameters = {"key_positions": resample_writing}
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__(shape)
+        size = (shape.num_heads * shape.head_dim, *shape.keys.grid)
+        self.key_positions = nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.key_positions)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+    ) -> torch.Tensor:
+        positions = resample_writing(self.key_positions, keys.grid).unflatten(0, (k.shape[1], k.shape[3]))
+        positions = pad(positions.flatten(2).transpose(1, 2), (0, 0, keys.num_prefix_tokens, 0))
+        q, k = relu(q), relu(k + positions)
+        if torch.jit.is_scripting():
+            return relu_attention(q, k, v)
+        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+            with outside_autocast(q.device):
+                return relu_attention(q, k, v)
