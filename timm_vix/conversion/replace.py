@@ -20,6 +20,7 @@ from ..mixers._mechanism import AttentionMechanism, AttentionShape, MechanismHos
 from ..mixers._rotary import RotaryPositions
 from ..mixers._slot import MixerSlot, TokenSlot
 from ..mixers.softmax import SoftmaxAttention
+from ..stems.tokens_to_token import TokensToToken
 
 # attention that the mixers continue: another class, a subclass too, may do something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
@@ -72,12 +73,14 @@ def set_grid(model: nn.Module, grid: Grid) -> None:
 
 def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
     """Move what a checkpoint has of the mixers' weights on a grid to the grids of ``model``, in place."""
-    for path, slot in slots_of(model).items():
-        for name, resample in slot.core.grid_parameters.items():
+    for path, host in model.named_modules():
+        if not isinstance(host, (MixerSlot, TokensToToken)):
+            continue
+        for name, resample in host.core.grid_parameters.items():
             key = f"{path}.core.{name}"
             # a tensor with another number of axes is left as it is, and refused later as one of another shape
-            if key in state_dict and state_dict[key].ndim == getattr(slot.core, name).ndim:
-                state_dict[key] = resample(state_dict[key], slot.grid)
+            if key in state_dict and state_dict[key].ndim == getattr(host.core, name).ndim:
+                state_dict[key] = resample(state_dict[key], host.grid)
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
@@ -186,7 +189,7 @@ def update_hooks(model: nn.Module) -> None:
             module.register_forward_pre_hook(CarryGrid())
         for slot in slots:
             slot.dynamic = True
-    if any(slot.core.counts_passes for slot in slots):
+    if any(isinstance(module, Mixer) and module.counts_passes for module in model.modules()):
         model.patch_embed.register_forward_hook(CountPasses(model))
 
 

@@ -30,8 +30,9 @@ def hosts_of(model: nn.Module) -> dict[str, MechanismHost]:
 
 
 def mixer_keys(model: nn.Module) -> set[str]:
-    """State-dict keys of the mixers themselves, which softmax attention doesn't have."""
-    return {f"{path}.core.{key}" for path, module in hosts_of(model).items() for key in module.core.state_dict()}
+    """State-dict keys of the mixers of the trunk themselves, which softmax attention doesn't have."""
+    keys = {f"{path}.core.{key}" for path, module in hosts_of(model).items() for key in module.core.state_dict()}
+    return keys - stem_keys(model)
 
 
 def stem_keys(model: nn.Module) -> set[str]:
