@@ -18,7 +18,7 @@ from ..mixers import MIXERS
 NOT_TRUNK = {"mixer", "stem_mixer", "layers", "source", "train_only"} | {
     name for mixer in MIXERS for name in mixer_keywords(mixer)
 }
-OURS_ONLY = {"stem", "rope", "block"}
+OURS_ONLY = {"stem", "rope", "block", "mlp"}
 
 
 def softmax_of(name: str) -> Optional[str]:

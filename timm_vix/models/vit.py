@@ -33,6 +33,7 @@ from ..conversion.replace import (
 from ..mixers import MIXERS
 from ..mixers._mechanism import AttentionMechanism
 from ..stems import STEMS
+from ._feed_forward import replace_mlps
 from ._register import ModelName
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
 
@@ -108,6 +109,7 @@ class VisionXformer(VisionTransformer):
             ``pos_embed="learn"`` asks for it.
         block: "sequential", or "parallel": two attentions side by side, then two MLPs, in half as many blocks as
             ``depth`` says (Touvron et al. 2022, arXiv 2203.09795, section 3). A sequential ViT's weights load in pairs.
+        mlp: "mlp", or "daff": with a depthwise convolution over the patch grid inside (``_feed_forward.py``).
         **kwargs: the mixer's keywords (``timm_vix.mixers.MIXERS[mixer].keywords()``) and those of timm's class.
 
     Raises:
@@ -122,6 +124,7 @@ class VisionXformer(VisionTransformer):
         rope: Optional[str] = None,
         block: str = "sequential",
         stem_mixer: StemMixer = None,
+        mlp: str = "mlp",
         layers: Layers = "all",
         **kwargs: Any,
     ) -> None:
@@ -144,6 +147,7 @@ class VisionXformer(VisionTransformer):
             kwargs["depth"] = depth // 2
         super().__init__(**kwargs)
         self._traits = {"first_conv": first_convolution(stem)}
+        replace_mlps(self.blocks, mlp, layout_of(self), kwargs.get("patch_drop_rate", 0))
         mixers = layer_mixers(layers, len(self.blocks), mixer, keywords)
         replace_attention([(self.blocks, layout_of(self))], self, mixers, rope)
         self._model_args = recorded_config(self)
