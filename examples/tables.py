@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 
-from result_tables import RESULTS, ROOT, conversion, cost, mechanisms, training
+from result_tables import RESULTS, ROOT, context, conversion, cost, mechanisms, training
 
 DOCUMENTS = (ROOT / "README.md", RESULTS / "RESULTS.md")
 # a block holds no other mark, so one that lacks its end takes no text with it
@@ -45,6 +45,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfers": conversion.transfers,
     "plans": conversion.plans,
     "parts": training.parts,
+    "context": context.context,
+    "context, timm": context.shipped_by_timm,
 }
 TABLES |= {f"tried, {study}": lambda study=study: conversion.tried(study) for study in conversion.studies()}
 

@@ -92,6 +92,8 @@ def test_the_baseline_of_every_model_of_ours_is_softmax_on_the_same_trunk(name) 
         ("hybrid_pip_tiny.in1k mixer=nystrom", "hybrid_pip_tiny mixer=softmax"),
         ("levin_128s key_dim=8 train_only=head", "levin_128s mixer=softmax key_dim=8"),
         ("cvt_cifar", "cvt_cifar"),
+        ("t2t_vin_tiny stem_mixer=performer depth=2", "t2t_vit_tiny depth=2 stem_mixer=softmax"),
+        ("vix_nystrom_cifar stem=t2t patch_size=4", "vix_softmax_cifar stem=t2t patch_size=4 stem_mixer=softmax"),
         ("fnet2d_cifar", "hybrid_vit_cifar"),
         ("fnet2d_cifar stem=conv_pool embed_dim=64 patch_size=4 proj_drop_rate=0.1 train_only=head",
          "hybrid_vit_cifar stem=conv_pool embed_dim=64 patch_size=4 proj_drop_rate=0.1"),

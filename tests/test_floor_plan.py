@@ -29,8 +29,8 @@ TOOLS = {
 # from the bottom up: the files of a package, and the libraries besides Python's own that they may import
 PACKAGES: list[tuple[str, set[str]]] = [
     ("_[!_]*.py", TOOLS),  # checks, files, devices and names, which every package may use
-    ("stems/*", LAYERS),
     ("mixers/*", LAYERS),
+    ("stems/*", LAYERS),
     ("conversion/*", MODELS),
     ("models/*", MODELS),
     ("measure/*", TOOLS),

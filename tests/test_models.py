@@ -25,7 +25,7 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -35,7 +35,7 @@ from timm_vix.models.checkpoints import hosts_of, mixer_keys, stem_keys
 from timm_vix.stems import STEMS
 
 # Of the plain ViT with a mixer and a stem; of these, the ones that differ in more than their widths.
-NAMES = [name for name in REGISTERED if name.startswith(("vix_", "hybrid_")) and "_pi" not in name]
+NAMES = [name for name in REGISTERED if name.startswith(("vix_", "hybrid_", "t2t_")) and "_pi" not in name]
 NAMES.remove("vix_from_timm")
 NARROW = [name for name in NAMES if not {"small", "base"} & set(name.split("_"))]
 TINY = [name for name in NAMES if "_tiny" in name]
@@ -58,7 +58,7 @@ def test_a_name_says_what_is_built(name):
     kind = Attention if mixer == "softmax" and not rope else MIXERS[mixer]
     assert [type(getattr(block.attn, "core", block.attn)) for block in model.blocks] == [kind] * depth
     assert all(getattr(block.attn, "num_heads", heads) == heads for block in model.blocks)
-    assert type(model.patch_embed) is (PatchEmbed if family == "vix" else STEMS["conv"])
+    assert type(model.patch_embed) is STEMS[{"vix": "linear", "hybrid": "conv", "t2t": "t2t"}[family]]
     assert model.patch_embed.patch_size == (patch, patch) and model.patch_embed.img_size == (pixels, pixels)
     assert model.embed_dim == width and model.num_classes == (10 if size == "cifar" else 1000)
     assert (model.pos_embed is None) == bool(rope)
@@ -89,8 +89,11 @@ def test_biases_and_features_keep_their_size_in_training(mixer, rope, options, f
 def test_default_configuration(name):
     model = timm.create_model(name, device="meta")
     cfg, state = model.pretrained_cfg, model.state_dict()
-    assert f"{cfg['classifier']}.weight" in state and f"{cfg['first_conv']}.weight" in state
-    assert state[f"{cfg['first_conv']}.weight"].shape[1] == cfg["input_size"][0] == 3
+    assert f"{cfg['classifier']}.weight" in state
+    if name.startswith("t2t_"):  # which normalises pieces of the image first, so nothing there takes other channels
+        assert cfg.get("first_conv") is None and cfg["input_size"][0] == 3
+    else:
+        assert state[f"{cfg['first_conv']}.weight"].shape[1] == cfg["input_size"][0] == 3
     assert cfg["input_size"][1:] == model.patch_embed.img_size and cfg["num_classes"] == model.num_classes
     size = name.split("_")[2]
     if size == "cifar":

@@ -15,8 +15,10 @@ from ..mixers import MIXERS
 
 # keywords that the softmax model of the same trunk is not given: these and those of the mixers;
 # where that is timm's own ViT, what only ours have too
-NOT_TRUNK = {"mixer", "layers", "source", "train_only"} | {name for mixer in MIXERS for name in mixer_keywords(mixer)}
-OURS_ONLY = {"stem", "rope", "block"}
+NOT_TRUNK = {"mixer", "stem_mixer", "layers", "source", "train_only"} | {
+    name for mixer in MIXERS for name in mixer_keywords(mixer)
+}
+OURS_ONLY = {"stem", "rope", "block", "mlp"}
 
 
 def softmax_of(name: str) -> Optional[str]:
@@ -37,6 +39,8 @@ def softmax_of(name: str) -> Optional[str]:
         return f"{family[:2]}t_{rest}"
     if name.startswith(("levin_", "levip_", "pin_", "pip_", "hybrid_pin_", "hybrid_pip_")):
         return f"{name} mixer=softmax"
+    if family == "t2t":
+        return f"t2t_vit_{size}"
     if family == "hybrid":
         return f"hybrid_vit_{size}"
     if family == "fnet2d":
@@ -66,7 +70,11 @@ def baseline_of(spec: str, given: Optional[str] = None) -> str:
         return JOB["baseline"]
     foreign = NOT_TRUNK | (OURS_ONLY if twin.startswith("vit_") else set())
     # as they were written: a tuple's own text has spaces
-    return " ".join([twin, *(part for part in spec.split()[1:] if part.partition("=")[0] not in foreign)])
+    parts = [twin, *(part for part in spec.split()[1:] if part.partition("=")[0] not in foreign)]
+    stem = keywords.get("stem", "t2t" if name.startswith("t2t_") else None)
+    if stem == "t2t" and not twin.startswith("vit_"):
+        parts.append("stem_mixer=softmax")
+    return " ".join(parts)
 
 
 class CallsOfAttention(TorchFunctionMode):

@@ -31,6 +31,7 @@ from ..mixers._merging import (
     single_groups,
     take_one,
 )
+from ..mixers._slot import GridModule
 
 Merge = Union[int, float, Sequence[int], Mapping[str, float]]
 # what one layer does: merge so many patches; or down to a share of those at the start; or all above a threshold
@@ -264,6 +265,8 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
         title = type(slot.core).__name__
         if not isinstance(slot, AttentionSlot):
             raise InputError(f"merge: blocks.{layer} has {title}, without keys by which tokens could merge")
+        if isinstance(block.mlp, GridModule):
+            raise InputError(f"merge: the MLP of blocks.{layer} works on the whole patch grid; allowed is mlp='mlp'")
         if layer > first and not slot.core.supports_key_bias:
             raise InputError(
                 f"merge: blocks.{layer} has {title}, which needs the whole patch grid, and blocks.{first} merges "

@@ -19,8 +19,9 @@ from ..mixers._landmarks import LandmarkAttention
 from ..mixers._layout import CarryGrid, Grid, RecordGrid, TokenLayout
 from ..mixers._mechanism import AttentionMechanism, AttentionShape, MechanismHost, Mixer, TokenMixing
 from ..mixers._rotary import RotaryPositions
-from ..mixers._slot import MixerSlot, TokenSlot
+from ..mixers._slot import GridModule, MixerSlot, TokenSlot
 from ..mixers.softmax import SoftmaxAttention
+from ..stems.tokens_to_token import TokensToToken
 
 # attention that the mixers continue: another class, a subclass too, may do something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
@@ -66,20 +67,22 @@ def slots_of(model: nn.Module) -> dict[str, MixerSlot]:
 
 
 def set_grid(model: nn.Module, grid: Grid) -> None:
-    """Move every mixer of ``model`` to another patch grid, weights resampled."""
+    """Move all parts of ``model`` that see its patch grid to another one, weights resampled."""
     for module in model.modules():
-        if isinstance(module, (MixerSlot, RotaryPositions)):
+        if isinstance(module, (GridModule, RotaryPositions)):
             module.set_grid(grid)
 
 
 def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
     """Move what a checkpoint has of the mixers' weights on a grid to the grids of ``model``, in place."""
-    for path, slot in slots_of(model).items():
-        for name, resample in slot.core.grid_parameters.items():
+    for path, host in model.named_modules():
+        if not isinstance(host, (MixerSlot, TokensToToken)):
+            continue
+        for name, resample in host.core.grid_parameters.items():
             key = f"{path}.core.{name}"
             # a tensor with another number of axes is left as it is, and refused later as one of another shape
-            if key in state_dict and state_dict[key].ndim == getattr(slot.core, name).ndim:
-                state_dict[key] = resample(state_dict[key], slot.grid)
+            if key in state_dict and state_dict[key].ndim == getattr(host.core, name).ndim:
+                state_dict[key] = resample(state_dict[key], host.grid)
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
@@ -181,22 +184,23 @@ class CountPasses:
 
 
 def update_hooks(model: nn.Module) -> None:
-    """Give a model the hooks that its slots need, and take away those that they no longer need."""
+    """Give a model the hooks that the parts of its blocks need, and take away those that they no longer need."""
     remove_hooks(model)
-    slots = slots_of(model).values()
-    if slots and getattr(model, "dynamic_img_size", False):
+    parts = [module for module in model.modules() if isinstance(module, GridModule)]
+    if parts and getattr(model, "dynamic_img_size", False):
         model.patch_embed.register_forward_hook(RecordGrid())
-        for module in (*model.blocks.children(), *slots):  # either may be what is checkpointed
+        for module in (*model.blocks.children(), *parts):  # any may be what is checkpointed
             module.register_forward_pre_hook(CarryGrid())
-        for slot in slots:
-            slot.dynamic = True
-    if any(slot.core.counts_passes for slot in slots):
+        for part in parts:
+            part.dynamic = True
+    if any(isinstance(module, Mixer) and module.counts_passes for module in model.modules()):
         model.patch_embed.register_forward_hook(CountPasses(model))
 
 
 def remove_hooks(model: nn.Module) -> None:
     """Take the hooks of ``update_hooks`` away."""
-    modules = [model.patch_embed, *getattr(model, "blocks", nn.Sequential()).children(), *slots_of(model).values()]
+    modules = [model.patch_embed, *getattr(model, "blocks", nn.Sequential()).children()]
+    modules += [module for module in model.modules() if isinstance(module, GridModule)]
     for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
         for key in [key for key, hook in hooks.items() if isinstance(hook, (*HOOKS, CountPasses))]:
             del hooks[key]

@@ -11,7 +11,7 @@ autocast).
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -62,7 +62,8 @@ def build(spec: str, job: dict[str, Any]) -> nn.Module:
     name, keywords = parse_model(spec)
     only = keywords.pop("train_only", None)
     set_fused_attn(True)  # whatever the environment says; see ``make_call``
-    model = timm.create_model(**resolve_model_input_args(name, dict(img_size=job["img_size"]), **keywords))
+    with size_in_error(spec, job):
+        model = timm.create_model(**resolve_model_input_args(name, dict(img_size=job["img_size"]), **keywords))
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
     sides = patch if isinstance(patch, (tuple, list)) else (patch, patch)
     if any(job["img_size"] % side for side in sides):
@@ -74,6 +75,22 @@ def build(spec: str, job: dict[str, Any]) -> nn.Module:
     if not train:
         model.requires_grad_(False)  # torch's counter of operations hooks what has gradients, which inference lacks
     return model.train(train).to(job["device"], torch.bfloat16 if half else torch.float32)
+
+
+@contextlib.contextmanager
+def size_in_error(spec: str, job: dict[str, Any]) -> Iterator[None]:
+    """Where a model of timm fails at another size than its own, the error says which one that is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # timm's classes raise as they like
+        name, reason = parse_model(spec)[0], explain(error)
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        own = cfg.input_size[-1] if cfg is not None and cfg.fixed_input_size else job["img_size"]
+        if own == job["img_size"] or reason.startswith("out of memory"):
+            raise
+        raise InputError(f"img_size={job['img_size']}: {name} is made for {own} and fails here: {reason}") from error
 
 
 def make_call(model: nn.Module, attention: str, job: dict[str, Any], compiled: bool = False) -> Call:
@@ -222,7 +239,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     memory = PeakMemory(device)
     model = build(spec, job)
     call = make_call(model, attention, job, compiled)
-    row: dict[str, Any] = dict(first_call_ms=timed(call, device) * 1e3)
+    with size_in_error(spec, job):
+        row: dict[str, Any] = dict(first_call_ms=timed(call, device) * 1e3)
     memory.restart()  # building in float32, compiling and reading libraries are not what a call needs
     # the second step of training is the first with an optimizer's state
     if compiled:
@@ -258,7 +276,8 @@ def measure_together(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
             model = build(spec, job)
             call = make_call(model, job["attention"], job)
-            rows[spec] = size_columns(model) | count_columns(call, job)
+            with size_in_error(spec, job):
+                rows[spec] = size_columns(model) | count_columns(call, job)
             calls[spec] = call
         except Exception as error:  # timm's classes raise as they like
             rows[spec] = dict(error=explain(error))

@@ -18,40 +18,32 @@ from ._layout import Grid, TokenLayout, check_sequence, grid_of_images
 from ._mechanism import MechanismHost, Mixer, TokenMixing
 
 
-class MixerSlot(MechanismHost):
-    """What the slots share: the mixer, and the layout of the tokens.
+class GridModule(nn.Module):
+    """A part of a block that sees the patch grid of its tokens.
 
     Args:
-        core: the mixer.
         layout: of the tokens, where the host doesn't say otherwise.
     """
 
     __jit_unused_properties__ = ("num_tokens",)
 
-    def __init__(self, core: Mixer, layout: TokenLayout) -> None:
+    def __init__(self, layout: TokenLayout) -> None:
         super().__init__()
-        self.core = core
         self.num_prefix_tokens = layout.num_prefix_tokens
         self.grid = layout.grid
         # dynamic: images come in several sizes, and each forward pass has its own grid
         self.dynamic = False
-        # in tuples, so that they are no sub-modules: a patch embedding whose grid is followed, the replaced attention
+        # in a tuple, so that it is no sub-module: a patch embedding whose grid is followed
         self.patch_embed: tuple[nn.Module, ...] = ()
-        self.replaced: tuple[nn.Module, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """N at the grid for which the slot was built."""
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
-    def config(self) -> dict[str, Any]:
-        """Every keyword of the mixer with the value in force."""
-        return self.core.config()
-
     def set_grid(self, grid: Grid) -> None:
         """Take a new patch grid for good."""
         self.grid = grid
-        self.core.set_grid(grid)
 
     def current_grid(self, num_tokens: int) -> Grid:
         """The patch grid of the tokens at hand."""
@@ -63,6 +55,35 @@ class MixerSlot(MechanismHost):
             return self.patch_embed[0].grid_size
         return self.grid
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        self.grid = self.current_grid(-1)
+        return self
+
+
+# in this order: TorchScript reads the annotations, which hold constants, of the first base that has any
+class MixerSlot(MechanismHost, GridModule):
+    """What the slots share: the mixer, and the layout of the tokens.
+
+    Args:
+        core: the mixer.
+        layout: of the tokens, where the host doesn't say otherwise.
+    """
+
+    def __init__(self, core: Mixer, layout: TokenLayout) -> None:
+        super().__init__(layout)
+        self.core = core
+        # in a tuple, so that it is no sub-module
+        self.replaced: tuple[nn.Module, ...] = ()
+
+    def config(self) -> dict[str, Any]:
+        """Every keyword of the mixer with the value in force."""
+        return self.core.config()
+
+    def set_grid(self, grid: Grid) -> None:
+        """Take a new patch grid for good."""
+        super().set_grid(grid)
+        self.core.set_grid(grid)
+
     def layout_of(self, x: torch.Tensor, attn_mask: Optional[torch.Tensor], is_causal: bool) -> TokenLayout:
         """The layout of x (B, N, C); raise ValueError for another number of tokens, or a mask that isn't supported."""
         grid = self.grid
@@ -71,10 +92,6 @@ class MixerSlot(MechanismHost):
         layout = TokenLayout(self.num_prefix_tokens, grid)
         check_sequence(x, layout, attn_mask, is_causal, self.supports_mask, self.uses_grid)
         return layout
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        self.grid = self.current_grid(-1)
-        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)

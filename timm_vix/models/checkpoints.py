@@ -17,6 +17,7 @@ from ..conversion.replace import resample_weights
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot, rename_core_keys
 from ..mixers.softmax import SoftmaxAttention
+from ._feed_forward import DepthwiseFeedForward
 
 _logger = logging.getLogger(__name__)
 
@@ -32,8 +33,20 @@ def hosts_of(model: nn.Module) -> dict[str, MechanismHost]:
 
 
 def mixer_keys(model: nn.Module) -> set[str]:
-    """State-dict keys of the mixers themselves, which softmax attention doesn't have."""
-    return {f"{path}.core.{key}" for path, module in hosts_of(model).items() for key in module.core.state_dict()}
+    """State-dict keys of the mixers of the trunk themselves, which softmax attention doesn't have."""
+    keys = {f"{path}.core.{key}" for path, module in hosts_of(model).items() for key in module.core.state_dict()}
+    return keys - stem_keys(model)
+
+
+def feed_forward_keys(model: nn.Module, zeros: bool = False) -> set[str]:
+    """State-dict keys of feed-forward layers that a plain MLP doesn't have, or only those that begin at zero."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, DepthwiseFeedForward)}
+    return {
+        f"{path}.{key}"
+        for path, layer in layers.items()
+        for key in layer.new_keys()
+        if not zeros or key in layer.zero_init
+    }
 
 
 def stem_keys(model: nn.Module) -> set[str]:
@@ -87,9 +100,12 @@ def summary(keys: set[str]) -> str:
 
 
 def new_keys(state_dict: dict[str, Any], model: nn.Module) -> set[str]:
-    """The keys of those groups of which a checkpoint has none: mixers, stem, and biases of queries, keys and values."""
+    """The keys of those groups of which a checkpoint has none.
+
+    They are mixers, stem, what an MLP doesn't have, and biases of queries, keys and values.
+    """
     biases = {key for key in model.state_dict() if key.endswith("attn.qkv.bias")}
-    groups = (mixer_keys(model), stem_keys(model), biases)
+    groups = (mixer_keys(model), stem_keys(model), feed_forward_keys(model), biases)
     return {key for group in groups if not group & state_dict.keys() for key in group}
 
 
@@ -109,11 +125,12 @@ def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict
     if pairs:
         state_dict = pair_layers(state_dict)
     new = new_keys(state_dict, model)
-    # with weights of its mixers, or where they have none, of its stem, a checkpoint is one of ours;
+    # with weights of its mixers, or where they have none, of its stem or MLPs, a checkpoint is one of ours;
     # not if it has softmax attention where the model has none
     absent = absent_keys(state_dict, model, new)
     softmax = any(".attn." in key for key in absent)
-    ours = bool((mixer_keys(model) or stem_keys(model)) & state_dict.keys()) and not (softmax or positions)
+    own = mixer_keys(model) or stem_keys(model) or feed_forward_keys(model)
+    ours = bool(own & state_dict.keys()) and not (softmax or positions)
     dropped = set() if ours else absent | positions
     state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
     return state_dict, dict(new=new, ours=ours, dropped=dropped, paired=pairs)
@@ -147,7 +164,8 @@ def complete_checkpoint(
         for name, value in module.core.values_beside_trained().items()
         if not ours
     }
-    values |= {key: 0.0 for key in new if key.endswith("attn.qkv.bias")}
+    zeros = {key for key in new if key.endswith("attn.qkv.bias")} | feed_forward_keys(model, zeros=True)
+    values |= dict.fromkeys(zeros, 0.0)
     fresh = {key: torch.full_like(target[key], values[key]) if key in values else target[key] for key in new}
     state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
@@ -208,7 +226,7 @@ def check_keys(state_dict: dict[str, Any], model: nn.Module, target: dict[str, t
     other_head = model.num_classes != cfg["num_classes"]
     classifiers = cfg["classifier"] if isinstance(cfg["classifier"], (tuple, list)) else (cfg["classifier"],)
     excepted = {f"{head}.{part}" for head in classifiers for part in ("weight", "bias")} if other_head else set()
-    first_conv = getattr(model, "_traits", {}).get("first_conv", cfg["first_conv"])
+    first_conv = getattr(model, "_traits", {}).get("first_conv", cfg.get("first_conv"))
     excepted.add(f"{first_conv}.weight")
     missing = target.keys() - state_dict.keys() - excepted
     unexpected = state_dict.keys() - target.keys() - excepted

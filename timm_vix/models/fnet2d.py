@@ -96,7 +96,7 @@ class FourierMap(nn.Module):
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, flatten=False,
             strict_img_size=False, **dd,
         )  # fmt: skip
-        self._traits = {"first_conv": f"patch_embed.{first_convolution(stem)}"}
+        self._traits = {"first_conv": first_convolution(stem)}
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(*(Block(embed_dim, mlp_ratio, proj_drop_rate, rate, **dd) for rate in rates))
         self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]

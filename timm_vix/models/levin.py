@@ -183,7 +183,7 @@ class LevitXformer(Levit):
         if kwargs.get("use_conv"):
             raise InputError("use_conv=True: token mixers work on sequences; allowed is False")
         super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, kwargs))
-        self._traits = {"first_conv": "stem.conv1.linear" if stem is None else f"stem.{first_convolution(stem)}"}
+        self._traits = {"first_conv": "stem.conv1.linear" if stem is None else first_convolution(stem, "stem")}
         if stem is not None:
             for info in self.feature_info:
                 info["reduction"] = info["reduction"] // 2 * (16 if patch_size is None else patch_size)

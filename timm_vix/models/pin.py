@@ -88,7 +88,7 @@ class PoolingXformer(PoolingVisionTransformer):
                 own = list(stage.blocks)
                 stage.blocks = nn.Sequential(*(side_by_side(own[i : i + 2]) for i in range(0, len(own), 2)))
         width = self.base_dims[0] * self.heads[0]
-        self._traits = {"first_conv": f"patch_embed.{'conv' if stem == 'linear' else first_convolution(stem)}"}
+        self._traits = {"first_conv": "patch_embed.conv" if stem == "linear" else first_convolution(stem)}
         if stem != "linear":
             dd = {key: kwargs.get(key) for key in ("device", "dtype")}
             if any(side % stride for side in sides):

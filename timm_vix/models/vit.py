@@ -1,11 +1,12 @@
-"""The trunk of all ``vix_*`` and ``hybrid_*`` models: timm's vision transformer with another token mixer.
+"""The trunk of all ``vix_*``, ``hybrid_*`` and ``t2t_*`` models: timm's vision transformer with another token mixer.
 
 Sizes: ViT-Ti, -S and -B are from Touvron et al. 2021 (arXiv 2012.12877, table 1) and Dosovitskiy et al. 2021 (arXiv
 2010.11929, table 1); ``cifar`` is the configuration of Jeevan & Sethi 2022 (arXiv 2107.02239): every pixel of a 32 px
 image is a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -32,6 +33,7 @@ from ..conversion.replace import (
 from ..mixers import MIXERS
 from ..mixers._mechanism import AttentionMechanism
 from ..stems import STEMS
+from ._feed_forward import replace_mlps
 from ._register import ModelName
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
 
@@ -46,16 +48,20 @@ NYSTROM = dict(num_landmarks=64, conv_residual=True)
 PERFORMER = dict(num_features=110, qkv_bias=True)
 LINFORMER = dict(num_proj_tokens=64)
 TITLES = {"tiny": "ViT-Ti/16", "small": "ViT-S/16", "base": "ViT-B/16"}
+StemMixer = Union[None, str, Mapping[str, Any]]
 BLOCKS = {"sequential": Block, "parallel": ParallelThingsBlock}
 
 
 def describe_vit(row: ModelName) -> str:
     """The architecture of a row, for the documentation of its model."""
     title = TITLES.get(row.size, "The paper's 32 px model, corrected (see module)")
-    return f"{title}, convolutional stem" if row.stem == "conv" else title
+    stem = {"conv": ", convolutional stem", "t2t": ", tokens-to-token stem"}.get(row.stem or "", "")
+    return f"{title}{stem}"
 
 
-def default_cfgs_for(rows: list[ModelName], first_conv: str = "patch_embed.proj") -> dict[str, dict[str, Any]]:
+def default_cfgs_for(
+    rows: list[ModelName], first_conv: Optional[str] = "patch_embed.proj"
+) -> dict[str, dict[str, Any]]:
     """timm default configurations: softmax ViT and DeiT weights for the patch-16 sizes, none for ``cifar``."""
     shared = dict(
         pool_size=None,
@@ -96,11 +102,14 @@ class VisionXformer(VisionTransformer):
         mixer: a name in ``timm_vix.mixers.MIXERS``.
         layers: the blocks that have it, as for ``timm_vix.convert``; a mapping mixes mechanisms. Other blocks have
             softmax attention.
-        stem: "linear", "conv", "conv_linear", "conv_pool" or "hmlp".
+        stem: "linear", "conv", "conv_linear", "conv_pool", "hmlp", "sope" or "t2t".
+        stem_mixer: for ``stem="t2t"`` the mixer in the stem, as a name, or as a mapping with "mixer" and its keywords;
+            None: Nyström attention.
         rope: None, "axial" or "1d"; with rotary positions there is no learned position embedding unless
             ``pos_embed="learn"`` asks for it.
         block: "sequential", or "parallel": two attentions side by side, then two MLPs, in half as many blocks as
             ``depth`` says (Touvron et al. 2022, arXiv 2203.09795, section 3). A sequential ViT's weights load in pairs.
+        mlp: "mlp", or "daff": with a depthwise convolution over the patch grid inside (``_feed_forward.py``).
         **kwargs: the mixer's keywords (``timm_vix.mixers.MIXERS[mixer].keywords()``) and those of timm's class.
 
     Raises:
@@ -114,6 +123,8 @@ class VisionXformer(VisionTransformer):
         stem: str = "linear",
         rope: Optional[str] = None,
         block: str = "sequential",
+        stem_mixer: StemMixer = None,
+        mlp: str = "mlp",
         layers: Layers = "all",
         **kwargs: Any,
     ) -> None:
@@ -124,7 +135,7 @@ class VisionXformer(VisionTransformer):
         if rope is not None:
             kwargs.setdefault("pos_embed", "none")
         check_sizes(kwargs.get("img_size", 224), kwargs.get("patch_size", 16), kwargs.get("dynamic_img_pad", False))
-        kwargs.setdefault("embed_layer", STEMS[stem])
+        kwargs.setdefault("embed_layer", stem_class(stem, stem_mixer))
         kwargs.setdefault("block_fn", BLOCKS[block])
         if block == "parallel":
             depth = kwargs.get("depth", 12)
@@ -135,7 +146,8 @@ class VisionXformer(VisionTransformer):
                 raise InputError("fix_init=True: scales by depth, which parallel layers don't have; allowed is False")
             kwargs["depth"] = depth // 2
         super().__init__(**kwargs)
-        self._traits = {"first_conv": f"patch_embed.{first_convolution(stem)}"}
+        self._traits = {"first_conv": first_convolution(stem)}
+        replace_mlps(self.blocks, mlp, layout_of(self), kwargs.get("patch_drop_rate", 0))
         mixers = layer_mixers(layers, len(self.blocks), mixer, keywords)
         replace_attention([(self.blocks, layout_of(self))], self, mixers, rope)
         self._model_args = recorded_config(self)
@@ -166,9 +178,27 @@ class VisionXformer(VisionTransformer):
             self._model_args = {**self._model_args, **recorded_config(self)}
 
 
-def first_convolution(stem: str) -> str:
-    """The first convolution within a stem of ``STEMS``, which timm adapts to other numbers of input channels."""
-    return {"linear": "proj", "conv": "proj.0.conv", "hmlp": "proj.0.conv"}.get(stem, "proj.0")
+def stem_class(stem: str, stem_mixer: StemMixer) -> Callable[..., nn.Module]:
+    """The class of a stem, with the mixer inside it.
+
+    Raises:
+        ValueError: for a mixer in a stem that has none.
+    """
+    if stem_mixer is None:
+        return STEMS[stem]
+    if stem != "t2t":
+        raise InputError(f"stem_mixer={stem_mixer!r}: stem={stem!r} has no mixer inside; allowed is stem='t2t'")
+    return partial(STEMS[stem], mixer=stem_mixer)
+
+
+def first_convolution(stem: str, parent: str = "patch_embed") -> Optional[str]:
+    """The first convolution of a stem of ``STEMS``, which timm adapts to other numbers of input channels.
+
+    None: none that could be adapted, since layers before it have a width that depends on these.
+    """
+    places = {"linear": "proj", "conv": "proj.0.conv", "hmlp": "proj.0.conv", "sope": None, "t2t": None}
+    place = places.get(stem, "proj.0")
+    return None if place is None else f"{parent}.{place}"
 
 
 def take_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from timm.layers import PatchEmbed
 from .convolution_pooling import ConvolutionPoolingStem
 from .convolutional import ConvolutionalStem, LinearConvolutionalStem
 from .hierarchical_mlp import HierarchicalMlpStem
+from .sequential_overlapping import SequentialOverlappingStem
+from .tokens_to_token import TokensToTokenStem
 
 STEMS = {
     "linear": PatchEmbed,
@@ -12,4 +14,6 @@ STEMS = {
     "conv_linear": LinearConvolutionalStem,
     "conv_pool": ConvolutionPoolingStem,
     "hmlp": HierarchicalMlpStem,
+    "sope": SequentialOverlappingStem,
+    "t2t": TokensToTokenStem,
 }
