@@ -1,5 +1,6 @@
 """Token merging: against loops over tokens, exact for equal tokens, and the whole grid for whoever reads features."""
 
+import argparse
 import copy
 import math
 import threading
@@ -9,6 +10,7 @@ import timm
 import torch
 from conftest import distance, gradients, lively, rounding, since
 from timm.models import save_for_hf
+from timm.utils import ParseKwargs
 
 import timm_vix
 from timm_vix._checks import InputError
@@ -257,6 +259,59 @@ def test_saved_reloaded_and_reverted(kind, merge, tmp_path):
         timm_vix.revert(reverted)
         assert torch.equal(reverted(x), own)
         assert [type(module) for module in reverted.modules()] == modules
+
+
+@pytest.mark.parametrize("merge", [MERGE, 0.4], ids=str)
+@pytest.mark.parametrize("mixer, rope", [("softmax", None), ("softmax", "axial"), ("performer", "axial")])
+def test_created_as_converted(mixer, rope, merge, tmp_path):
+    size = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    plain = lively(timm.create_model("vix_softmax_cifar", rope=rope, **size).eval())
+    model = timm.create_model("vix_softmax_cifar", mixer=mixer, rope=rope, merge=merge, **size).eval()
+    model.load_state_dict({**model.state_dict(), **plain.state_dict()})
+    timm_vix.convert(plain, mixer, merge=merge)
+    x = images()
+    assert torch.equal(model(x), plain(x))
+    for number, saved in enumerate((model, plain)):
+        save_for_hf(saved, tmp_path / str(number), safe_serialization=True)
+        loaded = timm.create_model(f"local-dir:{tmp_path / str(number)}", pretrained=True).eval()
+        assert loaded.blocks.steps == model.blocks.steps
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_layers_that_need_the_grid_stand_before_the_first_merge():
+    size = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, layers=[0, 1])
+    model = timm.create_model("vix_nystrom_cifar", merge=MERGE, **size)
+    assert model.blocks.steps == MERGE
+    with pytest.raises(InputError, match="blocks.1 has NystromAttention, which needs the whole patch grid"):
+        timm.create_model("vix_nystrom_cifar", merge=4, **size)
+
+
+def test_what_a_model_is_created_with_stays(tmp_path):
+    given = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, merge=MERGE)
+    model, x = lively(timm.create_model("vix_softmax_cifar", **given).eval()), images()
+    own = model(x)
+    timm_vix.convert(model, "performer", [3])
+    value = model(x)
+    assert distance(value, own) > 1e-4
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded(x), value)
+    for converted in (model, loaded):
+        with pytest.raises(InputError, match=r"merge=0: the model was created with merge=\[0, 3, 5, 2\]"):
+            timm_vix.convert(converted, "softmax", merge=0)
+        timm_vix.revert(converted)
+        assert torch.equal(converted(x), own)
+
+
+@pytest.mark.parametrize("text, merge", [("40", 40), ("[0,3,5,2]", MERGE), ("0.5", 0.5), ("{'threshold':0.9}", None)])
+def test_keywords_of_a_command_line(text, merge):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    keywords = parser.parse_args(["--model-kwargs", f"merge={text}", "depth=4"]).model_kwargs
+    for name in ("vix_softmax_tiny_rope", "vix_from_timm"):
+        own = {"mixer": "softmax"} if name == "vix_from_timm" else {}
+        model = timm.create_model(name, device="meta", **own, **keywords)
+        assert model.blocks.merge == ({"threshold": 0.9} if merge is None else merge)
 
 
 def test_a_delta_knows_how_its_model_merges(tmp_path):

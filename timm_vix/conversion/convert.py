@@ -202,11 +202,15 @@ def convert(
     if merge is None:
         merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
     steps = merge_steps(merge, len(sites))
+    built = getattr(model, "merge", None)
+    if built is not None and steps != merge_steps(built, len(sites)):
+        raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another one there")
     former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
     planned = dict(former)
     for index, block in enumerate(sites):
         name, own = wanted.get(index, (None, {}))
-        merges = first_merge(steps[: index + 1]) is not None  # tokens stand for several from here on
+        # tokens stand for several from here on, and the model wasn't built for that
+        merges = built is None and first_merge(steps[: index + 1]) is not None
         for site in block:
             if name is not None or is_softmax(former[site.path]):
                 planned[site.path] = planned_attention(model, site, name or "softmax", own, merges)
@@ -227,7 +231,7 @@ def planned_attention(model: nn.Module, site: AttentionSite, name: str, own: dic
     Raises:
         ValueError: for what the mixer can't honour.
     """
-    if name == "softmax" and (not merges or isinstance(site.attn, AttentionSlot)):
+    if name == "softmax" and not merges:
         return site.attn
     try:
         rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
@@ -319,6 +323,7 @@ def revert(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
     for site in converted:
         setattr(site.parent, site.name, site.attn)
-    set_merging(model, None, [])
+    if getattr(model, "merge", None) is None:
+        set_merging(model, None, [])
     forget_conversion(model)
     update_hooks(model)

@@ -209,6 +209,7 @@ def replace_attention(
     model: nn.Module,
     mixers: dict[int, tuple[str, dict[str, Any]]],
     rope: Optional[str] = None,
+    first_merge: Optional[int] = None,
 ) -> None:
     """Put mixers in the place of the attention of a new model, in place.
 
@@ -218,6 +219,7 @@ def replace_attention(
         mixers: for each block, counted over all parts, the name in ``MIXERS`` and the keywords. A part of fewer
             patches than a keyword counts takes as many as it has.
         rope: None, "axial" or "1d": rotary positions, shared by all blocks of a grid, for a model that has none.
+        first_merge: the first block that merges tokens, if one does; from there on softmax attention has a slot too.
 
     Raises:
         ValueError: for an unknown value, naming what is allowed.
@@ -230,7 +232,8 @@ def replace_attention(
     blocks = [(block, layout) for part, layout in parts for block in part.children()]
     for index, (block, layout) in enumerate(blocks):
         mixer, keywords = mixers.get(index, ("softmax", {}))
-        if mixer == "softmax" and rope is None:
+        merges = first_merge is not None and index >= first_merge
+        if mixer == "softmax" and rope is None and not merges:
             continue
         for site in find_attention(block):
             weight = site.attn.proj.weight

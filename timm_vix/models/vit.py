@@ -19,6 +19,7 @@ from torch import nn
 from .._checks import InputError, check_choice, check_integer
 from ..conversion.convert import source_of
 from ..conversion.layers import Layers, layer_mixers
+from ..conversion.merging import Merge, check_merging, first_merge, merge_steps, set_merging
 from ..conversion.replace import (
     check_keywords,
     layout_of,
@@ -101,6 +102,7 @@ class VisionXformer(VisionTransformer):
             ``pos_embed="learn"`` asks for it.
         block: "sequential", or "parallel": two attentions side by side, then two MLPs, in half as many blocks as
             ``depth`` says (Touvron et al. 2022, arXiv 2203.09795, section 3). A sequential ViT's weights load in pairs.
+        merge: how many tokens merge in each layer, or another form that ``timm_vix.convert`` takes.
         **kwargs: the mixer's keywords (``timm_vix.mixers.MIXERS[mixer].keywords()``) and those of timm's class.
 
     Raises:
@@ -115,6 +117,7 @@ class VisionXformer(VisionTransformer):
         rope: Optional[str] = None,
         block: str = "sequential",
         layers: Layers = "all",
+        merge: Optional[Merge] = None,
         **kwargs: Any,
     ) -> None:
         check_choice("mixer", mixer, tuple(MIXERS))
@@ -137,7 +140,11 @@ class VisionXformer(VisionTransformer):
         super().__init__(**kwargs)
         self._traits = {"first_conv": f"patch_embed.{first_convolution(stem)}"}
         mixers = layer_mixers(layers, len(self.blocks), mixer, keywords)
-        replace_attention([(self.blocks, layout_of(self))], self, mixers, rope)
+        self.merge = merge
+        steps = merge_steps(0 if merge is None else merge, len(self.blocks))
+        replace_attention([(self.blocks, layout_of(self))], self, mixers, rope, first_merge(steps))
+        check_merging(list(self.blocks), [list(slots_of(block).values()) for block in self.blocks], steps)
+        set_merging(self, merge, steps)
         self._model_args = recorded_config(self)
 
     @torch.jit.ignore
