@@ -212,8 +212,11 @@ def convert(
         # tokens stand for several from here on, and the model wasn't built for that
         merges = built is None and first_merge(steps[: index + 1]) is not None
         for site in block:
-            if name is not None or is_softmax(former[site.path]):
-                planned[site.path] = planned_attention(model, site, name or "softmax", own, merges)
+            if name is not None:
+                planned[site.path] = planned_attention(model, site, name, own, merges)
+            elif is_softmax(there := former[site.path]):
+                kept = there.config() if isinstance(there, AttentionSlot) else {}
+                planned[site.path] = planned_attention(model, site, "softmax", kept, merges)
     check_merging(list(model.blocks.children()), [[planned[site.path] for site in block] for block in sites], steps)
     for site in (site for block in sites for site in block):
         setattr(site.parent, site.name, planned[site.path])
@@ -231,8 +234,11 @@ def planned_attention(model: nn.Module, site: AttentionSite, name: str, own: dic
     Raises:
         ValueError: for what the mixer can't honour.
     """
-    if name == "softmax" and not merges:
-        return site.attn
+    if name == "softmax":
+        host = site.attn.config() if isinstance(site.attn, AttentionSlot) else {"merge_keys": 1.0}
+        own = {**host, **own}
+        if not merges and own == host:
+            return site.attn
     try:
         rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
         slot = build_mixer(model, site.attn, name, layout_of(model), rope, **own)

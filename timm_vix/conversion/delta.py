@@ -30,7 +30,9 @@ from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
 from .merging import MergingBlocks
 from .replace import mixer_name
 
-FORMAT = "timm_vix delta 2"  # a mechanism with a further keyword needs another format: files of this one lack it
+FORMAT = "timm_vix delta 2"
+# Keywords that files of this format may lack, with what held before there were any.
+LATER_KEYWORDS: dict[str, dict[str, Any]] = {"softmax": dict(merge_keys=1.0)}
 DESCRIBED = ("architecture", "pooling", "mechanisms", "backbone")  # in the metadata of a file
 ROWS = ("weight", "bias")  # of a classifier: one for each class
 # from the finest to the coarsest
@@ -52,6 +54,7 @@ FORMAT_1_NAMES = {
     "TokenMlp": "mixer",
 }
 FORMAT_1_DEFAULTS: dict[str, dict[str, Any]] = {
+    **LATER_KEYWORDS,
     "atrous": dict(dilations=[1, 2, 4], window_size=8),
     "linformer": dict(sharing="kv", window_size=0),
     "mixer": dict(tokens_mlp_ratio=0.5),
@@ -283,7 +286,8 @@ def read_delta(path: Union[str, Path], mechanisms: dict[str, list[Any]]) -> tupl
         dtypes = set(saved.backbone)
         if forms != list(saved.mechanisms.values()) or not dtypes or not dtypes <= set(DTYPES):
             raise InputError("it describes no model")
-        return saved, tensors
+        forms = [[name, {**LATER_KEYWORDS.get(name, {}), **config}] for name, config in forms]
+        return saved._replace(mechanisms=dict(zip(saved.mechanisms, forms))), tensors
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is a damaged delta: its metadata cannot be read: {one_line(error)}") from error
 

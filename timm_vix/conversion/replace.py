@@ -91,6 +91,11 @@ def no_decay_names(model: nn.Module) -> set[str]:
     }
 
 
+def is_plain_softmax(mixer: str, keywords: Mapping[str, Any]) -> bool:
+    """Whether a mixer is the attention that hosts have themselves, without anything added."""
+    return mixer == "softmax" and keywords.get("merge_keys", 1) == 1
+
+
 def is_softmax(module: nn.Module) -> bool:
     """Whether a module is softmax attention that a mixer can continue."""
     return type(module) in REPLACEABLE or (type(module) is AttentionSlot and type(module.core) is SoftmaxAttention)
@@ -233,7 +238,7 @@ def replace_attention(
     for index, (block, layout) in enumerate(blocks):
         mixer, keywords = mixers.get(index, ("softmax", {}))
         merges = first_merge is not None and index >= first_merge
-        if mixer == "softmax" and rope is None and not merges:
+        if is_plain_softmax(mixer, keywords) and rope is None and not merges:
             continue
         for site in find_attention(block):
             weight = site.attn.proj.weight

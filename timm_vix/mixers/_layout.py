@@ -31,7 +31,9 @@ def check_sequence(
 ) -> None:
     """Raise ValueError for a mask that isn't supported, or if x (B, N, C) must be the whole layout and isn't."""
     if (attn_mask is not None or is_causal) and not supports_mask:
-        raise InputError("this token mixer honours neither attn_mask nor is_causal; only softmax attention does")
+        raise InputError(
+            "this token mixer honours neither attn_mask nor is_causal; only softmax attention does, with merge_keys=1"
+        )
     num_tokens = layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]
     if uses_grid and x.shape[1] != num_tokens:
         raise InputError(f"a sequence of {x.shape[1]} tokens doesn't match the layout, which has {num_tokens} tokens")

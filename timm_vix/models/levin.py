@@ -26,7 +26,7 @@ from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
-from ..conversion.replace import no_decay_names
+from ..conversion.replace import is_plain_softmax, no_decay_names
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost
@@ -160,7 +160,8 @@ class LevitXformer(Levit):
     """timm's ``Levit`` with a token mixer and a stem chosen by name.
 
     Args:
-        mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values; "softmax" is timm's own attention.
+        mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values; "softmax" is timm's own attention,
+            unless keys merge.
         stem: None: LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``, None: 16.
         **kwargs: the mixer's keywords and those of timm's class.
 
@@ -186,7 +187,7 @@ class LevitXformer(Levit):
         if stem is not None:
             for info in self.feature_info:
                 info["reduction"] = info["reduction"] // 2 * (16 if patch_size is None else patch_size)
-        if mixer != "softmax":
+        if not is_plain_softmax(mixer, keywords):
             for parent in list(self.modules()):
                 for name, attn in list(parent.named_children()):
                     if type(attn) in PROJECTED_LAYERS:
