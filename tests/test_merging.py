@@ -211,8 +211,13 @@ def test_merged_masks():
         (boolean, False, as_added),
         (None, True, causal),
         (keys_only, False, keys_only),
+        (added - 1e9, False, (added - 1e9) + 1e9),  # as float32 rounds it
+        (added.masked_fill(~boolean, -1e9), False, added + as_added),
+        (added.masked_fill(~boolean, torch.finfo(torch.float32).min), False, added + as_added),
+        (added.double().masked_fill(~boolean, torch.finfo(torch.float64).min), False, added + as_added),
     ]:
-        found, full = merge_mask(mask, is_causal, groups).expand(2, 2, 3, 3), full.expand(2, 2, 5, 5)
+        found, full = merge_mask(mask, is_causal, groups).float().expand(2, 2, 3, 3), full.expand(2, 2, 5, 5)
+        full = full - full.amax(3, keepdim=True)
         for b, h, i, j in torch.cartesian_prod(*map(torch.arange, (2, 2, 3, 3))).tolist():
             rows, columns = (place[b] == i).nonzero().flatten(), (place[b] == j).nonzero().flatten()
             expected = full[b, h][rows][:, columns].exp().sum() / len(rows)
@@ -228,6 +233,27 @@ def test_a_mask_of_the_whole_grid_acts_on_equal_tokens_as_before():
     timm_vix.convert(model, "softmax", merge=EQUAL)
     assert distance(model(x, attn_mask=mask), expected) < 1e-6
     assert distance(model(x), expected) > 1e-3
+
+
+@pytest.mark.parametrize("low", [-1e9, -torch.inf, torch.finfo(torch.float32).min])
+def test_attention_of_groups_under_a_mask_is_that_of_all_their_tokens(low):
+    """A query that may read nothing but low values reads as without a mask; padding isn't read at all."""
+    place = torch.tensor([[0, 1, 1, 2, 1, 3]])
+    groups = Groups(place, torch.tensor([[1.0, 3.0, 1.0, 1.0]]))
+    mask = torch.zeros(6, 6).masked_fill(torch.rand(6, 6) < 0.3, low)
+    mask[:, 5], mask[2] = low, mask[1]
+    mask[4] = mask[1]  # the group's queries have one mask
+    mask[:, 0] = 0
+    if low > -torch.inf:
+        mask[3] = low
+    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=merge_mask(mask, False, groups))
+    for head in range(2):
+        for token, group in enumerate(place[0].tolist()):
+            row = mask[token].double() - mask[token].double().max()
+            logits = (k[0, head, place[0]].double() @ q[0, head, group].double()) / math.sqrt(8) + row
+            expected = logits.softmax(0) @ v[0, head, place[0]].double()
+            torch.testing.assert_close(found[0, head, group].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_positions_of_a_group_are_the_mean_direction():

@@ -151,8 +151,9 @@ def merge_table(table: torch.Tensor, groups: Groups) -> torch.Tensor:
 def merge_mask(mask: Optional[torch.Tensor], is_causal: bool, groups: Groups) -> torch.Tensor:
     """What is added to the logits of the groups: (B, 1, 1, M), or (B, h, M, M) with a mask of the whole grid.
 
-    Without a mask, the log of the counts. A mask (.., N, N), of booleans or added to the logits, gives
-    log (1/|I| sum_{i in I} sum_{j in J} exp(mask_ij)) for the groups I and J.
+    Without a mask, the log of the counts. A mask m (.., N, N), of booleans or added to the logits, gives
+    log (1/|I| sum_{i in I} sum_{j in J} exp(m_ij - max_n m_in)) for the groups I and J: what is added to all logits of
+    a query changes nothing, so large negative numbers don't vanish together.
     """
     counts = groups.counts
     if mask is None and not is_causal:
@@ -163,8 +164,8 @@ def merge_mask(mask: Optional[torch.Tensor], is_causal: bool, groups: Groups) ->
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
     with outside_autocast(mask.device):
-        mask = mask.to(counts.dtype).expand(*mask.shape[:-2], N, N)
-        top = mask.amax((-2, -1), keepdim=True)
-        members = F.one_hot(groups.place, M).to(counts.dtype).unsqueeze(1)
+        mask = mask.to(torch.promote_types(mask.dtype, counts.dtype)).expand(*mask.shape[:-2], N, N)
+        top = mask.amax(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).min)  # -inf: nothing is to be read
+        members = F.one_hot(groups.place, M).to(mask.dtype).unsqueeze(1)
         sums = torch.matmul(members.transpose(2, 3), torch.matmul((mask - top).exp(), members))
-        return (sums / counts[:, None, :, None]).log() + top
+        return (sums / counts[:, None, :, None]).log()
