@@ -422,6 +422,39 @@ def test_checkpointing_changes_nothing(kind):
     assert distance(gradients(model, x), expected) < rounding(torch.float32)
 
 
+@pytest.mark.parametrize("kind", ["class", "eva", "vix_rope"])
+def test_hooks_of_blocks_see_the_whole_grid(kind):
+    """Whatever they are, and whether they came before or after the conversion."""
+    model, x, seen = host(kind), images(), {}
+    blocks = list(model.blocks)
+    early = blocks[2].register_forward_hook(lambda block, args, y: seen.update(early=(block, args[0], y)))
+    timm_vix.convert(model, "softmax", merge=MERGE)
+    value, maps = model(x), model.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")
+    assert [type(block.attn) for block in blocks] == [type(block.attn) for block in model.blocks]
+    handles = [
+        early,
+        *(block.register_forward_hook(lambda block, args, y: seen.update({block: y})) for block in blocks),
+        blocks[2].register_forward_pre_hook(lambda block, args: seen.update(given=args[0])),
+        blocks[3].register_full_backward_hook(lambda block, before, after: seen.update(slope=before[0])),
+    ]
+    assert torch.equal(model(x), value)
+    P = model.num_prefix_tokens
+    for block, expected in zip(blocks, maps):
+        assert torch.equal(seen[block][:, P:], expected)
+    assert seen["early"][0] is blocks[2] and torch.equal(seen["early"][2], seen[blocks[2]])
+    assert torch.equal(seen["given"], seen[blocks[1]]) and torch.equal(seen["early"][1], seen["given"])
+    model(x).square().sum().backward()
+    assert seen["slope"].shape == seen[blocks[2]].shape and seen["slope"].abs().sum() > 0
+    for handle in handles:
+        handle.remove()
+    double = blocks[1].register_forward_hook(lambda block, args, y: 2 * y)
+    kept = [blocks[2].register_forward_pre_hook(lambda block, args: (args[0] / 2,))]
+    assert distance(model(x), value) < rounding(torch.float32), "what hooks return is taken"
+    for handle in (double, *kept):
+        handle.remove()
+    assert torch.equal(model(x), value)
+
+
 def test_two_sizes_in_turn_with_checkpointing():
     model = merging("vix_rope", dynamic_img_size=True, merge=4)
     pair = [torch.randn(1, 3, 56, 40), torch.randn(1, 3, 40, 64)]

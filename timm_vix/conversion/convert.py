@@ -178,8 +178,8 @@ def convert(
             to end with, a float between 0 and 1; or ``{"threshold": t}``, every pair whose keys have a cosine of at
             least t, which takes one image at a time. No layer merges more than half of its patch tokens, whatever is
             asked for, and prefix tokens never merge. Layers after a merge must have "softmax" or "performer". None:
-            as it is, at first no merging; 0 takes merging away. Features, masks and pooling see the whole grid. Forward
-            hooks of merging blocks aren't called.
+            as it is, at first no merging; 0 takes merging away. Features, masks, pooling and hooks of blocks see the
+            whole grid.
         **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
             them.
 
