@@ -11,6 +11,7 @@ import torch
 from conftest import distance, gradients, lively, rounding, since
 from timm.models import save_for_hf
 from timm.utils import ParseKwargs
+from torch.nn.modules.module import register_module_forward_hook
 
 import timm_vix
 from timm_vix._checks import InputError
@@ -400,6 +401,20 @@ def test_no_layer_merges_more_than_half(merge, left):
     assert [len(m[0].flatten(1).T.unique(dim=0)) for m in maps] == left
 
 
+@pytest.mark.parametrize("merge", [10**6, 1e-9, {"threshold": -1}], ids=str)
+@pytest.mark.parametrize("size, left", [((56, 40), [18, 9, 5, 3]), ((16, 8), [1, 1, 1, 1]), ((8, 8), [1, 1, 1, 1])])
+def test_no_merge_leaves_nothing(size, left, merge):
+    """Each layer merges one half of what is there at most, whatever is asked for; one patch stays, and so do prefixes."""
+    model, x = host("registers", img_size=size), torch.randn(1, 3, *size)
+    rows = timm_vix.convert(model, "softmax", merge=merge).rows
+    if isinstance(merge, int):
+        assert [row.merged for row in rows] == [a - b for a, b in zip([math.prod(size) // 64, *left], left)]
+    maps = model.forward_intermediates(x, intermediates_only=True, return_prefix_tokens=True)
+    kinds = [len(patches.flatten(2)[0].T.unique(dim=0)) for patches, _ in maps]
+    assert kinds[-1] == (5 if merge == 1e-9 and left[0] > 1 else left[-1])  # the share goes by a fourth in each layer
+    assert all(torch.isfinite(patches).all() and prefix.shape == (1, 3, 32) for patches, prefix in maps)
+
+
 def test_threshold_merges_what_is_alike():
     model, x = without_positions("class"), repeating_images(1)
     expected = model(x)
@@ -409,8 +424,12 @@ def test_threshold_merges_what_is_alike():
     # three kinds are left, some of them several times, where all of a kind came to lie in one half
     assert 3 <= len(last.flatten(2)[0].T.unique(dim=0)) <= 8
     timm_vix.convert(model, "softmax", merge={"threshold": 1.0})
-    with pytest.raises(ValueError, match="expected a batch of 1, got 2"):
+    with pytest.raises(InputError, match="expected a batch of 1, got 2"):
         model(images(2))
+    with pytest.raises(
+        InputError, match="known only when the model runs; a model for export takes a number or a share"
+    ):
+        torch.export.export(model, (x,), strict=False)
 
 
 @pytest.mark.parametrize("kind", ["class", "eva", "vix_rope"])
@@ -447,6 +466,11 @@ def test_hooks_of_blocks_see_the_whole_grid(kind):
     assert seen["slope"].shape == seen[blocks[2]].shape and seen["slope"].abs().sum() > 0
     for handle in handles:
         handle.remove()
+    of_all = register_module_forward_hook(lambda module, args, y: seen.update({module: y}))
+    seen.clear()
+    model(x)
+    of_all.remove()
+    assert all(torch.equal(seen[block][:, P:], expected) for block, expected in zip(blocks, maps))
     double = blocks[1].register_forward_hook(lambda block, args, y: 2 * y)
     kept = [blocks[2].register_forward_pre_hook(lambda block, args: (args[0] / 2,))]
     assert distance(model(x), value) < rounding(torch.float32), "what hooks return is taken"
@@ -542,6 +566,10 @@ def test_onnx(tmp_path):
         ([1, 2, 3, -1], "merge="),
         ({"threshold": 2}, "between -1 and 1"),
         ({"above": 0.5}, "threshold"),
+        ({"threshold": math.nan}, "between -1 and 1"),
+        (math.nan, "between 0 and 1"),
+        (4.0, "merge=4.0: expected a number"),
+        ([], "has 0 numbers; the model has 4 layers"),
     ],
 )
 def test_wrong_amounts_are_refused(merge, told):
@@ -550,6 +578,8 @@ def test_wrong_amounts_are_refused(merge, told):
     with pytest.raises(InputError, match=told.replace("[", r"\[")):
         timm_vix.convert(model, "softmax", merge=merge)
     assert [type(module) for module in model.modules()] == before
+    with pytest.raises(InputError, match=told.replace("[", r"\[")):
+        timm.create_model("vix_softmax_cifar", depth=4, merge=merge)
 
 
 @pytest.mark.parametrize(
@@ -575,6 +605,8 @@ def test_other_blocks_are_refused():
     model = timm.create_model("vix_softmax_cifar", block="parallel", depth=4)
     with pytest.raises(InputError, match="is a ParallelThingsBlock; tokens can merge in Block and EvaBlock"):
         timm_vix.convert(model, "softmax", merge=4)
+    with pytest.raises(InputError, match="is a ParallelThingsBlock; tokens can merge in Block and EvaBlock"):
+        timm.create_model("vix_softmax_cifar", block="parallel", depth=4, merge=4)
 
 
 def test_torchscript_is_refused():

@@ -17,7 +17,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_backward_hooks, _global_forward_hooks, _global_forward_pre_hooks
 
 from .._checks import InputError
 from ..mixers._attention_slot import AttentionSlot, has_hooks
@@ -62,6 +62,7 @@ class MergingEvaBlock(MergingBlock, EvaBlock):
 
 # blocks whose residual branches are attention, then an MLP
 BLOCKS = {Block: MergingVitBlock, EvaBlock: MergingEvaBlock}
+HOOKS_OF_ALL = (_global_forward_pre_hooks, _global_forward_hooks, _global_backward_hooks)
 
 
 def merge_steps(merge: Merge, depth: int) -> list[Step]:
@@ -127,7 +128,7 @@ class MergingBlocks(nn.ModuleList):
         return super().__getitem__(index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _has_any_global_hook() or any(is_watched(block) for block in self.children()):
+        if any(HOOKS_OF_ALL) or any(is_watched(block) for block in self.children()):
             for block_in_pass in self:
                 x = block_in_pass(x)
             return x
@@ -217,6 +218,11 @@ def merge_similar(
         raise InputError(
             f"merge={step!r} merges as many tokens as an image has alike, and the images of a batch need the same "
             f"number: expected a batch of 1, got {len(x)}"
+        )
+    if isinstance(step, Mapping) and torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        raise InputError(
+            f"merge={step!r}: how many tokens merge is known only when the model runs; a model for export takes a "
+            "number or a share"
         )
     at_start = groups.place.shape[1] - num_prefix_tokens
     r = left // 2 if isinstance(step, Mapping) else num_merged(step, at_start, left)
