@@ -229,7 +229,8 @@ def merge_similar(
     if r == 0:
         return x, groups
     with torch.no_grad():
-        similarity, partner = propose(keys[:, :, num_prefix_tokens:].mean(1))
+        # the sum over heads has the cosines of the mean
+        similarity, partner = propose(keys[:, :, num_prefix_tokens:].sum(1))
         if isinstance(step, Mapping):
             r = min(r, int((similarity >= step["threshold"]).sum()))
         place = match(similarity, partner, num_prefix_tokens, M, r)
