@@ -286,8 +286,9 @@ def read_delta(path: Union[str, Path], mechanisms: dict[str, list[Any]]) -> tupl
         dtypes = set(saved.backbone)
         if forms != list(saved.mechanisms.values()) or not dtypes or not dtypes <= set(DTYPES):
             raise InputError("it describes no model")
-        forms = [[name, {**LATER_KEYWORDS.get(name, {}), **config}] for name, config in forms]
-        return saved._replace(mechanisms=dict(zip(saved.mechanisms, forms))), tensors
+        for mechanism in saved.mechanisms.values():
+            mechanism[1] = {**LATER_KEYWORDS.get(mechanism[0], {}), **mechanism[1]}
+        return saved, tensors
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is a damaged delta: its metadata cannot be read: {one_line(error)}") from error
 
