@@ -49,7 +49,7 @@ BUILDS = [
     ("vix_fnet_tiny", {"rope": "axial"}, ["rope"]),
     ("vix_mixer_tiny", {"rope": "1d"}, ["rope"]),
     ("vix_nystrom_tiny", {"num_features": 64}, ["num_features", "nystrom", "num_landmarks"]),
-    ("hybrid_vit_tiny", {"num_landmarks": 64}, ["num_landmarks=64", "softmax", "conv_residual, locality"]),
+    ("hybrid_vit_tiny", {"num_landmarks": 64}, ["num_landmarks=64", "softmax", "merge_keys, conv_residual, locality"]),
     ("vix_nystrom_tiny", {"img_size": 100}, ["img_size=100", "patch_size=16"]),
     ("vix_nystrom_tiny", {"img_size": (224, 100)}, ["img_size=(224, 100)", "patch_size=16"]),
     ("vix_nystrom_tiny", {"img_size": 0}, ["img_size=0", "positive"]),

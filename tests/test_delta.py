@@ -488,3 +488,20 @@ def test_a_file_of_the_first_format_loads_into_a_convolutional_host(
     as_format_1(path, name, wrong, backbone)
     with pytest.raises(ValueError, match=f"{next(iter(recorded))}=4. in the file"):
         timm_vix.load_delta(other, path)
+
+
+def test_a_delta_from_before_keys_merged_loads(tmp_path) -> None:
+    def build(**keywords: float) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return small("softmax", "axial", img_size=32, patch_size=8, **keywords)
+
+    path = tmp_path / "delta.safetensors"
+    expected = task(path, build)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata | {"mechanisms": metadata["mechanisms"].replace('"merge_keys": 1.0, ', "")})
+    model = build()
+    timm_vix.load_delta(model, path)
+    assert torch.equal(answer(model), expected)
+    with pytest.raises(ValueError, match=r"softmax\(merge_keys=1.0\) in the file and softmax\(merge_keys=0.5\) here"):
+        timm_vix.load_delta(build(merge_keys=0.5), path)

@@ -1,5 +1,6 @@
 """Token merging: against loops over tokens, exact for equal tokens, and the whole grid for whoever reads features."""
 
+import argparse
 import copy
 import math
 import threading
@@ -9,6 +10,8 @@ import timm
 import torch
 from conftest import distance, gradients, lively, rounding, since
 from timm.models import save_for_hf
+from timm.utils import ParseKwargs
+from torch.nn.modules.module import register_module_forward_hook
 
 import timm_vix
 from timm_vix._checks import InputError
@@ -209,8 +212,13 @@ def test_merged_masks():
         (boolean, False, as_added),
         (None, True, causal),
         (keys_only, False, keys_only),
+        (added - 1e9, False, (added - 1e9) + 1e9),  # as float32 rounds it
+        (added.masked_fill(~boolean, -1e9), False, added + as_added),
+        (added.masked_fill(~boolean, torch.finfo(torch.float32).min), False, added + as_added),
+        (added.double().masked_fill(~boolean, torch.finfo(torch.float64).min), False, added + as_added),
     ]:
-        found, full = merge_mask(mask, is_causal, groups).expand(2, 2, 3, 3), full.expand(2, 2, 5, 5)
+        found, full = merge_mask(mask, is_causal, groups).float().expand(2, 2, 3, 3), full.expand(2, 2, 5, 5)
+        full = full - full.amax(3, keepdim=True)
         for b, h, i, j in torch.cartesian_prod(*map(torch.arange, (2, 2, 3, 3))).tolist():
             rows, columns = (place[b] == i).nonzero().flatten(), (place[b] == j).nonzero().flatten()
             expected = full[b, h][rows][:, columns].exp().sum() / len(rows)
@@ -226,6 +234,27 @@ def test_a_mask_of_the_whole_grid_acts_on_equal_tokens_as_before():
     timm_vix.convert(model, "softmax", merge=EQUAL)
     assert distance(model(x, attn_mask=mask), expected) < 1e-6
     assert distance(model(x), expected) > 1e-3
+
+
+@pytest.mark.parametrize("low", [-1e9, -torch.inf, torch.finfo(torch.float32).min])
+def test_attention_of_groups_under_a_mask_is_that_of_all_their_tokens(low):
+    """A query that may read nothing but low values reads as without a mask; padding isn't read at all."""
+    place = torch.tensor([[0, 1, 1, 2, 1, 3]])
+    groups = Groups(place, torch.tensor([[1.0, 3.0, 1.0, 1.0]]))
+    mask = torch.zeros(6, 6).masked_fill(torch.rand(6, 6) < 0.3, low)
+    mask[:, 5], mask[2] = low, mask[1]
+    mask[4] = mask[1]  # the group's queries have one mask
+    mask[:, 0] = 0
+    if low > -torch.inf:
+        mask[3] = low
+    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=merge_mask(mask, False, groups))
+    for head in range(2):
+        for token, group in enumerate(place[0].tolist()):
+            row = mask[token].double() - mask[token].double().max()
+            logits = (k[0, head, place[0]].double() @ q[0, head, group].double()) / math.sqrt(8) + row
+            expected = logits.softmax(0) @ v[0, head, place[0]].double()
+            torch.testing.assert_close(found[0, head, group].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_positions_of_a_group_are_the_mean_direction():
@@ -257,6 +286,59 @@ def test_saved_reloaded_and_reverted(kind, merge, tmp_path):
         timm_vix.revert(reverted)
         assert torch.equal(reverted(x), own)
         assert [type(module) for module in reverted.modules()] == modules
+
+
+@pytest.mark.parametrize("merge", [MERGE, 0.4], ids=str)
+@pytest.mark.parametrize("mixer, rope", [("softmax", None), ("softmax", "axial"), ("performer", "axial")])
+def test_created_as_converted(mixer, rope, merge, tmp_path):
+    size = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    plain = lively(timm.create_model("vix_softmax_cifar", rope=rope, **size).eval())
+    model = timm.create_model("vix_softmax_cifar", mixer=mixer, rope=rope, merge=merge, **size).eval()
+    model.load_state_dict({**model.state_dict(), **plain.state_dict()})
+    timm_vix.convert(plain, mixer, merge=merge)
+    x = images()
+    assert torch.equal(model(x), plain(x))
+    for number, saved in enumerate((model, plain)):
+        save_for_hf(saved, tmp_path / str(number), safe_serialization=True)
+        loaded = timm.create_model(f"local-dir:{tmp_path / str(number)}", pretrained=True).eval()
+        assert loaded.blocks.steps == model.blocks.steps
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_layers_that_need_the_grid_stand_before_the_first_merge():
+    size = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, layers=[0, 1])
+    model = timm.create_model("vix_nystrom_cifar", merge=MERGE, **size)
+    assert model.blocks.steps == MERGE
+    with pytest.raises(InputError, match="blocks.1 has NystromAttention, which needs the whole patch grid"):
+        timm.create_model("vix_nystrom_cifar", merge=4, **size)
+
+
+def test_what_a_model_is_created_with_stays(tmp_path):
+    given = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, merge=MERGE)
+    model, x = lively(timm.create_model("vix_softmax_cifar", **given).eval()), images()
+    own = model(x)
+    timm_vix.convert(model, "performer", [3])
+    value = model(x)
+    assert distance(value, own) > 1e-4
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded(x), value)
+    for converted in (model, loaded):
+        with pytest.raises(InputError, match=r"merge=0: the model was created with merge=\[0, 3, 5, 2\]"):
+            timm_vix.convert(converted, "softmax", merge=0)
+        timm_vix.revert(converted)
+        assert torch.equal(converted(x), own)
+
+
+@pytest.mark.parametrize("text, merge", [("40", 40), ("[0,3,5,2]", MERGE), ("0.5", 0.5), ("{'threshold':0.9}", None)])
+def test_keywords_of_a_command_line(text, merge):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    keywords = parser.parse_args(["--model-kwargs", f"merge={text}", "depth=4"]).model_kwargs
+    for name in ("vix_softmax_tiny_rope", "vix_from_timm"):
+        own = {"mixer": "softmax"} if name == "vix_from_timm" else {}
+        model = timm.create_model(name, device="meta", **own, **keywords)
+        assert model.blocks.merge == ({"threshold": 0.9} if merge is None else merge)
 
 
 def test_a_delta_knows_how_its_model_merges(tmp_path):
@@ -319,6 +401,20 @@ def test_no_layer_merges_more_than_half(merge, left):
     assert [len(m[0].flatten(1).T.unique(dim=0)) for m in maps] == left
 
 
+@pytest.mark.parametrize("merge", [10**6, 1e-9, {"threshold": -1}], ids=str)
+@pytest.mark.parametrize("size, left", [((56, 40), [18, 9, 5, 3]), ((16, 8), [1, 1, 1, 1]), ((8, 8), [1, 1, 1, 1])])
+def test_no_merge_leaves_nothing(size, left, merge):
+    """Each layer merges at most one half of what is there; one patch stays, and so do prefix tokens."""
+    model, x = host("registers", img_size=size), torch.randn(1, 3, *size)
+    rows = timm_vix.convert(model, "softmax", merge=merge).rows
+    if isinstance(merge, int):
+        assert [row.merged for row in rows] == [a - b for a, b in zip([math.prod(size) // 64, *left], left)]
+    maps = model.forward_intermediates(x, intermediates_only=True, return_prefix_tokens=True)
+    kinds = [len(patches.flatten(2)[0].T.unique(dim=0)) for patches, _ in maps]
+    assert kinds[-1] == (5 if merge == 1e-9 and left[0] > 1 else left[-1])  # the share goes by a fourth in each layer
+    assert all(torch.isfinite(patches).all() and prefix.shape == (1, 3, 32) for patches, prefix in maps)
+
+
 def test_threshold_merges_what_is_alike():
     model, x = without_positions("class"), repeating_images(1)
     expected = model(x)
@@ -328,8 +424,12 @@ def test_threshold_merges_what_is_alike():
     # three kinds are left, some of them several times, where all of a kind came to lie in one half
     assert 3 <= len(last.flatten(2)[0].T.unique(dim=0)) <= 8
     timm_vix.convert(model, "softmax", merge={"threshold": 1.0})
-    with pytest.raises(ValueError, match="expected a batch of 1, got 2"):
+    with pytest.raises(InputError, match="expected a batch of 1, got 2"):
         model(images(2))
+    with pytest.raises(
+        InputError, match="known only when the model runs; a model for export takes a number or a share"
+    ):
+        torch.export.export(model, (x,), strict=False)
 
 
 @pytest.mark.parametrize("kind", ["class", "eva", "vix_rope"])
@@ -339,6 +439,44 @@ def test_checkpointing_changes_nothing(kind):
     model.set_grad_checkpointing()
     model.train()
     assert distance(gradients(model, x), expected) < rounding(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["class", "eva", "vix_rope"])
+def test_hooks_of_blocks_see_the_whole_grid(kind):
+    """Whatever they are, and whether they came before or after the conversion."""
+    model, x, seen = host(kind), images(), {}
+    blocks = list(model.blocks)
+    early = blocks[2].register_forward_hook(lambda block, args, y: seen.update(early=(block, args[0], y)))
+    timm_vix.convert(model, "softmax", merge=MERGE)
+    value, maps = model(x), model.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")
+    assert [type(block.attn) for block in blocks] == [type(block.attn) for block in model.blocks]
+    handles = [
+        early,
+        *(block.register_forward_hook(lambda block, args, y: seen.update({block: y})) for block in blocks),
+        blocks[2].register_forward_pre_hook(lambda block, args: seen.update(given=args[0])),
+        blocks[3].register_full_backward_hook(lambda block, before, after: seen.update(slope=before[0])),
+    ]
+    assert torch.equal(model(x), value)
+    P = model.num_prefix_tokens
+    for block, expected in zip(blocks, maps):
+        assert torch.equal(seen[block][:, P:], expected)
+    assert seen["early"][0] is blocks[2] and torch.equal(seen["early"][2], seen[blocks[2]])
+    assert torch.equal(seen["given"], seen[blocks[1]]) and torch.equal(seen["early"][1], seen["given"])
+    model(x).square().sum().backward()
+    assert seen["slope"].shape == seen[blocks[2]].shape and seen["slope"].abs().sum() > 0
+    for handle in handles:
+        handle.remove()
+    of_all = register_module_forward_hook(lambda module, args, y: seen.update({module: y}))
+    seen.clear()
+    model(x)
+    of_all.remove()
+    assert all(torch.equal(seen[block][:, P:], expected) for block, expected in zip(blocks, maps))
+    double = blocks[1].register_forward_hook(lambda block, args, y: 2 * y)
+    kept = [blocks[2].register_forward_pre_hook(lambda block, args: (args[0] / 2,))]
+    assert distance(model(x), value) < rounding(torch.float32), "what hooks return is taken"
+    for handle in (double, *kept):
+        handle.remove()
+    assert torch.equal(model(x), value)
 
 
 def test_two_sizes_in_turn_with_checkpointing():
@@ -428,6 +566,10 @@ def test_onnx(tmp_path):
         ([1, 2, 3, -1], "merge="),
         ({"threshold": 2}, "between -1 and 1"),
         ({"above": 0.5}, "threshold"),
+        ({"threshold": math.nan}, "between -1 and 1"),
+        (math.nan, "between 0 and 1"),
+        (4.0, "merge=4.0: expected a number"),
+        ([], "has 0 numbers; the model has 4 layers"),
     ],
 )
 def test_wrong_amounts_are_refused(merge, told):
@@ -436,6 +578,8 @@ def test_wrong_amounts_are_refused(merge, told):
     with pytest.raises(InputError, match=told.replace("[", r"\[")):
         timm_vix.convert(model, "softmax", merge=merge)
     assert [type(module) for module in model.modules()] == before
+    with pytest.raises(InputError, match=told.replace("[", r"\[")):
+        timm.create_model("vix_softmax_cifar", depth=4, merge=merge)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +605,8 @@ def test_other_blocks_are_refused():
     model = timm.create_model("vix_softmax_cifar", block="parallel", depth=4)
     with pytest.raises(InputError, match="is a ParallelThingsBlock; tokens can merge in Block and EvaBlock"):
         timm_vix.convert(model, "softmax", merge=4)
+    with pytest.raises(InputError, match="is a ParallelThingsBlock; tokens can merge in Block and EvaBlock"):
+        timm.create_model("vix_softmax_cifar", block="parallel", depth=4, merge=4)
 
 
 def test_torchscript_is_refused():

@@ -1,13 +1,19 @@
 """Softmax with rotary positions against timm's ``AttentionRope``, and in raster order against a loop."""
 
+import copy
 import math
 
 import pytest
+import timm
 import torch
-from conftest import distance, image, rounding, small
+from conftest import LAYOUTS, distance, gradients, image, rounding, since, small
 from timm.layers import AttentionRope, RotaryEmbeddingCat
+from timm.models import save_for_hf
 
+from timm_vix import convert, revert
+from timm_vix._checks import InputError
 from timm_vix.mixers._layout import TokenLayout
+from timm_vix.mixers._mechanism import MechanismHost
 
 
 def timm_twin(module, rope: bool = True) -> AttentionRope:
@@ -90,3 +96,169 @@ def test_softmax_model_hands_the_mask_to_every_block():
     mask = torch.ones(36, 36, dtype=torch.bool).tril()
     assert distance(model(x, attn_mask=mask), model(x, is_causal=True)) < rounding(torch.float64)
     assert distance(model(x), model(x, is_causal=True)) > 1e-3
+
+
+def attention_to_merged_keys(q, k, v, P: int, r: int) -> torch.Tensor:
+    """One head, (N, D) each: r even patch keys join the odd one of the largest cosine, in loops."""
+    cosine = torch.nn.functional.cosine_similarity
+    proposals = []
+    for i in range(P, len(k), 2):
+        similarity = {j: float(cosine(k[i], k[j], dim=0).detach()) for j in range(P + 1, len(k), 2)}
+        if similarity:
+            j = max(similarity, key=similarity.get)
+            proposals.append((similarity[j], i, j))
+    groups = {n: [n] for n in range(len(k))}
+    for _, i, j in sorted(proposals, reverse=True)[:r]:
+        groups[j] += groups.pop(i)
+    keys, values = (torch.stack([sum(x[n] for n in group) / len(group) for group in groups.values()]) for x in (k, v))
+    counts = torch.tensor([float(len(group)) for group in groups.values()], dtype=k.dtype)
+    weights = counts * torch.exp(q @ keys.T / math.sqrt(q.shape[1]))
+    return weights / weights.sum(1, keepdim=True) @ values
+
+
+@pytest.mark.parametrize("rope", [None, "axial"])
+@pytest.mark.parametrize("share, left", [(0.5, 18), (0.7, 25), (0.9, 32)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_merged_keys_are_those_of_a_loop(layout, share, left, rope):
+    module = small("softmax", rope, merge_keys=share, **LAYOUTS[layout]).double().blocks[0].attn
+    P = module.num_prefix_tokens
+    x = torch.randn(2, 35 + P, 32, dtype=torch.float64, requires_grad=True)
+    q, k, v = module.project(x, 0, 3)
+    grid = TokenLayout(P, module.grid)
+    q, k = (module.rotate(part, grid, module.grid) for part in (q, k))
+    heads = torch.stack(
+        [
+            torch.stack([attention_to_merged_keys(*parts, P, 35 - left) for parts in zip(*image)])
+            for image in zip(q, k, v)
+        ]
+    )
+    expected = module.merge(heads, x)
+    found = module(x)
+    assert distance(found, expected) < rounding(torch.float64)
+    weight = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (found, expected))
+    assert distance(ours, theirs) < rounding(torch.float64)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (1, 7)])
+def test_few_keys_merge_or_stay(grid):
+    core = small("softmax", merge_keys=0.5).double().blocks[0].attn.core
+    n = grid[0] * grid[1]
+    q, k, v = torch.randn(3, 1, 1, 1 + n, 4, dtype=torch.float64)
+    layout = TokenLayout(1, grid)
+    expected = attention_to_merged_keys(q[0, 0], k[0, 0], v[0, 0], 1, n // 2)
+    assert distance(core(q, k, v, layout, layout)[0, 0], expected) < rounding(torch.float64)
+
+
+def test_equal_keys_merge_without_a_trace():
+    model, plain = (small("softmax", merge_keys=share, pos_embed="none").double() for share in (0.5, 1.0))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 1, 1, dtype=torch.float64).expand(2, 3, 14, 10)
+    assert distance(model.forward_features(x), plain.forward_features(x)) < rounding(torch.float64)
+
+
+def test_keys_and_tokens_merge_together():
+    """Merged tokens count as often as their patches where their keys merge again."""
+    core = small("softmax", merge_keys=0.5).double().blocks[0].attn.core
+    k = torch.randn(1, 1, 3, 4, dtype=torch.float64)[:, :, [0, 1, 1, 2, 2]]  # a prefix key, then two pairs
+    q, v = torch.randn(2, 1, 1, 5, 4, dtype=torch.float64)
+    counts = torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0], dtype=torch.float64)
+    layout = TokenLayout(1, (1, 4))
+    weights = counts * torch.exp(q @ k.transpose(2, 3) / 2)
+    expected = weights / weights.sum(3, keepdim=True) @ v
+    assert distance(core(q, k, v, layout, layout, counts.log()[None, None, None]), expected) < rounding(torch.float64)
+
+
+@pytest.mark.parametrize("share", [0.3, 0, 1.5, "half", float("nan"), -1])
+def test_other_shares_are_refused(share):
+    with pytest.raises(InputError, match=r"merge_keys=.*: expected the share of the keys that is left, from 0.5 to 1"):
+        small("softmax", merge_keys=share)
+    model = small("softmax")
+    with pytest.raises(InputError, match="from 0.5 to 1"):
+        convert(model, "softmax", merge_keys=share)
+
+
+@pytest.mark.parametrize("given", [{"is_causal": True}, {"attn_mask": torch.ones(36, 36, dtype=torch.bool)}])
+def test_masks_are_refused_where_keys_merge(given):
+    with pytest.raises(
+        InputError, match="neither attn_mask nor is_causal; only softmax attention does, with merge_keys=1"
+    ):
+        small("softmax", merge_keys=0.5)(torch.randn(1, 3, 14, 10), **given)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@since("2.9", "exports no batch of any size")
+def test_merged_keys_are_scripted_exported_and_compiled(tmp_path):
+    model = small("softmax", "axial", merge_keys=0.5, depth=1)
+    x = image(model, 3)
+    expected = model(x)
+    assert distance(torch.jit.script(model)(x), expected) < rounding(torch.float32)
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    assert distance(program.module()(x), expected) < rounding(torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert distance(gradients(compiled, x), gradients(model, x)) < rounding(torch.float32)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.onnx.export(program, (), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (value,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert distance(torch.from_numpy(value), expected) < rounding(torch.float32)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_merged_keys_in_half_precision(autocast):
+    """Within what rounding to half precision, which matches other keys now and then, does without merging, twice."""
+    model = small("softmax", merge_keys=0.5)
+    plain = small("softmax")
+    x = image(model, 8)
+
+    def half(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(x) if autocast else copy.deepcopy(model).bfloat16()(x.bfloat16())
+
+    value = half(model)
+    assert value.dtype == torch.bfloat16
+    assert distance(value, model(x)) < 2 * distance(half(plain), plain(x))
+
+
+def test_merged_keys_of_an_image_are_its_own():
+    model = small("softmax", "axial", merge_keys=0.5).double()
+    x = image(model, 4).double()
+    for i in range(4):
+        assert distance(model(x)[i], model(x[i : i + 1])[0]) < rounding(torch.float64)
+
+
+def test_merged_keys_at_two_sizes_in_turn():
+    model = small("softmax", "axial", merge_keys=0.5, dynamic_img_size=True).double()
+    for size in ((14, 10), (6, 18), (14, 10)):
+        fixed = small("softmax", "axial", merge_keys=0.5, img_size=size).double()
+        fixed.load_state_dict(model.state_dict())
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        assert distance(model(x), fixed(x)) < rounding(torch.float64)
+
+
+@pytest.mark.parametrize("name", ["levin_128s", "cvt_cifar", "pin_cifar"])
+def test_other_hosts_merge_keys(name):
+    own = {"mixer": "softmax"} if name != "cvt_cifar" else {}
+    model = timm.create_model(name, merge_keys=0.5, **own)
+    shares = [module.core.merge_keys for module in model.modules() if isinstance(module, MechanismHost)]
+    assert shares and set(shares) == {0.5}
+
+
+def test_a_conversion_to_merged_keys_is_saved_and_reverted(tmp_path):
+    model, x = timm.create_model("eva02_tiny_patch14_224", img_size=(56, 42), depth=3).eval(), torch.randn(2, 3, 56, 42)
+    own = model(x)
+    convert(model, "softmax", [0, 2], merge_keys=0.5)
+    value = model(x)
+    assert distance(value, own) > 1e-4
+    convert(model, "performer", [1])
+    convert(model, "softmax", [1])
+    assert torch.equal(model(x), value), "other layers stay as they are"
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded(x), value)
+    convert(model, "softmax", [2], merge_keys=1.0)
+    assert [type(block.attn).__name__ for block in model.blocks] == ["AttentionSlot", "EvaAttention", "EvaAttention"]
+    for reverted in (model, loaded):
+        revert(reverted)
+        assert torch.equal(reverted(x), own)

@@ -21,6 +21,7 @@ from ..mixers._slot import MixerSlot
 from .layers import Layers, layer_mixers
 from .merging import Merge, MergingBlocks, Step, check_merging, first_merge, merge_steps, num_merged, set_merging
 from .replace import (
+    PLAIN_SOFTMAX,
     REPLACEABLE,
     AttentionSite,
     build_mixer,
@@ -179,8 +180,8 @@ def convert(
             to end with, a float between 0 and 1; or ``{"threshold": t}``, every pair whose keys have a cosine of at
             least t, which takes one image at a time. No layer merges more than half of its patch tokens, whatever is
             asked for, and prefix tokens never merge. Layers after a merge must have "softmax" or "performer". None:
-            as it is, at first no merging; 0 takes merging away. Features, masks and pooling see the whole grid. Forward
-            hooks of merging blocks aren't called.
+            as it is, at first no merging; 0 takes merging away. Features, masks, pooling and hooks of blocks see the
+            whole grid.
         **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
             them.
 
@@ -203,14 +204,21 @@ def convert(
     if merge is None:
         merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
     steps = merge_steps(merge, len(sites))
+    built = getattr(model, "merge", None)
+    if built is not None and steps != merge_steps(built, len(sites)):
+        raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another one there")
     former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
     planned = dict(former)
     for index, block in enumerate(sites):
         name, own = wanted.get(index, (None, {}))
-        merges = first_merge(steps[: index + 1]) is not None  # tokens stand for several from here on
+        # tokens stand for several from here on, and the model wasn't built for that
+        merges = built is None and first_merge(steps[: index + 1]) is not None
         for site in block:
-            if name is not None or is_softmax(former[site.path]):
-                planned[site.path] = planned_attention(model, site, name or "softmax", own, merges)
+            if name is not None:
+                planned[site.path] = planned_attention(model, site, name, own, merges)
+            elif is_softmax(there := former[site.path]):
+                kept = there.config() if isinstance(there, AttentionSlot) else {}
+                planned[site.path] = planned_attention(model, site, "softmax", kept, merges)
     check_merging(list(model.blocks.children()), [[planned[site.path] for site in block] for block in sites], steps)
     for site in (site for block in sites for site in block):
         setattr(site.parent, site.name, planned[site.path])
@@ -229,8 +237,11 @@ def planned_attention(model: nn.Module, site: AttentionSite, name: str, own: dic
     Raises:
         ValueError: for what the mixer can't honour.
     """
-    if name == "softmax" and not any(own.values()) and (not merges or isinstance(site.attn, AttentionSlot)):
-        return site.attn
+    if name == "softmax":
+        host = site.attn.config() if isinstance(site.attn, AttentionSlot) else PLAIN_SOFTMAX
+        own = {**host, **own}
+        if not merges and own == host:
+            return site.attn
     try:
         rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
         slot = build_mixer(model, site.attn, name, layout_of(model), rope, **own)
@@ -321,6 +332,7 @@ def revert(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
     for site in converted:
         setattr(site.parent, site.name, site.attn)
-    set_merging(model, None, [])
+    if getattr(model, "merge", None) is None:
+        set_merging(model, None, [])
     forget_conversion(model)
     update_hooks(model)

@@ -32,7 +32,7 @@ from .replace import mixer_name
 
 FORMAT = "timm_vix delta 2"
 # a mechanism in a file that lacks one of these keywords is older than it, and has this value
-LATER: dict[str, Any] = dict(conv_residual=False, locality=0.0)
+LATER: dict[str, Any] = dict(conv_residual=False, locality=0.0, merge_keys=1.0)
 DESCRIBED = ("architecture", "pooling", "mechanisms", "backbone")  # in the metadata of a file
 ROWS = ("weight", "bias")  # of a classifier: one for each class
 # from the finest to the coarsest

@@ -4,6 +4,8 @@ Between blocks each group's value is copied to all of its tokens, and the next b
 that reads features, pools or normalises sees the whole grid, and means over it are weighted by the counts. Which tokens
 are a group belongs to one forward pass, and travels with it: iterating over the blocks begins a pass. Nothing of it is
 kept on modules, so threads don't meet, and gradient checkpointing, which calls a block again, finds what it had.
+Blocks are called as modules, so their hooks run and see the whole grid. Where nobody looks in between, groups go from
+block to block without being copied.
 """
 
 import math
@@ -15,10 +17,11 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.nn.modules.module import _global_backward_hooks, _global_forward_hooks, _global_forward_pre_hooks
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot
-from ..mixers._layout import CarryGrid, TokenLayout, check_sequence
+from ..mixers._attention_slot import AttentionSlot, has_hooks
+from ..mixers._layout import TokenLayout, check_sequence
 from ..mixers._merging import (
     Groups,
     copy_back,
@@ -41,8 +44,26 @@ FORMS = (
     "expected a number of tokens that each layer merges, a list with one number for each layer, the share of the patch "
     "tokens to end with as a float between 0 and 1, or {'threshold': t}, a cosine between -1 and 1"
 )
+
+
+class MergingBlock(nn.Module):
+    """What a block of a host becomes where tokens are merged: in a pass it does as the pass says."""
+
+    def forward(self, x: torch.Tensor, in_pass: Optional["BlockInPass"] = None, **kwargs: Any) -> torch.Tensor:
+        return super().forward(x, **kwargs) if in_pass is None else in_pass.run(x, **kwargs)
+
+
+class MergingVitBlock(MergingBlock, Block):
+    """timm's ``Block``, see ``MergingBlock``."""
+
+
+class MergingEvaBlock(MergingBlock, EvaBlock):
+    """timm's ``EvaBlock``, see ``MergingBlock``."""
+
+
 # blocks whose residual branches are attention, then an MLP
-BLOCKS = (Block, EvaBlock)
+BLOCKS = {Block: MergingVitBlock, EvaBlock: MergingEvaBlock}
+HOOKS_OF_ALL = (_global_forward_pre_hooks, _global_forward_hooks, _global_backward_hooks)
 
 
 def merge_steps(merge: Merge, depth: int) -> list[Step]:
@@ -108,13 +129,25 @@ class MergingBlocks(nn.ModuleList):
         return super().__getitem__(index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if any(HOOKS_OF_ALL) or any(is_watched(block) for block in self.children()):
+            for block_in_pass in self:
+                x = block_in_pass(x)
+            return x
         groups: Optional[Groups] = None
         for block, step in zip(self.children(), self.steps):
-            x, groups = run_block(block, step, self.num_prefix_tokens, x, groups)
+            if groups is None and not step:
+                x = block(x)
+            else:
+                x, groups = run_block(block, step, self.num_prefix_tokens, x, groups)
         return x if groups is None else copy_back(x, groups)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise InputError("a model that merges tokens can't be scripted; torch.export and torch.compile can take it")
+
+
+def is_watched(block: nn.Module) -> bool:
+    """Does anybody see what a block is given and gives: hooks, or a module that wraps it?"""
+    return has_hooks(block) or not isinstance(block, (Block, EvaBlock))
 
 
 class BlockInPass:
@@ -141,9 +174,14 @@ class BlockInPass:
         return repr(self.block)
 
     def __call__(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.groups[self.layer] is None and not self.blocks.steps[self.layer]:
+            return self.block(x, **kwargs)
+        return self.block(x, in_pass=self, **kwargs)
+
+    def run(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """What the block does in this pass, called by it."""
         groups = self.groups[self.layer]
         if groups is not None:
-            CarryGrid()(self.block, (x,))
             x = take_one(x, groups)
         step, num_prefix_tokens = self.blocks.steps[self.layer], self.blocks.num_prefix_tokens
         x, groups = run_block(self.block, step, num_prefix_tokens, x, groups, **kwargs)
@@ -153,20 +191,16 @@ class BlockInPass:
 
 def run_block(
     block: nn.Module, step: Step, num_prefix_tokens: int, x: torch.Tensor, groups: Optional[Groups], **kwargs: Any
-) -> tuple[torch.Tensor, Optional[Groups]]:
+) -> tuple[torch.Tensor, Groups]:
     """A block whose tokens merge between attention and MLP: groups x (B, M, C) in, fewer groups out.
 
     Args:
-        groups: of x; None: nothing has merged yet.
+        groups: of x; None: nothing has merged yet, each token is a group.
         **kwargs: what the host hands to its block, for the whole grid.
     """
-    if groups is None and not step:
-        return block(x, **kwargs), None
     slot = block.attn
     tokens = block.norm1(x)
     if groups is None:
-        if slot.dynamic:
-            CarryGrid()(block, (x,))
         groups = single_groups(x)
         attended, keys = slot(tokens, **kwargs), keys_of(slot, tokens, kwargs.get("rope"))
     else:
@@ -186,12 +220,18 @@ def merge_similar(
             f"merge={step!r} merges as many tokens as an image has alike, and the images of a batch need the same "
             f"number: expected a batch of 1, got {len(x)}"
         )
+    if isinstance(step, Mapping) and torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        raise InputError(
+            f"merge={step!r}: how many tokens merge is known only when the model runs; a model for export takes a "
+            "number or a share"
+        )
     at_start = groups.place.shape[1] - num_prefix_tokens
     r = left // 2 if isinstance(step, Mapping) else num_merged(step, at_start, left)
     if r == 0:
         return x, groups
     with torch.no_grad():
-        similarity, partner = propose(keys[:, :, num_prefix_tokens:].mean(1))
+        # the sum over heads has the cosines of the mean
+        similarity, partner = propose(keys[:, :, num_prefix_tokens:].sum(1))
         if isinstance(step, Mapping):
             r = min(r, int((similarity >= step["threshold"]).sum()))
         place = match(similarity, partner, num_prefix_tokens, M, r)
@@ -257,7 +297,7 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
         return
     for layer in range(first, len(blocks)):
         block, slot = blocks[layer], attention[layer][0]
-        if type(block) not in BLOCKS or len(attention[layer]) != 1:
+        if type(block) not in (*BLOCKS, *BLOCKS.values()) or len(attention[layer]) != 1:
             raise InputError(
                 f"merge: blocks.{layer} is a {type(block).__name__}; tokens can merge in "
                 f"{' and '.join(allowed.__name__ for allowed in BLOCKS)}, whose attention is followed by an MLP"
@@ -278,7 +318,12 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
 def set_merging(model: nn.Module, merge: Optional[Merge], steps: list[Step]) -> None:
     """Give a host blocks that merge, or blocks that don't."""
     blocks = list(model.blocks.children())
-    if first_merge(steps) is not None:
+    first = first_merge(steps)
+    plain = {merging: own for own, merging in BLOCKS.items()}
+    for layer, block in enumerate(blocks):
+        own = plain.get(type(block), type(block))
+        block.__class__ = own if first is None or layer < first else BLOCKS[own]
+    if first is not None:
         assert merge is not None
         model.blocks = MergingBlocks(blocks, merge, steps, model.num_prefix_tokens)
     elif isinstance(model.blocks, MergingBlocks):

@@ -25,6 +25,8 @@ from ..stems.tokens_to_token import TokensToToken
 
 # attention that the mixers continue: another class, a subclass too, may do something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
+# the keywords of softmax attention that adds nothing to a host's own
+PLAIN_SOFTMAX: dict[str, Any] = dict(merge_keys=1.0, conv_residual=False, locality=0.0)
 HOOKS = (RecordGrid, CarryGrid)
 _logger = logging.getLogger(__name__)
 
@@ -96,10 +98,15 @@ def no_decay_names(model: nn.Module) -> set[str]:
     }
 
 
+def is_plain_softmax(mixer: str, keywords: Mapping[str, Any]) -> bool:
+    """Whether a mixer is the attention that hosts have themselves, without anything added."""
+    return mixer == "softmax" and {**PLAIN_SOFTMAX, **keywords} == PLAIN_SOFTMAX
+
+
 def is_softmax(module: nn.Module) -> bool:
     """Whether a module is softmax attention that a mixer can continue, to which nothing is added."""
     if type(module) is AttentionSlot and type(module.core) is SoftmaxAttention:
-        return not any(module.core.config().values())
+        return is_plain_softmax("softmax", module.core.config())
     return type(module) in REPLACEABLE
 
 
@@ -229,6 +236,7 @@ def replace_attention(
     model: nn.Module,
     mixers: dict[int, tuple[str, dict[str, Any]]],
     rope: Optional[str] = None,
+    first_merge: Optional[int] = None,
 ) -> None:
     """Put mixers in the place of the attention of a new model, in place.
 
@@ -238,6 +246,7 @@ def replace_attention(
         mixers: for each block, counted over all parts, the name in ``MIXERS`` and the keywords. A part of fewer
             patches than a keyword counts takes as many as it has.
         rope: None, "axial" or "1d": rotary positions, shared by all blocks of a grid, for a model that has none.
+        first_merge: the first block that merges tokens, if one does; from there on softmax attention has a slot too.
 
     Raises:
         ValueError: for an unknown value, naming what is allowed.
@@ -250,7 +259,8 @@ def replace_attention(
     blocks = [(block, layout) for part, layout in parts for block in part.children()]
     for index, (block, layout) in enumerate(blocks):
         mixer, keywords = mixers.get(index, ("softmax", {}))
-        if mixer == "softmax" and rope is None and not any(keywords.values()):
+        merges = first_merge is not None and index >= first_merge
+        if is_plain_softmax(mixer, keywords) and rope is None and not merges:
             continue
         for site in find_attention(block):
             weight = site.attn.proj.weight

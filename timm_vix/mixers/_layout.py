@@ -32,8 +32,8 @@ def check_sequence(
     """Raise ValueError for a mask that isn't supported, or if x (B, N, C) must be the whole layout and isn't."""
     if (attn_mask is not None or is_causal) and not supports_mask:
         raise InputError(
-            "this token mixer honours neither attn_mask nor is_causal; only softmax attention does, and without "
-            "conv_residual"
+            "this token mixer honours neither attn_mask nor is_causal; only softmax attention does, with merge_keys=1 "
+            "and without conv_residual"
         )
     num_tokens = layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]
     if uses_grid and x.shape[1] != num_tokens:

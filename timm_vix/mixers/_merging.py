@@ -14,6 +14,7 @@ Shapes: B images, N tokens of the whole grid with P prefix tokens, M tokens that
 C channels.
 """
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -68,9 +69,17 @@ def propose(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     In float32 at least: half precision would have many ties.
     """
-    with outside_autocast(keys.device):
-        unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=2)
-        similarity, partner = torch.matmul(unit[:, ::2], unit[:, 1::2].transpose(1, 2)).max(2)
+    if torch.jit.is_scripting():
+        return most_similar(keys)
+    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        with outside_autocast(keys.device):
+            return most_similar(keys)
+
+
+def most_similar(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The work of ``propose``, outside of autocast."""
+    unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=2)
+    similarity, partner = torch.matmul(unit[:, ::2], unit[:, 1::2].transpose(1, 2)).max(2)
     return similarity, partner
 
 
@@ -97,6 +106,37 @@ def merge_tokens(x: torch.Tensor, counts: torch.Tensor, place: torch.Tensor, mer
     return (sums / merged.unsqueeze(2)).to(x.dtype)
 
 
+def merge_similar_keys(
+    k: torch.Tensor, v: torch.Tensor, key_bias: Optional[torch.Tensor], num_prefix_tokens: int, share: float
+) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """In each head the most similar patch keys become one, with their values; a share of at least one half is left.
+
+    Args:
+        k: (B, h, N, D), prefix tokens first; these never merge.
+        v: (B, h, N, E).
+        key_bias: (B, 1, 1, N), log of how many tokens each key stands for already; None: one each.
+        share: of the patch keys, how many are left.
+
+    Returns:
+        Keys (B, h, M, D), values (B, h, M, E), and what is added to the logits of the keys, (B, h, 1, M): the log of
+        how many tokens each stands for.
+    """
+    B, h, N, D = k.shape
+    num_patches = N - num_prefix_tokens
+    r = min(num_patches // 2, num_patches - math.ceil(share * num_patches - 1e-6))
+    if r == 0:
+        return k, v, key_bias
+    rows = torch.cat([k, v], dim=3).flatten(0, 1)
+    counts = torch.ones([B * h, N], device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))
+    if key_bias is not None:
+        counts = counts * key_bias.to(counts.dtype).exp().expand(B, h, 1, N).reshape(B * h, N)
+    similarity, partner = propose(rows[:, num_prefix_tokens:, :D].detach())
+    place = match(similarity, partner, num_prefix_tokens, N, r)
+    merged = counts.new_zeros([B * h, N - r]).scatter_add_(1, place, counts)
+    means = merge_tokens(rows, counts, place, merged).unflatten(0, [B, h])
+    return means[..., :D], means[..., D:], merged.log().to(k.dtype).reshape(B, h, 1, N - r)
+
+
 def merge_table(table: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Sine and cosine of each group's mean direction: (N, 2·D), (h, N, 2·D) or (B, h, N, 2·D) -> (B, h, M, 2·D)."""
     B, M = groups.counts.shape
@@ -111,8 +151,9 @@ def merge_table(table: torch.Tensor, groups: Groups) -> torch.Tensor:
 def merge_mask(mask: Optional[torch.Tensor], is_causal: bool, groups: Groups) -> torch.Tensor:
     """What is added to the logits of the groups: (B, 1, 1, M), or (B, h, M, M) with a mask of the whole grid.
 
-    Without a mask, the log of the counts. A mask (.., N, N), of booleans or added to the logits, gives
-    log (1/|I| sum_{i in I} sum_{j in J} exp(mask_ij)) for the groups I and J.
+    Without a mask, the log of the counts. A mask m (.., N, N), of booleans or added to the logits, gives
+    log (1/|I| sum_{i in I} sum_{j in J} exp(m_ij - max_n m_in)) for the groups I and J: what is added to all logits of
+    a query changes nothing, so large negative numbers don't vanish together.
     """
     counts = groups.counts
     if mask is None and not is_causal:
@@ -123,8 +164,8 @@ def merge_mask(mask: Optional[torch.Tensor], is_causal: bool, groups: Groups) ->
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
     with outside_autocast(mask.device):
-        mask = mask.to(counts.dtype).expand(*mask.shape[:-2], N, N)
-        top = mask.amax((-2, -1), keepdim=True)
-        members = F.one_hot(groups.place, M).to(counts.dtype).unsqueeze(1)
+        mask = mask.to(torch.promote_types(mask.dtype, counts.dtype)).expand(*mask.shape[:-2], N, N)
+        top = mask.amax(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).min)  # -inf: nothing is to be read
+        members = F.one_hot(groups.place, M).to(mask.dtype).unsqueeze(1)
         sums = torch.matmul(members.transpose(2, 3), torch.matmul((mask - top).exp(), members))
-        return (sums / counts[:, None, :, None]).log() + top
+        return (sums / counts[:, None, :, None]).log()

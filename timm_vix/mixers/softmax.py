@@ -5,6 +5,13 @@
 Vaswani et al. 2017 (arXiv 1706.03762). Where nothing is added to a host's own attention, it stays as it is, to the last
 bit. As that, this one honours masks and the causal flag.
 
+With ``merge_keys`` the most similar patch keys of each head become one, their mean, and so do their values:
+
+    Y = softmax(Q K~^T / sqrt(D) + log n) V~           n: how many keys each mean stands for
+
+All queries stay, so the output is on the whole grid. The matching is that of Bolya et al. 2023 (arXiv 2210.09461), who
+merge tokens. Masks are refused then, since keys that one query reads and another doesn't may have become one.
+
 Shapes: B images, N tokens, h heads, D head width.
 """
 
@@ -13,18 +20,39 @@ from typing import Optional
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .._checks import InputError
 from ._layout import TokenLayout
-from ._mechanism import AttentionMechanism
+from ._mechanism import AttentionMechanism, AttentionShape
+from ._merging import merge_similar_keys
 
 
 class SoftmaxAttention(AttentionMechanism):
-    """Softmax attention through ``scaled_dot_product_attention``."""
+    """Softmax attention through ``scaled_dot_product_attention``.
+
+    Args:
+        merge_keys: the share of the patch keys that is left after the most similar ones merged, from 0.5 to 1.
+
+    Raises:
+        ValueError: for another share.
+    """
 
     title = "softmax attention"
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     uses_grid = False
     supports_mask = True
     supports_key_bias = True
+    candidates = (dict(merge_keys=0.5), dict(merge_keys=0.75))
+
+    def __init__(self, shape: AttentionShape, merge_keys: float = 1.0) -> None:
+        super().__init__(shape)
+        number = isinstance(merge_keys, (int, float)) and not isinstance(merge_keys, bool)
+        if not number or not 0.5 <= merge_keys <= 1:
+            raise InputError(
+                f"merge_keys={merge_keys!r}: expected the share of the keys that is left, from 0.5 to 1, since "
+                "every second key at most merges into another"
+            )
+        self.merge_keys = float(merge_keys)
+        self.supports_mask = merge_keys == 1
 
     def forward(
         self,
@@ -37,4 +65,6 @@ class SoftmaxAttention(AttentionMechanism):
         is_causal: bool = False,
     ) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
+        if self.merge_keys < 1:
+            k, v, attn_mask = merge_similar_keys(k, v, attn_mask, keys.num_prefix_tokens, self.merge_keys)
         return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)

@@ -26,7 +26,7 @@ from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
-from ..conversion.replace import no_decay_names
+from ..conversion.replace import is_plain_softmax, no_decay_names
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost
@@ -187,7 +187,7 @@ class LevitXformer(Levit):
         if stem is not None:
             for info in self.feature_info:
                 info["reduction"] = info["reduction"] // 2 * (16 if patch_size is None else patch_size)
-        if mixer != "softmax" or any(keywords.values()):
+        if not is_plain_softmax(mixer, keywords):
             for parent in list(self.modules()):
                 for name, attn in list(parent.named_children()):
                     if type(attn) in PROJECTED_LAYERS:

@@ -20,6 +20,7 @@ from torch import nn
 from .._checks import InputError, check_choice, check_integer
 from ..conversion.convert import source_of
 from ..conversion.layers import Layers, layer_mixers
+from ..conversion.merging import Merge, check_merging, first_merge, merge_steps, set_merging
 from ..conversion.replace import (
     check_keywords,
     layout_of,
@@ -110,6 +111,7 @@ class VisionXformer(VisionTransformer):
         block: "sequential", or "parallel": two attentions side by side, then two MLPs, in half as many blocks as
             ``depth`` says (Touvron et al. 2022, arXiv 2203.09795, section 3). A sequential ViT's weights load in pairs.
         mlp: "mlp", or "daff": with a depthwise convolution over the patch grid inside (``_feed_forward.py``).
+        merge: how many tokens merge in each layer, or another form that ``timm_vix.convert`` takes.
         **kwargs: the mixer's keywords (``timm_vix.mixers.MIXERS[mixer].keywords()``) and those of timm's class.
 
     Raises:
@@ -126,6 +128,7 @@ class VisionXformer(VisionTransformer):
         stem_mixer: StemMixer = None,
         mlp: str = "mlp",
         layers: Layers = "all",
+        merge: Optional[Merge] = None,
         **kwargs: Any,
     ) -> None:
         check_choice("mixer", mixer, tuple(MIXERS))
@@ -149,7 +152,11 @@ class VisionXformer(VisionTransformer):
         self._traits = {"first_conv": first_convolution(stem)}
         replace_mlps(self.blocks, mlp, layout_of(self), kwargs.get("patch_drop_rate", 0))
         mixers = layer_mixers(layers, len(self.blocks), mixer, keywords)
-        replace_attention([(self.blocks, layout_of(self))], self, mixers, rope)
+        self.merge = merge
+        steps = merge_steps(0 if merge is None else merge, len(self.blocks))
+        replace_attention([(self.blocks, layout_of(self))], self, mixers, rope, first_merge(steps))
+        check_merging(list(self.blocks), [list(slots_of(block).values()) for block in self.blocks], steps)
+        set_merging(self, merge, steps)
         self._model_args = recorded_config(self)
 
     @torch.jit.ignore
