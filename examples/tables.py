@@ -45,6 +45,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfers": conversion.transfers,
     "plans": conversion.plans,
     "parts": training.parts,
+    "other mechanisms": mechanisms.other_mechanisms,
+    "all mechanisms": mechanisms.all_mechanisms,
     "context": context.context,
     "context, timm": context.shipped_by_timm,
 }

@@ -1,4 +1,4 @@
-"""The README's table of mechanisms, from the modules in timm_vix/mixers, and what their docstrings say of speed."""
+"""The tables of mechanisms, from the modules in timm_vix/mixers, and what their docstrings say of speed."""
 
 import inspect
 import re
@@ -43,15 +43,34 @@ def keywords(mixer: str) -> str:
 
 
 def mechanisms() -> str:
-    """Name, file, mechanism, paper, cost in N, rotary positions and keywords of every mixer."""
+    """The table of the mixers that keep much of a trained ViT's function, which a plan tries, and of softmax."""
+    return table_of([name for name in MIXERS if name == "softmax" or MIXERS[name].candidates])
+
+
+def other_mechanisms() -> str:
+    """The names of all other mixers with links to their files."""
+    others = [name for name in MIXERS if name != "softmax" and not MIXERS[name].candidates]
+    return ", ".join(f"[`{name}`]({file_of(name)})" for name in others)
+
+
+def all_mechanisms() -> str:
+    return table_of(list(MIXERS), "../../")
+
+
+def file_of(mixer: str) -> str:
+    """The path of a mechanism's file in the repository."""
+    return Path(str(module_of(mixer).__file__)).relative_to(ROOT).as_posix()
+
+
+def table_of(mixers: list[str], to_root: str = "") -> str:
+    """Name, file, mechanism, paper, cost in N, rotary positions and keywords of mixers."""
     body = []
-    for mixer in MIXERS:
-        path = Path(str(module_of(mixer).__file__)).relative_to(ROOT)
+    for mixer in mixers:
         title = (module_of(mixer).__doc__ or "").split("\n\n")[0].replace("\n", " ").rstrip(".")
         authors, number = found(PAPER, mixer)
         paper = f"[{authors}](https://arxiv.org/abs/{number})"
         rotary = "yes" if MIXERS[mixer].supports_rotary else "no"
-        name = f"[`{mixer}`]({path.as_posix()})"
+        name = f"[`{mixer}`]({to_root}{file_of(mixer)})"
         body.append([name, title, paper, found(COST, mixer)[0], rotary, keywords(mixer)])
     return markdown(["name, file", "mechanism", "paper", "cost in N", "rotary", "keywords"], body)
 
