@@ -199,7 +199,7 @@ def test_two_processes_equal_one(tmp_path):
     processes = [context.Process(target=distributed, args=(rank, tmp_path / "store", results)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = dict(results.get(timeout=300) for _ in processes)
+    found = dict(results.get(timeout=60) for _ in processes)
     for process in processes:
         process.join()
     schedule = HandoverSchedule(2)
