@@ -127,7 +127,7 @@ def test_hand_over():
         (lambda: small("softmax"), dict(kind="block", share=0.1), ["share=0.1", "blocks.0.mlp.fc1", "0.750, 0.375"]),
         (lambda: small("softmax"), dict(images=torch.zeros(0, 3, 14, 10)), ["images=(0, 3, 14, 10)"]),
         (lambda: small("softmax"), dict(images=torch.full((1, 3, 14, 10), torch.inf)), ["images", "finite"]),
-        (lambda: timm.create_model("resnet18"), {}, ["ResNet", "Mlp"]),
+        (lambda: timm.create_model("test_resnet"), {}, ["ResNet", "Mlp"]),
     ],
     ids=["kind", "share", "rank", "blocks", "no_images", "infinite", "resnet"],
 )

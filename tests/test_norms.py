@@ -306,7 +306,11 @@ REFUSED = {
         lambda model: model.blocks[1].attn.register_forward_pre_hook(lambda module, args: None),
         ["blocks.1.norm1", "Attention", "hooks"],
     ),
-    "shared": (with_shared_weights, ["blocks.0.norm2", "blocks.1.norm2", "same weights"]),
+    "shared": (with_shared_weights, ["blocks.0.norm2", "used elsewhere"]),
+    "shared_layer": (
+        lambda model: setattr(model.blocks[1].mlp, "fc1", model.blocks[0].mlp.fc1),
+        ["blocks.0.norm2", "used elsewhere"],
+    ),
     "convolution": (lambda model: setattr(model.blocks[0].mlp, "fc1", nn.Conv1d(32, 8, 1)), ["Conv1d", "nn.Linear"]),
     "other_mlp": (lambda model: setattr(model.blocks[0], "mlp", nn.Softmax(-1)), ["blocks.0.norm2", "Softmax", "Mlp"]),
     "fnet": (lambda model: timm_vix.convert(model, "fnet"), ["blocks.0.norm1", "FourierMixing", "queries"]),
@@ -334,7 +338,7 @@ def test_what_cannot_be_folded(case):
 @pytest.mark.parametrize(
     "build, given, words",
     [
-        (lambda: timm.create_model("resnet18"), None, ["ResNet", "VisionTransformer or Eva"]),
+        (lambda: timm.create_model("test_resnet"), None, ["ResNet", "VisionTransformer or Eva"]),
         (lambda: host(block_fn=ResPostBlock), None, ["blocks.0", "ResPostBlock", "EvaBlock"]),
         (lambda: host(norm_layer="rmsnorm"), None, ["no layer norms"]),
         (host, images(0), ["images=(0, 3, 56, 40)", "at least one image"]),

@@ -7,6 +7,7 @@ is (s_p/s)·x + (t_p - t)/s: of a norm P·C numbers stay, and nothing without pr
 carries x past the norm and is untouched.
 """
 
+from collections import Counter
 from typing import NamedTuple, Optional
 
 import torch
@@ -61,8 +62,7 @@ class Folding(NamedTuple):
 def fold_norms(model: nn.Module, last: bool = True) -> None:
     """Multiply the batch norms of ``replace_norms`` into the linear layers after them, in place and exactly.
 
-    In evaluation the model computes the same function. It is no longer trained as before, since what it trains is
-    another parametrisation without normalisation.
+    The model computes what it computed in evaluation. Fold after training: further training would be without norms.
 
     Args:
         model: after ``replace_norms``, and after ``finish`` where that had a schedule.
@@ -77,12 +77,12 @@ def fold_norms(model: nn.Module, last: bool = True) -> None:
     found = [folding for folding in foldings if folding is not None]
     if not found:
         raise InputError(f"{type(model).__name__} has no batch norms to fold; replace_norms(model, images) comes first")
-    seen: dict[int, str] = {}
+    uses = Counter(id(reader) for folding in found for reader in folding.readers)
+    uses.update(id(weight) for module in model.modules() for weight in module._parameters.values())
     for folding in found:
         for reader in folding.readers:
-            other = seen.setdefault(id(reader.weight), folding.site.path)
-            if other != folding.site.path:
-                raise InputError(f"{folding.site.path} and {other} are read by the same weights, and fold into neither")
+            if any(uses[id(used)] > 1 for used in (reader, *reader.parameters())):
+                raise InputError(f"{folding.site.path} can't be folded: weights that read it are used elsewhere, too")
     for folding in found:
         fold(folding)
     note_norms(model, "folded" if any(folding.site.reader is None for folding in found) else "folded_blocks")
