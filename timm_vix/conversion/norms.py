@@ -204,6 +204,7 @@ def replace_norms(
             is then as it was.
 
     Example:
+        >>> from timm_vix.conversion.handover import HandoverSchedule, finish
         >>> schedule = HandoverSchedule(steps=1000)
         >>> timm_vix.replace_norms(model, images, schedule)
         >>> train(model, schedule)  # schedule.step() after each step of the optimizer
