@@ -19,7 +19,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import timm
 import torch
@@ -114,6 +114,11 @@ def extent(recipe: str, given: argparse.Namespace, device: str) -> tuple[int, in
     return given.epochs or (reduced if device == "cpu" else full), given.patch_size or (2 if device == "cpu" else 1)
 
 
+def recipe_name(recipe: str, strength: Optional[float]) -> str:
+    """How rows call a recipe; with TrAct it is another one."""
+    return recipe if strength is None else f"{recipe} tract={strength:g}"
+
+
 def run_folder(runs: str, row: dict[str, Any]) -> Path:
     """Where a run has its checkpoint and model."""
     return Path(runs) / f"{row['recipe']}-{row['epochs']}-{row['patch_size']}{seed_suffix(row['seed'])}" / row["system"]
@@ -155,7 +160,8 @@ def train(
 ) -> dict[str, Any]:
     """Train or continue one system by one recipe, test it, and return its row."""
     settings = RECIPES[recipe][0]
-    key = dict(system=system, recipe=recipe, epochs=epochs, patch_size=patch_size, seed=given.seed)
+    name = recipe_name(recipe, given.tract)
+    key = dict(system=system, recipe=name, epochs=epochs, patch_size=patch_size, seed=given.seed)
     out = run_folder(given.runs, key)
     _, history = finetune(
         system,
@@ -172,6 +178,7 @@ def train(
         out=str(out),
         resume=(out / "checkpoint.pt").exists(),
         license="apache-2.0",
+        tract=given.tract,
         **{"batch_size": SYSTEMS[system][1], **settings},
     )
     best = max(history, key=lambda row: row["top1"])
@@ -192,7 +199,7 @@ def train(
     return dict(
         system=system,
         keywords=keywords,
-        recipe=recipe,
+        recipe=name,
         paper=SYSTEMS[system][0],
         top1=round(top1, 2),
         top5=round(top5, 2),
@@ -228,6 +235,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, help="with an accelerator 40 (paper) and 100 (modern), without 2")
     parser.add_argument("--patch-size", type=int, choices=(1, 2, 4), help="with an accelerator 1, without 2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tract", type=float, help="lambda of TrAct; its rows have a recipe of their own")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=0)
@@ -252,16 +260,17 @@ def main() -> int:
         failed: list[str] = []
         for i, (system, recipe) in enumerate(wanted):
             epochs, patch_size = extent(recipe, given, device)
-            key = dict(system=system, recipe=recipe, epochs=epochs, patch_size=patch_size, seed=given.seed)
+            name = recipe_name(recipe, given.tract)
+            key = dict(system=system, recipe=name, epochs=epochs, patch_size=patch_size, seed=given.seed)
             if any(all(row[name] == value for name, value in key.items()) for row in rows):
-                print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}: already in {path}")
+                print(f"[{i + 1}/{len(wanted)}] {system}, {name}: already in {path}")
                 continue
-            print(f"[{i + 1}/{len(wanted)}] {system}, {recipe}:", flush=True)
+            print(f"[{i + 1}/{len(wanted)}] {system}, {name}:", flush=True)
             try:
                 row = train(system, recipe, epochs, patch_size, given, device)
             except (ValueError, OSError, RuntimeError) as error:  # the others may do, and the same command tries again
-                print(f"error: {system}, {recipe}: {one_line(error)}", file=sys.stderr, flush=True)
-                failed.append(f"{system} ({recipe})")
+                print(f"error: {system}, {name}: {one_line(error)}", file=sys.stderr, flush=True)
+                failed.append(f"{system} ({name})")
                 continue
             rows.append(row)
             append_record(path, COLUMNS, row)

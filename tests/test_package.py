@@ -191,6 +191,8 @@ FUNCTIONS = {
     "convert": "model mixer layers",
     "revert": "model",
     "freeze_except": "model part",
+    "replace_norms": "model images schedule",
+    "fold_norms": "model last",
     "save_delta": "model path",
     "load_delta": "model path",
     "load_plan": "path model",

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from . import models
 from .conversion.convert import convert, revert
 from .conversion.delta import load_delta, save_delta
+from .conversion.folding import fold_norms
 from .conversion.freeze import freeze_except
+from .conversion.norms import replace_norms
 
 if TYPE_CHECKING:
     from .train.finetune import finetune
@@ -23,10 +25,12 @@ __version__ = "0.1.0"
 __all__ = [
     "convert",
     "finetune",
+    "fold_norms",
     "freeze_except",
     "load_delta",
     "load_plan",
     "models",
+    "replace_norms",
     "revert",
     "save_delta",
     "transfer",

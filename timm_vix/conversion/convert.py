@@ -37,7 +37,7 @@ from .replace import (
 HOSTS = (VisionTransformer, Eva)
 NAME = "vix_from_timm"
 # what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
-NOTED = {"source", "source_kwargs", "mixer", "layers", "merge"}
+NOTED = {"source", "source_kwargs", "mixer", "layers", "merge", "norms"}
 
 
 @dataclass(frozen=True)
@@ -273,8 +273,15 @@ def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLa
     return ConvertedLayer(index, site.path, class_name(former), class_name(module), changed, config, new_parameters)
 
 
-def note_conversion(model: nn.Module, sites: list[list[AttentionSite]], mixer: str) -> None:
-    """Note source, layers and keywords where timm looks when it saves a model; nothing if no layer is converted."""
+def note_conversion(
+    model: nn.Module, sites: list[list[AttentionSite]], mixer: str, norms: Optional[str] = None
+) -> None:
+    """Note source, layers and keywords where timm looks when it saves a model; nothing if it is timm's own again.
+
+    Args:
+        norms: what became of the layer norms, see ``note_norms``; None: as noted before.
+    """
+    norms = norms or getattr(model, "_model_args", {}).get("norms")
     layers = {}
     for index, block in enumerate(sites):
         module = getattr(block[0].parent, block[0].name)
@@ -282,9 +289,10 @@ def note_conversion(model: nn.Module, sites: list[list[AttentionSite]], mixer: s
             layers[str(index)] = {"mixer": mixer_name(module), **module.config()}
     forget_conversion(model)
     update_hooks(model)
-    if not layers:
+    if not layers and norms is None:
         return
-    model.no_weight_decay = partial(no_weight_decay, model)
+    if layers:
+        model.no_weight_decay = partial(no_weight_decay, model)
     cfg = getattr(model, "pretrained_cfg", None)
     # a model that was built from its class has no name, and timm can't save it either
     if cfg and cfg.get("architecture"):
@@ -294,8 +302,17 @@ def note_conversion(model: nn.Module, sites: list[list[AttentionSite]], mixer: s
         noted = {"source": cfg["architecture"], "mixer": mixer, "layers": layers}
         if isinstance(model.blocks, MergingBlocks):
             noted["merge"] = model.blocks.merge
+        if norms is not None:
+            noted["norms"] = norms
         model.pretrained_cfg = {**cfg, "architecture": NAME}
         model._model_args = {**own, **noted, **({"source_kwargs": source_kwargs} if source_kwargs else {})}
+
+
+def note_norms(model: nn.Module, norms: str) -> None:
+    """Note that layer norms were replaced, "batch", or folded, "folded" or without the last "folded_blocks"."""
+    arguments = getattr(model, "_model_args", {}) if source_of(model) is not None else {}
+    sites = attention_sites(model) if arguments.get("layers") else []
+    note_conversion(model, sites, arguments.get("mixer", "softmax"), norms)
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
@@ -326,13 +343,12 @@ def revert(model: nn.Module) -> None:
     Raises:
         ValueError: for a model that isn't converted, or that was saved by a mixer which keeps no attention weights.
     """
-    sites = [site for block in attention_sites(model) for site in block]
-    converted = [site for site in sites if getattr(site.parent, site.name) is not site.attn]
+    sites = attention_sites(model)
+    converted = [site for block in sites for site in block if getattr(site.parent, site.name) is not site.attn]
     if not converted:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
     for site in converted:
         setattr(site.parent, site.name, site.attn)
     if getattr(model, "merge", None) is None:
         set_merging(model, None, [])
-    forget_conversion(model)
-    update_hooks(model)
+    note_conversion(model, sites, "softmax")

@@ -27,12 +27,14 @@ from timm.models.eva import checkpoint_filter_fn as eva_checkpoint_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .._checks import InputError
+from .._checks import InputError, check_choice
 from .._files import one_line
 from .._names import check_model
 from ..conversion.convert import NAME, convert
+from ..conversion.folding import fold_norms
 from ..conversion.layers import Layers
 from ..conversion.merging import Merge
+from ..conversion.norms import replace_norms
 from ..conversion.replace import resample_weights, slots_of
 from ..mixers._slot import TokenSlot, rename_core_keys
 from .checkpoints import tensors_of
@@ -41,6 +43,8 @@ from .vit import VisionXformer, take_keywords
 # far beyond every published model, and small enough to be counted before memory is taken
 LARGEST = {"depth": 1000, "num_classes": 10_000_000}
 LARGEST_OTHERWISE = 65_536
+# what may have become of the layer norms of a saved model
+NORMS = (None, "batch", "folded", "folded_blocks")
 # sizes of a model, each a positive integer or several
 SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 
@@ -147,11 +151,17 @@ def build(
     layers: Layers,
     keywords: dict[str, Any],
     source_kwargs: dict[str, Any],
+    norms: Optional[str],
     **kwargs: Any,
 ) -> nn.Module:
     """Create the source with its keywords, and convert it. ``keywords`` are the mixer's, and ``merge`` if given."""
     model = create_model(source, **kwargs, **source_kwargs)
-    convert(model, mixer, layers, **keywords)
+    if layers or norms is None:
+        convert(model, mixer, layers, **keywords)
+    if norms is not None:
+        replace_norms(model, None)
+    if norms in ("folded", "folded_blocks"):
+        fold_norms(model, last=norms == "folded")
     return model
 
 
@@ -176,6 +186,7 @@ def vix_from_timm(
     layers: Layers = "all",
     merge: Optional[Merge] = None,
     source_kwargs: Optional[dict[str, Any]] = None,
+    norms: Optional[str] = None,
     **kwargs: Any,
 ) -> nn.Module:
     """timm's ``source`` with a token mixer in some layers, see ``timm_vix.convert``.
@@ -187,6 +198,8 @@ def vix_from_timm(
         layers: "all", "first-n", "last-n", "every-n", indices, or a mapping from index to mixer.
         merge: how many tokens merge in each layer, or another form that ``convert`` takes.
         source_kwargs: keywords of ``source`` whose names are those of one of these, or of a mixer's keyword.
+        norms: of a saved model only: "batch" after ``replace_norms``, "folded" after ``fold_norms``, "folded_blocks"
+            after that without the last norm.
         **kwargs: the mixer's keywords, and those of ``source``.
 
     Raises:
@@ -201,10 +214,16 @@ def vix_from_timm(
         keywords["merge"] = merge
     names = ("features_only", "out_indices", "feature_cls")
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
-    create = partial(build, source, mixer, layers, keywords, source_kwargs or {})
+    check_choice("norms", norms, NORMS)
+    create = partial(build, source, mixer, layers, keywords, source_kwargs or {}, norms)
     if isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub"):
         conversion = {**keywords, **(source_kwargs or {}), "mixer": mixer, "layers": layers}
         model = build_saved(create, source, conversion, cfg, cache_dir if pretrained else None, pretrained, kwargs)
+    elif norms is not None:
+        raise InputError(
+            f"norms={norms!r} is for a model that was saved with them; allowed here is None, and then "
+            "timm_vix.replace_norms(model, images)"
+        )
     else:
         model = create(pretrained=pretrained, cache_dir=cache_dir, **kwargs)
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model

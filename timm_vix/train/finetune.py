@@ -39,6 +39,7 @@ from .listing import find_images
 from .loop import Loop
 from .plots import learning_curve, write_figure
 from .settings import documented
+from .tract import first_layers, tract
 
 FILES = ("checkpoint.pt", "best.pt", "history.csv", "curve.png", "delta.safetensors")
 
@@ -75,6 +76,9 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
     net, config = build_model(run, dtype, len(classes))
     if run.train_only:
         print(freeze_except(net, run.train_only))
+    if run.tract:
+        for layer in first_layers(net):
+            tract(layer, run.tract)
     train, val = prepare_images(run, config, train_items, val_items, classes)
     settings = json.loads(json.dumps(run.recorded() | dict(amp=str(dtype).removeprefix("torch."))))
     settings.update(

@@ -88,6 +88,9 @@ class FinetuneSettings(Settings):
     overwrite: bool = setting(False, "replace the run in out", may_change=True)
     license: str = setting("other", "of the model, for its card", may_change=True)
     data_root: Optional[str] = setting(None, "folder of the files of a data set of timm's factory", may_change=True)
+    tract: Optional[float] = setting(
+        None, "lambda of TrAct, which changes the gradient of the first layer; the paper has 0.1, None is off", ABOVE_0
+    )
 
     def __post_init__(self) -> None:
         if self.data_dir is None and not self.model:
