@@ -13,10 +13,10 @@ from . import models
 from .conversion.convert import convert, revert
 from .conversion.delta import load_delta, save_delta
 from .conversion.freeze import freeze_except
+from .conversion.plan_file import load_plan
 
 if TYPE_CHECKING:
     from .train.finetune import finetune
-    from .train.plan import load_plan
     from .train.transfer import transfer
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ __all__ = [
     "transfer",
 ]
 
-LAZY = {"finetune": "train.finetune", "load_plan": "train.plan", "transfer": "train.transfer"}
+LAZY = {"finetune": "train.finetune", "transfer": "train.transfer"}
 
 
 def __dir__() -> list[str]:
