@@ -31,6 +31,7 @@ from .._device import autocast, find_device, find_dtype, versions
 from .._files import write_table
 from ..conversion.convert import Conversion, convert
 from ..conversion.delta import fingerprint
+from ..conversion.plan_file import load_plan
 from ..mixers import MIXERS
 from ..mixers._slot import MixerSlot
 from .build import construction
@@ -41,7 +42,6 @@ from .interrupt import deferred_interrupt
 from .listing import find_unlabelled
 from .loop import Loop
 from .losses import BlockMatching, Distillation
-from .plan import load_plan
 from .plots import layer_errors, write_figure
 from .settings import add_settings, documented, given_settings
 from .teacher import build_teacher, start_mixers
