@@ -9,7 +9,6 @@ examples/results/convert_deit_tiny.csv as they come; what is there is not measur
 
 import argparse
 import csv
-import json
 import statistics
 import sys
 import time
@@ -151,8 +150,7 @@ def main() -> int:
         (name, "transfer", lambda f=folder: loaded(f)) for name, folder in (t.split("=") for t in given.transferred)
     ]
     if given.plan:
-        layers = json.loads(given.plan.read_text())["layers"]
-        jobs.append((f"plan ({given.plan.stem})", "none", lambda: converted(layers=layers)))
+        jobs.append((f"plan ({given.plan.stem})", "none", lambda: converted(layers=str(given.plan))))
     rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
     # with --again no accuracy is wanted
     reference = labels if given.again else predict(baseline, images, "softmax")

@@ -15,10 +15,10 @@ from .conversion.delta import load_delta, save_delta
 from .conversion.folding import fold_norms
 from .conversion.freeze import freeze_except
 from .conversion.norms import replace_norms
+from .conversion.plan_file import load_plan
 
 if TYPE_CHECKING:
     from .train.finetune import finetune
-    from .train.plan import load_plan
     from .train.transfer import transfer
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ __all__ = [
     "transfer",
 ]
 
-LAZY = {"finetune": "train.finetune", "load_plan": "train.plan", "transfer": "train.transfer"}
+LAZY = {"finetune": "train.finetune", "transfer": "train.transfer"}
 
 
 def __dir__() -> list[str]:

@@ -4,25 +4,22 @@ The mixers share the weights of the attention that they replace. A converted mod
 among timm's arguments, under the name ``vix_from_timm``, so that ``save_for_hf`` and ``push_to_hf_hub`` keep them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Optional
 
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .._checks import InputError
 from ..mixers import MIXERS
 from ..mixers._attention_slot import AttentionSlot
-from ..mixers._mechanism import MechanismHost
-from ..mixers._slot import MixerSlot
 from .layers import Layers, layer_mixers
 from .merging import Merge, MergingBlocks, Step, check_merging, first_merge, merge_steps, num_merged, set_merging
+from .plan_file import Plan, load_plan
 from .replace import (
     PLAIN_SOFTMAX,
-    REPLACEABLE,
     AttentionSite,
     build_mixer,
     check_keywords,
@@ -33,11 +30,12 @@ from .replace import (
     update_hooks,
     warn_of_unseen_patches,
 )
+from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
+from .sites import attention_sites, class_name, source_of
 
-HOSTS = (VisionTransformer, Eva)
 NAME = "vix_from_timm"
 # what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
-NOTED = {"source", "source_kwargs", "mixer", "layers", "merge", "norms"}
+NOTED = {"source", "source_kwargs", "mixer", "layers", "merge", "scale_logits", "norms"}
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,14 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``convert`` did: a row for each place of attention in the model, kept ones included."""
+    """What ``convert`` did: a row for each place of attention in the model, kept ones included.
+
+    ``trained_tokens``: those with which the model was trained, where its logits are scaled; 0: they aren't.
+    """
 
     rows: list[ConvertedLayer]
     tokens: int
+    trained_tokens: int = 0
 
     def table(self) -> str:
         """The rows as text, one line each."""
@@ -78,94 +80,21 @@ class Conversion:
             )
             keywords = f" ({keywords})" if keywords else ""
             lines.append(f"{row.layer:5}  {row.path:{width}}  {row.before} {became}{keywords}{fresh}{merges}")
+        if 0 < self.trained_tokens < self.tokens:
+            factor = math.log(self.tokens) / math.log(self.trained_tokens)
+            lines.append(f"logits are multiplied by {factor:.3f}: the model was trained with {self.trained_tokens}")
+        elif self.trained_tokens:
+            lines.append(f"logits stay as they are: no more tokens than the {self.trained_tokens} of training")
         return "\n".join(lines)
 
 
-def original_attention(module: nn.Module) -> nn.Module:
-    """The attention that stood where ``module`` stands, with the weights as they are now; unconverted: itself."""
-    if not isinstance(module, MixerSlot) or not module.replaced:
-        return module
-    (attn,) = module.replaced
-    # a slot that was built anew may have other tensors than those that it once took over
-    for name in attn._modules:
-        if name in module._modules and name != "core":
-            setattr(attn, name, module._modules[name])
-    for name in attn._parameters:
-        if name in module._parameters:
-            setattr(attn, name, module._parameters[name])
-    return attn.train(module.training)
-
-
-def attention_sites(model: nn.Module) -> list[list[AttentionSite]]:
-    """For each block of a host, the places of its attention, converted or not.
-
-    Raises:
-        ValueError: for a model whose attention can't be continued by a mixer, naming the module and the reason.
-    """
-    if not isinstance(model, HOSTS):
-        for path, module in model.named_modules():
-            if isinstance(module, HOSTS):
-                raise InputError(
-                    f"{type(model).__name__} wraps the {type(module).__name__} at {path!r}: convert that, and wrap it "
-                    "afterwards"
-                )
-            if isinstance(module, MechanismHost):
-                raise InputError(
-                    f"{type(model).__name__} is built with its mixer, {class_name(module)} at {path!r}; pass mixer= "
-                    "when the model is created"
-                )
-        named = [(path, module) for path, module in model.named_modules() if "Att" in type(module).__name__]
-        if not named:
-            raise InputError(f"{type(model).__name__} has no attention to replace")
-        path, module = named[0]
-        raise InputError(
-            f"{type(model).__name__} can't be converted: {path} ({type(module).__name__} of {type(module).__module__}) "
-            f"{reason(module)}; what can be converted is timm's VisionTransformer and Eva"
-        )
-    found: list[list[AttentionSite]] = []
-    for index, block in enumerate(model.blocks.children()):
-        sites = [
-            AttentionSite(f"blocks.{index}.{prefix}{'.' if prefix else ''}{name}", parent, name, attn)
-            for prefix, parent in block.named_modules()
-            for name, module in parent.named_children()
-            if is_softmax(attn := original_attention(module))
-        ]
-        if not sites:
-            attn = getattr(block, "attn", block)
-            path = f"blocks.{index}.attn" if attn is not block else f"blocks.{index}"
-            raise InputError(f"{path} ({class_name(attn)}) can't be replaced: it {reason(attn)}")
-        found.append(sites)
-    return found
-
-
-def reason(module: nn.Module) -> str:
-    """Why attention of another class is not replaced, for an error message."""
-    names = {name for name, _ in module.named_modules()} | set(vars(module)) | set(module._parameters)
-    if isinstance(module, MixerSlot):
-        return (
-            "was built with this mixer and has no softmax attention to go back to; pass another mixer= when the model "
-            "is created"
-        )
-    if type(module) in REPLACEABLE:
-        return "works on tokens that are not prefix tokens and one patch grid"
-    if any("rel_pos" in name or "relative_position" in name for name in names):
-        return "adds a relative position bias to its logits, which no mixer can honour"
-    if "Diff" in type(module).__name__:
-        return "subtracts one softmax from another, which no mixer can honour"
-    if "window_size" in names or "mask_unit" in str(sorted(names)):
-        return "works in windows"
-    if "in_proj" in names:
-        return "computes attention and MLP by joint projections"
-    return "is none of timm's Attention, AttentionRope and EvaAttention over a class token and a patch grid"
-
-
-def class_name(module: nn.Module) -> str:
-    """The class of an attention module; of a slot, that of its mixer."""
-    return type(module.core if isinstance(module, MechanismHost) else module).__name__
-
-
 def convert(
-    model: nn.Module, mixer: str = "nystrom", layers: Layers = "all", merge: Optional[Merge] = None, **keywords: Any
+    model: nn.Module,
+    mixer: str = "nystrom",
+    layers: Layers = "all",
+    merge: Optional[Merge] = None,
+    scale_logits: Optional[ScaleLogits] = None,
+    **keywords: Any,
 ) -> Conversion:
     """Replace the attention of some layers of a timm ViT by a token mixer, in place; weights are shared, not copied.
 
@@ -173,15 +102,18 @@ def convert(
         model: timm ``VisionTransformer`` or ``Eva`` (EVA-02, DINOv3, rope-vit, Perception Encoder).
         mixer: a name in ``MIXERS``; "softmax" gives a converted layer its own attention back.
         layers: "all"; "first-n" or "last-n"; "every-n": each n-th, from the n-th on, so that the first stay; indices
-            from 0; or a mapping from index to a mixer, or to a dict with "mixer" and keywords. Other layers stay as
-            they are, converted ones too.
+            from 0; a mapping from index to a mixer, or to a dict with "mixer" and keywords; or a plan of ``timm-vix
+            plan``, its file or what ``load_plan`` makes of it. Other layers stay as they are, converted ones too.
         merge: fewer tokens from layer to layer, by merging the most similar ones (``timm_vix/mixers/_merging.py``):
             how many each layer merges, as a number or a list with one for each layer; or the share of the patch tokens
             to end with, a float between 0 and 1; or ``{"threshold": t}``, every pair whose keys have a cosine of at
             least t, which takes one image at a time. No layer merges more than half of its patch tokens, whatever is
             asked for, and prefix tokens never merge. Layers after a merge must have "softmax" or "performer". None:
-            as it is, at first no merging; 0 takes merging away. Features, masks, pooling and hooks of blocks see the
-            whole grid.
+            as it is or as the plan says, at first no merging; 0 takes merging away. Features, masks, pooling and hooks
+            of blocks see the whole grid.
+        scale_logits: "log" multiplies the logits of all layers by log N / log N_train where the model sees more tokens
+            than it was trained with, by the size in its ``pretrained_cfg``; where it sees fewer the factor is 1. An
+            integer is N_train itself. None: as it is, at first no scaling; 0 takes it away.
         **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
             them.
 
@@ -196,11 +128,18 @@ def convert(
         >>> model = timm.create_model("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=True, img_size=518)
         >>> print(timm_vix.convert(model, "nystrom", layers="last-6", num_landmarks=64).table())
         >>> timm_vix.convert(model, "softmax", merge=60)
+        >>> timm_vix.convert(model, layers="plan.json")
     """
     check_keywords(mixer, {})
     sites = attention_sites(model)
     layout = layout_of(model)
-    wanted = layer_mixers(layers, len(sites), mixer, keywords)
+    if isinstance(layers, str) and layers.endswith(".json"):
+        layers = load_plan(layers, model)
+    if merge is None and isinstance(layers, Plan):
+        merge = layers.merge
+    only_merges = isinstance(layers, Plan) and not layers
+    wanted = {} if only_merges else layer_mixers(layers, len(sites), mixer, keywords)
+    trained = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
     if merge is None:
         merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
     steps = merge_steps(merge, len(sites))
@@ -211,28 +150,35 @@ def convert(
     planned = dict(former)
     for index, block in enumerate(sites):
         name, own = wanted.get(index, (None, {}))
-        # tokens stand for several from here on, and the model wasn't built for that
-        merges = built is None and first_merge(steps[: index + 1]) is not None
+        # tokens stand for several from here on, and the model wasn't built for that; or logits are scaled
+        slot = (built is None and first_merge(steps[: index + 1]) is not None) or trained > 0
         for site in block:
             if name is not None:
-                planned[site.path] = planned_attention(model, site, name, own, merges)
+                planned[site.path] = planned_attention(model, site, name, own, slot)
             elif is_softmax(there := former[site.path]):
                 kept = there.config() if isinstance(there, AttentionSlot) else {}
-                planned[site.path] = planned_attention(model, site, "softmax", kept, merges)
+                planned[site.path] = planned_attention(model, site, "softmax", kept, slot)
     check_merging(list(model.blocks.children()), [[planned[site.path] for site in block] for block in sites], steps)
+    check_scaling(planned, trained)
     for site in (site for block in sites for site in block):
         setattr(site.parent, site.name, planned[site.path])
+        if isinstance(planned[site.path], AttentionSlot):
+            planned[site.path].trained_tokens = trained
     set_merging(model, merge, steps)
     note_conversion(model, sites, mixer)
     warn_of_unseen_patches(model)
     rows = [layer_row(index, site, former[site.path]) for index, block in enumerate(sites) for site in block]
     patches = layout.grid[0] * layout.grid[1]
     merged = merges_of(steps, patches)
-    return Conversion([replace(row, merged=merged[row.layer]) for row in rows], layout.num_prefix_tokens + patches)
+    return Conversion(
+        [replace(row, merged=merged[row.layer]) for row in rows], layout.num_prefix_tokens + patches, trained
+    )
 
 
-def planned_attention(model: nn.Module, site: AttentionSite, name: str, own: dict[str, Any], merges: bool) -> nn.Module:
-    """What is to stand at a place of attention: a mixer, or the attention itself unless tokens merge there.
+def planned_attention(
+    model: nn.Module, site: AttentionSite, name: str, own: dict[str, Any], needs_slot: bool
+) -> nn.Module:
+    """What is to stand at a place of attention: a mixer, or the attention itself unless a slot has something to do.
 
     Raises:
         ValueError: for what the mixer can't honour.
@@ -240,7 +186,7 @@ def planned_attention(model: nn.Module, site: AttentionSite, name: str, own: dic
     if name == "softmax":
         host = site.attn.config() if isinstance(site.attn, AttentionSlot) else PLAIN_SOFTMAX
         own = {**host, **own}
-        if not merges and own == host:
+        if not needs_slot and own == host:
             return site.attn
     try:
         rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
@@ -302,6 +248,8 @@ def note_conversion(
         noted = {"source": cfg["architecture"], "mixer": mixer, "layers": layers}
         if isinstance(model.blocks, MergingBlocks):
             noted["merge"] = model.blocks.merge
+        if number := scaled_for(model):
+            noted["scale_logits"] = number
         if norms is not None:
             noted["norms"] = norms
         model.pretrained_cfg = {**cfg, "architecture": NAME}
@@ -318,12 +266,6 @@ def note_norms(model: nn.Module, norms: str) -> None:
 def no_weight_decay(model: nn.Module) -> set[str]:
     """The parameters that weight decay spares: the host's and the mixers'."""
     return set(type(model).no_weight_decay(model)) | no_decay_names(model)
-
-
-def source_of(model: nn.Module) -> Optional[str]:
-    """The name of the model that a converted one was, if it had one; None for one that isn't converted."""
-    arguments = getattr(model, "_model_args", {})
-    return arguments["source"] if "source" in arguments and "layers" in arguments else None
 
 
 def forget_conversion(model: nn.Module) -> None:

@@ -25,10 +25,11 @@ from .._files import one_line, write_whole
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import MixerSlot
 from ..mixers.atrous import check_dilations
-from .convert import source_of
 from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
 from .merging import MergingBlocks
+from .plan_file import architecture
 from .replace import mixer_name
+from .scaling import scaled_for
 
 FORMAT = "timm_vix delta 2"
 # a mechanism in a file that lacks one of these keywords is older than it, and has this value
@@ -157,12 +158,6 @@ class Description(NamedTuple):
     first_format: bool = False
 
 
-def architecture(model: nn.Module) -> str:
-    """timm's name of a model without a tag, of the source where it is converted; the class where it has none."""
-    name = source_of(model) or (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    return name.partition(".")[0] if name else type(model).__name__
-
-
 def pooling(model: nn.Module) -> Optional[str]:
     """What the classifier reads, such as "token" or "avg", where timm knows it."""
     return get_model_args(model).get("global_pool")
@@ -180,6 +175,8 @@ def mechanisms_of(model: nn.Module) -> dict[str, list[Any]]:
     }
     if isinstance(blocks := getattr(model, "blocks", None), MergingBlocks):
         found["blocks"] = ["merging", {"merge": json.loads(json.dumps(blocks.merge))}]
+    if number := scaled_for(model):
+        found["logits"] = ["scaling", {"scale_logits": number}]
     return found
 
 

@@ -258,6 +258,7 @@ def attend_groups(
     layout = TokenLayout(slot.num_prefix_tokens, (1, x.shape[1] - slot.num_prefix_tokens))
     check_sequence(x, layout, attn_mask, is_causal, slot.supports_mask, False)
     q, k, v = slot.project(x, 0, 3)
+    q = slot.scale(q, grid)
     table = slot.rotary_table(grid, grid.grid, rope)
     if table is not None:
         table = merge_table(table, groups)

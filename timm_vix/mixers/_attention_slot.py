@@ -3,6 +3,7 @@
 Shapes: B images, N = P + H·W tokens, h heads of width D, A = h·D, C channels, m landmarks.
 """
 
+import math
 from typing import Any, Optional
 
 import torch
@@ -79,13 +80,15 @@ class AttentionSlot(MixerSlot):
         self.merge_heads = Rearrange("b h n d -> b n (h d)")
         self.rope = rope
         self.rotate_half = getattr(attn, "rotate_half", False)
+        # tokens with which the weights were trained, where logits grow with the log of their number; 0: they don't
+        self.trained_tokens = 0
 
     def init_from_inputs(self, x: torch.Tensor, rope: Optional[torch.Tensor] = None) -> None:
         """See input of a trained model (B, N, C) before training, for weights of the mechanism to start from."""
         layout = self.layout_of(x, None, False)
         q, k, v = self.project(x, 0, 3)
         q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
-        q, k, _ = self.core.localise(q, k, v, layout, layout)
+        q, k, _ = self.core.localise(self.scale(q, layout), k, v, layout, layout)
         self.core.init_from_inputs(q, k)
 
     def bias_of_qkv(self) -> Optional[torch.Tensor]:
@@ -151,6 +154,18 @@ class AttentionSlot(MixerSlot):
         table = self.rotary_table(layout, cells, rope)
         return x if table is None else apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
 
+    def logit_factor(self, layout: TokenLayout) -> float:
+        """What logits among the N tokens of a layout are multiplied by: log N / log N_train, at least 1."""
+        if self.trained_tokens == 0:
+            return 1.0
+        num_tokens = layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]
+        return max(1.0, math.log(num_tokens) / math.log(self.trained_tokens))
+
+    def scale(self, q: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """Multiply queries or, in their place, keys (B, h, n, D) by ``logit_factor``."""
+        factor = self.logit_factor(layout)
+        return q if factor == 1.0 else q * factor
+
     def merge(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Join the heads as timm's attention does: (B, h, N, D) and the slot's input (B, N, C) -> (B, N, C)."""
         y = self.norm(self.merge_heads(heads))
@@ -169,7 +184,7 @@ class AttentionSlot(MixerSlot):
         """Project, rotate, call the mechanism and merge: (B, N, C) -> (B, N, C)."""
         q, k, v = self.project(x, 0, 3)
         q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
-        return self.merge(self.mix(q, k, v, layout, layout, x, attn_mask, is_causal), x)
+        return self.merge(self.mix(self.scale(q, layout), k, v, layout, layout, x, attn_mask, is_causal), x)
 
     def attend(
         self,
@@ -217,7 +232,10 @@ class LandmarkSlot(AttentionSlot):
     def landmarks(
         self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Queries, keys and values of the landmarks, (B, h, m, D) each; keys stand for queries that aren't needed."""
+        """Queries, keys and values of the landmarks, (B, h, m, D) each; keys stand for queries that aren't needed.
+
+        Queries come scaled.
+        """
         core = self.core
         if core.pools_tokens and core.pools_once:
             # the mean of a projection is the projection of the mean, for m instead of N tokens
@@ -229,7 +247,7 @@ class LandmarkSlot(AttentionSlot):
             parts = self.project(x, 0 if core.needs_queries else 1, 3)
             parts = [core.pool(part, layout, cells, i == len(parts) - 1) for i, part in enumerate(parts)]
         k = self.rotate(parts[len(parts) - 2], layout, cells, rope)
-        q = self.rotate(parts[0], layout, cells, rope) if core.needs_queries else k
+        q = self.scale(self.rotate(parts[0], layout, cells, rope), layout) if core.needs_queries else k
         return [q, k, parts[len(parts) - 1]]
 
     def attend(
@@ -247,14 +265,14 @@ class LandmarkSlot(AttentionSlot):
             return self.attend_tokens(x, layout, attn_mask, is_causal, rope)
         q_m, k_m, v_m = self.landmarks(x, layout, cells, rope)
         if self.can_fuse_projections(num_landmarks, rope):
-            return self.attend_fused(x, q_m, k_m, v_m, count_bias(k_m, layout, cells[0] * cells[1]))
+            return self.attend_fused(x, layout, q_m, k_m, v_m, count_bias(k_m, layout, cells[0] * cells[1]))
         if core.needs_queries or not core.can_fuse():
             q, k, v = self.project(x, 0, 3)
             k = self.rotate(k, layout, layout.grid, rope)
         else:  # keys and values of single tokens aren't read
             q = self.project(x, 0, 1)[0]
             k, v = q, q
-        q = self.rotate(q, layout, layout.grid, rope)
+        q = self.scale(self.rotate(q, layout, layout.grid, rope), layout)
         wide = v
         if core.locality > 0.0:  # the mean logit of a cell's tokens is that of their mean channels
             of_queries, of_keys = locality_channels(core.locality, self.head_dim, layout, layout, q)
@@ -265,7 +283,13 @@ class LandmarkSlot(AttentionSlot):
         return self.merge(core.enhance(y, v, layout), x)
 
     def attend_fused(
-        self, x: torch.Tensor, q_m: torch.Tensor, k_m: torch.Tensor, v_m: torch.Tensor, bias: torch.Tensor
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        q_m: torch.Tensor,
+        k_m: torch.Tensor,
+        v_m: torch.Tensor,
+        bias: torch.Tensor,
     ) -> torch.Tensor:
         """The output (B, N, C), without queries, keys and values for all tokens, see ``_fused.py``."""
         A = self.attn_dim
@@ -276,4 +300,5 @@ class LandmarkSlot(AttentionSlot):
             exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v)
             v_m = self.core.fit(q_m, k_m, v_m, exact, bias)
         dropout = self.attn_drop.p if self.training else 0.0
+        k_m = self.scale(k_m, layout)  # in the place of the queries, which aren't computed
         return self.proj_drop(fused_attend_to(x, k_m, v_m, bias, weight[:A], bias_q, proj.weight, proj.bias, dropout))

@@ -36,6 +36,7 @@ from ..conversion.layers import Layers
 from ..conversion.merging import Merge
 from ..conversion.norms import replace_norms
 from ..conversion.replace import resample_weights, slots_of
+from ..conversion.scaling import ScaleLogits
 from ..mixers._slot import TokenSlot, rename_core_keys
 from .checkpoints import tensors_of
 from .vit import VisionXformer, take_keywords
@@ -95,6 +96,8 @@ def check_saved(cfg: dict[str, Any], arguments: dict[str, Any], saved: dict[str,
     for name, value in arguments.items():
         if name in inspect.signature(create_model).parameters:
             raise InputError(f"{name}={value!r}: a saved configuration may not say how to load another model")
+        if name == "layers" and isinstance(value, str) and value.endswith(".json"):
+            raise InputError(f"{name}={value!r}: a saved configuration names no file")
         check_plain(name, value)
     for name in ("num_classes", "input_size"):
         check_plain(name, cfg.get(name))
@@ -154,7 +157,7 @@ def build(
     norms: Optional[str],
     **kwargs: Any,
 ) -> nn.Module:
-    """Create the source with its keywords, and convert it. ``keywords`` are the mixer's, and ``merge`` if given."""
+    """Create the source with its keywords, and convert it. ``keywords`` are the mixer's, and those of ``convert``."""
     model = create_model(source, **kwargs, **source_kwargs)
     if layers or norms is None:
         convert(model, mixer, layers, **keywords)
@@ -185,6 +188,7 @@ def vix_from_timm(
     mixer: str = "nystrom",
     layers: Layers = "all",
     merge: Optional[Merge] = None,
+    scale_logits: Optional[ScaleLogits] = None,
     source_kwargs: Optional[dict[str, Any]] = None,
     norms: Optional[str] = None,
     **kwargs: Any,
@@ -195,8 +199,9 @@ def vix_from_timm(
         pretrained: load the weights of ``source``, or those of the folder or repository that the name came from.
         source: a timm model with a tag if wanted, a ``VisionTransformer`` or ``Eva``.
         mixer: a name in ``timm_vix.mixers.MIXERS``.
-        layers: "all", "first-n", "last-n", "every-n", indices, or a mapping from index to mixer.
+        layers: "all", "first-n", "last-n", "every-n", indices, a mapping from index to mixer, or the file of a plan.
         merge: how many tokens merge in each layer, or another form that ``convert`` takes.
+        scale_logits: "log", or the number of tokens with which the source was trained, see ``convert``.
         source_kwargs: keywords of ``source`` whose names are those of one of these, or of a mixer's keyword.
         norms: of a saved model only: "batch" after ``replace_norms``, "folded" after ``fold_norms``, "folded_blocks"
             after that without the last norm.
@@ -210,8 +215,9 @@ def vix_from_timm(
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)
-    if merge is not None:
-        keywords["merge"] = merge
+    keywords |= {
+        name: value for name, value in dict(merge=merge, scale_logits=scale_logits).items() if value is not None
+    }
     names = ("features_only", "out_indices", "feature_cls")
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     check_choice("norms", norms, NORMS)

@@ -18,7 +18,6 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
-from ..conversion.convert import source_of
 from ..conversion.layers import Layers, layer_mixers
 from ..conversion.merging import Merge, check_merging, first_merge, merge_steps, set_merging
 from ..conversion.replace import (
@@ -31,6 +30,7 @@ from ..conversion.replace import (
     set_grid,
     slots_of,
 )
+from ..conversion.sites import source_of
 from ..mixers import MIXERS
 from ..mixers._mechanism import AttentionMechanism
 from ..stems import STEMS

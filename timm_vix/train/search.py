@@ -1,242 +1,292 @@
-"""The search for a plan: which layers to convert together, given what each conversion changes on its own.
+"""The search for a plan: which layers to convert and which tokens to merge, one step after another.
 
-The squared distances of single layers add up, roughly. They order the conversions by squared distance for each GFLOP
-saved; plans along this order are then measured as whole models, and the best of these is improved layer by layer.
+From softmax, and from as much merging in all layers alike as the target allows, a search takes steps: another mixer in
+a layer, more merging in a layer, a little more merging in all layers. Each time it takes the step that saves most for
+the squared distance that it adds. Squared distances of single layers add up, roughly: so those of single conversions
+choose a few steps, and these are measured again in place, since conversions interact. After each step the whole model
+is measured, its agreement on all images that choose and its time beside softmax.
 """
 
 import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+import time
+from collections.abc import Iterator
+from typing import Any, Optional
 
 from .._checks import InputError
-from ..mixers import MIXERS
-from .sensitivity import (
-    Measurement,
-    Plan,
-    Sensitivity,
-    block_gflops,
-    plan_from_json,
-    plan_to_json,
-    temporarily_converted,
-)
+from ..conversion.merging import first_merge, merge_steps, num_merged
+from ..conversion.plan_file import Plan
+from ..measure.statistics import pareto
+from .latency import Costs, Latency, Mixer, follows_merging
+from .sensitivity import Sensitivity, plan_from_json, plan_to_json
+from .target import Target, Tried
 
-# a candidate that saves a smaller share of the model's operations than this in every layer isn't measured
-LEAST_SAVING = 0.0005
-HALF_AN_OPERATION = 0.5e-9  # in GFLOPs: sums of whole numbers of operations, computed in GFLOPs, are off by less
-
-
-class Option(NamedTuple):
-    """What may stand in one layer, the block's GFLOPs with it, and what converting this layer alone changes.
-
-    ``mixer`` holds "mixer" and its keywords; None is softmax attention.
-    """
-
-    mixer: Optional[dict[str, Any]]
-    gflops: float
-    squared_distance: float
-    agreement: float
-
-
-class Step(NamedTuple):
-    """Put ``option`` into ``layer``, at ``slope`` squared distance for each GFLOP saved."""
-
-    slope: float
-    layer: int
-    option: Option
-
-
-def measure_options(
-    sensitivity: Sensitivity,
-    softmax_gflops: list[float],
-    other_gflops: float,
-    mixers: Sequence[str],
-    candidates: dict[str, list[dict[str, Any]]],
-) -> list[list[Option]]:
-    """Measure each candidate in each layer alone.
-
-    Args:
-        softmax_gflops, other_gflops: ``block_gflops`` of the softmax model.
-        mixers: the mixers to choose from.
-        candidates: for each mixer the keywords to try.
-
-    Returns:
-        For each layer the options, softmax first.
-
-    Raises:
-        ValueError: if no candidate is cheaper than softmax.
-    """
-    model, depth = sensitivity.model, len(softmax_gflops)
-    patches = model.patch_embed.grid_size[0] * model.patch_embed.grid_size[1]
-    needed = LEAST_SAVING * (sum(softmax_gflops) + other_gflops)
-    cheaper: list[tuple[dict[str, Any], list[float]]] = []
-    for name in dict.fromkeys(mixers):
-        for keywords in candidates[name]:
-            if all(keywords.get(count, 0) <= patches for count in MIXERS[name].token_counts):
-                mixer = {"mixer": name, **keywords}
-                with temporarily_converted(model, dict.fromkeys(range(depth), mixer)):
-                    gflops, _ = block_gflops(model, sensitivity.batches[0][:1])
-                if any(softmax - own > needed for softmax, own in zip(softmax_gflops, gflops)):
-                    cheaper.append((mixer, gflops))
-    if not cheaper:
-        raise InputError(f"mixer={list(mixers)}: no candidate is cheaper than softmax attention at {patches} patches")
-    sensitivity.measure_single_layers([{layer: mixer} for layer in range(depth) for mixer, _ in cheaper])
-    options = []
-    for layer in range(depth):
-        options.append([Option(None, softmax_gflops[layer], 0.0, 1.0)])
-        for mixer, gflops in cheaper:
-            alone = sensitivity.measure({layer: mixer})
-            options[layer].append(Option(mixer, gflops[layer], alone.distance**2, alone.agreement))
-    return options
-
-
-def order_steps(options: list[list[Option]]) -> list[Step]:
-    """All steps from softmax to the cheapest model, those that change least for each GFLOP saved first.
-
-    The steps of a layer follow the lower convex hull of squared distance over GFLOPs. Their slopes ascend, so that the
-    order of slopes keeps the order of a layer's steps.
-    """
-    steps = []
-    for layer, (current, *others) in enumerate(options):
-        while cheaper := [option for option in others if option.gflops < current.gflops]:
-            slopes = [
-                (option.squared_distance - current.squared_distance) / (current.gflops - option.gflops)
-                for option in cheaper
-            ]
-            slope = min(slopes)
-            current = min((o for o, s in zip(cheaper, slopes) if s == slope), key=lambda option: option.gflops)
-            steps.append(Step(slope, layer, current))
-    return sorted(steps, key=lambda step: step.slope)
-
-
-def plan_after(steps: Sequence[Step]) -> Plan:
-    """The plan that some steps lead to."""
-    return {step.layer: step.option.mixer for step in steps if step.option.mixer}
-
-
-def plan_with(options: Sequence[Option]) -> Plan:
-    """The plan with one option for each layer."""
-    return {layer: option.mixer for layer, option in enumerate(options) if option.mixer}
+# a candidate that makes a block less than so much cheaper isn't tried
+LEAST_SAVING = 0.02
+# candidates that are tried in each layer; steps that are measured again in place; steps that may fail in a row
+MOST_CANDIDATES, SHORT_LIST, PATIENCE = 5, 4, 5
+# of the patches: what one step merges in one layer, and in each of all layers; what must be left
+MERGED_IN_ONE, MERGED_IN_EACH, LEAST_LEFT = 0.05, 0.01, 0.1
+NOTHING = 1e-12  # a squared distance by which a ratio may be divided
 
 
 class Search:
     """Measures plans as whole models and chooses among them.
 
     Args:
-        sensitivity: measures a plan.
-        options: for each layer, softmax first.
-        softmax: measurement of the softmax model.
+        few, chosen: measure plans on a few of the images that choose, and on all of these.
+        latency: measures times.
+        costs: estimates them.
+        mixers: the candidates.
+        merging: whether tokens may merge.
+        target: what is wanted.
+        minutes: after which no further step is taken.
 
     Attributes:
         curve: the measurement of each plan that was tried, by ``plan_to_json``.
     """
 
-    def __init__(self, sensitivity: Sensitivity, options: list[list[Option]], softmax: Measurement) -> None:
-        self.sensitivity, self.options = sensitivity, options
-        self.steps = order_steps(options)
-        self.curve = {plan_to_json({}): softmax}
-        self.other_gflops = softmax.gflops - sum(own[0].gflops for own in options)
+    def __init__(
+        self,
+        few: Sensitivity,
+        chosen: Sensitivity,
+        latency: Latency,
+        costs: Costs,
+        mixers: list[dict[str, Any]],
+        merging: bool,
+        target: Target,
+        minutes: float,
+    ) -> None:
+        self.few, self.chosen, self.latency, self.costs = few, chosen, latency, costs
+        self.target, self.end = target, time.monotonic() + 60 * minutes
+        self.depth, self.patches = costs.depth, costs.patches
+        self.in_one = max(1, round(MERGED_IN_ONE * self.patches)) if merging else 0
+        self.in_each = max(1, round(MERGED_IN_EACH * self.patches)) if merging else 0
+        self.curve: dict[str, Tried] = {}
+        self.mixers = self.cheaper(mixers)
+        if not self.mixers and not merging:
+            raise InputError(
+                f"no candidate is cheaper than softmax attention at {self.patches} patches: "
+                f"mixer={sorted({mixer['mixer'] for mixer in mixers})}"
+            )
+        self.check_reachable()
 
-    def choose(self, keep: Optional[float], budget: Optional[float]) -> Plan:
-        """The plan for a least agreement or, where it is given, a budget in GFLOPs.
+    def choose(self) -> Plan:
+        """The plan for the target.
 
         Raises:
-            ValueError: for a budget that no candidate meets.
+            ValueError: for one that no plan reaches.
         """
-        if budget is None:
-            self.measure_quarters()
-            return self.cheapest(keep or 0.0)
-        self.check_budget(budget)
-        self.measure_quarters()
-        return self.closest(budget)
+        self.measure(Plan())
+        self.mixers = self.promising(self.mixers)
+        self.alone = self.measure_alone()
+        starts = [Plan()]
+        if self.in_each and (alike := self.merge_alike()).merge:
+            starts.append(alike)
+        for start in starts:
+            self.improve(self.descend(start, set()))
+        allowed = [what for what, tried in self.curve.items() if self.target.allows(tried)]
+        if not allowed:
+            tried = self.curve.values()
+            self.target.refuse(max(one.speedup for one in tried), min(one.gflops for one in tried))
+        return plan_from_json(max(allowed, key=lambda what: self.target.worth(self.curve[what])))
 
-    def measure(self, plan: Plan) -> Measurement:
+    def measure(self, plan: Plan) -> Tried:
         """Measure a whole model, and put it on the curve."""
-        key = plan_to_json(plan)
-        if key not in self.curve:
-            self.curve[key] = measured = self.sensitivity.measure(plan)
-            print(f"{len(plan):3} layers: {measured.gflops:.3f} GFLOPs, agreement {measured.agreement:.4f}", flush=True)
-        return self.curve[key]
+        what = plan_to_json(plan)
+        if what not in self.curve:
+            kept, timed = self.chosen.measure(plan), self.latency.time_model(plan)
+            self.curve[what] = tried = Tried(**kept._asdict(), **timed._asdict())
+            changes = f"{len(plan):3} layers converted, {self.merged(plan):4} tokens merged"
+            figures = f"{tried.speedup:.2f} times as fast, {tried.gflops:.3f} GFLOPs, agreement {tried.agreement:.4f}"
+            print(f"{changes}: {figures}", flush=True)
+        return self.curve[what]
 
-    def measure_quarters(self) -> None:
-        """Measure the models after each quarter of the steps, so that the curve covers all costs."""
-        for quarter in (1, 2, 3, 4):
-            self.measure(plan_after(self.steps[: quarter * len(self.steps) // 4]))
+    def squared_distance(self, plan: Plan) -> float:
+        """On few images."""
+        return self.few.measure(plan).distance ** 2 if plan or plan.merge else 0.0
 
-    def cheapest(self, keep: float) -> Plan:
-        """The plan of least cost that was found with an agreement of at least ``keep``."""
-        agreeing = [[option for option in own if option.agreement >= keep] for own in self.options]
-        agreeing_steps = order_steps(agreeing)
-        # once with all options, once without those that alone change too much
-        self.bisect(self.steps, keep)
-        self.bisect(agreeing_steps, keep)
-        # on few images the layer that saves most may agree more than its distance suggests, and then comes too late
-        singles = [
-            (option.gflops - own[0].gflops, option.squared_distance, {layer: option.mixer})
-            for layer, own in enumerate(agreeing)
-            for option in own
-            if option.mixer
-        ]
-        if singles:
-            self.measure(min(singles, key=lambda single: single[:2])[2])
-        feasible = [key for key, measured in self.curve.items() if measured.agreement >= keep]
-        plan = plan_from_json(min(feasible, key=lambda key: (self.curve[key].gflops, self.curve[key].distance)))
-        return self.extend(plan, agreeing_steps, keep)
+    # ------------------------------------------------------------------ candidates
 
-    def bisect(self, steps: list[Step], keep: float) -> None:
-        """Find how many of the steps can be taken together with an agreement of at least ``keep``."""
-        enough, too_many = 0, len(steps) + 1
-        while too_many - enough > 1:
-            middle = (enough + too_many) // 2
-            if self.measure(plan_after(steps[:middle])).agreement >= keep:
-                enough = middle
-            else:
-                too_many = middle
+    def saving(self, mixer: Mixer) -> float:
+        """The share of a block's cost that a mixer saves."""
+        return 1 - self.costs.of_mixer(mixer, self.target.cost) / self.costs.of_mixer(None, self.target.cost)
 
-    def extend(self, plan: Plan, steps: list[Step], keep: float) -> Plan:
-        """Take each further step that leaves an agreement of at least ``keep``."""
-        refused: set[int] = set()
-        for step in steps:
-            current = next(option for option in self.options[step.layer] if option.mixer == plan.get(step.layer))
-            # the later steps of a layer change more than the one that was refused
-            if step.layer not in refused and step.option.gflops < current.gflops:
-                extended = {**plan, **plan_after([step])}
-                if self.measure(extended).agreement >= keep:
-                    plan = extended
-                else:
-                    refused.add(step.layer)
+    def cheaper(self, mixers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The mixers that are cheaper than softmax on the whole grid."""
+        return [mixer for mixer in mixers if self.saving(mixer) > LEAST_SAVING]
+
+    def promising(self, mixers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A few mixers: those that no other beats in cost and in distance, where all layers have them, come first."""
+        if len(mixers) <= MOST_CANDIDATES:
+            return mixers
+        found: list[dict[str, Any]] = []
+        rest = [(self.squared_distance(Plan(dict.fromkeys(range(self.depth), mixer))), mixer) for mixer in mixers]
+        while len(found) < MOST_CANDIDATES:
+            front = pareto([-self.saving(mixer) for _, mixer in rest], [-distance for distance, _ in rest])
+            count = min(len(front), MOST_CANDIDATES - len(found))
+            # from the cheapest to the most faithful
+            found += [rest[front[i * (len(front) - 1) // max(1, count - 1)]][1] for i in range(count)]
+            rest = [pair for i, pair in enumerate(rest) if i not in front]
+        return found
+
+    def measure_alone(self) -> dict[str, float]:
+        """The squared distance of each candidate, and of a step of merging, in each layer alone."""
+        plans = [(layer, Plan({layer: mixer})) for layer in range(self.depth) for mixer in self.mixers]
+        if self.in_one:  # in whole passes, since blocks that merge are called together
+            plans += [(0, with_merging(Plan(), self.depth, layer, self.in_one)) for layer in range(self.depth)]
+        self.few.measure_single_layers(plans)
+        return {plan_to_json(plan): self.squared_distance(plan) for _, plan in plans}
+
+    def estimate(self, plan: Plan) -> float:
+        """The squared distance of a plan, as the sum of those of its parts."""
+        total = sum(self.alone.get(plan_to_json(Plan({layer: mixer})), 0.0) for layer, mixer in plan.items())
+        for layer, r in enumerate(merges_of(plan, self.depth)):
+            if r:
+                one = plan_to_json(with_merging(Plan(), self.depth, layer, self.in_one))
+                total += self.alone[one] * r / self.in_one
+        return total
+
+    # ------------------------------------------------------------------ steps
+
+    def steps(self, plan: Plan) -> Iterator[tuple[str, Plan]]:
+        """All steps from a plan by name, cheaper or not."""
+        first = first_merge(merge_steps(plan.merge, self.depth))
+        for layer in range(self.depth):
+            for mixer in self.mixers:
+                if first is None or layer <= first or follows_merging(mixer):
+                    yield f"{layer} {json.dumps(mixer)}", Plan({**plan, layer: mixer}, plan.merge)
+        if not self.in_one or not self.can_merge(plan):
+            return
+        last = max((layer for layer, mixer in plan.items() if not follows_merging(mixer)), default=0)
+        for layer in range(last, self.depth):
+            yield f"merge {layer}", with_merging(plan, self.depth, layer, self.in_one)
+        if last == 0:
+            yield "merge alike", self.with_more_everywhere(plan)
+
+    def with_more_everywhere(self, plan: Plan) -> Plan:
+        for layer in range(self.depth):
+            plan = with_merging(plan, self.depth, layer, self.in_each)
         return plan
 
-    def check_budget(self, budget: float) -> None:
-        """Raise ValueError for a budget in GFLOPs that no candidate meets."""
-        least = self.other_gflops + sum(min(option.gflops for option in own) for own in self.options)
-        if budget + HALF_AN_OPERATION < least:
-            raise InputError(f"budget_gflops={budget:g} is below the {least:.3f} GFLOPs of the cheapest candidates")
+    def merged(self, plan: Plan) -> int:
+        """How many patches have merged after the last layer."""
+        left = self.patches
+        for step in merges_of(plan, self.depth):
+            left -= num_merged(step, self.patches, left)
+        return self.patches - left
 
-    def closest(self, budget: float) -> Plan:
-        """The plan that changes least, among those that were found of at most ``budget`` GFLOPs."""
-        budget += HALF_AN_OPERATION
-        current = [own[0] for own in self.options]
-        spent = self.other_gflops + sum(option.gflops for option in current)
-        for step in self.steps:
-            if spent > budget:
-                spent += step.option.gflops - current[step.layer].gflops
-                current[step.layer] = step.option
-        self.measure(plan_with(current))
-        # the last step may save more than is needed: spend the rest where the distance is largest
-        for layer in sorted(range(len(current)), key=lambda layer: -current[layer].squared_distance):
-            room = budget - spent + current[layer].gflops
-            affordable = [option for option in self.options[layer] if option.gflops <= room]
-            best = min(affordable, key=lambda option: option.squared_distance)
-            spent += best.gflops - current[layer].gflops
-            current[layer] = best
-        self.measure(plan_with(current))
-        within = [key for key, measured in self.curve.items() if measured.gflops <= budget]
-        return plan_from_json(max(within, key=lambda key: (self.curve[key].agreement, -self.curve[key].distance)))
+    def can_merge(self, plan: Plan) -> bool:
+        """Whether so many patches are left that more may merge."""
+        return self.patches - self.merged(plan) > LEAST_LEFT * self.patches
 
-    def rows(self, chosen: Plan) -> list[dict[str, Any]]:
-        """The curve as rows, the most expensive model first."""
-        rows = [
-            dict(layers=len(json.loads(key)), **measured._asdict(), chosen=key == plan_to_json(chosen))
-            for key, measured in self.curve.items()
+    def best_step(self, plan: Plan, refused: set[str]) -> Optional[tuple[str, Plan]]:
+        """The step that saves most for the squared distance that it adds, measured in place."""
+        cost, here = self.costs.of_plan(plan, self.target.cost), self.estimate(plan)
+        least = 1e-4 * getattr(self.costs.whole, self.target.cost)
+        found = []
+        for name, new in self.steps(plan):
+            saved = cost - self.costs.of_plan(new, self.target.cost)
+            if name not in refused and saved > least:
+                found.append((saved / max(self.estimate(new) - here, NOTHING), saved, name, new))
+        if not found:
+            return None
+        short = sorted(found, key=lambda step: -step[0])[:SHORT_LIST]
+        before = self.squared_distance(plan)
+        ratios = [saved / max(self.squared_distance(new) - before, NOTHING) for _, saved, _, new in short]
+        _, _, name, new = short[ratios.index(max(ratios))]
+        return name, new
+
+    def has_time(self) -> bool:
+        return time.monotonic() < self.end
+
+    def descend(self, plan: Plan, refused: set[str]) -> Plan:
+        """Take steps while the target allows it, or until it is reached.
+
+        Args:
+            refused: names of steps that aren't to be taken; those that fail are added.
+        """
+        failed = 0
+        while self.has_time() and failed < PATIENCE and (step := self.best_step(plan, refused)):
+            name, new = step
+            allowed = self.target.allows(self.measure(new))
+            if self.target.keep is not None and not allowed:
+                refused.add(name)
+                failed += 1
+                continue
+            plan, failed = new, 0
+            if self.target.keep is None and allowed:
+                break
+        return plan
+
+    def merge_alike(self) -> Plan:
+        """As much merging in all layers alike as the target allows, or as doesn't reach it yet."""
+        plan, new = Plan(), self.with_more_everywhere(Plan())
+        softmax = self.costs.of_plan(plan, self.target.cost)
+        # no layer merges more than half of its tokens, so that more may change nothing
+        while self.has_time() and self.can_merge(plan) and self.merged(new) > self.merged(plan):
+            # a little merging may cost more than it saves
+            pays = self.costs.of_plan(new, self.target.cost) < softmax
+            if pays and self.target.allows(self.measure(new)) != (self.target.keep is not None):
+                break
+            plan, new = new, self.with_more_everywhere(new)
+        return plan if self.costs.of_plan(plan, self.target.cost) < softmax else Plan()
+
+    def undone(self, plan: Plan) -> list[tuple[str, Plan]]:
+        """The plan without each of its conversions or its merging in a layer; the largest distance freed comes first.
+
+        Names are those of the steps that lead back.
+        """
+        found = [
+            (f"{layer} {json.dumps(mixer)}", Plan({i: m for i, m in plan.items() if i != layer}, plan.merge))
+            for layer, mixer in plan.items()
         ]
-        return sorted(rows, key=lambda row: (-row["gflops"], -row["agreement"]))
+        for layer, r in enumerate(merges_of(plan, self.depth)):
+            if r:
+                found.append((f"merge {layer}", with_merging(plan, self.depth, layer, -min(r, self.in_one))))
+        return sorted(found, key=lambda pair: self.estimate(pair[1]))
+
+    def improve(self, plan: Plan) -> None:
+        """Undo what a reached target doesn't need; where a share is kept, exchange what costs most of it for others."""
+        if self.target.keep is not None:
+            if self.has_time() and (back := self.undone(plan)):
+                name, without = back[0]
+                self.descend(without, {name})
+            return
+        while self.target.allows(self.measure(plan)):
+            for _, less in self.undone(plan):
+                near = self.target.is_near(self.costs.of_plan(less, self.target.cost), self.costs.whole)
+                if self.has_time() and near and self.target.allows(self.measure(less)):
+                    plan = less
+                    break
+            else:
+                return
+
+    # ------------------------------------------------------------------ targets that can't be reached
+
+    def check_reachable(self) -> None:
+        """Raise ValueError for a target that the cheapest plans miss by far, before a search for it."""
+        if self.target.keep is not None:
+            return
+        everything: list[Mixer] = [None, *self.mixers]
+        plans = []
+        for mixers in (everything, [mixer for mixer in everything if follows_merging(mixer)]):
+            cheapest = max(mixers, key=self.saving)
+            plans.append(Plan({layer: cheapest for layer in range(self.depth) if cheapest}))
+        if self.in_one:
+            # no layer merges more than half
+            plans.append(Plan(plans[1], [self.patches if layer < 3 else 0 for layer in range(self.depth)]))
+        costs = [self.costs.of_plan(plan, self.target.cost) for plan in plans]
+        if not any(self.target.is_near(cost, self.costs.whole) for cost in costs):
+            self.target.refuse(self.costs.whole.milliseconds / min(costs), min(costs))
+
+
+def merges_of(plan: Plan, depth: int) -> list[Any]:
+    """How many patches each layer merges."""
+    return list(merge_steps(plan.merge, depth))
+
+
+def with_merging(plan: Plan, depth: int, layer: int, more: int) -> Plan:
+    """A plan whose ``layer`` merges more patches."""
+    merge = merges_of(plan, depth)
+    merge[layer] += more
+    return Plan(plan, merge if any(merge) else 0)

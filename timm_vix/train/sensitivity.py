@@ -1,30 +1,26 @@
-"""How far a model's output moves when layers of it are converted, and what that saves; no labels are needed.
+"""How far a model's output moves when layers of it are converted; no labels are needed.
 
     agreement = share of images whose most likely class stays the same
     distance  = |Z' - Z| / |Z|        Z, Z': input of the classifier, (images, C), before and after
-    cost      = floating-point operations of one image, counted in a real forward pass
+    GFLOPs    = floating-point operations of one image, counted in a real forward pass
 
-Each conversion is measured once: results are rows of a CSV, so that a stopped run continues where it was. The
-conversion of a single layer starts from stored outputs of the blocks below it, which it doesn't change.
+Each plan is measured once. The conversion of a single layer starts from stored outputs of the blocks below it, which it
+doesn't change.
 """
 
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .._records import Columns, append_record, read_records
 from ..conversion.convert import convert
+from ..conversion.plan_file import Plan
 from ..measure.flops import counter
-
-COLUMNS: Columns = dict(run=str, layers=str, agreement=float, distance=float, gflops=float)
-
-Plan = dict[int, dict[str, Any]]  # layer -> "mixer" and its keywords
+from .measurements import Measurements
 
 
 class Measurement(NamedTuple):
@@ -40,7 +36,7 @@ class StoredTokens(nn.Module):
 
     tokens: Optional[torch.Tensor] = None
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return x if self.tokens is None else self.tokens
 
 
@@ -60,33 +56,35 @@ def replace_blocks(model: nn.Module, layers: list[int], replacement: nn.Module) 
 @contextlib.contextmanager
 def temporarily_converted(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Convert a softmax model; on leaving, give it its own attention back."""
-    if plan:
+    changes = bool(plan or plan.merge)
+    if changes:
         convert(model, layers=plan)
     try:
         yield
     finally:
-        if plan:
-            convert(model, "softmax", layers=list(plan))
+        if changes:
+            convert(model, "softmax", merge=0)
 
 
 def plan_to_json(plan: Plan) -> str:
     """A plan as JSON, with layers in ascending order."""
-    return json.dumps({str(layer): plan[layer] for layer in sorted(plan)})
+    merge = {"merge": plan.merge} if plan.merge else {}
+    return json.dumps({**{str(layer): plan[layer] for layer in sorted(plan)}, **merge})
 
 
 def plan_from_json(text: str) -> Plan:
     """The inverse of ``plan_to_json``."""
-    return {int(layer): mixer for layer, mixer in json.loads(text).items()}
+    content = json.loads(text)
+    merge = content.pop("merge", 0)
+    return Plan({int(layer): mixer for layer, mixer in content.items()}, merge)
 
 
 @torch.inference_mode()
-def block_gflops(model: nn.Module, image: torch.Tensor) -> tuple[list[float], float]:
-    """GFLOPs of each block of a model for one image (1, C, H, W), and of everything outside the blocks."""
+def count_gflops(model: nn.Module, image: torch.Tensor) -> float:
+    """GFLOPs of a model for one image (1, C, H, W)."""
     with counter() as flops:
         model(image)
-    counts = flops.get_flop_counts()
-    blocks = [sum(counts[f"{type(model).__name__}.blocks.{i}"].values()) / 1e9 for i in range(len(model.blocks))]
-    return blocks, flops.get_total_flops() / 1e9 - sum(blocks)
+    return flops.get_total_flops() / 1e9
 
 
 class Sensitivity:
@@ -95,31 +93,23 @@ class Sensitivity:
     Args:
         model: softmax model, frozen and in eval mode; it is converted during a measurement and then restored.
         batches: normalised images, each (B, channels, height, width).
-        table: CSV to which rows are appended, and from which earlier ones are read.
-        run: text that identifies everything the results depend on besides the layers; other rows are ignored.
-
-    Raises:
-        ValueError: for a table of another program.
+        table: to which rows are appended, and which knows earlier ones.
+        run: text that identifies everything the results depend on besides the plan.
     """
 
-    def __init__(self, model: nn.Module, batches: list[torch.Tensor], table: Path, run: str) -> None:
+    def __init__(self, model: nn.Module, batches: list[torch.Tensor], table: Measurements, run: str) -> None:
         self.model, self.batches, self.table, self.run = model, batches, table, run
-        self.known: dict[str, Measurement] = {}
+        found = table.of_run(run, *Measurement._fields)
+        self.known = {what: Measurement(**figures) for what, figures in found.items()}
         self.original: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if table.exists() and table.stat().st_size:
-            rows, damaged = read_records(table, COLUMNS, exact=True)
-            complete = [row for row in rows if None not in row.values() and row["run"] == run]
-            self.known = {row["layers"]: Measurement(*(row[name] for name in Measurement._fields)) for row in complete}
-            if damaged:
-                print(f"{table}: {damaged} damaged lines are measured again")
 
-    def measure_single_layers(self, plans: list[Plan]) -> None:
-        """Measure plans of one layer each, from the lowest layer to the highest."""
-        missing = [plan for plan in plans if plan_to_json(plan) not in self.known]
+    def measure_single_layers(self, plans: list[tuple[int, Plan]]) -> None:
+        """Measure plans that change nothing below the layer beside them, from the lowest layer to the highest."""
+        missing = [(first, plan) for first, plan in plans if plan_to_json(plan) not in self.known]
         tokens: list[torch.Tensor] = []
         layer = 0
-        for plan in tqdm(sorted(missing, key=min), "layers", leave=False, disable=None):
-            while layer < min(plan):
+        for first, plan in tqdm(sorted(missing, key=lambda pair: pair[0]), "layers", leave=False, disable=None):
+            while layer < first:
                 tokens = self.run_block(layer, tokens)
                 layer += 1
             self.measure(plan, layer, tokens)
@@ -132,13 +122,14 @@ class Sensitivity:
             layer: the first layer that runs.
             tokens: input of that layer for each batch, (B, N, C); None: the model's own.
         """
-        if plan_to_json(plan) in self.known:
-            return self.known[plan_to_json(plan)]
+        what = plan_to_json(plan)
+        if what in self.known:
+            return self.known[what]
         if not self.original:
             self.original = [self.predict(images) for images in self.batches]
         same, squared_error, squared_norm, stored = 0, 0.0, 0.0, StoredTokens()
         with temporarily_converted(self.model, plan):
-            blocks, rest = block_gflops(self.model, self.batches[0][:1])
+            gflops = count_gflops(self.model, self.batches[0][:1])
             with replace_blocks(self.model, list(range(layer)), stored):
                 for i, (images, (features, classes)) in enumerate(zip(self.batches, self.original)):
                     if tokens:
@@ -149,9 +140,9 @@ class Sensitivity:
                     squared_norm += float(features.square().sum())
         agreement = same / sum(len(images) for images in self.batches)
         distance = (squared_error / squared_norm) ** 0.5
-        measured = Measurement(round(agreement, 6), round(distance, 6), round(sum(blocks) + rest, 9))
-        append_record(self.table, COLUMNS, dict(run=self.run, layers=plan_to_json(plan), **measured._asdict()))
-        self.known[plan_to_json(plan)] = measured
+        measured = Measurement(round(agreement, 6), round(distance, 6), round(gflops, 9))
+        self.table.add(self.run, what, **measured._asdict())
+        self.known[what] = measured
         return measured
 
     def predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

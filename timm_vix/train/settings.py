@@ -54,6 +54,7 @@ def setting(
     allowed: Optional[Range] = None,
     may_change: bool = False,
     parse: Optional[Callable[[str], Any]] = None,
+    nargs: Optional[str] = None,
 ) -> Any:
     """A field of ``Settings``.
 
@@ -63,8 +64,10 @@ def setting(
         allowed: The values besides None.
         may_change: Whether a run may be continued with another value.
         parse: How the command line reads it, where the field's type doesn't say.
+        nargs: "+" for a list of words on the command line.
     """
-    return field(default=default, metadata=dict(meaning=meaning, allowed=allowed, may_change=may_change, parse=parse))
+    metadata = dict(meaning=meaning, allowed=allowed, may_change=may_change, parse=parse, nargs=nargs)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -129,6 +132,8 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
         options.update(default=argparse.SUPPRESS, required=own.default is MISSING)
         if type_of(own) is bool:
             options["action"] = "store_true"
+        elif own.metadata["nargs"]:
+            options["nargs"] = own.metadata["nargs"]
         elif type_of(own) is dict:
             options.update(nargs="*", action=KeyValue, metavar="KEY=VALUE")
         elif takes_several(own):

@@ -37,6 +37,7 @@ from .._device import autocast, find_device, find_dtype
 from .._files import one_line, write_table
 from ..conversion.convert import Conversion, convert
 from ..conversion.delta import fingerprint
+from ..conversion.plan_file import load_plan
 from ..mixers._slot import MixerSlot
 from .build import construction
 from .checkpoint import Checkpoint, clear
@@ -45,7 +46,6 @@ from .interrupt import deferred_interrupt
 from .listing import find_unlabelled
 from .loop import Loop
 from .losses import BlockMatching, Distillation
-from .plan import load_plan
 from .settings import add_settings, documented, given_settings
 from .teacher import build_teacher, start_mixers
 from .transfer_results import compare, finish

@@ -1,0 +1,102 @@
+"""Plans: which mixer each layer of a trained ViT gets and how its tokens merge, as ``timm-vix plan`` writes them."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+
+from .._checks import InputError
+from .._device import device_name
+from .._files import one_line
+from .layers import layer_mixers
+from .merging import Merge, merge_steps
+from .sites import attention_sites, source_of
+
+FORMAT = "timm_vix plan 2"
+# the first one knew no merging, and nothing of time
+FORMATS = ("timm_vix plan 1", FORMAT)
+
+logger = logging.getLogger("timm_vix")
+
+
+class Plan(dict[int, dict[str, Any]]):
+    """For each layer that is converted "mixer" and its keywords, as ``convert`` takes them for ``layers``.
+
+    ``merge``: how tokens merge, as ``convert`` takes it; 0: they don't.
+    """
+
+    def __init__(self, layers: Mapping[int, dict[str, Any]] = {}, merge: Merge = 0) -> None:
+        super().__init__(layers)
+        self.merge = merge
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}, merge={self.merge}" if self.merge else super().__repr__()
+
+
+def architecture(model: nn.Module) -> str:
+    """timm's name of a model without a tag, of the source where it is converted; the class where it has none."""
+    name = source_of(model) or (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    return name.partition(".")[0] if name else type(model).__name__
+
+
+def circumstances(model: nn.Module) -> dict[str, Any]:
+    """What times depend on besides the plan: the size, dtype and machine of a model."""
+    weight: torch.Tensor = model.patch_embed.proj.weight
+    return dict(
+        img_size=max(to_2tuple(model.patch_embed.img_size)),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        machine=device_name(str(weight.device)),
+    )
+
+
+def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
+    """The plan of a file, for ``timm_vix.convert``, which also takes the file itself.
+
+    A plan that was made for another size, dtype or machine is loaded, and a line of the log says so: what it keeps and
+    saves there wasn't measured.
+
+    Raises:
+        ValueError: for a file that is no plan, is damaged, was made for another model, or keeps every layer.
+
+    Example:
+        >>> timm_vix.convert(model, layers=load_plan("plan.json", model))
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a plan: {one_line(error)}") from error
+    known = isinstance(content, dict) and content.get("format") in FORMATS
+    if not known or not isinstance(content.get("layers"), dict):
+        raise InputError(f"{path} is no plan; expected a file of timm-vix plan")
+    depth = len(attention_sites(model))
+    if (content.get("architecture"), content.get("depth")) != (architecture(model), depth):
+        raise InputError(
+            f"{path} is a plan for {content.get('architecture')} with {content.get('depth')} layers; "
+            f"this model is {architecture(model)} with {depth}"
+        )
+    merge = content.get("merge", 0)
+    if not content["layers"] and merge == 0:
+        raise InputError(f"{path} keeps every layer as it is: nothing to convert")
+    try:
+        merge_steps(merge, depth)
+        layers = layer_mixers(content["layers"], depth, "softmax", {}) if content["layers"] else {}
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    tell_differences(path, content, circumstances(model))
+    return Plan({layer: {"mixer": name, **keywords} for layer, (name, keywords) in layers.items()}, merge)
+
+
+def tell_differences(path: Union[str, Path], content: dict[str, Any], here: dict[str, Any]) -> None:
+    """Log under which other circumstances a plan was made; a plan that says nothing of one is taken as it is."""
+    differences = [
+        f"{name}={content[name]} and not {value}"
+        for name, value in here.items()
+        if content.get(name, value) != value and value != "meta"
+    ]
+    if differences:
+        logger.warning("%s was made for %s: other times and agreement are to be expected", path, ", ".join(differences))

@@ -1,0 +1,56 @@
+"""Logits that grow with the number of tokens, for a model that sees more of them than it was trained on.
+
+    Y = softmax(s Q K^T / sqrt(D)) V          s = max(1, log N / log N_train)
+
+The more tokens there are, the flatter softmax attention gets; logits that grow with the log of their number make up for
+it (Chiang & Cholak 2022, arXiv 2202.12172, section 5; Jin et al. 2023, arXiv 2306.08645, for images of other sizes). A
+model at the size of its training or below computes what it did: s = 1.
+
+The slot multiplies the queries, so all mechanisms with queries and keys take part, and learned parameters stay as they
+are. Merged tokens count as the patches for which they stand.
+"""
+
+from typing import Union
+
+from timm.layers import to_2tuple
+from torch import nn
+
+from .._checks import InputError
+from ..mixers._attention_slot import AttentionSlot
+from .replace import slots_of
+
+ScaleLogits = Union[str, int]
+FORMS = "expected 'log', or the number of tokens with which the model was trained, at least 2; 0 takes the scaling away"
+
+
+def scaled_for(model: nn.Module) -> int:
+    """N_train, the tokens with which a model was trained, if its logits are scaled; 0 if they aren't."""
+    return max((slot.trained_tokens for slot in slots_of(model).values() if isinstance(slot, AttentionSlot)), default=0)
+
+
+def trained_tokens(model: nn.Module, scale_logits: ScaleLogits) -> int:
+    """N_train for a value of ``scale_logits``: with "log" that of the size in the model's ``pretrained_cfg``.
+
+    Raises:
+        ValueError: for another value, or a model that doesn't tell its size.
+    """
+    if scale_logits == "log":
+        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        if not size:
+            raise InputError(
+                f"scale_logits='log': {type(model).__name__} has no pretrained_cfg that tells the size with which it "
+                f"was trained; {FORMS}"
+            )
+        (height, width), (rows, columns) = size[-2:], to_2tuple(model.patch_embed.patch_size)
+        return model.num_prefix_tokens + (height // rows) * (width // columns)
+    number = scale_logits
+    if isinstance(number, bool) or not isinstance(number, int) or (number != 0 and number < 2):
+        raise InputError(f"scale_logits={scale_logits!r}: {FORMS}")
+    return number
+
+
+def check_scaling(attention: dict[str, nn.Module], number: int) -> None:
+    """Raise ValueError for attention, by path, that has no logits which could be scaled."""
+    for path, module in attention.items():
+        if number and not isinstance(module, AttentionSlot):
+            raise InputError(f"scale_logits: {path} has {type(module.core).__name__}, without queries and keys")

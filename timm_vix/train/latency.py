@@ -1,0 +1,239 @@
+"""What a plan costs on this machine: times of blocks, from which a plan's is estimated, and of whole models.
+
+    T(plan) = T_rest + sum over layers of t(mixer, share of the patches that is left) + what merging costs there
+
+The t are measured on one block, for all blocks are alike: with softmax and with each candidate on the whole grid, and
+with softmax and the mixers that merged tokens allow at several shares, between which t is interpolated. All are timed
+in turn. The estimate orders the steps of a search, where differences are smaller than the noise of a whole model's
+time; what a plan is chosen by, and what is reported, is the time of the whole model beside softmax.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..conversion.merging import merge_steps, num_merged, run_block
+from ..conversion.plan_file import Plan
+from ..conversion.replace import layout_of
+from ..conversion.sites import attention_sites
+from ..measure.flops import counter
+from ..measure.job import time_interleaved
+from ..measure.memory import set_malloc
+from ..measure.statistics import compare_times
+from ..mixers import MIXERS
+from ..mixers._layout import TokenLayout
+from ..mixers._merging import Groups
+from .measurements import Measurements
+from .sensitivity import count_gflops, plan_to_json, temporarily_converted
+
+Mixer = Optional[dict[str, Any]]  # "mixer" and its keywords; None: softmax
+# of the patches, from the whole grid down
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
+# of the patches, that a block merges whose time is measured
+MERGED = 0.04
+# times as long as whole models the blocks are timed, all in turn
+BLOCKS = 8
+
+
+class Time(NamedTuple):
+    """Median time of one pass of a whole model, and how many times as fast as softmax it is, timed in turn."""
+
+    milliseconds: float
+    speedup: float
+
+
+class Cost(NamedTuple):
+    """Least time of one block in a pass, and its GFLOPs for one image; whatever else the machine does adds time."""
+
+    milliseconds: float
+    gflops: float
+
+
+class Work(NamedTuple):
+    """A block that is measured: its mixer, the share of the patches that it sees, and whether it merges some."""
+
+    mixer: Mixer
+    share: float = 1.0
+    merges: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps({"block": self.mixer, "share": self.share, "merges": self.merges})
+
+
+def follows_merging(mixer: Mixer) -> bool:
+    """Whether a mixer may stand where tokens have merged."""
+    return mixer is None or MIXERS[mixer["mixer"]].supports_key_bias
+
+
+class Latency:
+    """Times one model's blocks and whole plans, each for ``seconds`` or a few rounds if these take longer.
+
+    Args:
+        model: softmax model in eval mode; it is converted during a measurement and then restored.
+        images: normalised images of one pass.
+        table: to which rows are appended, and which knows earlier ones.
+        run: text that identifies everything that times depend on besides the plan.
+    """
+
+    rounds, seconds = 9, 1.5
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, table: Measurements, run: str) -> None:
+        self.model, self.images, self.table, self.run = model, images, table, run
+        # the same weights in modules of their own, so that both can be called in turn
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.softmax = copy.deepcopy(model, shared)
+        self.job = dict(device=str(images.device), rounds=self.rounds, seconds=self.seconds)
+        self.known = {what: Time(**figures) for what, figures in table.of_run(run, *Time._fields).items()}
+        set_malloc(2**25)  # the most that glibc would learn, as in ``measure``
+
+    def time_model(self, plan: Plan, longer: int = 1) -> Time:
+        """Time a whole model in turn with softmax, for so many times as long as usual, and append the row."""
+        what = plan_to_json(plan) if longer == 1 else f"{longer} times as long: {plan_to_json(plan)}"
+        if what not in self.known:
+            with temporarily_converted(self.model, plan):
+                models = [self.softmax, self.model]
+                calls = [lambda model=model: self.call(model, self.images) for model in models]
+                times = time_interleaved(calls, {**self.job, "seconds": longer * self.seconds})
+            row = compare_times(times[:, 1], times[:, 0])
+            speedup = round(row["speedup"], 4) if plan or plan.merge else 1.0
+            measured = Time(round(row["latency_p50_ms"], 4), speedup)
+            self.table.add(self.run, what, **measured._asdict())
+            self.known[what] = measured
+        return self.known[what]
+
+    @staticmethod
+    @torch.inference_mode()
+    def call(module: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        module(*arguments, **keywords)
+
+    def time_blocks(self, mixers: list[dict[str, Any]], merging: bool) -> "Costs":
+        """Time a block with each mixer, and append the rows of those that aren't there."""
+        wanted = [Work(None), *(Work(mixer) for mixer in mixers)]
+        if merging:
+            followers: list[Mixer] = [None, *(mixer for mixer in mixers if follows_merging(mixer))]
+            wanted += [Work(mixer, share) for mixer in followers for share in SHARES[1:]]
+            wanted += [Work(None, share, True) for share in SHARES]
+        found = self.table.of_run(self.run, *Cost._fields)
+        costs = {what: Cost(**figures) for what, figures in found.items()}
+        missing = [work for work in wanted if work.to_json() not in costs]
+        for work, cost in zip(missing, self.measure_blocks(missing) if missing else ()):
+            costs[work.to_json()] = cost
+            self.table.add(self.run, work.to_json(), **cost._asdict())
+        model = self.time_model(Plan()).milliseconds
+        gflops = count_gflops(self.model, self.images[:1])
+        return Costs(self.model, costs, Cost(model, gflops))
+
+    def measure_blocks(self, works: list[Work]) -> list[Cost]:
+        """Time a block of the middle in turn as each of the works has it."""
+        layer = len(self.model.blocks) // 2
+        x, keywords = self.input_of(layer)
+        layout = layout_of(self.model)
+        merged = max(1, round(MERGED * layout.grid[0] * layout.grid[1]))
+        block = self.model.blocks[layer]
+        places = [(site.parent, site.name) for site in attention_sites(self.model)[layer]]
+        own = [getattr(parent, name) for parent, name in places]
+
+        attention = {work.to_json(): self.attention_of(work, layer) for work in works}
+
+        def call_of(work: Work, x: torch.Tensor) -> Callable[[], None]:
+            modules = attention[work.to_json()]
+            groups = None if work.share == 1.0 else groups_of(len(x), layout, work.share, x.device)
+            tokens = x if groups is None else x[:, : groups.counts.shape[1]].contiguous()
+
+            @torch.inference_mode()
+            def call() -> None:
+                for (parent, name), module in zip(places, modules):
+                    setattr(parent, name, module)
+                if groups is None and not work.merges:
+                    block(tokens, **keywords)
+                else:
+                    run_block(block, merged * work.merges, layout.num_prefix_tokens, tokens, groups, **keywords)
+
+            return call
+
+        try:
+            # once in a plan, and the least time wants many rounds
+            job = {**self.job, "seconds": BLOCKS * self.seconds}
+            times = time_interleaved([call_of(work, x) for work in works], job)
+            gflops = []
+            for work in works:
+                with counter() as flops:
+                    call_of(work, x[:1])()
+                gflops.append(flops.get_total_flops() / 1e9)
+        finally:
+            for (parent, name), module in zip(places, own):
+                setattr(parent, name, module)
+        milliseconds = (1e3 * times.min(axis=0)).round(5).tolist()
+        return [Cost(*cost) for cost in zip(milliseconds, gflops)]
+
+    @torch.inference_mode()
+    def input_of(self, layer: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What a block gets in a pass: tokens (B, N, C), and keywords."""
+        found: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        handle = self.model.blocks[layer].register_forward_pre_hook(
+            lambda block, args, keywords: found.append((args[0], keywords)), with_kwargs=True
+        )
+        try:
+            self.model(self.images)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def attention_of(self, work: Work, layer: int) -> list[nn.Module]:
+        """What stands in the places of attention of a block for a work."""
+        merge = [int(i == layer) for i in range(len(self.model.blocks))]
+        slot = work.mixer is None and (work.merges or work.share < 1.0)
+        plan = Plan({layer: work.mixer} if work.mixer else {}, merge if slot else 0)
+        with temporarily_converted(self.model, plan):
+            return [getattr(site.parent, site.name) for site in attention_sites(self.model)[layer]]
+
+
+def groups_of(batch: int, layout: TokenLayout, share: float, device: torch.device) -> Groups:
+    """Groups of neighbours in the sequence, of which there are as many as a share of the patches."""
+    P, patches = layout.num_prefix_tokens, layout.grid[0] * layout.grid[1]
+    left = max(1, round(share * patches))
+    place = torch.cat([torch.arange(P), P + torch.arange(patches) * left // patches])
+    counts = torch.bincount(place, minlength=P + left).float()
+    return Groups(place.expand(batch, -1).to(device), counts.expand(batch, -1).to(device))
+
+
+class Costs:
+    """Estimates of what plans cost, from the costs of single blocks.
+
+    Args:
+        model: softmax model.
+        blocks: cost of each measured work, see ``Work``.
+        whole: cost of the whole softmax model.
+    """
+
+    def __init__(self, model: nn.Module, blocks: dict[str, Cost], whole: Cost) -> None:
+        layout = layout_of(model)
+        self.patches, self.depth = layout.grid[0] * layout.grid[1], len(model.blocks)
+        self.blocks, self.whole = blocks, whole
+
+    def of_mixer(self, mixer: Mixer, name: str, share: float = 1.0, merges: bool = False) -> float:
+        """Cost of a block with a share of the patches, interpolated between those that were measured."""
+        points = [
+            (other, getattr(cost, name))
+            for other in sorted(SHARES)
+            if (cost := self.blocks.get(Work(mixer, other, merges).to_json())) is not None
+        ]
+        shares, costs = zip(*points)
+        return float(np.interp(share, shares, costs))
+
+    def of_plan(self, plan: Plan, name: str) -> float:
+        """``name``, "milliseconds" or "gflops", of a whole model."""
+        left, cost = self.patches, getattr(self.whole, name)
+        for layer, step in enumerate(merge_steps(plan.merge, self.depth)):
+            share, r = left / self.patches, num_merged(step, self.patches, left)
+            cost += self.of_mixer(plan.get(layer), name, share) - self.of_mixer(None, name)
+            if r:
+                # measured for another number: what differs is the MLP of few tokens
+                cost += self.of_mixer(None, name, share, True) - self.of_mixer(None, name, share)
+            left -= r
+        return cost

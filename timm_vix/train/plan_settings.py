@@ -1,0 +1,89 @@
+"""The settings of ``timm-vix plan``."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from .._checks import InputError, check_choice
+from ..mixers import MIXERS
+from .settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, one_of, setting
+from .teacher import check_teacher
+
+# besides mixers, what a plan may choose
+MERGE = "merge"
+CANDIDATES: dict[str, list[dict[str, Any]]] = {
+    name: list(mixer_class.candidates) for name, mixer_class in MIXERS.items() if mixer_class.candidates
+}
+FROM_1 = Range("1 or more", lambda value: value >= 1)
+FROM_2 = Range("2 or more, since one half chooses and the other reports", lambda value: value >= 2)
+
+
+@dataclass
+class PlanSettings(Settings):
+    """The keywords of ``plan_layers``."""
+
+    source: str = setting(MISSING, "timm model, a VisionTransformer or Eva with a classifier")
+    data_dir: str = setting(MISSING, "folder of images of any depth; labels are not used")
+    mixer: Optional[Union[list, tuple, dict]] = setting(  # noqa: RUF009  (a field, not a shared default)
+        None,
+        f"what to choose from, of {', '.join(CANDIDATES)} and {MERGE}, the merging of tokens; a mapping from names to "
+        "lists of keywords tries these keywords; None: everything",
+        nargs="+",
+    )
+    keep: Optional[float] = setting(
+        None,
+        "the fastest model whose predictions stay the same on this share of the images; None: 0.99, unless there is a "
+        "speedup or a budget",
+        ABOVE_0_TO_1,
+    )
+    speedup: Optional[float] = setting(
+        None, "instead of keep: the most faithful model that is so many times as fast as softmax", FROM_1
+    )
+    budget_gflops: Optional[float] = setting(
+        None,
+        "instead of keep: the most faithful model of so many GFLOPs an image, a multiply-add counted as two",
+        ABOVE_0,
+    )
+    source_kwargs: Optional[dict[str, Any]] = setting(  # noqa: RUF009
+        None, "further keywords of the source, plain values"
+    )
+    weights: Optional[str] = setting(
+        None, "file with the source's weights, .safetensors or .pth (a state dict; nothing else is unpickled)"
+    )
+    pretrained: bool = setting(False, "take timm's weights of the source instead")
+    img_size: Optional[int] = setting(None, "side of the images in pixels; None: the source's own", ABOVE_0)
+    images: int = setting(
+        200, "how many, spread over the folder: one half chooses the plan, the other tells what it keeps", FROM_2
+    )
+    batch_size: int = setting(25, "images a forward pass, where agreement is measured", ABOVE_0)
+    latency_batch: int = setting(1, "images a forward pass, where time is measured", ABOVE_0)
+    dtype: str = setting("float32", "of weights and images", one_of("float32", "bfloat16"))
+    minutes: float = setting(15.0, "after which the search ends with what it has found", ABOVE_0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0)
+    out: str = setting("plan.json", "the plan, .json; figure and table have the same name with .png and .csv")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        targets = [name for name in ("keep", "speedup", "budget_gflops") if getattr(self, name) is not None]
+        if len(targets) > 1:
+            raise InputError(f"{' and '.join(targets)} were both given; allowed is one of them")
+        if not targets:
+            self.keep = 0.99
+        if isinstance(self.mixer, str) or (self.mixer is not None and not self.mixer):
+            raise InputError(f"mixer={self.mixer!r}: expected names, such as ['axial', 'merge']")
+        for name in self.mixer or ():
+            check_choice("mixer", name, (*CANDIDATES, MERGE))
+        check_teacher(self)
+        if Path(self.out).suffix != ".json":
+            raise InputError(f"out={self.out}: expected a name that ends in .json")
+
+    def candidates(self) -> list[dict[str, Any]]:
+        """What is tried in a layer besides softmax: "mixer" and its keywords."""
+        chosen = self.mixer if isinstance(self.mixer, Mapping) else {n: CANDIDATES.get(n, []) for n in self.names()}
+        return [{"mixer": name, **keywords} for name, all_own in chosen.items() for keywords in all_own]
+
+    def names(self) -> list[str]:
+        """What to choose from."""
+        return list(dict.fromkeys(self.mixer or (*CANDIDATES, MERGE)))

@@ -1,0 +1,59 @@
+"""What a plan is to reach, and what is known of a whole model that was tried for it."""
+
+from typing import NamedTuple, NoReturn, Optional
+
+from .._checks import InputError
+from .latency import Cost
+
+HALF_AN_OPERATION = 0.5e-9  # in GFLOPs: sums of whole numbers of operations, computed in GFLOPs, are off by less
+
+
+class Tried(NamedTuple):
+    """A whole model that was measured."""
+
+    agreement: float
+    distance: float
+    gflops: float
+    milliseconds: float
+    speedup: float
+
+
+class Target(NamedTuple):
+    """What is wanted; one of these is given."""
+
+    keep: Optional[float] = None
+    speedup: Optional[float] = None
+    gflops: Optional[float] = None
+
+    @property
+    def cost(self) -> str:
+        """What is to be saved."""
+        return "milliseconds" if self.gflops is None else "gflops"
+
+    def allows(self, tried: Tried) -> bool:
+        """Whether a model may be chosen, if faster or more faithful ones aren't there."""
+        if self.keep is not None:
+            return tried.agreement >= self.keep
+        if self.speedup is not None:
+            return tried.speedup >= self.speedup
+        return tried.gflops <= (self.gflops or 0.0) + HALF_AN_OPERATION
+
+    def worth(self, tried: Tried) -> tuple[float, ...]:
+        """Of two models that are allowed, the one of larger worth is chosen."""
+        return (tried.speedup if self.keep is not None else tried.agreement, -tried.distance)
+
+    def is_near(self, cost: float, softmax: Cost) -> bool:
+        """Whether an estimate in ms or GFLOPs is about what is wanted, or less; times are noisy."""
+        if self.gflops is not None:
+            return cost <= 1.02 * self.gflops
+        return cost * (self.speedup or 0.0) <= 1.1 * softmax.milliseconds
+
+    def refuse(self, speedup: float, gflops: float) -> NoReturn:
+        """Raise ValueError for a target that isn't reached, given the best there is."""
+        if self.gflops is not None:
+            raise InputError(
+                f"budget_gflops={self.gflops:g} is below the {gflops:.3f} GFLOPs of the cheapest candidates"
+            )
+        raise InputError(
+            f"speedup={self.speedup:g} is beyond the {speedup:.2f} of the fastest candidates on this machine"
+        )
