@@ -14,10 +14,9 @@ from timm.models import save_for_hf
 import timm_vix
 from timm_vix._checks import InputError
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._mechanism import AttentionMechanism
 
 SIZE = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-WITH_QUERIES = [name for name, mixer in MIXERS.items() if issubclass(mixer, AttentionMechanism)]
+WITH_LOGITS = [name for name, mixer in MIXERS.items() if mixer.has_logits]
 # (7·5 + 1) tokens, of a model that was trained with 3·3 + 1
 FACTOR = math.log(36) / math.log(10)
 
@@ -58,7 +57,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize(
-    "kind, mixer", [("class", name) for name in WITH_QUERIES] + [(kind, "softmax") for kind in list(HOSTS)[1:]]
+    "kind, mixer", [("class", name) for name in WITH_LOGITS] + [(kind, "softmax") for kind in list(HOSTS)[1:]]
 )
 @torch.no_grad()
 def test_logits_are_multiplied_by_the_ratio_of_logarithms(kind: str, mixer: str) -> None:
@@ -139,7 +138,7 @@ def test_other_values_change_nothing(value) -> None:
 
 
 def test_a_mixer_without_queries_has_no_logits() -> None:
-    with pytest.raises(InputError, match="scale_logits: blocks.1.attn has FourierMixing, without queries and keys"):
+    with pytest.raises(InputError, match="scale_logits: blocks.1.attn has FourierMixing, no logits"):
         timm_vix.convert(host(), "fnet", layers=[1], scale_logits="log")
     model = timm.models.vision_transformer.VisionTransformer(depth=1, embed_dim=32, num_heads=2)
     with pytest.raises(InputError, match="has no pretrained_cfg that tells the size with which it was trained"):

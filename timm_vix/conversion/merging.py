@@ -63,6 +63,7 @@ class MergingEvaBlock(MergingBlock, EvaBlock):
 
 # blocks whose residual branches are attention, then an MLP
 BLOCKS = {Block: MergingVitBlock, EvaBlock: MergingEvaBlock}
+OWN_CLASS = {merging: own for own, merging in BLOCKS.items()}
 HOOKS_OF_ALL = (_global_forward_pre_hooks, _global_forward_hooks, _global_backward_hooks)
 
 
@@ -143,6 +144,11 @@ class MergingBlocks(nn.ModuleList):
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise InputError("a model that merges tokens can't be scripted; torch.export and torch.compile can take it")
+
+
+def class_of(block: nn.Module) -> type:
+    """The class of a host's block, whether it merges tokens or not."""
+    return OWN_CLASS.get(type(block), type(block))
 
 
 def is_watched(block: nn.Module) -> bool:
@@ -298,7 +304,7 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
         return
     for layer in range(first, len(blocks)):
         block, slot = blocks[layer], attention[layer][0]
-        if type(block) not in (*BLOCKS, *BLOCKS.values()) or len(attention[layer]) != 1:
+        if class_of(block) not in BLOCKS or len(attention[layer]) != 1:
             raise InputError(
                 f"merge: blocks.{layer} is a {type(block).__name__}; tokens can merge in "
                 f"{' and '.join(allowed.__name__ for allowed in BLOCKS)}, whose attention is followed by an MLP"
@@ -320,9 +326,8 @@ def set_merging(model: nn.Module, merge: Optional[Merge], steps: list[Step]) -> 
     """Give a host blocks that merge, or blocks that don't."""
     blocks = list(model.blocks.children())
     first = first_merge(steps)
-    plain = {merging: own for own, merging in BLOCKS.items()}
     for layer, block in enumerate(blocks):
-        own = plain.get(type(block), type(block))
+        own = class_of(block)
         block.__class__ = own if first is None or layer < first else BLOCKS[own]
     if first is not None:
         assert merge is not None

@@ -27,6 +27,7 @@ from .._checks import InputError
 from ._fitting import LayerFit, fit_in_one_pass
 from .convert import note_norms
 from .handover import HandoverSchedule, handover
+from .merging import class_of
 from .replace import HOOKS
 
 BLOCKS = (Block, EvaBlock, ParallelThingsBlock, ParallelScalingBlock)
@@ -159,7 +160,7 @@ def norm_sites(model: nn.Module) -> list[NormSite]:
     P, sites = model.num_prefix_tokens, []
     for index, block in enumerate(model.blocks.children()):
         path = f"blocks.{index}"
-        if type(block) not in BLOCKS:
+        if class_of(block) not in BLOCKS:
             raise InputError(
                 f"{path} is a {type(block).__name__}, whose norms aren't read by linear layers alone; allowed are "
                 f"{', '.join(allowed.__name__ for allowed in BLOCKS)}"

@@ -6,8 +6,8 @@ The more tokens there are, the flatter softmax attention gets; logits that grow 
 it (Chiang & Cholak 2022, arXiv 2202.12172, section 5; Jin et al. 2023, arXiv 2306.08645, for images of other sizes). A
 model at the size of its training or below computes what it did: s = 1.
 
-The slot multiplies the queries, so all mechanisms with queries and keys take part, and learned parameters stay as they
-are. Merged tokens count as the patches for which they stand.
+The slot multiplies the queries, so all mechanisms with logits take part, and learned parameters stay as they are.
+Merged tokens count as the patches for which they stand.
 """
 
 from typing import Union
@@ -52,5 +52,5 @@ def trained_tokens(model: nn.Module, scale_logits: ScaleLogits) -> int:
 def check_scaling(attention: dict[str, nn.Module], number: int) -> None:
     """Raise ValueError for attention, by path, that has no logits which could be scaled."""
     for path, module in attention.items():
-        if number and not isinstance(module, AttentionSlot):
-            raise InputError(f"scale_logits: {path} has {type(module.core).__name__}, without queries and keys")
+        if number and not (isinstance(module, AttentionSlot) and module.core.has_logits):
+            raise InputError(f"scale_logits: {path} has {type(module.core).__name__}, whose patches have no logits")

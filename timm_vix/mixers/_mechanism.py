@@ -63,8 +63,8 @@ class Mixer(nn.Module):
     supports_key_bias = False
     # whether queries and keys can be rotated
     supports_rotary = True
-    # whether queries and keys decide what patches attend to, so that a bias of their logits acts
-    supports_locality = False
+    # whether what patches attend to follows from logits, products of queries and keys, to be biased or scaled
+    has_logits = False
     # the defaults of the keywords that all mixers share
     conv_residual = False
     locality = 0.0
@@ -111,7 +111,7 @@ class Mixer(nn.Module):
         """
         one_grid = shape.queries.grid == shape.keys.grid
         conv_residual = keywords.pop("conv_residual", cls.conv_residual and one_grid)
-        locality = keywords.pop("locality", cls.locality) if cls.supports_locality else 0.0
+        locality = keywords.pop("locality", cls.locality) if cls.has_logits else 0.0
         check_choice("conv_residual", conv_residual, (True, False))
         check_number("locality", locality, 0)
         if conv_residual and not one_grid:
@@ -135,7 +135,7 @@ class Mixer(nn.Module):
     def keywords(cls) -> list[str]:
         """The keywords of the mixer, e.g. ``["num_landmarks", "pinv_iterations", ...]``."""
         own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "shape")]
-        return own + ["conv_residual"] + ["locality"] * cls.supports_locality
+        return own + ["conv_residual"] + ["locality"] * cls.has_logits
 
     @staticmethod
     def channels_of_values(shape: AttentionShape) -> int:
@@ -188,7 +188,7 @@ class AttentionMechanism(Mixer):
     that ask, (B, Nq, C), after these, one with ``supports_mask`` gets ``attn_mask`` and ``is_causal``.
     """
 
-    supports_locality = True
+    has_logits = True
     needs_tokens = False
     # whether queries and keys must be the same tokens, and values as wide as these
     needs_self_attention = False

@@ -87,7 +87,7 @@ class HyenaConvolution(AttentionMechanism):
     source = "Zimerman & Wolf 2023, arXiv 2309.13600"
     supports_dropout = False
     # gates aren't compared
-    supports_locality = False
+    has_logits = False
     supports_rotary = False
     needs_self_attention = True
 

@@ -78,7 +78,7 @@ class LegendreMemory(AttentionMechanism):
     source = "Liu et al. 2024, arXiv 2402.04882"
     supports_dropout = False
     # only prefix tokens compare queries with keys
-    supports_locality = False
+    has_logits = False
     needs_self_attention = True
 
     def __init__(self, shape: AttentionShape, order: int = 16, theta: float = 14.0) -> None:

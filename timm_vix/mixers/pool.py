@@ -23,7 +23,7 @@ class Pooling(AttentionMechanism):
     title = "pooling"
     source = "Yu et al. 2022, arXiv 2111.11418"
     supports_dropout = False
-    supports_locality = False
+    has_logits = False
     needs_self_attention = True
 
     def forward(

@@ -47,7 +47,7 @@ class ReluAttention(AttentionMechanism):
     source = "Guo et al. 2024, arXiv 2405.11582"
     supports_dropout = False
     # there are no logits to which a bias could be added
-    supports_locality = False
+    has_logits = False
     conv_residual = True
     grid_parameters = {"key_positions": resample_writing}
 

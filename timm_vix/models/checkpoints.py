@@ -17,7 +17,7 @@ from ..conversion.replace import resample_weights
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot, rename_core_keys
 from ..mixers.softmax import SoftmaxAttention
-from ._feed_forward import DepthwiseFeedForward
+from ._daff import DepthwiseFeedForward
 
 _logger = logging.getLogger(__name__)
 

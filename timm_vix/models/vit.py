@@ -34,7 +34,7 @@ from ..conversion.sites import source_of
 from ..mixers import MIXERS
 from ..mixers._mechanism import AttentionMechanism
 from ..stems import STEMS
-from ._feed_forward import replace_mlps
+from ._daff import replace_mlps
 from ._register import ModelName
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
 
@@ -110,7 +110,7 @@ class VisionXformer(VisionTransformer):
             ``pos_embed="learn"`` asks for it.
         block: "sequential", or "parallel": two attentions side by side, then two MLPs, in half as many blocks as
             ``depth`` says (Touvron et al. 2022, arXiv 2203.09795, section 3). A sequential ViT's weights load in pairs.
-        mlp: "mlp", or "daff": with a depthwise convolution over the patch grid inside (``_feed_forward.py``).
+        mlp: "mlp", or "daff": with a depthwise convolution over the patch grid inside (``_daff.py``).
         merge: how many tokens merge in each layer, or another form that ``timm_vix.convert`` takes.
         **kwargs: the mixer's keywords (``timm_vix.mixers.MIXERS[mixer].keywords()``) and those of timm's class.
 

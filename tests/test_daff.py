@@ -11,7 +11,7 @@ from timm.layers import Mlp
 
 import timm_vix
 from timm_vix.mixers._layout import TokenLayout
-from timm_vix.models._feed_forward import DepthwiseFeedForward
+from timm_vix.models._daff import DepthwiseFeedForward
 
 
 def gelu(x):
