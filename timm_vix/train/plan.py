@@ -40,7 +40,6 @@ from .target import Target
 from .teacher import build_teacher
 
 FEW = 20  # images, of those that choose, on which single steps are measured
-LONGER = 4  # times as long as the others the chosen model is timed
 
 
 @documented(PlanSettings)
@@ -93,8 +92,6 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     target = Target(run.keep, run.speedup, run.budget_gflops)
     search = Search(sensitivity(pixels[::2][:FEW]), chosen, latency, costs, mixers, merging, target, run.minutes)
     plan = search.choose()
-    # longer than those that were tried: the fastest of many is also one of the luckiest
-    final = latency.time_model(plan, LONGER)
     result = dict(
         format=FORMAT,
         source=run.source,
@@ -109,7 +106,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         budget_gflops=run.budget_gflops,
         images=len(pixels[::2]),
         held_out_images=len(pixels[1::2]),
-        **{**search.curve[plan_to_json(plan)]._asdict(), **final._asdict()},
+        **search.curve[plan_to_json(plan)]._asdict(),
         held_out_agreement=held_out.measure(plan).agreement,
         held_out_distance=held_out.measure(plan).distance,
         softmax_gflops=round(costs.whole.gflops, 9),

@@ -1,6 +1,6 @@
 """What a plan is to reach, and what is known of a whole model that was tried for it."""
 
-from typing import NamedTuple, NoReturn, Optional
+from typing import NamedTuple, Optional
 
 from .._checks import InputError
 from .latency import Cost
@@ -48,12 +48,12 @@ class Target(NamedTuple):
             return cost <= 1.02 * self.gflops
         return cost * (self.speedup or 0.0) <= 1.1 * softmax.milliseconds
 
-    def refuse(self, speedup: float, gflops: float) -> NoReturn:
-        """Raise ValueError for a target that isn't reached, given the best there is."""
+    def unreached(self, speedup: float, gflops: float) -> InputError:
+        """The error for a target that isn't reached, given the best there is."""
         if self.gflops is not None:
-            raise InputError(
+            return InputError(
                 f"budget_gflops={self.gflops:g} is below the {gflops:.3f} GFLOPs of the cheapest candidates"
             )
-        raise InputError(
+        return InputError(
             f"speedup={self.speedup:g} is beyond the {speedup:.2f} of the fastest candidates on this machine"
         )
