@@ -138,7 +138,7 @@ def test_other_values_change_nothing(value) -> None:
 
 
 def test_a_mixer_without_queries_has_no_logits() -> None:
-    with pytest.raises(InputError, match="scale_logits: blocks.1.attn has FourierMixing, no logits"):
+    with pytest.raises(InputError, match="scale_logits: blocks.1.attn has FourierMixing, whose patches have no logits"):
         timm_vix.convert(host(), "fnet", layers=[1], scale_logits="log")
     model = timm.models.vision_transformer.VisionTransformer(depth=1, embed_dim=32, num_heads=2)
     with pytest.raises(InputError, match="has no pretrained_cfg that tells the size with which it was trained"):
