@@ -109,11 +109,6 @@ def type_of(own: Field) -> Any:
     return get_origin(types[0]) or types[0] if len(types) == 1 else object
 
 
-def takes_several(own: Field) -> bool:
-    """Whether a field may be a list of texts."""
-    return any(get_origin(kind) is list for kind in get_args(own.type))
-
-
 class KeyValue(ParseKwargs):
     """timm's ``key=value`` arguments, with an error for one that is none."""
 
@@ -136,8 +131,6 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
             options["nargs"] = own.metadata["nargs"]
         elif type_of(own) is dict:
             options.update(nargs="*", action=KeyValue, metavar="KEY=VALUE")
-        elif takes_several(own):
-            options["nargs"] = "+"
         else:
             options["type"] = own.metadata["parse"] or type_of(own)
         parser.add_argument(f"--{own.name.replace('_', '-')}", **options)

@@ -20,7 +20,7 @@ class TransferSettings(Settings):
 
     source: str = setting(MISSING, "timm model, a VisionTransformer or Eva, e.g. deit_tiny_patch16_224")
     data_dir: Union[str, list[str]] = setting(  # noqa: RUF009
-        MISSING, "folder of images of any depth, or several; labels not wanted", may_change=True
+        MISSING, "folder of images of any depth, or several; labels not wanted", may_change=True, nargs="+"
     )
     mixer: str = setting("nystrom", "of timm_vix.convert")
     layers: Layers = setting(  # noqa: RUF009  (a field, not a shared default)
