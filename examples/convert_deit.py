@@ -41,9 +41,16 @@ UNTRAINED: dict[str, dict[str, Any]] = {
     "performer, 256 features": dict(mixer="performer", num_features=256),
     "axial": dict(mixer="axial"),
     "axial, last 6": dict(mixer="axial", layers="last-6"),
+    "latent": dict(mixer="latent"),
+    "retention": dict(mixer="retention"),
+    "retention, last 6": dict(mixer="retention", layers="last-6"),
+    "gpsa": dict(mixer="gpsa"),
+    "softmax, half of the keys": dict(mixer="softmax", merge_keys=0.5),
     "softmax, merged to 50 %": dict(mixer="softmax", merge=0.5),
     "softmax, merged to 30 %": dict(mixer="softmax", merge=0.3),
     "softmax, merged to 15 %": dict(mixer="softmax", merge=0.15),
+    "softmax, scaled logits": dict(mixer="softmax", scale_logits="log"),
+    "nystrom, 4x4 windows, scaled logits": dict(mixer="nystrom", num_landmarks=49, window_size=4, scale_logits="log"),
 }
 
 
@@ -123,6 +130,7 @@ def main() -> int:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--transferred", nargs="*", default=[], help="name=folder of timm-vix transfer")
     parser.add_argument("--plan", type=Path, help="what timm-vix plan wrote")
+    parser.add_argument("--models", nargs="+", choices=UNTRAINED, metavar="NAME", help="only these, untrained")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--threads", type=int)
@@ -145,7 +153,8 @@ def main() -> int:
         return timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=size).eval()
 
     jobs: list[tuple[str, str, Callable[[], nn.Module]]] = [("softmax", "none", lambda: baseline)]
-    jobs += [(name, "none", lambda o=options: converted(**o)) for name, options in UNTRAINED.items()]
+    untrained = {name: UNTRAINED[name] for name in given.models or UNTRAINED}
+    jobs += [(name, "none", lambda o=options: converted(**o)) for name, options in untrained.items()]
     jobs += [
         (name, "transfer", lambda f=folder: loaded(f)) for name, folder in (t.split("=") for t in given.transferred)
     ]
