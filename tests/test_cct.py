@@ -46,7 +46,7 @@ def test_a_name_says_what_is_built(name):
     assert "arXiv" in timm.model_entrypoint(name).__doc__
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "cifar" in name])
 def test_every_name_takes_another_mixer(name):
     check_every_mixer(name)
 

@@ -222,6 +222,7 @@ def test_other_weights_and_images_of_the_same_name_are_other_runs(digits, tmp_pa
     assert path.read_text() == header + plain
 
 
+@pytest.mark.slow
 def test_a_part_of_a_model_trains(digits, tmp_path, monkeypatch) -> None:
     arguments = command(digits, tmp_path, f"{MODEL} train_only=head", f"{MODEL} train_only=neck")
     assert call(monkeypatch, *arguments, "--epochs", "1") == 0

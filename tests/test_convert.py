@@ -140,7 +140,9 @@ def test_a_model_of_ours_whose_mixer_was_overridden_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("host", [vit, eva, giant])
+@pytest.mark.parametrize(
+    "host", [pytest.param(vit, marks=pytest.mark.slow), eva, pytest.param(giant, marks=pytest.mark.slow)]
+)
 def test_torchscript(host, mixer):
     model = host()
     if host is not vit and not MIXERS[mixer].supports_rotary and getattr(model, "rope", None) is not None:

@@ -56,7 +56,7 @@ CONTROLS = sorted({baseline_of(name) for name in timm.list_models(module=models.
 
 
 @pytest.mark.parametrize(
-    "control", [pytest.param(c, marks=pytest.mark.slow if "_base" in c or "_small" in c else []) for c in CONTROLS]
+    "control", [pytest.param(c, marks=[] if "cifar" in c or "tiny" in c else pytest.mark.slow) for c in CONTROLS]
 )
 def test_rows_of_a_softmax_control_run_the_kernels_that_they_name(control) -> None:
     """In inference, and of the small ones in training too."""

@@ -567,7 +567,7 @@ def test_the_command(clock, photos: Path, weights: Path, tmp_path: Path, monkeyp
         ({"--source": "resnet18"}, "ResNet has no attention to replace"),
         ({"--source": "swin_tiny_patch4_window7_224"}, "SwinTransformer can't be converted"),
         ({"--source": "vix_nystrom_tiny"}, "has mixers already"),
-        ({"--mixer": "nistrom"}, "mixer='nistrom': expected one of 'linformer', 'performer', 'nystrom'"),
+        ({"--mixer": "nistrom"}, "mixer='nistrom': expected one of 'softmax', 'linformer', 'performer', 'nystrom'"),
         ({"--keep": "1.5"}, "keep=1.5: allowed is above 0, at most 1"),
         ({"--keep": "0"}, "keep=0.0: allowed"),
         ({"--budget-gflops": "-1"}, "budget_gflops=-1.0: allowed is above 0"),

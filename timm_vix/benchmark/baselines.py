@@ -37,7 +37,7 @@ def softmax_of(name: str) -> Optional[str]:
     size = rest.partition("_")[2]
     if family in ("ccn", "ccp", "cct", "cvn", "cvp", "cvt"):
         return f"{family[:2]}t_{rest}"
-    if name.startswith(("levin_", "levip_", "pin_", "pip_", "hybrid_pin_", "hybrid_pip_")):
+    if name.startswith(("levin_", "levip_", "pin_", "pip_", "hybrid_pin_", "hybrid_pip_", "convix_")):
         return f"{name} mixer=softmax"
     if family == "t2t":
         return f"t2t_vit_{size}"
