@@ -72,7 +72,9 @@ class Conversion:
         width = max(len(row.path) for row in self.rows)
         lines = [f"layer  {'module':{width}}  what became of it, at {self.tokens} tokens"]
         for row in self.rows:
-            keywords = ", ".join(f"{name}={value}" for name, value in row.config.items())
+            # without those that add nothing
+            acting = {name: value for name, value in row.config.items() if PLAIN_SOFTMAX.get(name) != value}
+            keywords = ", ".join(f"{name}={value}" for name, value in acting.items())
             became = f"-> {row.after}" if row.changed else "kept"
             fresh = f", {row.new_parameters} new parameters" if row.new_parameters else ""
             merges = (
