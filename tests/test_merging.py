@@ -15,7 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import timm_vix
 from timm_vix._checks import InputError
-from timm_vix.conversion.merging import MergingBlocks, attend_groups, merge_similar, merge_steps, num_merged
+from timm_vix.conversion.merge_steps import merge_steps, num_merged
+from timm_vix.conversion.merging import MergingBlocks, attend_groups, merge_similar
 from timm_vix.mixers._merging import Groups, merge_mask, merge_table, single_groups
 
 HOSTS = {

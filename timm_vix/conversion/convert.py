@@ -16,7 +16,8 @@ from .._checks import InputError
 from ..mixers import MIXERS
 from ..mixers._attention_slot import AttentionSlot
 from .layers import Layers, layer_mixers
-from .merging import Merge, MergingBlocks, Step, check_merging, first_merge, merge_steps, num_merged, set_merging
+from .merge_steps import Merge, Step, first_merge, merge_steps, num_merged
+from .merging import MergingBlocks, check_merging, set_merging
 from .plan_file import Plan, load_plan
 from .replace import (
     PLAIN_SOFTMAX,

@@ -8,9 +8,8 @@ Blocks are called as modules, so their hooks run and see the whole grid. Where n
 block to block without being copied.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Optional, Union
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -35,15 +34,7 @@ from ..mixers._merging import (
     take_one,
 )
 from ..mixers._slot import GridModule
-
-Merge = Union[int, float, Sequence[int], Mapping[str, float]]
-# what one layer does: merge so many patches; or down to a share of those at the start; or all above a threshold
-Step = Union[int, float, Mapping[str, float]]
-
-FORMS = (
-    "expected a number of tokens that each layer merges, a list with one number for each layer, the share of the patch "
-    "tokens to end with as a float between 0 and 1, or {'threshold': t}, a cosine between -1 and 1"
-)
+from .merge_steps import Merge, Step, first_merge, num_merged
 
 
 class MergingBlock(nn.Module):
@@ -65,42 +56,6 @@ class MergingEvaBlock(MergingBlock, EvaBlock):
 BLOCKS = {Block: MergingVitBlock, EvaBlock: MergingEvaBlock}
 OWN_CLASS = {merging: own for own, merging in BLOCKS.items()}
 HOOKS_OF_ALL = (_global_forward_pre_hooks, _global_forward_hooks, _global_backward_hooks)
-
-
-def merge_steps(merge: Merge, depth: int) -> list[Step]:
-    """What each of ``depth`` layers merges.
-
-    Raises:
-        ValueError: for a form or a number that isn't allowed.
-    """
-    if isinstance(merge, Mapping):
-        t = merge.get("threshold")
-        if set(merge) != {"threshold"} or isinstance(t, bool) or not isinstance(t, (int, float)) or not -1 <= t <= 1:
-            raise InputError(f"merge={merge!r}: {FORMS}")
-        return [dict(merge)] * depth
-    if isinstance(merge, float):
-        if not 0 < merge < 1:
-            raise InputError(f"merge={merge!r}: {FORMS}")
-        return [1 - (1 - merge) * (layer + 1) / depth for layer in range(depth)]
-    if isinstance(merge, (list, tuple)):
-        if len(merge) != depth:
-            raise InputError(f"merge={merge!r} has {len(merge)} numbers; the model has {depth} layers")
-        numbers: Sequence[Any] = merge
-    else:
-        numbers = [merge] * depth
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise InputError(f"merge={merge!r}: {FORMS}")
-    return list(numbers)
-
-
-def num_merged(step: Step, at_start: int, left: int) -> int:
-    """How many of ``left`` patch tokens a step other than a threshold merges; ``at_start`` there were so many.
-
-    No more than half of what is left: each pair has one of either half.
-    """
-    wanted = left - math.ceil(step * at_start) if isinstance(step, float) else int(step)  # type: ignore[arg-type]
-    return max(0, min(wanted, left // 2))
 
 
 class MergingBlocks(nn.ModuleList):
@@ -286,11 +241,6 @@ def add_mlp(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(block, EvaBlock):
         return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
     return x + block.drop_path2(block.ls2(y))
-
-
-def first_merge(steps: list[Step]) -> Optional[int]:
-    """The first layer that merges; None where none does."""
-    return next((layer for layer, step in enumerate(steps) if step), None)
 
 
 def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], steps: list[Step]) -> None:

@@ -14,7 +14,7 @@ from .._checks import InputError
 from .._device import device_name
 from .._files import one_line
 from .layers import layer_mixers
-from .merging import Merge, merge_steps
+from .merge_steps import Merge, merge_steps
 from .sites import attention_sites, source_of
 
 FORMAT = "timm_vix plan 2"

@@ -33,7 +33,7 @@ from .._names import check_model
 from ..conversion.convert import NAME, convert
 from ..conversion.folding import fold_norms
 from ..conversion.layers import Layers
-from ..conversion.merging import Merge
+from ..conversion.merge_steps import Merge
 from ..conversion.norms import replace_norms
 from ..conversion.replace import resample_weights, slots_of
 from ..conversion.scaling import ScaleLogits

@@ -19,7 +19,8 @@ from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
 from ..conversion.layers import Layers, layer_mixers
-from ..conversion.merging import Merge, check_merging, first_merge, merge_steps, set_merging
+from ..conversion.merge_steps import Merge, first_merge, merge_steps
+from ..conversion.merging import check_merging, set_merging
 from ..conversion.replace import (
     check_keywords,
     layout_of,

@@ -15,7 +15,7 @@ from typing import Any, Optional
 import numpy as np
 
 from .._checks import InputError
-from ..conversion.merging import first_merge, merge_steps, num_merged
+from ..conversion.merge_steps import first_merge, merge_steps, num_merged
 from ..conversion.plan_file import Plan
 from ..measure.statistics import pareto
 from .latency import Costs, Latency, Mixer, follows_merging

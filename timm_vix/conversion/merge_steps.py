@@ -1,0 +1,57 @@
+"""How many tokens merge in each layer: the forms in which it is given, and numbers of tokens."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, Union
+
+from .._checks import InputError
+
+Merge = Union[int, float, Sequence[int], Mapping[str, float]]
+# what one layer does: merge so many patches; or down to a share of those at the start; or all above a threshold
+Step = Union[int, float, Mapping[str, float]]
+
+FORMS = (
+    "expected a number of tokens that each layer merges, a list with one number for each layer, the share of the patch "
+    "tokens to end with as a float between 0 and 1, or {'threshold': t}, a cosine between -1 and 1"
+)
+
+
+def merge_steps(merge: Merge, depth: int) -> list[Step]:
+    """What each of ``depth`` layers merges.
+
+    Raises:
+        ValueError: for a form or a number that isn't allowed.
+    """
+    if isinstance(merge, Mapping):
+        t = merge.get("threshold")
+        if set(merge) != {"threshold"} or isinstance(t, bool) or not isinstance(t, (int, float)) or not -1 <= t <= 1:
+            raise InputError(f"merge={merge!r}: {FORMS}")
+        return [dict(merge)] * depth
+    if isinstance(merge, float):
+        if not 0 < merge < 1:
+            raise InputError(f"merge={merge!r}: {FORMS}")
+        return [1 - (1 - merge) * (layer + 1) / depth for layer in range(depth)]
+    if isinstance(merge, (list, tuple)):
+        if len(merge) != depth:
+            raise InputError(f"merge={merge!r} has {len(merge)} numbers; the model has {depth} layers")
+        numbers: Sequence[Any] = merge
+    else:
+        numbers = [merge] * depth
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise InputError(f"merge={merge!r}: {FORMS}")
+    return list(numbers)
+
+
+def num_merged(step: Step, at_start: int, left: int) -> int:
+    """How many of ``left`` patch tokens a step other than a threshold merges; ``at_start`` there were so many.
+
+    No more than half of what is left: each pair has one of either half.
+    """
+    wanted = left - math.ceil(step * at_start) if isinstance(step, float) else int(step)  # type: ignore[arg-type]
+    return max(0, min(wanted, left // 2))
+
+
+def first_merge(steps: list[Step]) -> Optional[int]:
+    """The first layer that merges; None where none does."""
+    return next((layer for layer, step in enumerate(steps) if step), None)
