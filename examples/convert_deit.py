@@ -50,6 +50,8 @@ UNTRAINED: dict[str, dict[str, Any]] = {
     "softmax, merged to 30 %": dict(mixer="softmax", merge=0.3),
     "softmax, merged to 15 %": dict(mixer="softmax", merge=0.15),
     "softmax, scaled logits": dict(mixer="softmax", scale_logits="log"),
+    "softmax, merged to 15 %, scaled logits": dict(mixer="softmax", merge=0.15, scale_logits="log"),
+    "axial, scaled logits": dict(mixer="axial", scale_logits="log"),
     "nystrom, 4x4 windows, scaled logits": dict(mixer="nystrom", num_landmarks=49, window_size=4, scale_logits="log"),
 }
 
