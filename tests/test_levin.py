@@ -149,7 +149,7 @@ def test_softmax_is_timms_own():
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"mixer": "nystrom"}, {"stem": None}], ids=str)
-@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("patch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_single_stage_trains_and_comes_back(patch_size, kwargs, tmp_path):
     arguments = dict(img_size=(14, 10), patch_size=patch_size, embed_dim=(32,), num_classes=5, **kwargs)
     if kwargs:

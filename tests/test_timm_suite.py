@@ -31,7 +31,6 @@ HOSTS = {
 # of each architecture and stem, of mixers with and without a grid, features, rotary positions, and attention at all
 A_FEW = [
     "vix_nystrom_cifar",
-    "vix_mixer_cifar",
     "hybrid_vil_cifar_rope",
     "ccn_cifar",
     "cvn_cifar",
