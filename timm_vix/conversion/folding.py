@@ -18,11 +18,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot, LandmarkSlot, is_plain_linear
+from ..mixers._attention_slot import AttentionSlot, LandmarkSlot, has_hooks, is_plain_linear
 from ..mixers._layout import TokenLayout
 from .convert import note_norms
 from .handover import Handover
-from .norms import NormSite, TokenBatchNorm, is_watched, norm_sites
+from .norms import NormSite, TokenBatchNorm, norm_sites
+from .replace import HOOKS
 
 ATTENTION = (Attention, AttentionRope, EvaAttention, AttentionSlot, LandmarkSlot)
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "gate")
@@ -105,7 +106,7 @@ def plan(model: nn.Module, site: NormSite) -> Optional[Folding]:
     readers, attention = readers_of(model, site)
     between = [norm, *([] if site.reader is None else [site.reader])]
     for module in between:
-        if is_watched(module):
+        if has_hooks(module, HOOKS):
             raise InputError(f"{site.path} can't be folded: {type(module).__name__} after it has hooks that see it")
     for name, reader in readers:
         if not is_plain_linear(reader):

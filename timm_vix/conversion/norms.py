@@ -24,6 +24,7 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, Parallel
 from torch import nn
 
 from .._checks import InputError
+from ..mixers._attention_slot import has_hooks
 from ._fitting import LayerFit, fit_in_one_pass
 from .convert import note_norms
 from .handover import HandoverSchedule, handover
@@ -140,13 +141,6 @@ def kinds(x: torch.Tensor, num_prefix_tokens: int) -> list[torch.Tensor]:
     return [*(x[:, p] for p in range(P)), (x[:, P:] if P > 0 else x).reshape(-1, C)]
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks other than those of slots, or another ``forward``, see what a module is given."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    others = [hook for some in hooks for hook in some.values() if not isinstance(hook, HOOKS)]
-    return bool(others) or "forward" in module.__dict__
-
-
 def norm_sites(model: nn.Module) -> list[NormSite]:
     """The norms of a ViT or Eva over tokens, which one reader reads each; those inside attention and MLPs aren't.
 
@@ -216,7 +210,7 @@ def replace_norms(
     if not sites:
         raise InputError(f"{type(model).__name__} has no layer norms to replace")
     for site in sites:
-        if is_watched(site.norm):
+        if has_hooks(site.norm, HOOKS):
             raise InputError(f"{site.path} has hooks, which would be lost; expected none, or hooks on the blocks")
     new = {site.path: new_norm(site) for site in sites}
     residuals = {site.path: 0.0 for site in sites}

@@ -24,10 +24,16 @@ PLAIN_TENSORS = (torch.Tensor, nn.Parameter, torch._subclasses.FakeTensor)
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Is the module called with hooks, as for pruning, or with an overridden forward?"""
+def has_hooks(module: nn.Module, ignored: tuple[type, ...] = ()) -> bool:
+    """Is the module called with hooks, as for pruning, or with an overridden forward?
+
+    Args:
+        ignored: classes of hooks that don't count.
+    """
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks) or "forward" in module.__dict__
+    if "forward" in module.__dict__:
+        return True
+    return any(hooks) and any(not isinstance(hook, ignored) for kind in hooks for hook in kind.values())
 
 
 def is_plain_linear(module: Any) -> bool:
