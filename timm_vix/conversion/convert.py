@@ -4,7 +4,6 @@ The mixers share the weights of the attention that they replace. A converted mod
 among timm's arguments, under the name ``vix_from_timm``, so that ``save_for_hf`` and ``push_to_hf_hub`` keep them.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +13,13 @@ from torch import nn
 
 from .._checks import InputError
 from ..mixers import MIXERS
-from ..mixers._attention_slot import AttentionSlot
+from ..mixers._attention_slot import AttentionSlot, logit_factor
 from .layers import Layers, layer_mixers
 from .merge_steps import Merge, Step, first_merge, merge_steps, num_merged
 from .merging import MergingBlocks, check_merging, set_merging
 from .plan_file import Plan, load_plan
 from .replace import (
-    PLAIN_SOFTMAX,
+    ADDING_NOTHING,
     AttentionSite,
     build_mixer,
     check_keywords,
@@ -73,8 +72,7 @@ class Conversion:
         width = max(len(row.path) for row in self.rows)
         lines = [f"layer  {'module':{width}}  what became of it, at {self.tokens} tokens"]
         for row in self.rows:
-            # without those that add nothing
-            acting = {name: value for name, value in row.config.items() if PLAIN_SOFTMAX.get(name) != value}
+            acting = {name: value for name, value in row.config.items() if ADDING_NOTHING.get(name) != value}
             keywords = ", ".join(f"{name}={value}" for name, value in acting.items())
             became = f"-> {row.after}" if row.changed else "kept"
             fresh = f", {row.new_parameters} new parameters" if row.new_parameters else ""
@@ -84,7 +82,7 @@ class Conversion:
             keywords = f" ({keywords})" if keywords else ""
             lines.append(f"{row.layer:5}  {row.path:{width}}  {row.before} {became}{keywords}{fresh}{merges}")
         if 0 < self.trained_tokens < self.tokens:
-            factor = math.log(self.tokens) / math.log(self.trained_tokens)
+            factor = logit_factor(self.tokens, self.trained_tokens)
             lines.append(f"logits are multiplied by {factor:.3f}: the model was trained with {self.trained_tokens}")
         elif self.trained_tokens:
             lines.append(f"logits stay as they are: no more tokens than the {self.trained_tokens} of training")
@@ -187,7 +185,7 @@ def planned_attention(
         ValueError: for what the mixer can't honour.
     """
     if name == "softmax":
-        host = site.attn.config() if isinstance(site.attn, AttentionSlot) else PLAIN_SOFTMAX
+        host = site.attn.config() if isinstance(site.attn, AttentionSlot) else ADDING_NOTHING
         own = {**host, **own}
         if not needs_slot and own == host:
             return site.attn

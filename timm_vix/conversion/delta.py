@@ -28,12 +28,10 @@ from ..mixers.atrous import check_dilations
 from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
 from .merging import MergingBlocks
 from .plan_file import architecture
-from .replace import mixer_name
+from .replace import ADDING_NOTHING, mixer_name
 from .scaling import scaled_for
 
 FORMAT = "timm_vix delta 2"
-# a mechanism in a file that lacks one of these keywords is older than it, and has this value
-LATER: dict[str, Any] = dict(conv_residual=False, locality=0.0, merge_keys=1.0)
 DESCRIBED = ("architecture", "pooling", "mechanisms", "backbone")  # in the metadata of a file
 ROWS = ("weight", "bias")  # of a classifier: one for each class
 # from the finest to the coarsest
@@ -248,7 +246,7 @@ def difference(saved: Description, model: nn.Module, frozen: dict[str, torch.Ten
 
 def completed(mechanism: Optional[list[Any]]) -> Optional[list[Any]]:
     """A mechanism of ``mechanisms_of`` with the keywords that it may be older than."""
-    return mechanism and [mechanism[0], {**LATER, **mechanism[1]}]
+    return mechanism and [mechanism[0], {**ADDING_NOTHING, **mechanism[1]}]
 
 
 def in_words(mechanism: Optional[list[Any]], other: Optional[list[Any]]) -> str:
@@ -300,7 +298,7 @@ def from_format_1(metadata: dict[str, str], current: dict[str, list[Any]]) -> De
         later = current[path][1] if path in current and current[path][0] == name else {}
         defaults = {keyword: value for keyword, value in FORMAT_1_DEFAULTS.get(name, {}).items() if keyword in later}
         given = {keyword: value for keyword, value in options.items() if value is not None}
-        config = {**later, **LATER, **defaults, **given}
+        config = {**later, **ADDING_NOTHING, **defaults, **given}
         if "dilations" in config:
             config["dilations"] = check_dilations(config["dilations"])
         mechanisms[path] = [name, config]

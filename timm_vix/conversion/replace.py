@@ -25,8 +25,9 @@ from ..stems.tokens_to_token import TokensToToken
 
 # attention that the mixers continue: another class, a subclass too, may do something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
-# the keywords of softmax attention that adds nothing to a host's own
-PLAIN_SOFTMAX: dict[str, Any] = dict(merge_keys=1.0, conv_residual=False, locality=0.0)
+# keywords with the values at which they add nothing: softmax attention with these is a host's own, and a mixer that was
+# saved before there was one of them had this
+ADDING_NOTHING: dict[str, Any] = dict(merge_keys=1.0, conv_residual=False, locality=0.0)
 HOOKS = (RecordGrid, CarryGrid)
 _logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def no_decay_names(model: nn.Module) -> set[str]:
 
 def is_plain_softmax(mixer: str, keywords: Mapping[str, Any]) -> bool:
     """Whether a mixer is the attention that hosts have themselves, without anything added."""
-    return mixer == "softmax" and {**PLAIN_SOFTMAX, **keywords} == PLAIN_SOFTMAX
+    return mixer == "softmax" and {**ADDING_NOTHING, **keywords} == ADDING_NOTHING
 
 
 def is_softmax(module: nn.Module) -> bool:

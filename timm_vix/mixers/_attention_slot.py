@@ -46,6 +46,13 @@ def is_plain_linear(module: Any) -> bool:
     )
 
 
+def logit_factor(num_tokens: int, trained_tokens: int) -> float:
+    """What logits are multiplied by: log N / log N_train, at least 1; 0 trained tokens: they aren't scaled."""
+    if trained_tokens == 0:
+        return 1.0
+    return max(1.0, math.log(num_tokens) / math.log(trained_tokens))
+
+
 @register_notrace_module
 class AttentionSlot(MixerSlot):
     """A slot for a mechanism with queries, keys and values.
@@ -160,16 +167,9 @@ class AttentionSlot(MixerSlot):
         table = self.rotary_table(layout, cells, rope)
         return x if table is None else apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
 
-    def logit_factor(self, layout: TokenLayout) -> float:
-        """What logits among the N tokens of a layout are multiplied by: log N / log N_train, at least 1."""
-        if self.trained_tokens == 0:
-            return 1.0
-        num_tokens = layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]
-        return max(1.0, math.log(num_tokens) / math.log(self.trained_tokens))
-
     def scale(self, q: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """Multiply queries or, in their place, keys (B, h, n, D) by ``logit_factor``."""
-        factor = self.logit_factor(layout)
+        """Multiply queries or, in their place, keys (B, h, n, D) by ``logit_factor`` of the layout's tokens."""
+        factor = logit_factor(layout.num_prefix_tokens + layout.grid[0] * layout.grid[1], self.trained_tokens)
         return q if factor == 1.0 else q * factor
 
     def merge(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
