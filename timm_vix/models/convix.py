@@ -23,9 +23,10 @@ from ..conversion.replace import no_decay_names, replace_attention, slots_of
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..mixers.gpsa import GatedPositionalAttention
+from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
-from .vit import build_xformer, check_sizes, overridden, take_keywords
+from .vit import check_sizes, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {"tiny": dict(embed_dim=48, num_heads=4, local_up_to_layer=10)}
 

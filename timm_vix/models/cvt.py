@@ -26,10 +26,11 @@ from torch import _assert, nn
 from .._checks import InputError, check_choice
 from ..conversion.replace import no_decay_names
 from ..mixers._layout import Grid
+from ._build import build_xformer, overridden
 from ._convolutional import Stage, embed_padding, to_image
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, hosts_of, mixer_keys, new_keys, tensors_of
-from .vit import NYSTROM, PERFORMER, build_xformer, check_sizes, overridden, projected_keywords
+from .vit import NYSTROM, PERFORMER, check_sizes, projected_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(

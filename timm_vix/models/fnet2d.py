@@ -31,8 +31,9 @@ from torch import nn
 
 from .._checks import check_choice
 from ..stems import STEMS
+from ._build import build_xformer
 from .checkpoints import check_keys, tensors_of
-from .vit import build_xformer, check_sizes, first_convolution
+from .vit import check_sizes, first_convolution
 
 
 @register_notrace_function

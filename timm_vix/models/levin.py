@@ -31,9 +31,10 @@ from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost
 from ..stems import STEMS
+from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
-from .vit import NYSTROM, build_xformer, check_sizes, first_convolution, overridden, projected_keywords
+from .vit import NYSTROM, check_sizes, first_convolution, projected_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),

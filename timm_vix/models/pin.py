@@ -28,9 +28,10 @@ from ..conversion.replace import no_decay_names, replace_attention
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..stems import STEMS
+from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
-from .vit import BLOCKS, NYSTROM, build_xformer, check_sizes, first_convolution, overridden, take_keywords
+from .vit import BLOCKS, NYSTROM, check_sizes, first_convolution, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),

@@ -12,7 +12,6 @@ from typing import Any, Optional, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
@@ -24,7 +23,6 @@ from ..conversion.merging import check_merging, set_merging
 from ..conversion.replace import (
     check_keywords,
     layout_of,
-    mixer_keywords,
     mixer_name,
     no_decay_names,
     replace_attention,
@@ -35,6 +33,7 @@ from ..conversion.sites import source_of
 from ..mixers import MIXERS
 from ..mixers._mechanism import AttentionMechanism
 from ..stems import STEMS
+from ._build import build_xformer, overridden
 from ._daff import replace_mlps
 from ._register import ModelName
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
@@ -281,56 +280,3 @@ def create_vision_xformer(
     arguments = overridden(row, sizes, kwargs)
     feature_cfg = dict(out_indices=arguments.pop("out_indices", 3), feature_cls="getter")
     return build_xformer(model_class, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
-
-
-def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A row's architecture under the user's keywords: with another mixer, without the keywords of the row's own."""
-    chosen = {name: value for name, value in row._asdict().items() if name in ("mixer", "stem", "rope") and value}
-    left_out = mixer_keywords(row.mixer) if kwargs.get("mixer", row.mixer) != row.mixer else []
-    own = {name: value for name, value in row.keywords.items() if name not in left_out}
-    return {**sizes.get(row.size, {}), **chosen, **own, **kwargs}
-
-
-def build_xformer(
-    model_class: type[nn.Module],
-    name: str,
-    pretrained: bool,
-    arguments: dict[str, Any],
-    filter_fn: Callable,
-    feature_cfg: dict[str, Any],
-) -> Any:
-    """timm's ``build_model_with_cfg``, with one clear error for a file that is no checkpoint.
-
-    Raises:
-        ValueError: for a checkpoint that can't be read or doesn't fit.
-    """
-    overlay, cfg = arguments.get("pretrained_cfg_overlay") or {}, arguments.get("pretrained_cfg")
-    reading = False
-
-    # neither torch nor timm has an exception of its own for a damaged file: between these two calls, any means one
-    def build(**kwargs: Any) -> nn.Module:
-        nonlocal reading
-        model = model_class(**kwargs)
-        reading = pretrained
-        return model
-
-    def fit(state_dict: Any, model: nn.Module) -> dict[str, Any]:
-        nonlocal reading
-        reading = False
-        try:
-            return filter_fn(state_dict, model)
-        except ValueError:
-            raise
-        except Exception as error:
-            # timm's functions know no other checkpoints than those which they convert
-            raise InputError(f"the checkpoint doesn't fit {name}: {error}") from error
-
-    try:
-        return build_model_with_cfg(
-            build, name, pretrained, pretrained_filter_fn=fit, feature_cfg=feature_cfg, **arguments
-        )
-    except Exception as error:
-        if not reading or "No pretrained weights exist" in str(error):
-            raise
-        source = overlay.get("file") or (cfg.get("file") if isinstance(cfg, dict) else None) or "the checkpoint"
-        raise InputError(f"{source} is no readable checkpoint: {type(error).__name__}: {error}") from error

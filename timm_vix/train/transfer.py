@@ -92,15 +92,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     mixers = mixers_of(student, report)
     images, held_out = prepare_images(run, config)
     start = load_start(student, run.start) if run.start else ""
-    settings = json.loads(json.dumps(run.recorded() | dict(layers=str(run.layers)), default=str))
-    settings.update(
-        images=images.digest(),
-        content=images.checksum(),
-        dtype=str(dtype),
-        teacher=fingerprint(teacher.state_dict()),
-        start=start,
-        construction=construction(teacher, config),
-    )
+    settings = dict(settings_of(run, images, dtype, teacher, config), start=start)
     normalise = normaliser(config, run.device)
     position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[])
 
@@ -147,6 +139,20 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
         share = f"{figures['agreement']} % of {held_out.readable} held-out images"
         print(f"agrees with {run.source} on {share}; wrote {folder / 'hub'}")
     return student, report
+
+
+def settings_of(
+    run: TransferSettings, images: Images, dtype: torch.dtype, teacher: nn.Module, config: dict[str, Any]
+) -> dict[str, Any]:
+    """What must be the same when the run is continued, as plain values."""
+    return {
+        **json.loads(json.dumps(run.recorded() | dict(layers=str(run.layers)), default=str)),
+        "images": images.digest(),
+        "content": images.checksum(),
+        "dtype": str(dtype),
+        "teacher": fingerprint(teacher.state_dict()),
+        "construction": construction(teacher, config),
+    }
 
 
 def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, Conversion]:
