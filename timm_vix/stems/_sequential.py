@@ -12,6 +12,8 @@ Size = Union[int, tuple[int, int]]
 class SequentialStem(PatchEmbed):
     """timm's patch embedding for a projection of several layers; everything else (grid, padding, layout) is timm's.
 
+    A stem of this kind makes its layers in ``build``.
+
     Args:
         patch_size: 1, 2, 4, 8 or 16; the stem's total stride.
 
@@ -21,11 +23,27 @@ class SequentialStem(PatchEmbed):
 
     kind = ""
 
-    def __init__(self, img_size: Optional[Size], patch_size: Size, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        img_size: Optional[Size] = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
         side = patch_size if isinstance(patch_size, int) else patch_size[0]
         if side not in (1, 2, 4, 8, 16) or (not isinstance(patch_size, int) and tuple(patch_size) != (side, side)):
             raise InputError(f"patch_size={patch_size}: {self.kind} stem takes 1, 2, 4, 8 or 16")
-        super().__init__(img_size, patch_size, *args, **kwargs)
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
+        self.build(in_chans, embed_dim, bias, dd)
+
+    def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
+        """Set ``proj``, from an image to a map of ``embed_dim`` channels; ``dd``: device and dtype."""
+        raise NotImplementedError
 
     def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[Size] = None) -> None:
         """Take another image size; the patch size is the stride of the layers and stays."""

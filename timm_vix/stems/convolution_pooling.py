@@ -8,11 +8,11 @@ bias.
 Shapes: (B, 3, height, width) -> (B, N, C), N = height/patch · width/patch.
 """
 
-from typing import Optional
+from typing import Any
 
 from torch import nn
 
-from ._sequential import SequentialStem, Size
+from ._sequential import SequentialStem
 
 WIDTH = 64
 # patch size: kernel, strides of the convolutions, stride of the poolings
@@ -30,19 +30,7 @@ class ConvolutionPoolingStem(SequentialStem):
 
     kind = "a convolution-pooling"
 
-    def __init__(
-        self,
-        img_size: Optional[Size] = 224,
-        patch_size: Size = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
+    def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
         kernel, strides, pool_stride = LAYOUTS[self.patch_size[0]]
         widths = [in_chans, *[WIDTH] * (len(strides) - 1), embed_dim]
         layers: list[nn.Module] = []

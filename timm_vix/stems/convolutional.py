@@ -12,37 +12,22 @@ theirs.
 Shapes: (B, 3, height, width) -> (B, N, C), N = height/patch · width/patch.
 """
 
-from typing import Optional
+from typing import Any
 
 from timm.layers import ConvNormAct
 from torch import nn
 
-from ._sequential import SequentialStem, Size
+from ._sequential import SequentialStem
 
 
 class ConvolutionalStem(SequentialStem):
-    """Convolutions as the projection of a patch embedding.
-
-    Args:
-        activation: batch normalisation and GELU between the convolutions; False: none, as in the official code.
-    """
+    """Convolutions as the projection of a patch embedding."""
 
     kind = "a convolutional"
+    # batch normalisation and GELU between the convolutions
+    activation = True
 
-    def __init__(
-        self,
-        img_size: Optional[Size] = 224,
-        patch_size: Size = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        bias: bool = True,
-        activation: bool = True,
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
+    def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
         halvings = self.patch_size[0].bit_length() - 1
         if halvings < 3:
             widths = [32, 64, embed_dim]
@@ -55,7 +40,7 @@ class ConvolutionalStem(SequentialStem):
         for i, (width, stride) in enumerate(zip(widths, strides)):
             before = widths[i - 1] if i else in_chans
             last = halvings < 3 and i == len(widths) - 1
-            if activation and not last:
+            if self.activation and not last:
                 layers.append(ConvNormAct(before, width, 3, stride=stride, act_layer=nn.GELU, **dd))
             else:
                 layers.append(nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=bias or not last, **dd))
@@ -67,5 +52,4 @@ class ConvolutionalStem(SequentialStem):
 class LinearConvolutionalStem(ConvolutionalStem):
     """The official code's stem: convolutions without normalisation and activation."""
 
-    def __init__(self, **kwargs) -> None:
-        super().__init__(activation=False, **kwargs)
+    activation = False

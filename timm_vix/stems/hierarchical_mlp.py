@@ -14,13 +14,13 @@ In training, batch normalisation takes its statistics over patches and images, a
 Shapes: (B, 3, height, width) -> (B, N, C), N = height/patch · width/patch.
 """
 
-from typing import Optional
+from typing import Any
 
 import torch
 from timm.layers import ConvNormAct
 from torch import nn
 
-from ._sequential import SequentialStem, Size
+from ._sequential import SequentialStem
 
 KERNELS = {1: (1, 1, 1), 2: (2, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (4, 2, 2)}
 
@@ -43,19 +43,7 @@ class HierarchicalMlpStem(SequentialStem):
 
     kind = "a hierarchical MLP"
 
-    def __init__(
-        self,
-        img_size: Optional[Size] = 224,
-        patch_size: Size = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
+    def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
         first, second, third = KERNELS[self.patch_size[0]]
         width = embed_dim // 4
         # batch normalisation has the biases

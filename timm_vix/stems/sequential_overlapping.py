@@ -15,13 +15,13 @@ Shapes: (B, 3, height, width) -> (B, N, C), N = height/patch · width/patch.
 """
 
 import itertools
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from timm.layers import ConvNormAct
 from torch import nn
 
-from ._sequential import SequentialStem, Size
+from ._sequential import SequentialStem
 
 
 class ChannelAffine(nn.Module):
@@ -46,19 +46,7 @@ class SequentialOverlappingStem(SequentialStem):
 
     kind = "a sequential overlapping"
 
-    def __init__(
-        self,
-        img_size: Optional[Size] = 224,
-        patch_size: Size = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
+    def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
         halvings = self.patch_size[0].bit_length() - 1
         count, stride = max(halvings, 1), 2 if halvings else 1
         widths = [in_chans, *(embed_dim >> (count - 1 - i) for i in range(count))]

@@ -121,21 +121,12 @@ class TokensToTokenStem(SequentialStem):
 
     kind = "a tokens-to-token"
 
-    def __init__(
-        self,
-        img_size: Optional[Size] = 224,
-        patch_size: Size = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        bias: bool = True,
-        mixer: Union[str, Mapping[str, Any]] = "nystrom",
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        name, keywords = check_stem_mixer(mixer)
-        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
+    def __init__(self, *args: Any, mixer: Union[str, Mapping[str, Any]] = "nystrom", **kwargs: Any) -> None:
+        self.mixer = check_stem_mixer(mixer)  # before the layers are made
+        super().__init__(*args, **kwargs)
+
+    def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
+        name, keywords = self.mixer
         strides = STRIDES[self.patch_size[0]]
         first, second = self.grids()
         self.proj = nn.Sequential(
