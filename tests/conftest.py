@@ -4,9 +4,11 @@ A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds ke
 """
 
 import copy
+import multiprocessing
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +157,27 @@ def gradients(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     x = x.clone().requires_grad_()
     model(x).square().sum().backward()
     return torch.cat([t.grad.flatten() for t in (x, *model.parameters())])
+
+
+def in_two_processes(work: Callable[[int], Any], folder: Path) -> dict[int, Any]:
+    """What ``work(rank)`` gives in each of two processes that share a process group, by rank; plain values."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        store = f"file://{folder / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        results.put((rank, work(rank)))
+        torch.distributed.destroy_process_group()
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    return found
 
 
 def since(version: str, what: str) -> pytest.MarkDecorator:

@@ -2,12 +2,11 @@
 
 import copy
 import math
-import multiprocessing
 
 import pytest
 import timm
 import torch
-from conftest import distance, rounding, since, small
+from conftest import distance, in_two_processes, rounding, since, small
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -177,9 +176,7 @@ def test_compiled_once_while_the_share_moves():
     assert len(compiled) == 2  # once more, without the old module
 
 
-def distributed(rank, address, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+def distributed(rank):
     schedule = HandoverSchedule(2)
     torch.manual_seed(0)
     images = torch.randn(4, 4, 3)[:, 2 * rank : 2 * rank + 2]
@@ -187,21 +184,13 @@ def distributed(rank, address, results):
     torch.manual_seed(1)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    results.put((rank, train(module, schedule, images, 4).tolist()))
-    torch.distributed.destroy_process_group()
+    return train(module, schedule, images, 4).tolist()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # these processes use one thread
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_equal_one(tmp_path):
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=distributed, args=(rank, tmp_path / "store", results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
+    found = in_two_processes(distributed, tmp_path)
     schedule = HandoverSchedule(2)
     torch.manual_seed(0)
     images = torch.randn(4, 4, 3)

@@ -1,12 +1,10 @@
 """TrAct: the gradient of autograd times a dense inverse, under accumulation, scaling and several processes."""
 
-import multiprocessing
-
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import distance
+from conftest import distance, in_two_processes
 from PIL import Image
 from torch import nn
 
@@ -109,29 +107,19 @@ def test_two_passes_before_one_gradient():
     assert distance(layer.weight.grad, wanted) < 1e-4
 
 
-def distributed(rank, address, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+def distributed(rank):
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 8), torch.randn(4, 6)
     tract(layer)
     parallel = nn.parallel.DistributedDataParallel(layer)
     loss_of(parallel, x[2 * rank : 2 * rank + 2]).backward()
-    results.put((rank, layer.weight.grad.tolist()))
-    torch.distributed.destroy_process_group()
+    return layer.weight.grad.tolist()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # these processes use one thread
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes(tmp_path):
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=distributed, args=(rank, tmp_path / "store", results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
+    found = in_two_processes(distributed, tmp_path)
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 8), torch.randn(4, 6)
     wanted = (expected(layer, x[:2], 0.1)[0] + expected(layer, x[2:], 0.1)[0]) / 2
