@@ -16,6 +16,7 @@ from timm.utils import unwrap_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import timm_vix
+from timm_vix.conversion.delta import fingerprint
 
 
 def train(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -505,3 +506,9 @@ def test_a_delta_from_before_keys_merged_loads(tmp_path) -> None:
     assert torch.equal(answer(model), expected)
     with pytest.raises(ValueError, match=r"softmax\(merge_keys=1.0\) in the file and softmax\(merge_keys=0.5\) here"):
         timm_vix.load_delta(build(merge_keys=0.5), path)
+
+
+def test_the_fingerprint_of_a_single_number_depends_on_it_alone() -> None:
+    every_second = torch.arange(5, 7)[::2]  # of stride 2, and contiguous all the same
+    assert fingerprint({"labels": every_second}) == fingerprint({"labels": torch.tensor([5])})
+    assert fingerprint({"labels": every_second}) != fingerprint({"labels": torch.tensor([6])})

@@ -193,6 +193,47 @@ def test_what_is_reported_was_not_used_to_choose(clock, photos: Path, weights: P
     assert plan["held_out_distance"] == pytest.approx(distance, abs=1e-4)
 
 
+@pytest.mark.parametrize("keep", [0.6, 1.0])
+def test_with_labels_a_share_of_top_1_is_kept(keep: float, clock, photos: Path, weights: Path, tmp_path: Path) -> None:
+    model = build(weights)
+    files = sorted(path for path in photos.rglob("*.jpg") if path.name != "broken.jpg")
+    pixels = prepared(model, [Image.open(file) for file in files])
+    classes = model(pixels).argmax(1).tolist()
+    # the model is wrong on a quarter of the images that choose, and of the others
+    labels = [(number + (i // 2 % 4 == 3)) % 40 for i, number in enumerate(classes)]
+    rows = "".join(f"{file.relative_to(photos)},{label}\n" for file, label in zip(files, labels))
+    (tmp_path / "labels.csv").write_text(f"file,class\n{rows}")
+    given = arguments(photos, weights, tmp_path / "plan.json", keep=keep)
+    plan = plan_layers(**given, labels=str(tmp_path / "labels.csv"))
+    converted = build(weights)
+    if plan["layers"]:
+        timm_vix.convert(converted, layers=plan["layers"])
+    right = (converted(pixels).argmax(1) == torch.tensor(labels)).double()
+    assert plan["kept"] == pytest.approx(right[::2].sum().item() / 6, abs=1e-6) and plan["kept"] >= keep
+    assert plan["held_out_kept"] == pytest.approx(right[1::2].sum().item() / 6, abs=1e-6)
+    assert all(row["speedup"] <= plan["speedup"] for row in plan["curve"] if row["kept"] >= keep)
+    assert plan["keep_of"] == "top-1"
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        ("file,class\n01.jpg,1000\n", "'01.jpg,1000'; expected a file and a class from 0 to 999"),
+        ("file,class\n01.jpg\n", "'01.jpg'; expected a file and a class from 0 to 999"),
+        ("file,class\nnone.jpg,1\n", "labels.csv names none.jpg, which .* lacks"),
+        ("file,class\n", "has no rows below its header"),
+        ("file,class\n01.jpg,999\n02.jpg,999\n", "the source is right on none of 1 images"),
+        ("folders", "has 1 class folders; expected one for each of 1000 classes"),
+    ],
+)
+def test_labels_of_something_else_are_told(labels, words, clock, photos: Path, weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(labels)
+    given = arguments(photos, weights, tmp_path / "plan.json", labels="folders" if labels == "folders" else str(path))
+    with pytest.raises(InputError, match=words):
+        plan_layers(**given)
+
+
 def test_every_row_of_the_table_is_true(clock, photos: Path, weights: Path, everything: dict, tmp_path: Path) -> None:
     plan = plan_layers(**arguments(photos, weights, tmp_path / "plan.json", keep=0.75))
     rows = read_records(tmp_path / "plan.csv", COLUMNS)[0]

@@ -206,7 +206,8 @@ def fingerprint(tensors: dict[str, torch.Tensor], dtype: Optional[torch.dtype] =
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        # a single number may be called contiguous at any stride
+        digest.update(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

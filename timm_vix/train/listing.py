@@ -3,6 +3,7 @@
 Labels and order depend on the names alone, never on the order in which a file system lists them.
 """
 
+import csv
 import os
 import random
 from pathlib import Path
@@ -128,6 +129,36 @@ def find_unlabelled(folder: Path) -> Items:
     if not files:
         raise InputError(f"{folder} holds no images; allowed are {', '.join(sorted(get_img_extensions()))}")
     return [(file, 0) for file in files]
+
+
+def find_labelled(folder: Path, labels: str, num_classes: int) -> Items:
+    """List the images of a folder with their classes, as a trained model numbers them.
+
+    Args:
+        labels: "folders", where each class has a folder, in timm's order of names; or a CSV whose first two columns are
+            an image's path below ``folder`` and the number of its class.
+
+    Raises:
+        ValueError: for classes or files that aren't there, naming them.
+        OSError: for a CSV that can't be read.
+    """
+    if labels == "folders":
+        items, names = list_images(folder)
+        if len(names) != num_classes:
+            raise InputError(f"{folder} has {len(names)} class folders; expected one for each of {num_classes} classes")
+        return items
+    with open(labels, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file) if row][1:]
+    for row in rows:
+        if len(row) < 2 or not row[1].isdecimal() or int(row[1]) >= num_classes:
+            raise InputError(
+                f"labels={labels}: {','.join(row)!r}; expected a file and a class from 0 to {num_classes - 1}"
+            )
+        if not (folder / row[0]).is_file():
+            raise InputError(f"labels={labels} names {row[0]}, which {folder} lacks")
+    if not rows:
+        raise InputError(f"labels={labels} has no rows below its header; expected files and numbers of classes")
+    return [(folder / row[0], int(row[1])) for row in rows]
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from .._records import Columns, Record, append_record, read_records
 
 # an empty cell wasn't measured; what is a plan, or a block of it, in JSON
 COLUMNS: Columns = dict(
-    run=str, what=str, agreement=float, distance=float, gflops=float, milliseconds=float, speedup=float
+    run=str, what=str, agreement=float, distance=float, gflops=float, kept=float, milliseconds=float, speedup=float
 )
 
 

@@ -1,4 +1,4 @@
-"""Make a trained ViT faster here: which layers to convert, to what, and which tokens to merge. No labels are needed.
+"""Make a trained ViT faster here: which layers to convert, to what, and which tokens to merge. Labels may be given.
 
     1. a block is timed on this machine with every candidate, in turn with softmax (``latency.py``);
     2. of the candidates that are faster, those that change the output least are tried in each layer alone, as is some
@@ -14,7 +14,7 @@ command.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from timm.models import get_model_args
@@ -29,7 +29,7 @@ from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
 from ..conversion.sites import attention_sites
 from .images import Images, normaliser, transforms
 from .latency import Latency
-from .listing import find_unlabelled
+from .listing import find_labelled, find_unlabelled
 from .measurements import Measurements
 from .plan_settings import MERGE, PlanSettings
 from .plots import agreement_over_time, write_figure
@@ -72,16 +72,18 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     if run.threads:
         torch.set_num_threads(run.threads)
     model, config = build_softmax_model(run)
-    pixels = read_pixels(run, config)
+    pixels, labels = read_images(run, config, model.num_classes)
     table = Measurements(path.with_suffix(".csv"))
     normalise = normaliser(config, run.device)
 
-    def sensitivity(pixels: torch.Tensor) -> Sensitivity:
+    def sensitivity(pixels: torch.Tensor, labels: Optional[torch.Tensor] = None) -> Sensitivity:
         batches = [normalise(batch).to(getattr(torch, run.dtype)) for batch in pixels.split(run.batch_size)]
-        return Sensitivity(model, batches, table, run_key(model, config, pixels))
+        return Sensitivity(model, batches, table, run_key(model, config, pixels, labels), labels)
 
     # spread over the folder, both halves
-    chosen, held_out = sensitivity(pixels[::2]), sensitivity(pixels[1::2])
+    chosen, held_out = (
+        sensitivity(pixels[half::2], labels[half::2] if run.labels is not None else None) for half in (0, 1)
+    )
     passed = torch.cat(chosen.batches)
     passed = passed[torch.arange(run.latency_batch) % len(passed)]
     latency = Latency(model, passed, table, time_key(run, model))
@@ -102,6 +104,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         latency_batch=run.latency_batch,
         keep=run.keep,
+        keep_of="predictions" if run.labels is None else "top-1",
         speedup_wanted=run.speedup,
         budget_gflops=run.budget_gflops,
         images=len(pixels[::2]),
@@ -109,6 +112,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         **search.curve[plan_to_json(plan)]._asdict(),
         held_out_agreement=held_out.measure(plan).agreement,
         held_out_distance=held_out.measure(plan).distance,
+        held_out_kept=held_out.measure(plan).kept,
         softmax_gflops=round(costs.whole.gflops, 9),
         softmax_milliseconds=costs.whole.milliseconds,
         layers={str(layer): plan[layer] for layer in sorted(plan)},
@@ -137,13 +141,16 @@ def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
     return model.to(getattr(torch, run.dtype)), config
 
 
-def read_pixels(run: PlanSettings, config: dict[str, Any]) -> torch.Tensor:
-    """The images of a run as uint8 pixels (images, channels, height, width), spread evenly over the folder.
+def read_images(run: PlanSettings, config: dict[str, Any], num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of a run, spread evenly over the folder: uint8 pixels (images, channels, height, width) and labels.
+
+    Labels are 0 where none are given.
 
     Raises:
         ValueError: for too few to split.
     """
-    found = find_unlabelled(Path(run.data_dir))
+    folder = Path(run.data_dir)
+    found = find_unlabelled(folder) if run.labels is None else find_labelled(folder, run.labels, num_classes)
     count = min(run.images, len(found))
     spread = [found[i * len(found) // count] for i in range(count)]
     resize, _, evaluate = transforms(config, "none", 0.0)
@@ -153,15 +160,19 @@ def read_pixels(run: PlanSettings, config: dict[str, Any]) -> torch.Tensor:
             f"data_dir={run.data_dir} has {len(data)} image that can be read: one half of the images chooses a plan "
             "and the other tells what it keeps, so at least 2 are needed"
         )
-    return torch.stack([data[0, i][0] for i in range(len(data))])
+    read = [data[0, i] for i in range(len(data))]
+    return torch.stack([pixels for pixels, _ in read]), torch.tensor([label for _, label in read])
 
 
-def run_key(model: nn.Module, config: dict[str, Any], pixels: torch.Tensor) -> str:
+def run_key(
+    model: nn.Module, config: dict[str, Any], pixels: torch.Tensor, labels: Optional[torch.Tensor] = None
+) -> str:
     """One line that changes with everything the agreement of a model on some images depends on."""
     keywords = json.dumps(get_model_args(model), sort_keys=True, default=str)
     weights, images = fingerprint(model.state_dict()), fingerprint({"pixels": pixels})
+    labelled = "" if labels is None else f" labelled {fingerprint({'labels': labels})}"
     return (
-        f"{architecture(model)} {keywords}, weights {weights}, {len(pixels)} images {images} normalised by "
+        f"{architecture(model)} {keywords}, weights {weights}, {len(pixels)} images {images}{labelled} normalised by "
         f"mean {config['mean']} and std {config['std']}"
     )
 
@@ -185,12 +196,13 @@ def rows_of(search: Search, chosen: Plan) -> list[dict[str, Any]]:
 
 def table_of(result: dict[str, Any]) -> str:
     """The curve and the chosen plan as text."""
-    lines = ["layers  merges  times as fast  GFLOPs  agreement  distance"]
+    lines = ["layers  merges  times as fast  GFLOPs  agreement  top-1 kept  distance"]
     for row in result["curve"]:
         merges = "yes" if row["plan"].get("merge") else ""
         lines.append(
             f"{len([name for name in row['plan'] if name != 'merge']):6}  {merges:6}  {row['speedup']:13.2f}  "
-            f"{row['gflops']:6.3f}  {row['agreement']:9.4f}  {row['distance']:8.4f}{'  <- chosen' * row['chosen']}"
+            f"{row['gflops']:6.3f}  {row['agreement']:9.4f}  {row['kept']:10.4f}  {row['distance']:8.4f}"
+            f"{'  <- chosen' * row['chosen']}"
         )
     for layer, entry in result["layers"].items():
         lines.append(f"layer {layer}: {', '.join(f'{name}={value}' for name, value in entry.items())}")
@@ -209,8 +221,12 @@ def main(arguments: argparse.Namespace) -> None:
     given = given_settings(arguments, PlanSettings)
     result = plan_layers(**given)
     print(f"\n{table_of(result)}\n")
+    agreement = [f"{result[name]:.4f}" for name in ("agreement", "held_out_agreement")]
+    if given.get("labels"):
+        agreement[0] += f" and {100 * result['kept']:.1f} % of softmax's top-1"
+        agreement[1] += f" and {100 * result['held_out_kept']:.1f} %"
     print(
         f"{given.get('out', PlanSettings.out)}: {result['speedup']:.2f} times as fast as softmax; "
-        f"agreement {result['agreement']:.4f} on the {result['images']} images that chose it, "
-        f"{result['held_out_agreement']:.4f} on {result['held_out_images']} others"
+        f"agreement {agreement[0]} on the {result['images']} images that chose it, "
+        f"{agreement[1]} on {result['held_out_images']} others"
     )

@@ -24,7 +24,7 @@ class PlanSettings(Settings):
     """The keywords of ``plan_layers``."""
 
     source: str = setting(MISSING, "timm model, a VisionTransformer or Eva with a classifier")
-    data_dir: str = setting(MISSING, "folder of images of any depth; labels are not used")
+    data_dir: str = setting(MISSING, "folder of images of any depth")
     mixer: Optional[Union[list, tuple, dict]] = setting(  # noqa: RUF009  (a field, not a shared default)
         None,
         f"what to choose from, of {', '.join(CANDIDATES)} and {MERGE}, the merging of tokens; a mapping from names to "
@@ -36,6 +36,11 @@ class PlanSettings(Settings):
         "the fastest model whose predictions stay the same on this share of the images; None: 0.99, unless there is a "
         "speedup or a budget",
         ABOVE_0_TO_1,
+    )
+    labels: Optional[str] = setting(
+        None,
+        "keep is a share of the source's top-1 instead; its classes are told by 'folders', one for each class, or by a "
+        "CSV, whose first two columns are a file below data_dir and the number of its class",
     )
     speedup: Optional[float] = setting(
         None, "instead of keep: the most faithful model that is so many times as fast as softmax", FROM_1

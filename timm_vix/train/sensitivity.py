@@ -1,8 +1,9 @@
-"""How far a model's output moves when layers of it are converted; no labels are needed.
+"""How far a model's output moves when layers of it are converted. Labels may be given, and aren't needed.
 
     agreement = share of images whose most likely class stays the same
     distance  = |Z' - Z| / |Z|        Z, Z': input of the classifier, (images, C), before and after
     GFLOPs    = floating-point operations of one image, counted in a real forward pass
+    kept      = top-1 / top-1 before, where there are labels; else the agreement
 
 Each plan is measured once. The conversion of a single layer starts from stored outputs of the blocks below it, which it
 doesn't change.
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .._checks import InputError
 from ..conversion.convert import convert
 from ..conversion.plan_file import Plan
 from ..measure.flops import counter
@@ -29,6 +31,7 @@ class Measurement(NamedTuple):
     agreement: float
     distance: float
     gflops: float
+    kept: float
 
 
 class StoredTokens(nn.Module):
@@ -95,10 +98,21 @@ class Sensitivity:
         batches: normalised images, each (B, channels, height, width).
         table: to which rows are appended, and which knows earlier ones.
         run: text that identifies everything the results depend on besides the plan.
+        labels: classes of all images, (images,).
+
+    Raises:
+        ValueError: for labels of which the model predicts none, when something is measured.
     """
 
-    def __init__(self, model: nn.Module, batches: list[torch.Tensor], table: Measurements, run: str) -> None:
-        self.model, self.batches, self.table, self.run = model, batches, table, run
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[torch.Tensor],
+        table: Measurements,
+        run: str,
+        labels: Optional[torch.Tensor] = None,
+    ) -> None:
+        self.model, self.batches, self.table, self.run, self.labels = model, batches, table, run, labels
         found = table.of_run(run, *Measurement._fields)
         self.known = {what: Measurement(**figures) for what, figures in found.items()}
         self.original: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -127,23 +141,37 @@ class Sensitivity:
             return self.known[what]
         if not self.original:
             self.original = [self.predict(images) for images in self.batches]
-        same, squared_error, squared_norm, stored = 0, 0.0, 0.0, StoredTokens()
+        squared_error, squared_norm, stored, predicted = 0.0, 0.0, StoredTokens(), []
         with temporarily_converted(self.model, plan):
             gflops = count_gflops(self.model, self.batches[0][:1])
             with replace_blocks(self.model, list(range(layer)), stored):
-                for i, (images, (features, classes)) in enumerate(zip(self.batches, self.original)):
+                for i, (images, (features, _)) in enumerate(zip(self.batches, self.original)):
                     if tokens:
                         stored.tokens = tokens[i]
                     new_features, new_classes = self.predict(images)
-                    same += int((new_classes == classes).sum())
+                    predicted.append(new_classes)
                     squared_error += float((new_features - features).square().sum())
                     squared_norm += float(features.square().sum())
-        agreement = same / sum(len(images) for images in self.batches)
+        agreement, kept = self.compare(torch.cat(predicted))
         distance = (squared_error / squared_norm) ** 0.5
-        measured = Measurement(round(agreement, 6), round(distance, 6), round(gflops, 9))
+        measured = Measurement(round(agreement, 6), round(distance, 6), round(gflops, 9), round(kept, 6))
         self.table.add(self.run, what, **measured._asdict())
         self.known[what] = measured
         return measured
+
+    def compare(self, predicted: torch.Tensor) -> tuple[float, float]:
+        """The agreement of predicted classes (images,) with the original's, and what is kept."""
+        original = torch.cat([classes for _, classes in self.original])
+        agreement = float((predicted == original).double().mean())
+        if self.labels is None:
+            return agreement, agreement
+        labels = self.labels.to(original.device)
+        right = int((original == labels).sum())
+        if right == 0:
+            raise InputError(
+                f"labels: the source is right on none of {len(labels)} images; expected classes as it numbers them"
+            )
+        return agreement, int((predicted == labels).sum()) / right
 
     def predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input of the classifier, (B, C), and the most likely class, (B,)."""

@@ -14,6 +14,7 @@ class Tried(NamedTuple):
     agreement: float
     distance: float
     gflops: float
+    kept: float
     milliseconds: float
     speedup: float
 
@@ -33,14 +34,14 @@ class Target(NamedTuple):
     def allows(self, tried: Tried) -> bool:
         """Whether a model may be chosen, if faster or more faithful ones aren't there."""
         if self.keep is not None:
-            return tried.agreement >= self.keep
+            return tried.kept >= self.keep
         if self.speedup is not None:
             return tried.speedup >= self.speedup
         return tried.gflops <= (self.gflops or 0.0) + HALF_AN_OPERATION
 
     def worth(self, tried: Tried) -> tuple[float, ...]:
         """Of two models that are allowed, the one of larger worth is chosen."""
-        return (tried.speedup if self.keep is not None else tried.agreement, -tried.distance)
+        return (tried.speedup if self.keep is not None else tried.kept, -tried.distance)
 
     def is_near(self, cost: float, softmax: Cost) -> bool:
         """Whether an estimate in ms or GFLOPs is about what is wanted, or less; times are noisy."""
