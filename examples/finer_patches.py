@@ -28,12 +28,14 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from timm_vix._checks import check_choice
 from timm_vix._device import autocast, device_name, find_device, find_dtype
 from timm_vix._files import one_line
 from timm_vix._names import parse_model
 from timm_vix._records import Columns, append_record, check_writable, header_of, read_records
 from timm_vix.conversion.convert import convert
 from timm_vix.measure.job import measure_in_process
+from timm_vix.mixers import MIXERS
 from timm_vix.train.build import build_model
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.finetune import evaluate, optimizer_of, prepare_images, seed_step, start_or_resume
@@ -45,7 +47,7 @@ from timm_vix.train.listing import find_images
 from timm_vix.train.loop import Loop
 from timm_vix.train.settings import ABOVE_0, check_ranges
 
-MIXERS = ["softmax", "softmax merge=0.3", "nystrom window_size=4", "linformer", "performer", "axial"]
+COMPARED = ["softmax", "softmax merge=0.3", "nystrom window_size=4", "linformer", "performer", "axial"]
 RECIPE: dict[str, Any] = dict(lr=1e-4, warmup=0.1, weight_decay=0.05, label_smoothing=0.1, augment="light")
 # rows that agree in all of these share the costs of a step
 PLACE: dict[str, type] = dict(
@@ -233,7 +235,7 @@ def parse() -> argparse.Namespace:
     budget.add_argument("--epochs", type=float, help="of each training; 0 measures the costs and trains nothing")
     budget.add_argument("--minutes", type=float, help="of each training, without validation")
     parser.add_argument("--patch-size", type=int, nargs="+", default=[8])
-    parser.add_argument("--mixers", nargs="+", default=MIXERS, metavar="MIXER", help='"softmax", "NAME key=value"')
+    parser.add_argument("--mixers", nargs="+", default=COMPARED, metavar="MIXER", help='"softmax", "NAME key=value"')
     parser.add_argument("--per-class", type=int, help="training images of each class, the first; default: all")
     parser.add_argument("--val-per-class", type=int, help="the same of validation")
     parser.add_argument("--source", default="deit_tiny_patch16_224", help="a ViT of timm, with keywords if wanted")
@@ -249,10 +251,12 @@ def parse() -> argparse.Namespace:
 
 
 def check(given: argparse.Namespace) -> None:
-    """Raise ValueError for a number of the command line that is out of its range."""
+    """Raise ValueError for what of the command line is out of its range."""
     finite = ("epochs minutes", "a finite number of 0 or more", lambda value: 0 <= value < math.inf)
     sizes = ("patch_size", "1 or more", lambda values: min(values) >= 1)
     check_ranges(given, [finite, sizes, ("per_class val_per_class rounds threads", *ABOVE_0)])
+    for mixer in given.mixers:
+        check_choice("mixers", mixer.partition(" ")[0], tuple(MIXERS))
 
 
 def main() -> int:
