@@ -131,16 +131,12 @@ def settings_of(row: Row, given: argparse.Namespace, device: str) -> FinetuneSet
         model=name,
         model_kwargs=keywords,
         checkpoint=given.weights,
-        data_dir=given.data_dir,
-        img_size=given.img_size,
-        batch_size=given.batch_size,
-        seed=given.seed,
         device=device,
-        threads=given.threads,
         checkpoint_every=20,
         out=str(out),
         resume=resume,
         overwrite=not resume,
+        **{name: getattr(given, name) for name in ("data_dir", "img_size", "batch_size", "seed", "threads")},
         **RECIPE,
     )
 
@@ -214,17 +210,23 @@ def find_row(rows: list[Row], wanted: Row, names: Columns) -> Optional[Row]:
     return next((row for row in rows if all(row[name] == wanted[name] for name in names)), None)
 
 
-def add_row(rows: list[Row], wanted: Row, data: Data, given: argparse.Namespace, device: str) -> None:
-    """Measure and train what is wanted, and append its row."""
+def add_rows(rows: list[Row], wanted: Row, data: Data, given: argparse.Namespace, device: str) -> None:
+    """Measure and train what is wanted; append a row of the costs, unless they are known, and one of the training."""
     run = settings_of(wanted, given, device)  # wrong settings show before anything is measured
+
+    def add(row: Row) -> None:
+        append_record(given.out, COLUMNS, row)
+        rows.append(row)
+        print({name: value for name, value in row.items() if value is not None}, flush=True)
+
     known = find_row(rows, wanted, PLACE)
-    costs = {name: known[name] for name in COSTS} if known else measure_costs(wanted, device, given.rounds)
-    row = {**dict.fromkeys(COLUMNS), **wanted, **costs}
-    if row["limit"] > 0:
-        row |= train(run, row, data)
-    append_record(given.out, COLUMNS, row)
-    rows.append(row)
-    print({name: value for name, value in row.items() if value is not None}, flush=True)
+    if known is None:
+        costs = measure_costs(wanted, device, given.rounds)
+        known = {**dict.fromkeys(COLUMNS), **wanted, **costs, "budget": "epochs", "limit": 0.0}
+        add(known)
+    if wanted["limit"] > 0:
+        row = {**known, **wanted}
+        add({**row, **train(run, row, data)})
 
 
 def parse() -> argparse.Namespace:
@@ -276,19 +278,15 @@ def main() -> int:
         train_items = first_of_each_class(train_items, given.per_class)
         data = Data(train_items, first_of_each_class(val_items, given.val_per_class), classes)
         shared = dict(
-            source=given.source,
-            img_size=given.img_size,
-            batch_size=given.batch_size,
+            **{name: getattr(given, name) for name in ("source", "img_size", "batch_size", "threads", "seed")},
             dtype=str(find_dtype("auto", device)).removeprefix("torch."),
             device_name=device_name(device),
-            threads=given.threads,
             torch=str(torch.__version__),
             timm=timm.__version__,
             budget="epochs" if given.minutes is None else "minutes",
             limit=given.epochs if given.minutes is None else given.minutes,
             train_images=len(data.train),
             val_images=len(data.val),
-            seed=given.seed,
         )
         for patch_size, mixer in itertools.product(given.patch_size, given.mixers):
             name, _, keywords = mixer.partition(" ")
@@ -299,7 +297,7 @@ def main() -> int:
                 continue
             print(f"{title}:", flush=True)
             try:
-                add_row(rows, wanted, data, given, device)
+                add_rows(rows, wanted, data, given, device)
             except (ValueError, OSError, RuntimeError) as error:  # the others may do, and the same command tries again
                 print(f"error: {title}: {one_line(error)}", file=sys.stderr, flush=True)
                 failed.append(title)

@@ -176,9 +176,32 @@ def test_costs_are_those_of_the_model_beside_softmax(run, finer, tmp_path, monke
 
 def test_one_that_fails_leaves_the_others(run, finer, monkeypatch):
     monkeypatch.setattr(finer, "measure_in_process", lambda job: dict(error="out of memory: 8 GiB"))
-    code, (row,), errors = run("--epochs", 0.5, "--mixers", "axial", "softmax")
+    code, (row,), errors = run("--epochs", 0.5, "--mixers", "axial", "softmax")  # the costs of softmax are known
     assert code == 2 and "axial, patch 8, 0.5 epochs" in errors and "out of memory" in errors
     assert (row["mixer"], row["steps"]) == ("softmax", "2")
+
+
+def test_table_has_both_budgets_in_the_line_of_a_mixer(finer, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    tables = importlib.import_module("result_tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    costs = dict(tokens=785, rounds=5, train_ms_an_image=250.4, peak_memory_mib=1234.5)
+    costs |= dict(train_speedup=1.5, train_speedup_low=1.4, train_speedup_high=1.6)
+    costs |= dict(infer_speedup=1.02, infer_speedup_low=0.9, infer_speedup_high=1.2)
+    trainings = [("softmax", "epochs", 0, "", "", ""), ("softmax", "minutes", 10, 0.75, 601, 80.04)]
+    trainings += [("axial", "epochs", 1, 1, 480, 78.0), ("axial", "minutes", 10, 1.25, 600, 81.0)]
+    trainings += [("axial", "minutes", 1, 0.1, 60, 20.0)]  # a shorter trial
+    for mixer, budget, limit, epochs, seconds, top1 in trainings:
+        row = dict(mixer=mixer, patch_size=8, budget=budget, limit=limit, epochs=epochs, seconds=seconds, top1=top1)
+        row |= dict(costs, train_images=2975, val_images=1395, threads=2, dtype="bfloat16")
+        append_record(tmp_path / "finer_caltech101.csv", finer.COLUMNS, row)
+    lines = importlib.import_module("result_tables.finer").finer().splitlines()
+    assert lines[2:4] == [
+        "| softmax | 8 | 785 |  |  |  | 80.0 | 0.75 | 10.0 | 250 ms |  |  | 1,234 MiB |",
+        "| axial | 8 | 785 | 78.0 | 1.00 | 8.0 | 81.0 | 1.25 | 10.0 | 250 ms | 1.50 (1.40 to 1.60) | "
+        "same (0.90 to 1.20) | 1,234 MiB |",
+    ]
+    assert lines[-1].startswith("2,975 training and 1,395 validation images. *Measured on: 2 CPU threads, bfloat16")
 
 
 @pytest.mark.parametrize(
