@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 
-from result_tables import RESULTS, ROOT, context, conversion, cost, mechanisms, training
+from result_tables import RESULTS, ROOT, context, conversion, cost, finer, mechanisms, training
 
 DOCUMENTS = (ROOT / "README.md", RESULTS / "RESULTS.md")
 # a block holds no other mark, so one that lacks its end takes no text with it
@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "systems": cost.systems,
     "caltech101": training.caltech101,
     "caltech101, three epochs": training.compared_caltech101,
+    "finer patches": finer.finer,
     "cifar10": lambda: training.finetuned("cifar10"),
     "claims": lambda: training.finetuned("claims"),
     "reproduced": training.reproduced,

@@ -1,0 +1,60 @@
+"""The table of finer patches: accuracy after equal epochs and after equal time, beside what each attention costs."""
+
+from . import Row, markdown, measured, number_list, read, values
+from .cost import speed
+from .training import mean_top1
+
+BUDGETS = ("epochs", "minutes")
+
+
+def finer() -> str:
+    """DeiT-Tiny with smaller patches on Caltech-101: top-1, epochs and minutes of training, and costs."""
+    rows = read("finer_caltech101.csv")
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: -int(row["patch_size"])):
+        groups.setdefault((row["patch_size"], row["mixer"], row["keywords"]), []).append(row)
+    body = []
+    for (patch, mixer, keywords), mine in groups.items():
+        line = [f"{mixer}, {keywords.replace(' ', ', ')}" if keywords else mixer, patch, f"{int(mine[0]['tokens']):,}"]
+        for budget in BUDGETS:
+            line += accuracy(mine, budget, longest(rows, patch, budget))
+        line.append(f"{float(mine[0]['train_ms_an_image']):,.0f} ms")
+        line += [speed_of(mine[0], mode) for mode in ("train", "infer")]
+        memory = mine[0]["peak_memory_mib"]
+        body.append([*line, f"{float(memory):,.0f} MiB" if memory else ""])
+    head = ["attention", "patch", "tokens"]
+    for budget in ("equal epochs", "equal time"):
+        head += [f"{budget}: {what}" for what in ("top-1 %", "epochs", "minutes")]
+    head += ["a step, an image", "training, times as fast", "inference, times as fast", "memory of a step"]
+    return markdown(head, body, f"{images(rows)}{measured(rows)}")
+
+
+def longest(rows: list[Row], patch: str, budget: str) -> str:
+    """The longest training of a budget with such patches; "0" where there is none."""
+    limits = [row["limit"] for row in rows if (row["patch_size"], row["budget"]) == (patch, budget)]
+    return max(limits, key=float, default="0")
+
+
+def accuracy(rows: list[Row], budget: str, limit: str) -> list[str]:
+    """Top-1, epochs and minutes of training of those rows that had this budget; the mean over seeds."""
+    found = [row for row in rows if (row["budget"], row["limit"]) == (budget, limit) and row["top1"]]
+    if not found:
+        return [""] * 3
+    epochs, minutes = float(found[0]["epochs"]), float(found[0]["seconds"]) / 60
+    return [mean_top1(found), f"{epochs:.2f}", f"{minutes:.1f}"]
+
+
+def speed_of(row: Row, mode: str) -> str:
+    """How many times as fast as softmax, which itself has no number."""
+    if row["mixer"] == "softmax" and not row["keywords"]:
+        return ""
+    return speed({name: row[f"{mode}_{name}"] for name in ("speedup", "speedup_low", "speedup_high")})
+
+
+def images(rows: list[Row]) -> str:
+    """On how many images was trained and validated; empty where nothing was trained."""
+    trained = [row for row in rows if row["top1"]]
+    if not trained:
+        return ""
+    numbers = (number_list(f"{int(n):,}" for n in values(trained, name)) for name in ("train_images", "val_images"))
+    return "{} training and {} validation images. ".format(*numbers)
