@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import distance
+from safetensors.torch import save_file
 from timm.layers import Attention
 from timm.models import save_for_hf
 
@@ -386,6 +387,17 @@ def test_by_name_it_is_the_same_model(deit):
     x = images(model)
     assert torch.equal(named(x), model(x))
     assert named.pretrained_cfg["architecture"] == model.pretrained_cfg["architecture"] == "vix_from_timm"
+
+
+@pytest.mark.parametrize("form", ["file", "state_dict"])
+def test_weights_of_a_configuration_are_the_sources(form, tmp_path) -> None:
+    source = timm.create_model("deit_tiny_patch16_224", depth=2, embed_dim=24, num_classes=5)
+    save_file(source.state_dict(), tmp_path / "source.safetensors")
+    config = {"file": str(tmp_path / "source.safetensors")} if form == "file" else {"state_dict": source.state_dict()}
+    model = timm.create_model(
+        "vix_from_timm", pretrained=True, pretrained_cfg=config, mixer="pool", depth=2, embed_dim=24, num_classes=5
+    )
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
 
 
 @pytest.mark.parametrize("safe", [True, False, "both"])

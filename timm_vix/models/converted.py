@@ -231,6 +231,11 @@ def vix_from_timm(
             "timm_vix.replace_norms(model, images)"
         )
     else:
+        # weights that the caller gives are the source's; the rest of this name's configuration says nothing about it
+        given = {name: cfg[name] for name in ("file", "state_dict") if isinstance(cfg, dict) and cfg.get(name)}
+        if given:
+            overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+            kwargs["pretrained_cfg_overlay"] = dict(source=None, custom_load=False) | given | overlay
         model = create(pretrained=pretrained, cache_dir=cache_dir, **kwargs)
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
 
