@@ -95,9 +95,10 @@ def save_transferred(
     keywords = get_model_args(student)
     if "source" not in keywords:
         raise InputError(f"{hub} holds {type(student).__name__}, which is no converted model; expected a transfer's")
-    overlay = dict(pretrained_cfg_overlay=dict(file=weights, source=None, custom_load=False)) if weights else {}
+    # the file's own number of classes, or timm leaves its classifier out
+    overlay = dict(file=weights, source=None, custom_load=False, num_classes=student.num_classes) if weights else {}
     try:
-        original = timm.create_model(NAME, pretrained=True, **keywords, **overlay).eval()
+        original = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **keywords).eval()
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         raise InputError(f"weights={weights}: {keywords['source']} cannot be built: {one_line(error)}") from error
     student.requires_grad_(False)
@@ -114,7 +115,7 @@ def save_transferred(
                 f"{hub} is no delta of these weights of {keywords['source']}: other weights than those of its "
                 f"attention differ; expected the weights it was made of, and a transfer with distill_part=attention"
             ) from error
-        images = torch.randn(2, *original.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+        images = torch.randn(2, *student.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             if not torch.equal(original(images), copy.deepcopy(student).float()(images)):
                 raise InputError(f"{hub}: its delta on {keywords['source']} gives other outputs")
