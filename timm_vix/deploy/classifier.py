@@ -1,7 +1,7 @@
 """Trained models by name, and what they answer to a picture."""
 
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import timm
 import torch
@@ -111,7 +111,11 @@ class Classifier:
             raise InputError(f"{what} cannot be read as a picture: {one_line(error)}") from error
 
     @torch.inference_mode()
-    def best(self, pixels: torch.Tensor, number: int) -> dict[str, float]:
-        """The likeliest classes of one picture, (1, C, H, W), with their shares, the greatest first."""
-        shares = self.net(pixels).softmax(1)[0].topk(min(number, len(self.names)))
+    def best(self, pixels: torch.Tensor, number: int, net: Optional[nn.Module] = None) -> dict[str, float]:
+        """The likeliest classes of one picture, (1, C, H, W), with their shares, the greatest first.
+
+        Args:
+            net: another model of the same classes that is to answer.
+        """
+        shares = (net or self.net)(pixels).softmax(1)[0].topk(min(number, len(self.names)))
         return {self.names[i]: share for share, i in zip(shares.values.tolist(), shares.indices.tolist())}
