@@ -147,6 +147,12 @@ DAMAGE = {
         lambda hub: changed(hub / "config.json", lambda config: config["model_args"].update(layers="/home/me/a.json")),
         ["config.json: layers='/home/me/a.json' is a place"],
     ),
+    "absolute path of the start": (
+        lambda hub: (hub / "README.md").write_text(
+            (hub / "README.md").read_text() + "- model: local-dir:/home/me/runs/hub\n"
+        ),
+        ["README.md names '/home/me/runs/hub'"],
+    ),
     "absolute path in the card": (
         lambda hub: (hub / "README.md").write_text((hub / "README.md").read_text() + "- data_dir: /home/me/photos\n"),
         ["README.md names '/home/me/photos'"],

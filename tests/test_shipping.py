@@ -1,15 +1,27 @@
 """Deltas of transferred models: small, equal on the original, refused where they can't be."""
 
+import csv
+import io
+import re
+import tarfile
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_model_data_config
 
 import timm_vix
+from timm_vix.deploy.classifier import load_trained
 from timm_vix.train.hub import delta_card
+from timm_vix.train.push import check_folder
 from timm_vix.train.shipping import save_transferred
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+DELTAS = Path(__file__).parents[1] / "examples" / "deltas"
 SOURCE = "vit_tiny_patch16_224"
 
 
@@ -72,6 +84,7 @@ def test_the_code_of_a_card_builds_what_takes_the_delta(transferred, weights, tm
     model, keywords = save_transferred(str(transferred["attention"]), path, weights)
     card = delta_card(keywords, path.stat().st_size / 1e6, {"top-1": "70.0 % of 1000 photographs"})
     assert "| top-1 | 70.0 % of 1000 photographs |" in card.text and card.data.license == "other"
+    assert "layers=[1],\n    num_landmarks=4," in card.text.replace("    mixer='nystrom',\n", "")
     code = card.text.split("```python\n")[1].split("```")[0]
     assert code.count("pretrained=True") == 1
     overlay = f"pretrained_cfg_overlay=dict(file={weights!r}, source=None, num_classes=5)"
@@ -96,3 +109,34 @@ def test_what_is_no_delta_is_refused_and_a_previous_file_stays(transferred, weig
     with pytest.raises(ValueError, match="which is no converted model; expected a transfer's"):
         save_transferred(str(tmp_path / "plain"), path, weights)
     assert path.read_bytes() == b"before"
+
+
+def test_the_folder_of_a_transfer_may_be_pushed(transferred):
+    model, card = check_folder(transferred["attention"])
+    assert card.data.license == "other"
+    assert torch.equal(model(x := image()), load_trained(str(transferred["attention"]))(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", sorted(DELTAS.glob("*")), ids=lambda folder: folder.name)
+def test_a_shipped_delta_gives_what_its_card_says(folder, deit, photographs):
+    path = folder / "delta.safetensors"
+    card = ModelCard.load(folder / "README.md").text
+    assert path.stat().st_size < 8e6 and f"({path.stat().st_size / 1e6:.1f} MB)" in card
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
+    overlay = f"pretrained=True, pretrained_cfg_overlay=dict(file={str(deit)!r}, source=None)"
+    code = card.split("```python\n")[1].split("```")[0]
+    scope = {}
+    exec(code.replace("pretrained=True", overlay).replace("delta.safetensors", str(path)), scope)
+    model = scope["model"].eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    right = number = 0
+    with tarfile.open(photographs) as archive, torch.inference_mode():
+        members = {Path(member.name).name: member for member in archive if member.isfile()}
+        rows = list(csv.DictReader(io.TextIOWrapper(archive.extractfile(members["labels.csv"]))))[::10]
+        for row in rows:
+            picture = Image.open(archive.extractfile(members[row["file"]])).convert("RGB")
+            right += int(model(transform(picture)[None]).argmax()) == int(row["imagenet_class"])
+            number += 1
+    (top1,) = re.findall(r"\| top-1 \| ([\d.]+) %", card)
+    assert 100 * right / number == pytest.approx(float(top1), abs=12)  # of 100 photographs

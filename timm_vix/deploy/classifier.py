@@ -1,5 +1,6 @@
 """Trained models by name, and what they answer to a picture."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -69,8 +70,9 @@ def class_names(model: nn.Module) -> list[str]:
     if names or not (subset := infer_imagenet_subset(model)):
         return [str(i) for i in numbers]
     information = ImageNetInfo(subset)
-    # the synonyms, too: a crane is a bird, and another crane a machine
-    return [f"{information.index_to_description(i)} ({i})" for i in numbers]
+    first = [information.index_to_description(i).partition(",")[0] for i in numbers]
+    times = Counter(first)  # a crane is a bird, and another crane a machine
+    return [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(first)]
 
 
 class Classifier:

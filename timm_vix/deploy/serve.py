@@ -20,6 +20,8 @@ from timm.models import get_model_args
 from torch import nn
 
 from .._checks import InputError, check_integer
+from ..conversion.replace import mixer_name
+from ..models.checkpoints import hosts_of
 from .beside import softmax_beside
 from .classifier import Classifier
 
@@ -123,11 +125,14 @@ def times(models: list[nn.Module], pixels: torch.Tensor) -> list[float]:
 
 
 def title_of(model: nn.Module) -> str:
-    """timm's name of a model; of a converted one that of its source, and its mechanism."""
-    keywords = get_model_args(model)
-    if "source" in keywords:
-        return f"{keywords['source']} with {keywords['mixer']}"
-    return model.pretrained_cfg["architecture"]
+    """timm's name of a model; of a converted one that of its source."""
+    return get_model_args(model).get("source") or model.pretrained_cfg["architecture"]
+
+
+def mechanisms_in(model: nn.Module) -> str:
+    """The names of what mixes the tokens of a model of ours or a converted one, for the title of its answers."""
+    names = dict.fromkeys(mixer_name(host) for host in hosts_of(model).values())
+    return ", ".join(name for name in names if name != "softmax") or "answer"
 
 
 def note_of(answers: Answers) -> str:
@@ -142,7 +147,7 @@ def note_of(answers: Answers) -> str:
 def build_page(gradio: Any, answers: Answers) -> tuple[Any, dict[str, Any]]:
     """The page, and what ``launch`` is given for its looks."""
 
-    titles = [title_of(answers.classifier.net), "softmax attention"][: 1 + bool(answers.softmax)]
+    titles = [mechanisms_in(answers.classifier.net), *(["softmax"] if answers.softmax else [])]
 
     def answer(given: Any) -> list[Any]:
         nothing = [part for title in titles for part in (f"### {title}", None)]
@@ -167,8 +172,8 @@ def build_page(gradio: Any, answers: Answers) -> tuple[Any, dict[str, Any]]:
     net = answers.classifier.net
     size = " x ".join(str(side) for side in net.pretrained_cfg["input_size"][1:])
     facts = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters · {size} px · {net.num_classes} classes"
-    with gradio.Blocks(title=f"{titles[0]} · timm_vix", analytics_enabled=False, fill_width=True) as page:
-        gradio.Markdown(f"# {titles[0]}\n{facts} · {torch.get_num_threads()} CPU threads")
+    with gradio.Blocks(title=f"{title_of(net)} · timm_vix", analytics_enabled=False, fill_width=True) as page:
+        gradio.Markdown(f"# {title_of(net)}\n{facts} · {torch.get_num_threads()} CPU threads")
         with gradio.Row():
             with gradio.Column(scale=4):
                 picture = gradio.Image(

@@ -32,8 +32,8 @@ from ..deploy.classifier import load_trained
 
 FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-# an absolute path at the beginning of a text, in quotes, in brackets or after a space: of Unix, a home, of Windows
-ABSOLUTE = re.compile(r"(?:^|[\s\"'`(=])((?:file://|/|~/|[A-Za-z]:\\)[\w.~-]+(?:[/\\][^\s\"'`)]*)?)")
+# an absolute path of Unix, of a home or of Windows, where a text may have one; an address has two slashes
+ABSOLUTE = re.compile(r"(?:^|[\s\"'`(=:,])((?:file:/+|/|~/|[A-Za-z]:\\)[\w.~-]+(?:[/\\][^\s\"'`)]*)?)")
 # what would tell a loader to take the weights from elsewhere
 PLACES = {"file", "url", "hf_hub_id", "hf_hub_filename", "checkpoint_path", "state_dict", "source_url"}
 LABELS = ("label_names", "label_descriptions")

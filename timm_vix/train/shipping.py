@@ -16,6 +16,7 @@ from .._files import one_line, write_whole
 from .._records import Record
 from ..conversion.convert import NAME
 from ..conversion.delta import load_delta, save_delta
+from ..conversion.replace import ADDING_NOTHING
 from ..deploy.classifier import load_trained
 from ..models.checkpoints import hosts_of
 from .cards import card
@@ -92,9 +93,9 @@ def save_transferred(
         OSError: for a file that can't be written; a previous one stays.
     """
     student = load_trained(hub)
-    keywords = get_model_args(student)
-    if "source" not in keywords:
+    if "source" not in get_model_args(student):
         raise InputError(f"{hub} holds {type(student).__name__}, which is no converted model; expected a transfer's")
+    keywords = in_short(get_model_args(student))
     # the file's own number of classes, or timm leaves its classifier out
     overlay = dict(file=weights, source=None, custom_load=False, num_classes=student.num_classes) if weights else {}
     try:
@@ -121,3 +122,13 @@ def save_transferred(
                 raise InputError(f"{hub}: its delta on {keywords['source']} gives other outputs")
         write_whole(path, saved.read_bytes())
     return original, keywords
+
+
+def in_short(keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a converted model; those of its mixers once, where all converted layers have the same."""
+    layers = keywords["layers"]
+    if not isinstance(layers, dict) or any(own != next(iter(layers.values())) for own in layers.values()):
+        return keywords
+    own = next(iter(layers.values()))
+    acting = {name: value for name, value in own.items() if ADDING_NOTHING.get(name, ...) != value}
+    return {**keywords, "layers": [int(layer) for layer in layers], **acting}
