@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 import timm_vix
 from timm_vix import cli
 from timm_vix.deploy.beside import softmax_beside
-from timm_vix.deploy.classifier import class_names, load_trained
+from timm_vix.deploy.classifier import Classifier, class_names, load_trained
 
 ROOT = Path(timm_vix.__file__).parents[1]
 SHIPPED = ROOT / "examples" / "checkpoints" / "hybrid_pin_cifar"
@@ -58,6 +58,25 @@ def test_without_queries_and_keys_only_the_time_of_softmax_counts(tmp_path):
     model = load_trained(save(timm.create_model("vix_fnet_cifar", **SIZES), tmp_path))
     softmax, counts = softmax_beside(model)
     assert not counts and type(softmax.blocks[0].attn).__name__ == "Attention" and softmax.num_classes == 4
+
+
+def test_a_converted_model_without_queries_and_keys_stands_beside_its_source(tmp_path):
+    source = timm.create_model("vit_tiny_patch16_224", embed_dim=32, num_heads=2, init_values=0.1, **SIZES)
+    timm_vix.convert(source, "fnet", "last-1")
+    softmax, counts = softmax_beside(load_trained(save(source, tmp_path)))
+    assert not counts and {type(block.attn).__name__ for block in softmax.blocks} == {"Attention"}
+    assert softmax(torch.zeros(1, 3, 32, 32)).shape == (1, 4) and hasattr(softmax.blocks[0].ls1, "gamma")
+
+
+def test_a_photograph_of_an_upright_camera_is_seen_upright(tmp_path):
+    classifier = Classifier(str(SHIPPED))
+    upright = Image.effect_noise((40, 60), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter to the right
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+    seen = [classifier.prepare(tmp_path / f"{name}.png") for name in ("upright", "lying")]
+    assert torch.equal(*seen) and seen[0].std() > 0.1
 
 
 def test_classes_have_names_where_they_are_known():

@@ -9,8 +9,8 @@ from torch import nn
 
 from .._checks import InputError
 from .._names import parse_model
-from ..benchmark.baselines import baseline_of
-from ..conversion.convert import NAME, revert
+from ..benchmark.baselines import NOT_TRUNK, baseline_of
+from ..conversion.convert import NOTED, revert
 from ..mixers.softmax import SoftmaxAttention
 from ..models.checkpoints import hosts_of
 
@@ -27,16 +27,18 @@ def softmax_beside(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
     if all(isinstance(host.core, SoftmaxAttention) for host in hosts_of(model).values()):
         return None, False
     keywords = get_model_args(model)
-    if model.pretrained_cfg["architecture"] == NAME or "source" in keywords:
+    if "source" in keywords:
         reverted = copy.deepcopy(model)
         try:
             revert(reverted)
             return reverted.eval(), True
         except InputError:  # a mixer of tokens, whose attention was not saved
-            pass
-    words = [f"{name}={value}".replace(" ", "") for name, value in keywords.items()]
-    name, given = parse_model(baseline_of(" ".join([model.pretrained_cfg["architecture"], *words])))
-    softmax = timm.create_model(name, **given).eval()
+            trunk = {name: value for name, value in keywords.items() if name not in NOTED | NOT_TRUNK}
+            softmax = timm.create_model(keywords["source"], **trunk, **(keywords.get("source_kwargs") or {})).eval()
+    else:
+        words = [f"{name}={value}".replace(" ", "") for name, value in keywords.items()]
+        name, trunk = parse_model(baseline_of(" ".join([model.pretrained_cfg["architecture"], *words])))
+        softmax = timm.create_model(name, **trunk).eval()
     own, theirs = softmax.state_dict(), model.state_dict()
     fitting = {key: theirs[key] for key in own if key in theirs and theirs[key].shape == own[key].shape}
     softmax.load_state_dict(fitting, strict=False)

@@ -6,7 +6,7 @@ from typing import Any, Optional, Union
 
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
@@ -107,7 +107,9 @@ class Classifier:
         try:
             image = picture if isinstance(picture, Image.Image) else Image.open(picture)
             with image:
-                return self.transform(image.convert(self.mode)).unsqueeze(0)
+                # a camera that was held upright notes so, and leaves the pixels lying
+                upright = ImageOps.exif_transpose(image)
+                return self.transform(upright.convert(self.mode)).unsqueeze(0)
         except Exception as error:  # what a damaged file raises differs between PIL's readers
             what = "the picture" if isinstance(picture, Image.Image) else str(picture)
             raise InputError(f"{what} cannot be read as a picture: {one_line(error)}") from error
