@@ -1,5 +1,7 @@
-"""Classify photographs with a trained model, such as the hub/ folder of a run.
+"""Name what is on photographs, by a model that is shipped in examples/checkpoints or by any trained one.
 
+python examples/classify.py --list                                                           # the shipped models
+python examples/classify.py photo.jpg --model ccn_cifar                                      # one of them, by name
 python examples/classify.py photo.jpg --model runs/reproduce/modern-100-1/ccn_cifar/hub      # a second
 """
 
@@ -7,51 +9,46 @@ import argparse
 import sys
 from pathlib import Path
 
-import timm
-import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_input_data_config
+from huggingface_hub import ModelCard
 
 import timm_vix  # noqa: F401  registers the names
-from timm_vix._files import one_line
+from timm_vix._checks import InputError, check_integer
+from timm_vix.deploy.classifier import Classifier
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+SHIPPED = sorted(folder.name for folder in CHECKPOINTS.iterdir() if (folder / "config.json").is_file())
+
+
+def list_shipped() -> None:
+    """Print the shipped models, each with its size and the accuracy that its card states."""
+    for name in SHIPPED:
+        (result, *_) = ModelCard.load(CHECKPOINTS / name / "README.md").data.eval_results
+        size = (CHECKPOINTS / name / "model.safetensors").stat().st_size
+        print(f"{name}: {size / 1e6:.1f} MB, {result.metric_value} % of {result.dataset_name}'s test images")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", nargs="+", type=Path)
-    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder with config.json and model.safetensors")
+    parser.add_argument("photos", nargs="*", type=Path)
+    parser.add_argument(
+        "--model", default="hybrid_pin_cifar", help=f"{', '.join(SHIPPED)}; a folder, hf-hub:USER/NAME or timm's name"
+    )
     parser.add_argument("--top", type=int, default=3, help="classes shown")
+    parser.add_argument("--list", action="store_true", help="show the shipped models")
     given = parser.parse_args()
     try:
-        if given.top < 1:
-            raise ValueError(f"top={given.top}; allowed is a whole number above 0")
-        if not (given.model / "config.json").is_file():
-            raise ValueError(f"model={given.model} holds no config.json; train one with examples/reproduce_vix.py")
-        try:
-            model = timm.create_model(f"local-dir:{given.model}", pretrained=True).eval()
-        except Exception as error:  # timm, torch and safetensors raise by kind of damage
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
-            raise ValueError(f"model={given.model} cannot be loaded: {reason}") from error
-        config = resolve_input_data_config(model)
-        channels = config["input_size"][0]
-        if channels not in (1, 3):
-            raise ValueError(f"model={given.model} takes images of {channels} channels; allowed is 1 (grey) or 3 (RGB)")
-        names = model.pretrained_cfg.get("label_names") or []
-        if len(names) != model.num_classes:  # names of other classes
-            names = [str(i) for i in range(model.num_classes)]
-        transform = create_transform(**config)
+        if not given.photos and not given.list:
+            raise InputError("no photo was given; expected picture files, or --list")
+        check_integer("top", given.top, 1)
+        if given.list:
+            list_shipped()
+        if given.photos:
+            shipped = given.model in SHIPPED
+            classifier = Classifier(str(CHECKPOINTS / given.model) if shipped else given.model)
         for photo in given.photos:
-            with Image.open(photo) as image, torch.inference_mode():
-                pixels = transform(image.convert("RGB" if channels == 3 else "L"))
-                shares = model(pixels.unsqueeze(0)).softmax(1)[0]
-            best = shares.topk(min(given.top, len(names)))
-            answers = (
-                f"{names[i]} {100 * share:.0f} %" for share, i in zip(best.values.tolist(), best.indices.tolist())
-            )
-            print(f"{photo}: {', '.join(answers)}")
-    except (ValueError, OSError, UnidentifiedImageError) as error:
+            best = classifier.best(classifier.prepare(photo), given.top)
+            print(f"{photo}: {', '.join(f'{name} {100 * share:.0f} %' for name, share in best.items())}")
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -4,7 +4,9 @@
         --transferred nystrom=runs/nystrom/hub linformer=runs/linformer/hub --plan plan_deit_tiny_224.json
 
 The folder holds labels.csv (file, imagenet_class) and images/. Rows are appended to
-examples/results/convert_deit_tiny.csv as they come; what is there is not measured again.
+examples/results/convert_deit_tiny.csv as they come; what is there is not measured again. With --deltas each transferred
+model is also written there as NAME/delta.safetensors, its attention weights in bfloat16, with a card of what the
+rounded weights predict.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from tqdm import tqdm
 import timm_vix
 from timm_vix.measure.flops import counter
 from timm_vix.train.checkpoint import write_history
+from timm_vix.train.hub import delta_card
+from timm_vix.train.shipping import save_transferred
 
 SOURCE = "deit_tiny_patch16_224"
 WINDOWS = dict(window_size=2)
@@ -126,11 +130,28 @@ def costs(model: nn.Module, baseline: nn.Module, image: torch.Tensor) -> dict[st
     )
 
 
+def write_delta(
+    hub: str, folder: Path, weights: str, images: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor
+) -> None:
+    """Save a transferred model as a delta, with a card of what it predicts; ``reference`` is what softmax predicts."""
+    model, keywords = save_transferred(hub, folder / "delta.safetensors", weights)
+    predicted = predict(model, images, folder.name)
+    right, before, same = (
+        f"{100 * float(hits.float().mean()):.1f} % of {len(images)} photographs"
+        for hits in (predicted == labels, reference == labels, predicted == reference)
+    )
+    figures = {"top-1": right, "top-1 of the original": before, "predicts what the original predicts": same}
+    megabytes = (folder / "delta.safetensors").stat().st_size / 1e6
+    delta_card(keywords, megabytes, figures).save(folder / "README.md")
+    print(f"{folder}: {megabytes:.2f} MB, top-1 {right}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--transferred", nargs="*", default=[], help="name=folder of timm-vix transfer")
+    parser.add_argument("--deltas", type=Path, metavar="DIR", help="save the transferred models there as deltas")
     parser.add_argument("--plan", type=Path, help="what timm-vix plan wrote")
     parser.add_argument("--models", nargs="+", choices=UNTRAINED, metavar="NAME", help="only these, untrained")
     parser.add_argument("--img-size", type=int, default=224)
@@ -170,6 +191,9 @@ def main() -> int:
         print(f"error: {SOURCE} itself is right on {accuracy:.1f} % of {given.images}: other labels", file=sys.stderr)
         return 2
     image = images[:1].clone()  # a slice would keep all images for the gradient
+    if given.deltas:
+        for name, folder in (t.split("=") for t in given.transferred):
+            write_delta(folder, given.deltas / name, given.weights, images, labels, reference)
     for name, training, build in jobs:
         known = [r for r in rows if (r["model"], r["training"], int(r["img_size"])) == (name, training, size)]
         if bool(known) != given.again:

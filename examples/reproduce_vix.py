@@ -2,7 +2,8 @@
 
     python examples/reproduce_vix.py --data-dir cifar10                       # all systems, both recipes
     python examples/reproduce_vix.py --data-dir cifar10 --recipes modern --systems ccn_cifar cvn_cifar --epochs 5
-    python examples/reproduce_vix.py --cards hub_cards                        # only the cards of weights that exist
+    python examples/reproduce_vix.py --cards cards                            # only the cards of weights that exist
+    python examples/reproduce_vix.py --data-dir cifar10 --recipes modern --systems ccn_cifar --ship examples/checkpoints
 
 ``cifar10`` holds train/ and test/ with class folders. A tenth of the training images is held out of training, the epoch
 that is best on it is kept, and the test images are looked at once. ``paper`` is the official code's recipe (AdamW at a
@@ -11,19 +12,17 @@ is the same for all: warm-up, cosine, label smoothing, crop and flip, mixup. Wit
 and training lasts 40 and 100 epochs; without one, patches are 2 x 2 pixels and there are 2 epochs. Nyström and
 Linformer have the paper's 64 landmarks and projected tokens, but at most a quarter of the tokens: with as many as
 tokens they would approximate nothing. Each row of examples/results/reproduce_vix.csv says which it was; weights stay in
---runs.
+--runs. With --ship those of the wanted rows also go to a folder each, small: in bfloat16, with a card that states the
+accuracy of the rounded weights.
 """
 
 import argparse
-import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
 
 import timm_vix
 from timm_vix._files import one_line
@@ -32,8 +31,8 @@ from timm_vix.measure.flops import counter
 from timm_vix.measure.job import measure_in_process
 from timm_vix.train.cards import COLUMNS, read_rows, seed_suffix, write_cards
 from timm_vix.train.finetune import find_device, finetune
-from timm_vix.train.images import Images, normaliser, transforms
 from timm_vix.train.listing import list_images
+from timm_vix.train.shipping import accuracy_of, ship
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
 # leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.
@@ -75,8 +74,6 @@ PAPER: dict[str, tuple[str, int]] = {
 # every other model of this size is trained, too
 OTHERS = [name for name in timm.list_models("*_cifar*", module=timm_vix.models.__all__) if name not in PAPER]
 SYSTEMS = {**PAPER, **dict.fromkeys(OTHERS, ("", 128))}
-# the row whose weights are in examples/checkpoint
-SHIPPED = dict(system="hybrid_pin_cifar", recipe="modern", epochs=10, patch_size=4, seed=0)
 # the keyword of what attends for the tokens, and whose it is
 FEW = {
     "num_landmarks": ("vix_nystrom", "hybrid_vin", "ccn", "cvn", "levin", "pin", "hybrid_pin"),
@@ -119,35 +116,16 @@ def recipe_name(recipe: str, strength: Optional[float]) -> str:
     return recipe if strength is None else f"{recipe} tract={strength:g}"
 
 
+def run_key(system: str, recipe: str, given: argparse.Namespace, device: str) -> dict[str, Any]:
+    """What a run and its row are known by."""
+    epochs, patch_size = extent(recipe, given, device)
+    name = recipe_name(recipe, given.tract)
+    return dict(system=system, recipe=name, epochs=epochs, patch_size=patch_size, seed=given.seed)
+
+
 def run_folder(runs: str, row: dict[str, Any]) -> Path:
     """Where a run has its checkpoint and model."""
     return Path(runs) / f"{row['recipe']}-{row['epochs']}-{row['patch_size']}{seed_suffix(row['seed'])}" / row["system"]
-
-
-def checkpoint_of(runs: str, row: dict[str, Any]) -> Path:
-    """Where the weights of a row are: in its run or, for the shipped ones without their run, in examples/checkpoint."""
-    trained = run_folder(runs, row) / "hub"
-    is_shipped = SHIPPED.items() <= row.items() and not trained.exists()
-    return Path(__file__).parent / "checkpoint" if is_shipped else trained
-
-
-@torch.inference_mode()
-def measure(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy on the test images, in percent, of the model in ``folder``."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device).eval()
-    config = resolve_model_data_config(model)
-    classes = json.loads((folder / "config.json").read_text())["label_names"]
-    items, _ = list_images(Path(data_dir) / "test", classes)
-    resize, _, plain = transforms(config, "none", 0.0)
-    images = Images(items, classes, config["input_size"][0], resize, plain, seed=0)
-    normalise = normaliser(config, device)
-    top1 = top5 = 0
-    for keys in images.batches(250):
-        pixels, labels = zip(*(images[key] for key in keys))
-        logits = model(normalise(torch.stack(pixels)))
-        ranks = logits.topk(min(5, len(classes))).indices.cpu() == torch.tensor(labels).unsqueeze(1)
-        top1, top5 = top1 + int(ranks[:, 0].sum()), top5 + int(ranks.sum())
-    return 100 * top1 / len(images), 100 * top5 / len(images)
 
 
 def rounded(step: dict[str, Any], name: str, digits: int) -> Any:
@@ -155,13 +133,10 @@ def rounded(step: dict[str, Any], name: str, digits: int) -> Any:
     return "" if step.get(name) is None else round(step[name], digits)
 
 
-def train(
-    system: str, recipe: str, epochs: int, patch_size: int, given: argparse.Namespace, device: str
-) -> dict[str, Any]:
-    """Train or continue one system by one recipe, test it, and return its row."""
+def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Train or continue the run of a key by one recipe, test it, and return its row."""
     settings = RECIPES[recipe][0]
-    name = recipe_name(recipe, given.tract)
-    key = dict(system=system, recipe=name, epochs=epochs, patch_size=patch_size, seed=given.seed)
+    system, epochs, patch_size = key["system"], key["epochs"], key["patch_size"]
     out = run_folder(given.runs, key)
     _, history = finetune(
         system,
@@ -182,7 +157,7 @@ def train(
         **{"batch_size": SYSTEMS[system][1], **settings},
     )
     best = max(history, key=lambda row: row["top1"])
-    top1, top5 = measure(out / "hub", given.data_dir, device)
+    top1, top5 = accuracy_of(out / "hub", given.data_dir, device)
     keywords = " ".join(f"{name}={value}".replace(" ", "") for name, value in patched(system, patch_size).items())
     step = measure_in_process(  # in a process of its own, whose memory is nothing else's
         {name: best[name] for name in ("device", "dtype", "threads", "batch_size")}
@@ -199,7 +174,7 @@ def train(
     return dict(
         system=system,
         keywords=keywords,
-        recipe=name,
+        recipe=key["recipe"],
         paper=SYSTEMS[system][0],
         top1=round(top1, 2),
         top5=round(top5, 2),
@@ -227,6 +202,17 @@ def gigaflops(system: str, patch_size: int) -> float:
     return round(flops.get_total_flops() / 1e9, 4)
 
 
+def ship_wanted(
+    wanted: list[tuple[str, str]], rows: list[dict[str, Any]], given: argparse.Namespace, device: str
+) -> None:
+    """Ship the model of each wanted row, under the name of its system."""
+    for system, recipe in wanted:
+        key = run_key(system, recipe, given, device)
+        for row in (row for row in rows if row.items() >= key.items()):
+            size = ship(run_folder(given.runs, row) / "hub", given.ship / system, row, given.data_dir, device)
+            print(f"{given.ship / system}: {size / 1e6:.2f} MB", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="folder with train/ and test/; none: only --cards")
@@ -242,6 +228,7 @@ def main() -> int:
     parser.add_argument("--runs", default="runs/reproduce", help="folder of checkpoints and models")
     parser.add_argument("--results", default=str(Path(__file__).parent / "results" / "reproduce_vix.csv"))
     parser.add_argument("--cards", metavar="DIR", help="write a model card for each row whose weights exist")
+    parser.add_argument("--ship", metavar="DIR", type=Path, help="write the wanted rows' models there, in bfloat16")
     given = parser.parse_args()
     path = Path(given.results)
     try:
@@ -259,15 +246,14 @@ def main() -> int:
         wanted = [(system, recipe) for system in given.systems for recipe in given.recipes] if given.data_dir else []
         failed: list[str] = []
         for i, (system, recipe) in enumerate(wanted):
-            epochs, patch_size = extent(recipe, given, device)
-            name = recipe_name(recipe, given.tract)
-            key = dict(system=system, recipe=name, epochs=epochs, patch_size=patch_size, seed=given.seed)
-            if any(all(row[name] == value for name, value in key.items()) for row in rows):
+            key = run_key(system, recipe, given, device)
+            name = key["recipe"]
+            if any(row.items() >= key.items() for row in rows):
                 print(f"[{i + 1}/{len(wanted)}] {system}, {name}: already in {path}")
                 continue
             print(f"[{i + 1}/{len(wanted)}] {system}, {name}:", flush=True)
             try:
-                row = train(system, recipe, epochs, patch_size, given, device)
+                row = train(key, recipe, given, device)
             except (ValueError, OSError, RuntimeError) as error:  # the others may do, and the same command tries again
                 print(f"error: {system}, {name}: {one_line(error)}", file=sys.stderr, flush=True)
                 failed.append(f"{system} ({name})")
@@ -275,8 +261,10 @@ def main() -> int:
             rows.append(row)
             append_record(path, COLUMNS, row)
             print(f"test images: top-1 {row['top1']} %, paper {row['paper'] or 'without a number'}", flush=True)
+        if given.ship:
+            ship_wanted(wanted, rows, given, device)
         if given.cards:
-            cards = write_cards(path, partial(checkpoint_of, given.runs), Path(given.cards))
+            cards = write_cards(path, lambda row: run_folder(given.runs, row) / "hub", Path(given.cards))
             print("\n".join(map(str, cards)) or f"no card: the weights of no row of {path} are in {given.runs}")
         if failed:
             print(f"without a row: {', '.join(failed)}", file=sys.stderr)

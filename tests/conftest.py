@@ -6,7 +6,9 @@ A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds ke
 import copy
 import multiprocessing
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hub_server import Hub
 from PIL import Image
 from timm.layers import Attention, to_2tuple
 from torch import nn
@@ -216,3 +219,15 @@ def digits(tmp_path_factory) -> Path:
             pixels = Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32))
             pixels.save(folder / f"digit{label}" / f"{i}.png")
     return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a Hub that runs in this process."""
+    Hub.files, Hub.private = {}, {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()

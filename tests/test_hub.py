@@ -1,105 +1,20 @@
-"""Upload to a Hub and download from it, by the real client, against a server that keeps files in memory."""
+"""Upload to a Hub and download from it, by the real client."""
 
-import base64
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import timm_vix
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's interface as upload_folder and hf_hub_download speak: small files, one revision."""
-
-    files: dict[str, bytes] = {}
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, code, body=b"", **headers):
-        self.send_response(code)
-        self.send_header("X-Repo-Commit", COMMIT)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def answer_json(self, content, code=200):
-        self.answer(code, json.dumps(content).encode(), Content_Type="application/json")
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        if "/resolve/" in self.path:
-            repo, _, rest = self.path.lstrip("/").partition("/resolve/")
-            name = f"{repo}/{rest.partition('/')[2].partition('?')[0]}"
-            if name not in self.files:
-                return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="no such file")
-            body = self.files[name]
-            return self.answer(200, body, ETag=f'"{sha1(body).hexdigest()}"', Content_Length=str(len(body)))
-        repo = self.path.split("?")[0].removeprefix("/api/models/").split("/revision")[0].split("/tree")[0]
-        siblings = [{"rfilename": f.removeprefix(f"{repo}/")} for f in self.files if f.startswith(f"{repo}/")]
-        return self.answer_json({"id": repo, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []})
-
-    def do_POST(self):
-        length = self.headers.get("Content-Length")
-        body = self.rfile.read(int(length)) if length else self.read_chunks()
-        if self.path == "/api/repos/create":
-            wanted = json.loads(body)
-            repo = "/".join(filter(None, [wanted.get("organization") or "me", wanted["name"]]))
-            return self.answer_json({"url": f"http://{self.headers['Host']}/{repo}", "id": repo, "name": repo})
-        if "/preupload/" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                for f in json.loads(body)["files"]
-            ]
-            return self.answer_json({"files": files})
-        if "/commit/" in self.path:
-            repo = self.path.removeprefix("/api/models/").split("/commit/")[0]
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[f"{repo}/{line['value']['path']}"] = base64.b64decode(line["value"]["content"])
-            url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
-            return self.answer_json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
-        return self.answer_json({"type": "model"})
-
-    def read_chunks(self):
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-
-@pytest.fixture
-def hub():
-    Hub.files = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 def program(hub, text, folder):

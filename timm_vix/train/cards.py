@@ -57,8 +57,15 @@ def seed_suffix(seed: int) -> str:
     return f"-seed{seed}" if seed else ""
 
 
-def card(row: Record) -> ModelCard:
-    """The card of one row of ``examples/results/reproduce_vix.csv``, with its accuracies in the Hub's metadata."""
+def card(row: Record, trained: Optional[Record] = None, stored: str = "float32", folder: str = "") -> ModelCard:
+    """The card of one row of ``examples/results/reproduce_vix.csv``, with its accuracies in the Hub's metadata.
+
+    Args:
+        row: with the accuracies of the weights that the card stands beside.
+        trained: the row of the training, where these weights are rounded ones.
+        stored: their dtype in the file.
+        folder: from which ``local-dir:`` loads them; none: the Hub.
+    """
     number, _, of_log = (row["paper"] or "").partition(" ")
     paper = f"{number} %, with 1,024 tokens and 40 or more epochs" if number else "not published"
     if of_log:
@@ -76,6 +83,9 @@ def card(row: Record) -> ModelCard:
         data,
         template_path=str(Path(__file__).with_name("card.md")),
         row=row,
+        trained=trained,
+        stored=stored,
+        address=f"local-dir:{folder}" if folder else f"hf-hub:USER/{row['system']}",
         paper=paper,
         speed=with_unit(row["images_per_second"], "images a second"),
         memory=with_unit(row["peak_memory_mib"], "MiB"),

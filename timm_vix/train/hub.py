@@ -119,3 +119,38 @@ images it predicts what the original predicts in {row["agreement"]} % of the cas
 Agreement was measured on one kind of images and says nothing about labels. The terms of the original weights apply.
 """
     return model_card(text, "other", True)
+
+
+def delta_card(keywords: dict[str, Any], megabytes: float, figures: dict[str, str]) -> ModelCard:
+    """The card of a delta of a transferred model.
+
+    Args:
+        keywords: with which ``timm.create_model("vix_from_timm", pretrained=True, ...)`` builds what takes it.
+        figures: what was measured with the stored weights, by what it is called.
+    """
+    given = "".join(f"    {name}={value!r},\n" for name, value in keywords.items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    text = f"""# {keywords["source"]} with {keywords["mixer"]} attention, as a delta
+
+`delta.safetensors` ({megabytes:.1f} MB) holds the attention weights of `{keywords["source"]}` after its attention was
+replaced and trained to match the original without labels. They are stored in bfloat16 and loaded as float32. All other
+weights are those of the original.
+
+```python
+import timm, timm_vix
+model = timm.create_model(
+    "vix_from_timm",
+    pretrained=True,
+{given})
+timm_vix.load_delta(model, "delta.safetensors")
+```
+
+| measured with these weights | |
+|---|---|
+{rows}
+
+## Limits
+
+The model answers every image with one of the original's classes. The terms of the original weights apply.
+"""
+    return model_card(text, "other", True)

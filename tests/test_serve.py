@@ -1,0 +1,199 @@
+"""``timm-vix serve``: the page in a browser, and what it shows beside softmax."""
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import lively
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
+
+import timm_vix
+from timm_vix import cli
+from timm_vix.deploy.beside import softmax_beside
+from timm_vix.deploy.classifier import Classifier, class_names, load_trained
+
+ROOT = Path(timm_vix.__file__).parents[1]
+SHIPPED = ROOT / "examples" / "checkpoints" / "hybrid_pin_cifar"
+SIZES = dict(img_size=32, patch_size=8, depth=2, num_classes=4)
+
+
+def save(model, folder):
+    save_for_hf(model, folder, safe_serialization=True)
+    return str(folder)
+
+
+def test_a_converted_model_stands_beside_what_it_was(tmp_path):
+    source = lively(timm.create_model("vit_tiny_patch16_224", embed_dim=32, num_heads=2, **SIZES).eval())
+    expected = source(x := torch.randn(2, 3, 32, 32))
+    timm_vix.convert(source, "linformer", num_proj_tokens=4)
+    model = load_trained(save(source, tmp_path))
+    softmax, counts = softmax_beside(model)
+    assert counts and torch.allclose(softmax(x), expected, atol=1e-6)
+    assert torch.equal(model(x), source(x)) and not torch.allclose(model(x), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vix_nystrom_cifar", "vix_performer_cifar_rope"])
+def test_our_models_stand_beside_softmax_with_their_weights(name, tmp_path):
+    model = load_trained(save(lively(timm.create_model(name, **SIZES)), tmp_path))
+    softmax, counts = softmax_beside(model)
+    other = timm.create_model(name.replace("nystrom", "softmax").replace("performer", "softmax"), **SIZES).eval()
+    own = other.state_dict().keys()
+    other.load_state_dict({key: value for key, value in model.state_dict().items() if key in own})
+    assert counts and torch.equal(softmax(x := torch.randn(2, 3, 32, 32)), other(x))
+    assert not torch.allclose(softmax(x), model(x), atol=1e-3)
+
+
+def test_without_queries_and_keys_only_the_time_of_softmax_counts(tmp_path):
+    model = load_trained(save(timm.create_model("vix_fnet_cifar", **SIZES), tmp_path))
+    softmax, counts = softmax_beside(model)
+    assert not counts and type(softmax.blocks[0].attn).__name__ == "Attention" and softmax.num_classes == 4
+
+
+def test_a_converted_model_without_queries_and_keys_stands_beside_its_source(tmp_path):
+    source = timm.create_model("vit_tiny_patch16_224", embed_dim=32, num_heads=2, init_values=0.1, **SIZES)
+    timm_vix.convert(source, "fnet", "last-1")
+    softmax, counts = softmax_beside(load_trained(save(source, tmp_path)))
+    assert not counts and {type(block.attn).__name__ for block in softmax.blocks} == {"Attention"}
+    assert softmax(torch.zeros(1, 3, 32, 32)).shape == (1, 4) and hasattr(softmax.blocks[0].ls1, "gamma")
+
+
+def test_a_photograph_of_an_upright_camera_is_seen_upright(tmp_path):
+    classifier = Classifier(str(SHIPPED))
+    upright = Image.effect_noise((40, 60), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter to the right
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+    seen = [classifier.prepare(tmp_path / f"{name}.png") for name in ("upright", "lying")]
+    assert torch.equal(*seen) and seen[0].std() > 0.1
+
+
+def test_classes_have_names_where_they_are_known():
+    assert class_names(load_trained(str(SHIPPED)))[0] == "airplane"
+    names = class_names(timm.create_model("vit_tiny_patch16_224", depth=1))
+    assert (len(set(names)), names[3], names[134], names[517]) == (1000, "tiger shark", "crane (134)", "crane (517)")
+    assert class_names(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)) == ["0", "1", "2"]
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="the page is Gradio's")
+def test_what_cannot_be_served_is_one_line(tmp_path, monkeypatch, capsys):
+    softmax = save(timm.create_model("vix_softmax_cifar", **SIZES), tmp_path)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        for arguments, words in [
+            (["vix_fnet_cifar"], ["model=vix_fnet_cifar has no trained weights", "hf-hub:USER/NAME"]),
+            ([str(tmp_path / "none")], ["none is not there", "config.json"]),
+            (["vix_nystrom_tine"], ["vix_nystrom_tine is not there", "near names: vix_nystrom_tiny"]),
+            ([softmax, "--softmax"], ["no efficient attention that softmax could stand beside"]),
+            ([softmax, "--port", taken], [f"port={taken} cannot be had", "--port"]),
+            ([softmax, "--port", "70000"], ["port=70000 exceeds the 65535"]),
+        ]:
+            monkeypatch.setattr(sys, "argv", ["timm-vix", "serve", *arguments])
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+            errors = capsys.readouterr().err
+            assert stop.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+            assert not [word for word in words if word not in errors], errors
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The page of the shipped model beside softmax, served by the command."""
+    if find_spec("gradio") is None:
+        pytest.skip("the page is Gradio's")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "timm_vix", "serve", str(SHIPPED), "--softmax", "--port", port]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        line = server.stdout.readline()
+        assert line == f"http://127.0.0.1:{port}/ shows {SHIPPED}; Ctrl-C ends it\n"
+        yield line.split()[0]
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
+    assert server.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is opened by playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The open page, and the addresses from which it loaded something."""
+    page = browser.new_page(viewport=dict(width=1200, height=760))
+    loaded = []
+    page.on("request", lambda request: loaded.append(request.url))
+    page.goto(address)
+    page.wait_for_selector("input[type=file]", state="attached")
+    yield page, loaded
+    page.close()
+
+
+@pytest.mark.slow
+def test_the_page_names_what_the_model_names(page, address, photographs, tmp_path):
+    page, loaded = page
+    with tarfile.open(photographs) as archive:
+        member = next(member for member in archive if member.name.endswith((".png", ".jpg")))
+        photo = tmp_path / Path(member.name).name
+        photo.write_bytes(archive.extractfile(member).read())
+    page.set_input_files("input[type=file]", photo)
+    page.wait_for_selector("#best1 .confidence")
+    model = timm.create_model(f"local-dir:{SHIPPED}", pretrained=True).eval()
+    names = class_names(model)
+    softmax = timm.create_model(
+        "hybrid_pin_cifar", mixer="softmax", patch_size=4, stride=4, num_classes=10, img_size=32
+    ).eval()
+    softmax.load_state_dict({k: v for k, v in model.state_dict().items() if k in softmax.state_dict()})
+    with torch.no_grad():
+        pixels = create_transform(**resolve_model_data_config(model))(Image.open(photo).convert("RGB"))[None]
+        firsts = []
+        for i, net in enumerate((model, softmax)):
+            shares = 100 * net(pixels).softmax(1)[0]
+            shown = page.locator(f"#best{i} .text").all_inner_texts()
+            assert shown == [names[j] for j in shares.topk(5).indices.tolist()]
+            firsts.append(shown[0])
+            percents = [int(text.rstrip("%")) for text in page.locator(f"#best{i} .confidence").all_inner_texts()]
+            assert percents == pytest.approx(shares.topk(5).values.tolist(), abs=0.51)
+            assert float(re.search(r"([\d.]+) ms", page.inner_text(f"#time{i}"))[1]) > 0
+    verdict = page.inner_text("#verdict")
+    assert verdict.startswith(f"Both say {firsts[0]} · " if firsts[0] == firsts[1] else f"{firsts[0]} · ")
+    assert verdict.endswith(" softmax attention")
+    assert {url.partition("/")[0] for url in loaded} <= {"http:", "blob:", "data:"}
+    assert {url.split("/")[2] for url in loaded if url.startswith("http")} == {address.split("/")[2]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [b"no picture", None], ids=["text", "cut"])
+def test_a_file_that_is_no_picture_is_told_and_the_page_goes_on(content, page, tmp_path):
+    page, _ = page
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(content or (tmp_path / "good.png").read_bytes()[:2000])
+    page.set_input_files("input[type=file]", tmp_path / "bad.png")
+    page.wait_for_selector("#verdict :text('cannot be read as a picture')")
+    assert page.locator("#best0 .confidence").count() == 0
+    page.reload()
+    page.wait_for_selector("input[type=file]", state="attached")
+    page.set_input_files("input[type=file]", tmp_path / "good.png")
+    page.wait_for_selector("#best0 .confidence")

@@ -1,0 +1,1 @@
+"""What brings a trained model to people and devices."""

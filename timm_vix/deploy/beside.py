@@ -1,0 +1,45 @@
+"""The softmax model beside an efficient one: the same trunk with softmax attention, and with the weights that fit."""
+
+import copy
+from typing import Optional
+
+import timm
+from timm.models import get_model_args
+from torch import nn
+
+from .._checks import InputError
+from .._names import parse_model
+from ..benchmark.baselines import NOT_TRUNK, baseline_of
+from ..conversion.convert import NOTED, revert
+from ..mixers.softmax import SoftmaxAttention
+from ..models.checkpoints import hosts_of
+
+
+def softmax_beside(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
+    """The softmax model that a trained model is compared with, in eval mode, and whether its answers mean something.
+
+    A converted model is reverted. One of ours is built anew with softmax attention, and takes over the weights; where
+    the mechanism has no queries, keys and values, only the time of softmax can be compared.
+
+    Returns:
+        None instead of a model for one of timm's own, which has softmax attention or none.
+    """
+    if all(isinstance(host.core, SoftmaxAttention) for host in hosts_of(model).values()):
+        return None, False
+    keywords = get_model_args(model)
+    if "source" in keywords:
+        reverted = copy.deepcopy(model)
+        try:
+            revert(reverted)
+            return reverted.eval(), True
+        except InputError:  # a mixer of tokens, whose attention was not saved
+            trunk = {name: value for name, value in keywords.items() if name not in NOTED | NOT_TRUNK}
+            softmax = timm.create_model(keywords["source"], **trunk, **(keywords.get("source_kwargs") or {})).eval()
+    else:
+        words = [f"{name}={value}".replace(" ", "") for name, value in keywords.items()]
+        name, trunk = parse_model(baseline_of(" ".join([model.pretrained_cfg["architecture"], *words])))
+        softmax = timm.create_model(name, **trunk).eval()
+    own, theirs = softmax.state_dict(), model.state_dict()
+    fitting = {key: theirs[key] for key in own if key in theirs and theirs[key].shape == own[key].shape}
+    softmax.load_state_dict(fitting, strict=False)
+    return softmax, fitting.keys() == own.keys()

@@ -1,0 +1,125 @@
+"""Trained models by name, and what they answer to a picture."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import nn
+
+from .._checks import InputError
+from .._files import one_line
+from .._names import near_names
+
+PLACES = "hf-hub:USER/NAME, a folder with config.json and model.safetensors, or a model of timm with weights"
+
+
+def address_of(model: str) -> str:
+    """What ``timm.create_model`` is given for a name, a place on the Hub or a folder; a run's folder has it in ``hub``.
+
+    Raises:
+        InputError: for what is none of them.
+    """
+    if timm.is_model(model.split(".")[0]):
+        if not timm.is_model_pretrained(model):
+            raise InputError(f"model={model} has no trained weights; allowed is {PLACES}")
+        return model
+    if model.startswith("hf-hub:"):
+        return model
+    folder = Path(model.removeprefix("local-dir:"))
+    if (folder / "hub" / "config.json").is_file():
+        folder = folder / "hub"
+    if (folder / "config.json").is_file():
+        return f"local-dir:{folder}"
+    lacks = f"{'holds no config.json' if folder.is_dir() else 'is not there'}; allowed is {PLACES}"
+    near = near_names(model, timm.list_models())
+    raise InputError(f"model={model} {lacks}" + (f"; near names: {near}" if near != "none" else ""))
+
+
+def load_trained(model: str) -> nn.Module:
+    """A model in eval mode with its trained weights.
+
+    Args:
+        model: see ``address_of``.
+
+    Raises:
+        InputError: for a model that isn't there or can't be loaded, and for weights of other classes than it has.
+    """
+    address = address_of(model)
+    try:
+        net = timm.create_model(address, pretrained=True).eval()
+    except Exception as error:  # timm, torch, safetensors and the Hub's client raise by kind of damage
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise InputError(f"model={model} cannot be loaded: {reason}") from error
+    known = net.pretrained_cfg.get("num_classes")
+    if known != net.num_classes:  # timm leaves out such a classifier, and the model has a random one
+        raise InputError(f"model={model} has {net.num_classes} classes, and its weights are for {known} others")
+    return net
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """The name of each class: those in its configuration, else ImageNet's if it has as many, else numbers."""
+    config = model.pretrained_cfg
+    names = list(config.get("label_names") or [])
+    if len(names) == model.num_classes:
+        return [str((config.get("label_descriptions") or {}).get(name, name)) for name in names]
+    numbers = range(model.num_classes)
+    if names or not (subset := infer_imagenet_subset(model)):
+        return [str(i) for i in numbers]
+    information = ImageNetInfo(subset)
+    first = [information.index_to_description(i).partition(",")[0] for i in numbers]
+    times = Counter(first)  # a crane is a bird, and another crane a machine
+    return [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(first)]
+
+
+class Classifier:
+    """A trained model with its classes and what its pictures go through.
+
+    Args:
+        model: see ``address_of``.
+
+    Attributes:
+        name, net, names: as given; the model; the names of its classes.
+
+    Raises:
+        InputError: see ``load_trained``; also for a model of neither grey nor RGB pictures.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.name, self.net = model, load_trained(model)
+        config = resolve_model_data_config(self.net)
+        channels = config["input_size"][0]
+        if channels not in (1, 3):
+            raise InputError(f"model={model} takes images of {channels} channels; allowed is 1 (grey) or 3 (RGB)")
+        self.names = class_names(self.net)
+        self.mode = "RGB" if channels == 3 else "L"
+        self.transform: Any = create_transform(**config)
+
+    def prepare(self, picture: Union[str, Path, Image.Image]) -> torch.Tensor:
+        """What the model sees of a picture or its file, (1, C, H, W).
+
+        Raises:
+            InputError: for what is no picture, or a damaged one.
+        """
+        try:
+            image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+            with image:
+                # a camera that was held upright notes so, and leaves the pixels lying
+                upright = ImageOps.exif_transpose(image)
+                return self.transform(upright.convert(self.mode)).unsqueeze(0)
+        except Exception as error:  # what a damaged file raises differs between PIL's readers
+            what = "the picture" if isinstance(picture, Image.Image) else str(picture)
+            raise InputError(f"{what} cannot be read as a picture: {one_line(error)}") from error
+
+    @torch.inference_mode()
+    def best(self, pixels: torch.Tensor, number: int, net: Optional[nn.Module] = None) -> dict[str, float]:
+        """The likeliest classes of one picture, (1, C, H, W), with their shares, the greatest first.
+
+        Args:
+            net: another model of the same classes that is to answer.
+        """
+        shares = (net or self.net)(pixels).softmax(1)[0].topk(min(number, len(self.names)))
+        return {self.names[i]: share for share, i in zip(shares.values.tolist(), shares.indices.tolist())}

@@ -1,0 +1,199 @@
+"""Check the folder that a run left, and upload it to the Hugging Face Hub by timm's own function.
+
+    hf auth login
+    timm-vix push runs/nystrom me/vix_nystrom_flowers
+
+The model is loaded twice and must give equal outputs, also equal to those of the checkpoint of the run where there is
+one. Its configuration and card must be complete, and name no place of this machine. Nothing is uploaded unless all of
+that holds. Afterwards ``timm.create_model("hf-hub:me/vix_nystrom_flowers", pretrained=True)`` loads the model wherever
+this package is imported.
+"""
+
+import argparse
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from timm.data import resolve_model_data_config
+from timm.models import push_to_hf_hub
+from torch import nn
+
+from .._checks import InputError
+from .._files import one_line
+from ..deploy.classifier import load_trained
+
+FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+# an absolute path of Unix, of a home or of Windows, where a text may have one; an address has two slashes
+ABSOLUTE = re.compile(r"(?:^|[\s\"'`(=:,])((?:file:/+|/|~/|[A-Za-z]:\\)[\w.~-]+(?:[/\\][^\s\"'`)]*)?)")
+# what would tell a loader to take the weights from elsewhere
+PLACES = {"file", "url", "hf_hub_id", "hf_hub_filename", "checkpoint_path", "state_dict", "source_url"}
+LABELS = ("label_names", "label_descriptions")
+FRONT_MATTER = ("library_name", "license", "pipeline_tag", "tags")
+# the line of a card that loads the model
+LOADING = re.compile(r'create_model\("(?:local-dir|hf-hub):[^"]*", pretrained=True\)(?:  # or "hf-hub:[^"]*")?')
+
+# what the client raises, and the library by which it connects
+CLIENT_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", type=Path, help="what a run left: its folder, or hub/ in it")
+    parser.add_argument("repository", metavar="USER/NAME", help="where it goes; it is created where it isn't there")
+    parser.add_argument("--private", action="store_true", help="a repository that is created is seen by you alone")
+    parser.add_argument("--revision", help="branch that is written, created where it isn't there; default: main")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    address = push(arguments.folder, arguments.repository, arguments.private, arguments.revision)
+    print(f'timm.create_model("hf-hub:{address}", pretrained=True) loads it')
+
+
+def push(folder: Path, repository: str, private: bool = False, revision: Optional[str] = None) -> str:
+    """Check a run's folder and upload it; return its address on the Hub, USER/NAME or USER/NAME@REVISION.
+
+    Raises:
+        InputError: for a folder that fails a check, a name that can't be one, no login, no rights or no connection. If
+            a check fails nothing was uploaded.
+    """
+    try:
+        validate_repo_id(repository)
+        if repository.count("/") != 1:
+            raise HFValidationError("a user or organisation, a slash and a name are expected")
+    except HFValidationError as error:
+        raise InputError(f"repository={repository!r} is no USER/NAME: {one_line(error)}") from error
+    if not get_token():
+        raise InputError("no login for the Hub: run `hf auth login`, or set HF_TOKEN")
+    hub = folder / "hub" if (folder / "hub").is_dir() else folder
+    model, card = check_folder(hub)
+    # beside the configuration of the weights, where the run has them
+    labels = {name: model.pretrained_cfg.pop(name) for name in LABELS if name in model.pretrained_cfg}
+    card.text = LOADING.sub(f'create_model("hf-hub:{repository}", pretrained=True)', card.text)
+    api = HfApi(library_name="timm_vix")
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        # first, since timm writes a card of its own where there is none
+        api.upload_file(
+            path_or_fileobj=str(card).encode(),
+            path_in_repo="README.md",
+            repo_id=repository,
+            revision=revision,
+            commit_message="Add model card",
+        )
+        push_to_hf_hub(
+            model,
+            repository,
+            revision=revision,
+            private=private,
+            safe_serialization=True,
+            model_config=labels,
+            data_config=resolve_model_data_config(model),
+        )
+    except CLIENT_ERRORS as error:
+        raise InputError(f"repository={repository}: {reason_of(error)}") from error
+    return f"{repository}@{revision}" if revision else repository
+
+
+def reason_of(error: Exception) -> str:
+    """Why the Hub didn't take something, in one line."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the Hub doesn't know this login; run `hf auth login` with a token that may write"
+    if status == 403:
+        return f"this login has no right to write there; the Hub says: {one_line(error)}"
+    return f"the upload failed, and the same command tries again: {one_line(error)}"
+
+
+def check_folder(hub: Path) -> tuple[nn.Module, ModelCard]:
+    """The model of a Hub folder in eval mode and in the dtype of its file, and its card.
+
+    Raises:
+        InputError: for a folder that should not be uploaded, naming why.
+    """
+    if not hub.is_dir():
+        raise InputError(f"{hub} {'is a file' if hub.exists() else 'does not exist'}; expected the folder of a run")
+    present = {path.name for path in hub.iterdir()}
+    if missing := sorted(FILES - present):
+        raise InputError(f"{hub} lacks {', '.join(missing)}; expected the folder of a run, or hub/ in it")
+    if pickles := sorted(name for name in present if Path(name).suffix in PICKLES):
+        raise InputError(f"{hub} holds {', '.join(pickles)}, a pickle, which runs code when it is read; remove it")
+    if others := sorted(present - FILES):
+        raise InputError(f"{hub} also holds {', '.join(others)}; allowed are {', '.join(sorted(FILES))}")
+    try:
+        config = json.loads((hub / "config.json").read_text(encoding="utf-8"))
+        card = ModelCard.load(hub / "README.md", ignore_metadata_errors=False)
+    except Exception as error:  # damaged JSON, YAML or text
+        raise InputError(f"{hub} cannot be read: {one_line(error)}") from error
+    check_config(hub / "config.json", config)
+    check_card(hub / "README.md", card)
+    model, again = load_trained(str(hub)), load_trained(str(hub))
+    images = torch.randn(2, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        outputs = model(images)
+        if not outputs.isfinite().all():
+            raise InputError(f"{hub}: the model's outputs are not finite")
+        if not torch.equal(outputs, again(images)):
+            raise InputError(f"{hub}: two loads give different outputs, so something of the model is not in its folder")
+        check_run(hub, model, images)
+    with safe_open(hub / "model.safetensors", "pt") as file:
+        stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  it is no dict
+    return (model.bfloat16() if "BF16" in stored else model), card
+
+
+def entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Each plain value of a configuration with its name."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from entries(part, key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from entries(part, name)
+    else:
+        yield name, value
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raise InputError for a configuration that names a file or another place of weights."""
+    for name, value in entries(config):
+        if isinstance(value, str) and (name in PLACES or ABSOLUTE.search(value)):
+            raise InputError(f"{path}: {name}={value!r} is a place, which means nothing elsewhere; remove it")
+
+
+def check_card(path: Path, card: ModelCard) -> None:
+    """Raise InputError for a card without metadata, licence or figures, or that names a file of this machine."""
+    data = card.data.to_dict()
+    if missing := [name for name in FRONT_MATTER if not data.get(name)]:
+        raise InputError(f"{path} lacks {', '.join(missing)} in its front matter")
+    if data["license"] == "other" and "terms" not in card.text:
+        raise InputError(f"{path}: the licence is 'other', and the text names no terms; say which hold")
+    if not re.search(r"\d\s?%|\|\s*\d", card.text):
+        raise InputError(f"{path} has no figures; say what was measured, such as | top-1 | 75.4 % |")
+    if found := ABSOLUTE.search(card.text):
+        raise InputError(f"{path} names {found[1]!r}, a path of this machine; remove it")
+
+
+def check_run(hub: Path, model: nn.Module, images: torch.Tensor) -> None:
+    """Raise InputError if the run beside the folder kept other weights than the folder has."""
+    best, last = hub.parent / "best.pt", hub.parent / "checkpoint.pt"
+    if hub.name != "hub" or not last.is_file():
+        return
+    try:
+        kept = torch.load(last, map_location="cpu", weights_only=True)
+        path = best if kept["settings"].get("keep") == "best" else last
+        weights = torch.load(best, map_location="cpu", weights_only=True) if path == best else kept["model"]
+        trained = copy.deepcopy(model)
+        trained.load_state_dict(weights)
+    except Exception as error:  # torch.load raises by kind of damage
+        raise InputError(f"{last} cannot be compared with {hub}: {one_line(error)}") from error
+    if not torch.equal(trained(images), model(images)):
+        raise InputError(f"{hub} gives other outputs than the weights in {path}; resume the run, which writes it anew")

@@ -1,0 +1,134 @@
+"""Trained models made small enough to be kept beside the code: weights in bfloat16, or only those that changed."""
+
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Optional
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import get_model_args
+from torch import nn
+
+from .._checks import InputError
+from .._files import one_line, write_whole
+from .._records import Record
+from ..conversion.convert import NAME
+from ..conversion.delta import load_delta, save_delta
+from ..conversion.replace import ADDING_NOTHING
+from ..deploy.classifier import load_trained
+from ..models.checkpoints import hosts_of
+from .cards import card
+from .hub import write_hub
+from .images import Images, normaliser, transforms
+from .listing import list_images
+
+
+@torch.inference_mode()
+def accuracy_of(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy on the test images, in percent, of the model in ``folder``."""
+    model = load_trained(str(folder)).to(device)
+    config = resolve_model_data_config(model)
+    classes = model.pretrained_cfg["label_names"]
+    items, _ = list_images(Path(data_dir) / "test", classes)
+    resize, _, plain = transforms(config, "none", 0.0)
+    images = Images(items, classes, config["input_size"][0], resize, plain, seed=0)
+    normalise = normaliser(config, device)
+    top1 = top5 = 0
+    for keys in images.batches(250):
+        pixels, labels = zip(*(images[key] for key in keys))
+        logits = model(normalise(torch.stack(pixels)))
+        ranks = logits.topk(min(5, len(classes))).indices.cpu() == torch.tensor(labels).unsqueeze(1)
+        top1, top5 = top1 + int(ranks[:, 0].sum()), top5 + int(ranks.sum())
+    return 100 * top1 / len(images), 100 * top5 / len(images)
+
+
+def ship(hub: Path, folder: Path, row: Record, data_dir: str, device: str = "cpu") -> int:
+    """Write a trained model to ``folder`` with weights in bfloat16 and a card, all or nothing; return its bytes.
+
+    The card states the accuracies of the rounded weights, measured here, beside those of the row.
+
+    Args:
+        hub: the folder that the run left for the Hub.
+        row: of ``examples/results/reproduce_vix.csv``.
+        data_dir: with the test images, test/CLASS/IMAGE.
+
+    Raises:
+        ValueError: for a folder that can't be loaded, or images of other classes.
+        OSError: for a file that can't be written; an earlier folder stays.
+    """
+    model = load_trained(str(hub))
+    config, names = resolve_model_data_config(model), model.pretrained_cfg.pop("label_names")
+    model.bfloat16()
+    with TemporaryDirectory() as rounded:
+        write_hub(Path(rounded) / "hub", model, config, card(row), names)
+        top1, top5 = accuracy_of(Path(rounded) / "hub", data_dir, device)
+    measured = row | dict(top1=round(top1, 2), top5=round(top5, 2))
+    place = f"examples/checkpoints/{folder.name}"
+    write_hub(folder, model, config, card(measured, trained=row, stored="bfloat16", folder=place), names)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def save_transferred(
+    hub: str, path: Path, weights: Optional[str] = None, dtype: torch.dtype = torch.bfloat16
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Save a transferred model as a delta of its original: the weights of the converted attention alone.
+
+    The delta is put onto the original before it is written, and must give the same outputs there.
+
+    Args:
+        hub: the folder that a transfer left, in which only attention was trained.
+        path: of the delta, a safetensors file.
+        weights: file of the original's weights; None: those that timm knows.
+        dtype: in which the delta is stored; loaded it is float32.
+
+    Returns:
+        The original with the delta, in eval mode, and the keywords with which ``timm.create_model("vix_from_timm",
+        pretrained=True, ...)`` builds the model that takes the delta.
+
+    Raises:
+        ValueError: for a folder of another model, weights that aren't those of the original, or a transfer that
+            changed more than attention.
+        OSError: for a file that can't be written; a previous one stays.
+    """
+    student = load_trained(hub)
+    if "source" not in get_model_args(student):
+        raise InputError(f"{hub} holds {type(student).__name__}, which is no converted model; expected a transfer's")
+    keywords = in_short(get_model_args(student))
+    # the file's own number of classes, or timm leaves its classifier out
+    overlay = dict(file=weights, source=None, custom_load=False, num_classes=student.num_classes) if weights else {}
+    try:
+        original = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **keywords).eval()
+    except Exception as error:  # timm, torch and safetensors raise by kind of damage
+        raise InputError(f"weights={weights}: {keywords['source']} cannot be built: {one_line(error)}") from error
+    student.requires_grad_(False)
+    for host in hosts_of(student).values():
+        for parameter in host.requires_grad_(True).parameters():
+            parameter.data = parameter.data.to(dtype)
+    with TemporaryDirectory() as folder:
+        saved = Path(folder) / path.name
+        save_delta(student, saved)
+        try:
+            load_delta(original, saved)
+        except InputError as error:
+            raise InputError(
+                f"{hub} is no delta of these weights of {keywords['source']}: other weights than those of its "
+                f"attention differ; expected the weights it was made of, and a transfer with distill_part=attention"
+            ) from error
+        images = torch.randn(2, *student.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            if not torch.equal(original(images), copy.deepcopy(student).float()(images)):
+                raise InputError(f"{hub}: its delta on {keywords['source']} gives other outputs")
+        write_whole(path, saved.read_bytes())
+    return original, keywords
+
+
+def in_short(keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a converted model; those of its mixers once, where all converted layers have the same."""
+    layers = keywords["layers"]
+    if not isinstance(layers, dict) or any(own != next(iter(layers.values())) for own in layers.values()):
+        return keywords
+    own = next(iter(layers.values()))
+    acting = {name: value for name, value in own.items() if ADDING_NOTHING.get(name, ...) != value}
+    return {**keywords, "layers": [int(layer) for layer in layers], **acting}
