@@ -14,7 +14,8 @@ from torch import nn
 
 from .._checks import InputError, check_choice
 from ..mixers import MIXERS
-from ..mixers._attention_slot import AttentionSlot, LandmarkSlot
+from ..mixers._attention_slot import AttentionSlot
+from ..mixers._landmark_slot import LandmarkSlot
 from ..mixers._landmarks import LandmarkAttention
 from ..mixers._layout import CarryGrid, Grid, RecordGrid, TokenLayout
 from ..mixers._mechanism import AttentionMechanism, AttentionShape, MechanismHost, Mixer, TokenMixing
