@@ -60,7 +60,8 @@ def resample_writing(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 def mean_direction(waves: torch.Tensor) -> torch.Tensor:
     """Sums of sines and cosines (.., 2·D) with the lengths of a sine and a cosine."""
     sine, cosine = waves.chunk(2, dim=-1)
-    length = torch.sqrt(sine.square() + cosine.square()).clamp(min=1e-6)
+    # a cell without patches has no direction, and its gradient would be that of a root of 0
+    length = torch.sqrt((sine.square() + cosine.square()).clamp(min=1e-12))
     return torch.cat([sine / length, cosine / length], dim=-1)
 
 
