@@ -45,7 +45,7 @@ class LandmarkSlot(AttentionSlot):
         layout: TokenLayout,
         cells: Grid,
         rope: Optional[torch.Tensor],
-        read: Optional[torch.Tensor],
+        read: Optional[torch.Tensor] = None,
     ) -> list[torch.Tensor]:
         """Queries, keys and values of the landmarks, (B, h, m, D) each; keys stand for queries that aren't needed.
 
