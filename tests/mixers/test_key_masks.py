@@ -62,16 +62,11 @@ def test_forms_of_a_mask(name):
         assert distance(all_images, module(image.unsqueeze(0), attn_mask=mask[2:])[0]) < rounding(torch.float64)
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pool", "relu", "glu")]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "performer",
-        "nystrom",
-        "linformer-headwise",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("pool", "relu")),
-    ],
-)
+@pytest.mark.parametrize("name", ["performer", "nystrom", "linformer-headwise", *SLOW])
 def test_scripted(name):
     module = slot_of(name)
     x, mask = masked_tokens(module)
