@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .._checks import InputError, check_integer
 from ._layout import Grid, TokenLayout, count_bias
-from ._masks import added_to_logits, landmark_bias, tokens_read
+from ._masks import MaskedPooling, added_to_logits, landmark_bias, pool_by, tokens_read
 from ._mechanism import AttentionMechanism, AttentionShape
 from ._windows import landmarks_and_windows, window_biases
 
@@ -72,29 +72,41 @@ class LandmarkAttention(AttentionMechanism):
         raise NotImplementedError
 
     def pool(
-        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool, read: Optional[torch.Tensor] = None
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        cells: Grid,
+        values: bool,
+        masked: Optional[MaskedPooling] = None,
     ) -> torch.Tensor:
-        """Landmarks of tokens or heads: (..., N, C) -> (..., m, C); ``values`` tells values from queries and keys.
+        """Landmarks of tokens or heads: (..., N, C) -> (..., m, C); ``values`` tells values from queries and keys."""
+        if masked is not None:
+            return pool_by(masked.values if values else masked.keys, x, layout.num_prefix_tokens)
+        return self.pool_all(x, layout, cells, values)
 
-        ``read`` (B, N): the tokens that aren't masked; None: all.
-        """
+    def pool_all(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
+        """``pool`` where no token is masked."""
         raise NotImplementedError
 
-    def cell_weights(
-        self, read: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights (B, g, m, H·W) of masked pooling, and for how many tokens each cell stands, (B, g, m).
-
-        g is 1, or the number of heads.
-        """
+    def pool_masked(self, read: torch.Tensor, layout: TokenLayout, cells: Grid, like: torch.Tensor) -> MaskedPooling:
+        """How to pool where only some tokens are read, (B, N)."""
         raise NotImplementedError
 
-    def bias(self, like: torch.Tensor, layout: TokenLayout, cells: Grid, read: Optional[torch.Tensor]) -> torch.Tensor:
+    def bias(
+        self, like: torch.Tensor, layout: TokenLayout, cells: Grid, masked: Optional[MaskedPooling]
+    ) -> torch.Tensor:
         """c of the module's docstring, (B, g, 1, P + m), in the dtype of ``like``."""
-        if read is None:
+        if masked is None:
             return count_bias(like, layout, cells[0] * cells[1])
-        counts = self.cell_weights(read, layout, cells, False, like)[1]
-        return landmark_bias(read, counts, layout.num_prefix_tokens, like)
+        return landmark_bias(masked, layout.num_prefix_tokens, like)
+
+    def attend_exactly(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """Attention where each landmark is a token."""
+        bias = None if attn_mask is None else added_to_logits(attn_mask, q.dtype)
+        rate = self.dropout if self.training else 0.0
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate)
 
     def fit(
         self,
@@ -129,14 +141,14 @@ class LandmarkAttention(AttentionMechanism):
         attn_mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         if self.is_exact(keys):
-            rate = self.dropout if self.training else 0.0
-            bias = None if attn_mask is None else added_to_logits(attn_mask, q.dtype)
-            return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate)
-        read = None if attn_mask is None else tokens_read(attn_mask, q.shape[0])
+            return self.attend_exactly(q, k, v, attn_mask)
         cells = self.cells(keys.grid)
-        q_m = self.pool(q, queries, cells, False, read) if self.needs_queries else q
-        k_m, v_m = self.pool(k, keys, cells, False, read), self.pool(v, keys, cells, True, read)
-        return self.attend(q, k, v, q_m, k_m, v_m, keys, read)
+        masked: Optional[MaskedPooling] = None
+        if attn_mask is not None:
+            masked = self.pool_masked(tokens_read(attn_mask, q.shape[0]), keys, cells, q)
+        q_m = self.pool(q, queries, cells, False, masked) if self.needs_queries else q
+        k_m, v_m = self.pool(k, keys, cells, False, masked), self.pool(v, keys, cells, True, masked)
+        return self.attend(q, k, v, q_m, k_m, v_m, keys, masked)
 
     def attend(
         self,
@@ -147,17 +159,14 @@ class LandmarkAttention(AttentionMechanism):
         k_m: torch.Tensor,
         v_m: torch.Tensor,
         keys: TokenLayout,
-        read: Optional[torch.Tensor] = None,
+        masked: Optional[MaskedPooling] = None,
     ) -> torch.Tensor:
-        """Attention of all tokens, given the landmarks' own queries, keys and values (B, h, m, ·).
-
-        ``read`` (B, N): the tokens that aren't masked; None: all.
-        """
+        """Attention of all tokens, given the landmarks' own queries, keys and values (B, h, m, ·)."""
         cells = self.cells(keys.grid)
-        bias = self.bias(k_m, keys, cells, read)
+        bias = self.bias(k_m, keys, cells, masked)
         if self.needs_queries:
-            token_bias = None if read is None else added_to_logits(read[:, None, None, :], q.dtype)
-            v_m = self.fit(q_m, k_m, v_m, attention(q_m, k, v, token_bias), bias, read is not None)
+            token_bias = None if masked is None else added_to_logits(masked.read[:, None, None, :], q.dtype)
+            v_m = self.fit(q_m, k_m, v_m, attention(q_m, k, v, token_bias), bias, masked is not None)
         dropout = self.dropout if self.training else 0.0
         if self.window_size == 0:
             return attention(q, k_m, v_m, bias, dropout)

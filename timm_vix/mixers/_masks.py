@@ -10,11 +10,28 @@ the gaps: its landmarks are those of a sequence without the masked tokens.
 Shapes: B images, N = P + H·W tokens, m cells over the H·W patches.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .._checks import InputError
 from ._layout import Grid
 from ._resample import region_averages
+
+
+class MaskedPooling(NamedTuple):
+    """How landmarks are pooled where tokens are masked.
+
+    ``read`` (B, N): the tokens that are read; ``keys``, ``values`` (B, g, m, H·W): the weights of the patches in each
+    landmark, g = 1 or the number of heads; ``averages`` (B, 1, m, H·W): weights that average each cell's patches;
+    ``counts`` (B, g, m): for how many tokens each cell stands, 0 for one of which nothing is read.
+    """
+
+    read: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    averages: torch.Tensor
+    counts: torch.Tensor
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -120,12 +137,13 @@ def pool_by(weight: torch.Tensor, x: torch.Tensor, num_prefix_tokens: int) -> to
     return torch.cat([x[:, :, :P].expand(pooled.shape[0], -1, -1, -1), pooled], dim=2)
 
 
-def landmark_bias(read: torch.Tensor, counts: torch.Tensor, num_prefix_tokens: int, like: torch.Tensor) -> torch.Tensor:
+def landmark_bias(masked: MaskedPooling, num_prefix_tokens: int, like: torch.Tensor) -> torch.Tensor:
     """Log of the number of tokens that each landmark stands for, (B, g, 1, P + m), in the dtype of ``like``.
 
-    read (B, N); counts (B, g, m), 0 for a cell of which nothing is read: such a cell is masked itself.
+    A cell of which nothing is read is masked itself.
     """
-    prefix = read[:, :num_prefix_tokens].unsqueeze(1).to(counts.dtype).expand(-1, counts.shape[1], -1)
+    counts = masked.counts
+    prefix = masked.read[:, :num_prefix_tokens].unsqueeze(1).to(counts.dtype).expand(-1, counts.shape[1], -1)
     counts = torch.cat([prefix, counts], dim=2).unsqueeze(2)
     floor = lowest(like.dtype)
     return torch.where(counts > 1e-4, counts.clamp(min=1e-4).log(), floor).to(like.dtype)

@@ -28,7 +28,7 @@ that of the sequence without the masked tokens. NaFlex models have sequences.
 Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D, k projected tokens.
 """
 
-from typing import Optional, Union
+from typing import Union
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from torch import nn
 from .._checks import check_choice, check_integer
 from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout, cell_grid
-from ._masks import pieces, pool_by, share_read
+from ._masks import MaskedPooling, cell_averages, pieces, share_read
 from ._mechanism import AttentionShape
 from ._resample import region_averages, resample_reading
 
@@ -110,29 +110,26 @@ class LinformerAttention(LandmarkAttention):
     def cells(self, grid: Grid) -> Grid:
         return self.regions
 
-    def cell_weights(
-        self, read: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        read = read[:, layout.num_prefix_tokens :]
-        weight = self.token_proj
-        if self.sharing != "kv":
-            weight = weight.chunk(2)[1 if values else 0]
-        count = float(cells[0] * cells[1])
+    def pool_masked(self, read: torch.Tensor, layout: TokenLayout, cells: Grid, like: torch.Tensor) -> MaskedPooling:
+        patches = read[:, layout.num_prefix_tokens :]
+        averages, counts = cell_averages(patches, layout.grid, cells, False, like)
+        counts = counts.unsqueeze(1)
         if layout.grid[0] == 1:  # the matrices are resampled for as many tokens as each image has
-            weight = resample_reading(weight, (1, weight.shape[3])).flatten(2)
-            weight = torch.matmul(weight, pieces(read, weight.shape[2], False, weight).unsqueeze(1))
-            total = read.sum(1).to(like.dtype).reshape(-1, 1, 1) / count
-            return weight, total.expand(weight.shape[0], weight.shape[1], weight.shape[2])
-        weight = resample_reading(weight, layout.grid).flatten(2)
-        weight, share = share_read(weight, read.unsqueeze(1).unsqueeze(1))
-        return weight, share * (float(layout.grid[0] * layout.grid[1]) / count)
+            weight = resample_reading(self.token_proj, (1, self.token_proj.shape[3])).flatten(2)
+            weight = torch.matmul(weight, pieces(patches, weight.shape[2], False, weight).unsqueeze(1))
+        else:
+            weight = resample_reading(self.token_proj, layout.grid).flatten(2)
+            weight, share = share_read(weight, patches.unsqueeze(1).unsqueeze(1))
+            counts = share * (float(layout.grid[0] * layout.grid[1]) / float(cells[0] * cells[1]))
+            if self.sharing != "kv":
+                counts = counts.chunk(2, dim=1)[0]
+        keys, values = weight, weight
+        if self.sharing != "kv":
+            keys, values = weight.chunk(2, dim=1)
+        return MaskedPooling(read, keys, values, averages.unsqueeze(1), counts)
 
-    def pool(
-        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool, read: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def pool_all(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
         P = layout.num_prefix_tokens
-        if read is not None:
-            return pool_by(self.cell_weights(read, layout, cells, values, x)[0], x, P)
         weight = resample_reading(self.token_proj, layout.grid).flatten(2)
         if self.sharing != "kv":  # the first half of the matrices is E, the second F
             weight = weight.chunk(2)[1 if values else 0]

@@ -41,7 +41,7 @@ import torch
 from .._checks import check_integer, check_number
 from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout, cell_grid
-from ._masks import cell_averages, is_read, pool_by
+from ._masks import MaskedPooling, cell_averages, is_read
 from ._mechanism import AttentionShape
 from ._precision import outside_autocast
 from ._resample import pool_patches
@@ -191,17 +191,12 @@ class NystromAttention(LandmarkAttention):
         # then O = A V, so X = V and Y = softmax(Q K^T / sqrt(D)) V
         return self.num_landmarks >= layout.grid[0] * layout.grid[1]
 
-    def cell_weights(
-        self, read: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def pool_masked(self, read: torch.Tensor, layout: TokenLayout, cells: Grid, like: torch.Tensor) -> MaskedPooling:
         weight, counts = cell_averages(read[:, layout.num_prefix_tokens :], layout.grid, cells, True, like)
-        return weight.unsqueeze(1), counts.unsqueeze(1)
+        weight = weight.unsqueeze(1)
+        return MaskedPooling(read, weight, weight, weight, counts.unsqueeze(1))
 
-    def pool(
-        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool, read: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
-        if read is not None:
-            return pool_by(self.cell_weights(read, layout, cells, values, x)[0], x, layout.num_prefix_tokens)
+    def pool_all(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
         if x.dim() == 3:
             return pool_patches(x, layout.num_prefix_tokens, layout.grid, cells)
         B, h, _, _ = x.shape
