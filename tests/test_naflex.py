@@ -12,6 +12,7 @@ from torch import nn
 
 import timm_vix
 from timm_vix._checks import InputError
+from timm_vix.conversion.plan_file import FORMATS
 from timm_vix.mixers import MIXERS
 
 # some with fewer patches than there are landmarks
@@ -158,10 +159,20 @@ def test_dropped_patches():
     assert all(image.grad.isfinite().all() for image in images)
 
 
-def test_the_plan_of_another_model_is_refused(tmp_path):
+def test_random_features_are_drawn_anew():
+    model = naflex()
+    timm_vix.convert(model, "performer", redraw_interval=2)
+    features = model.blocks[1].attn.core.features.clone()
+    model.train()(batch_of(images_of()))
+    assert torch.equal(model.blocks[1].attn.core.features, features)
+    model(batch_of(images_of()))
+    assert distance(model.blocks[1].attn.core.features, features) > 0.1
+
+
+def test_plans_are_refused(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"format": 1, "layers": {}}))
-    with pytest.raises(InputError):
+    path.write_text(json.dumps({"format": FORMATS[0], "layers": {"0": {"mixer": "performer"}}}))
+    with pytest.raises(InputError, match=r"NaFlexVit .*no patch grid.*timm_vix.convert, without a plan"):
         timm_vix.convert(naflex(), layers=str(path))
 
 
@@ -202,7 +213,7 @@ def test_compiled_and_exported_where_timm_is():
     assert distance(program.module()(pixels), model(pixels)) < rounding(torch.float32)
 
 
-def test_user_masks():
+def test_masks_that_the_caller_gives():
     """A mask of keys that the caller gives acts like padding; one of pairs is for softmax."""
     model, batch = converted("performer"), batch_of(images_of(), 30)
     expected = model(batch)
