@@ -335,7 +335,8 @@ def test_every_vit_of_the_registry_is_converted_rightly_or_refused_with_a_reason
             assert re.search(REFUSALS, refusal), (name, refusal)
             assert type(model).__name__ in refusal or "blocks." in refusal, (name, refusal)
         elif not meta:
-            x = torch.randn(1, 3, *model.patch_embed.img_size, dtype=torch.float64)
+            size = model.patch_embed.img_size if hasattr(model, "patch_embed") else 2 * (4 * patch,)
+            x = torch.randn(1, 3, *size, dtype=torch.float64)
             y, expected = model.double().eval()(x), original.double().eval()(x)
             assert y.isfinite().all() and distance(y, expected) < 1e-2, name
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import timm_vix
 from timm_vix.conversion.replace import slots_of
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._attention_slot import LandmarkSlot
+from timm_vix.mixers._landmark_slot import LandmarkSlot
 from timm_vix.mixers._layout import TokenLayout
 from timm_vix.mixers._local import locality_channels
 from timm_vix.mixers._mechanism import AttentionMechanism, AttentionShape, MechanismHost, TokenMixing

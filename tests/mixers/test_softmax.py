@@ -180,9 +180,7 @@ def test_other_shares_are_refused(share):
 
 @pytest.mark.parametrize("given", [{"is_causal": True}, {"attn_mask": torch.ones(36, 36, dtype=torch.bool)}])
 def test_masks_are_refused_where_keys_merge(given):
-    with pytest.raises(
-        InputError, match="neither attn_mask nor is_causal; only softmax attention does, with merge_keys=1"
-    ):
+    with pytest.raises(InputError, match="softmax takes any attn_mask and is_causal, with merge_keys=1"):
         small("softmax", merge_keys=0.5)(torch.randn(1, 3, 14, 10), **given)
 
 

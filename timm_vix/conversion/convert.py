@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Optional
 
+from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from .._checks import InputError
@@ -100,7 +101,8 @@ def convert(
     """Replace the attention of some layers of a timm ViT by a token mixer, in place; weights are shared, not copied.
 
     Args:
-        model: timm ``VisionTransformer`` or ``Eva`` (EVA-02, DINOv3, rope-vit, Perception Encoder).
+        model: timm ``VisionTransformer``, ``Eva`` (EVA-02, DINOv3, rope-vit, Perception Encoder) or ``NaFlexVit``, with
+            mixers that take padded sequences; padding changes nothing. Landmarks are pooled in the sequence's order.
         mixer: a name in ``MIXERS``; "softmax" gives a converted layer its own attention back.
         layers: "all"; "first-n" or "last-n"; "every-n": each n-th, from the n-th on, so that the first stay; indices
             from 0; a mapping from index to a mixer, or to a dict with "mixer" and keywords; or a plan of ``timm-vix
@@ -132,12 +134,13 @@ def convert(
         >>> timm_vix.convert(model, layers="plan.json")
     """
     check_keywords(mixer, {})
-    sites = attention_sites(model)
+    sites = attention_sites(model, sequences=True)
     layout = layout_of(model)
     if isinstance(layers, str) and layers.endswith(".json"):
         layers = load_plan(layers, model)
     if merge is None and isinstance(layers, Plan):
         merge = layers.merge
+    check_sequence_options(model, merge, scale_logits)
     only_merges = isinstance(layers, Plan) and not layers
     wanted = {} if only_merges else layer_mixers(layers, len(sites), mixer, keywords)
     trained = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
@@ -176,6 +179,16 @@ def convert(
     )
 
 
+def check_sequence_options(model: nn.Module, merge: Optional[Merge], scale_logits: Optional[ScaleLogits]) -> None:
+    """Raise ValueError for what needs to know how many tokens an image has, where padding is among them."""
+    for name, value in dict(merge=merge, scale_logits=scale_logits).items():
+        if isinstance(model, NaFlexVit) and value:
+            raise InputError(
+                f"{name}={value!r}: {type(model).__name__} takes padded sequences, whose padding would take part; "
+                "allowed is None"
+            )
+
+
 def planned_attention(
     model: nn.Module, site: AttentionSite, name: str, own: dict[str, Any], needs_slot: bool
 ) -> nn.Module:
@@ -198,7 +211,8 @@ def planned_attention(
         if parameter in dict(slot.core.named_parameters()):
             nn.init.constant_(slot.core.get_parameter(parameter), value)
     slot.replaced = (site.attn,)
-    slot.patch_embed = (model.patch_embed,)  # the host's own set_input_size doesn't know the slots
+    if not slot.is_sequence:
+        slot.patch_embed = (model.patch_embed,)  # the host's own set_input_size doesn't know the slots
     return slot
 
 
@@ -260,7 +274,7 @@ def note_conversion(
 def note_norms(model: nn.Module, norms: str) -> None:
     """Note that layer norms were replaced, "batch", or folded, "folded" or without the last "folded_blocks"."""
     arguments = getattr(model, "_model_args", {}) if source_of(model) is not None else {}
-    sites = attention_sites(model) if arguments.get("layers") else []
+    sites = attention_sites(model, sequences=True) if arguments.get("layers") else []
     note_conversion(model, sites, arguments.get("mixer", "softmax"), norms)
 
 
@@ -286,7 +300,7 @@ def revert(model: nn.Module) -> None:
     Raises:
         ValueError: for a model that isn't converted, or that was saved by a mixer which keeps no attention weights.
     """
-    sites = attention_sites(model)
+    sites = attention_sites(model, sequences=True)
     converted = [site for block in sites for site in block if getattr(site.parent, site.name) is not site.attn]
     if not converted:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")

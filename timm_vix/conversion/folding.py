@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot, LandmarkSlot, has_hooks, is_plain_linear
+from ..mixers._attention_slot import AttentionSlot, has_hooks, is_plain_linear
+from ..mixers._landmark_slot import LandmarkSlot
 from ..mixers._layout import TokenLayout
 from .convert import note_norms
 from .handover import Handover

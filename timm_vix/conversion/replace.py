@@ -10,11 +10,13 @@ from typing import Any, NamedTuple, Optional
 import torch
 from timm.layers import Attention, AttentionRope
 from timm.models.eva import EvaAttention
+from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from .._checks import InputError, check_choice
 from ..mixers import MIXERS
-from ..mixers._attention_slot import AttentionSlot, LandmarkSlot
+from ..mixers._attention_slot import AttentionSlot
+from ..mixers._landmark_slot import LandmarkSlot
 from ..mixers._landmarks import LandmarkAttention
 from ..mixers._layout import CarryGrid, Grid, RecordGrid, TokenLayout
 from ..mixers._mechanism import AttentionMechanism, AttentionShape, MechanismHost, Mixer, TokenMixing
@@ -135,6 +137,15 @@ def build_mixer(
     if rotary and not MIXERS[mixer].supports_rotary:
         raise InputError(f"mixer={mixer!r} has no queries and keys for the rotary positions of {type(model).__name__}")
     slot = build_slot(MIXERS[mixer], attn, layout, rope, rope is not None or rotary, **keywords)
+    slot.is_sequence = isinstance(model, NaFlexVit)
+    if slot.is_sequence and not (slot.core.takes_sequences and slot.supports_key_mask):
+        names = ", ".join(name for name, mixer_class in MIXERS.items() if mixer_class.takes_sequences)
+        given = ", ".join(f"{name}={value!r}" for name, value in {"mixer": mixer, **keywords}.items())
+        raise InputError(
+            f"{given}: {type(model).__name__} takes padded sequences of patches, and this needs the patch grid or "
+            f"reads the padding; allowed are {names}, without conv_residual, locality and window_size, and with "
+            "merge_keys=1"
+        )
     if slot.uses_grid and getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
         raise InputError(
             f"patch_drop_rate={model.patch_drop.prob}: mixer={mixer!r} works on the whole patch grid, so no patch can "
@@ -202,12 +213,13 @@ def update_hooks(model: nn.Module) -> None:
         for part in parts:
             part.dynamic = True
     if any(isinstance(module, Mixer) and module.counts_passes for module in model.modules()):
-        model.patch_embed.register_forward_hook(CountPasses(model))
+        embedding_of(model).register_forward_hook(CountPasses(model))
+    make_key_masks(model)
 
 
 def remove_hooks(model: nn.Module) -> None:
     """Take the hooks of ``update_hooks`` away."""
-    modules = [model.patch_embed, *getattr(model, "blocks", nn.Sequential()).children()]
+    modules = [embedding_of(model), *getattr(model, "blocks", nn.Sequential()).children()]
     modules += [module for module in model.modules() if isinstance(module, GridModule)]
     for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):
         for key in [key for key, hook in hooks.items() if isinstance(hook, (*HOOKS, CountPasses))]:
@@ -226,8 +238,33 @@ def warn_of_unseen_patches(model: nn.Module) -> None:
         )
 
 
+def embedding_of(model: nn.Module) -> nn.Module:
+    """The patch embedding of a host."""
+    return model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+
+
+def make_key_masks(model: nn.Module) -> None:
+    """Let a ``NaFlexVit`` mask padding by masks of keys while it has slots; without, its masks are its own again.
+
+    Its own may be of N x N, with the padding's queries masked too. Nothing reads what these give.
+    """
+    if not isinstance(model, NaFlexVit):
+        return
+    if slots_of(model):
+        model.__dict__.setdefault("own_key_only_attn_mask", model.use_key_only_attn_mask)
+        model.use_key_only_attn_mask = True
+    else:
+        model.use_key_only_attn_mask = model.__dict__.pop("own_key_only_attn_mask", model.use_key_only_attn_mask)
+
+
 def layout_of(model: nn.Module) -> TokenLayout:
-    """The layout of the tokens of a ViT or Eva at the size for which it was built."""
+    """The layout of the tokens of a host at the size for which it was built.
+
+    A ``NaFlexVit`` has a sequence, a grid of one row, as long as its grid of position embeddings.
+    """
+    if isinstance(model, NaFlexVit):
+        rows, columns = model.embeds.pos_embed_grid_size or (16, 16)
+        return TokenLayout(model.num_prefix_tokens, (1, rows * columns))
     height, width = model.patch_embed.grid_size
     return TokenLayout(model.num_prefix_tokens, (height, width))
 

@@ -3,6 +3,7 @@
 from typing import Optional
 
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -11,7 +12,7 @@ from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import MixerSlot
 from .replace import REPLACEABLE, AttentionSite, is_softmax
 
-HOSTS = (VisionTransformer, Eva)
+HOSTS = (VisionTransformer, Eva, NaFlexVit)
 
 
 def original_attention(module: nn.Module) -> nn.Module:
@@ -29,8 +30,11 @@ def original_attention(module: nn.Module) -> nn.Module:
     return attn.train(module.training)
 
 
-def attention_sites(model: nn.Module) -> list[list[AttentionSite]]:
+def attention_sites(model: nn.Module, sequences: bool = False) -> list[list[AttentionSite]]:
     """For each block of a host, the places of its attention, converted or not.
+
+    Args:
+        sequences: whether the caller can do without a patch grid, and takes a ``NaFlexVit``.
 
     Raises:
         ValueError: for a model whose attention can't be continued by a mixer, naming the module and the reason.
@@ -53,7 +57,13 @@ def attention_sites(model: nn.Module) -> list[list[AttentionSite]]:
         path, module = named[0]
         raise InputError(
             f"{type(model).__name__} can't be converted: {path} ({type(module).__name__} of {type(module).__module__}) "
-            f"{reason(module)}; what can be converted is timm's VisionTransformer and Eva"
+            f"{reason(module)}; what can be converted is timm's VisionTransformer, Eva "
+            "and NaFlexVit"
+        )
+    if isinstance(model, NaFlexVit) and not sequences:
+        raise InputError(
+            f"{type(model).__name__} takes sequences of patches and has no patch grid, which this needs; what takes it "
+            "is timm_vix.convert, without a plan and without merging"
         )
     found: list[list[AttentionSite]] = []
     for index, block in enumerate(model.blocks.children()):

@@ -11,10 +11,7 @@ from einops.layers.torch import Rearrange
 from timm.layers import apply_rot_embed_cat, register_notrace_module
 from torch import nn
 
-from ._fused import fused_attend_from, fused_attend_to
-from ._landmarks import LandmarkAttention
-from ._layout import Grid, TokenLayout, count_bias
-from ._local import append_channels, locality_channels
+from ._layout import Grid, TokenLayout
 from ._mechanism import AttentionMechanism
 from ._resample import table_of_cells
 from ._slot import MixerSlot
@@ -149,22 +146,34 @@ class AttentionSlot(MixerSlot):
             out.append(self.q_norm(part) if i == 0 else self.k_norm(part) if i == 1 else part)
         return out
 
-    def rotary_table(self, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    def rotary_table(
+        self,
+        layout: TokenLayout,
+        cells: Grid,
+        rope: Optional[torch.Tensor],
+        cell_weight: Optional[torch.Tensor] = None,
+    ) -> Optional[torch.Tensor]:
         """Sine and cosine for the P prefix tokens and n cells, (P + n, 2·D) or one for each head; None: no positions.
 
-        ``rope`` is the table that the host hands on for its patches, (H·W, 2·D) or one for each head, if it has one.
+        ``rope`` is the table that the host hands on for its patches, (H·W, 2·D) or one for each head or image, if it
+        has one; ``cell_weight`` (B, 1, n, H·W) averages it over the patches of each cell that aren't masked.
         """
         if self.rope is not None:
             return self.rope(layout.grid, cells)
         if rope is not None:
-            return table_of_cells(rope, layout.num_prefix_tokens, layout.grid, cells)
+            return table_of_cells(rope, layout.num_prefix_tokens, layout.grid, cells, cell_weight)
         return None
 
     def rotate(
-        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor] = None
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        cells: Grid,
+        rope: Optional[torch.Tensor] = None,
+        cell_weight: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid."""
-        table = self.rotary_table(layout, cells, rope)
+        table = self.rotary_table(layout, cells, rope, cell_weight)
         return x if table is None else apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
 
     def scale(self, q: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
@@ -211,100 +220,3 @@ class AttentionSlot(MixerSlot):
         rope: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         return self.attend(x, self.layout_of(x, attn_mask, is_causal), attn_mask, is_causal, rope)
-
-
-@register_notrace_module
-class LandmarkSlot(AttentionSlot):
-    """A slot for attention to landmarks, which pools before it projects, and fuses attention with the projections."""
-
-    def __init__(
-        self, core: LandmarkAttention, attn: nn.Module, layout: TokenLayout, rope: Optional[nn.Module] = None
-    ) -> None:
-        super().__init__(core, attn, layout, rope)
-        # nothing acts on heads between the projections and the attention, so they can be multiplied together
-        bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-        self.bare = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
-
-    def can_fuse_projections(self, num_landmarks: int, rope: Optional[torch.Tensor]) -> bool:
-        """Whether attention to so many landmarks can be fused with the projections of the tokens, and costs less so."""
-        if not (self.bare and rope is None and self.core.can_fuse()):
-            return False
-        cheaper = self.num_heads * num_landmarks < self.attn_dim + num_landmarks
-        if torch.jit.is_scripting():
-            return cheaper
-        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
-            return cheaper and is_plain_linear(self.qkv) and is_plain_linear(self.proj)
-
-    def landmarks(
-        self, x: torch.Tensor, layout: TokenLayout, cells: Grid, rope: Optional[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Queries, keys and values of the landmarks, (B, h, m, D) each; keys stand for queries that aren't needed.
-
-        Queries come scaled.
-        """
-        core = self.core
-        if core.pools_tokens and core.pools_once:
-            # the mean of a projection is the projection of the mean, for m instead of N tokens
-            parts = self.project(core.pool(x, layout, cells, False), 0 if core.needs_queries else 1, 3)
-        elif core.pools_tokens:
-            parts = self.project(core.pool(x, layout, cells, False), 0 if core.needs_queries else 1, 2)
-            parts = parts + self.project(core.pool(x, layout, cells, True), 2, 3)
-        else:
-            parts = self.project(x, 0 if core.needs_queries else 1, 3)
-            parts = [core.pool(part, layout, cells, i == len(parts) - 1) for i, part in enumerate(parts)]
-        k = self.rotate(parts[len(parts) - 2], layout, cells, rope)
-        q = self.scale(self.rotate(parts[0], layout, cells, rope), layout) if core.needs_queries else k
-        return [q, k, parts[len(parts) - 1]]
-
-    def attend(
-        self,
-        x: torch.Tensor,
-        layout: TokenLayout,
-        attn_mask: Optional[torch.Tensor],
-        is_causal: bool,
-        rope: Optional[torch.Tensor],
-    ) -> torch.Tensor:
-        core = self.core
-        cells = core.cells(layout.grid)
-        num_landmarks = layout.num_prefix_tokens + cells[0] * cells[1]
-        if core.is_exact(layout):
-            return self.attend_tokens(x, layout, attn_mask, is_causal, rope)
-        q_m, k_m, v_m = self.landmarks(x, layout, cells, rope)
-        if self.can_fuse_projections(num_landmarks, rope):
-            return self.attend_fused(x, layout, q_m, k_m, v_m, count_bias(k_m, layout, cells[0] * cells[1]))
-        if core.needs_queries or not core.can_fuse():
-            q, k, v = self.project(x, 0, 3)
-            k = self.rotate(k, layout, layout.grid, rope)
-        else:  # keys and values of single tokens aren't read
-            q = self.project(x, 0, 1)[0]
-            k, v = q, q
-        q = self.scale(self.rotate(q, layout, layout.grid, rope), layout)
-        wide = v
-        if core.locality > 0.0:  # the mean logit of a cell's tokens is that of their mean channels
-            of_queries, of_keys = locality_channels(core.locality, self.head_dim, layout, layout, q)
-            q, k, wide = append_channels(q, k, v, of_queries, of_keys)
-            of_queries, of_keys = core.pool(of_queries, layout, cells, False), core.pool(of_keys, layout, cells, False)
-            q_m, k_m, v_m = append_channels(q_m, k_m, v_m, of_queries, of_keys)
-        y = core.attend(q, k, wide, q_m, k_m, v_m, layout)
-        return self.merge(core.enhance(y, v, layout), x)
-
-    def attend_fused(
-        self,
-        x: torch.Tensor,
-        layout: TokenLayout,
-        q_m: torch.Tensor,
-        k_m: torch.Tensor,
-        v_m: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> torch.Tensor:
-        """The output (B, N, C), without queries, keys and values for all tokens, see ``_fused.py``."""
-        A = self.attn_dim
-        weight, proj = self.qkv.weight, self.proj
-        qkv_bias = self.bias_of_qkv()
-        bias_q, bias_v = (None, None) if qkv_bias is None else (qkv_bias[:A], qkv_bias[2 * A :])
-        if self.core.needs_queries:
-            exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v)
-            v_m = self.core.fit(q_m, k_m, v_m, exact, bias)
-        dropout = self.attn_drop.p if self.training else 0.0
-        k_m = self.scale(k_m, layout)  # in the place of the queries, which aren't computed
-        return self.proj_drop(fused_attend_to(x, k_m, v_m, bias, weight[:A], bias_q, proj.weight, proj.bias, dropout))

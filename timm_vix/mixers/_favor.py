@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ._masks import added_to_logits
 from ._precision import outside_autocast
 
 # Few enough that N x m features never exist at once; larger blocks are hardly faster, smaller ones slower.
@@ -47,17 +48,20 @@ def add_keys(
     centre: torch.Tensor,
     top: torch.Tensor,
     sums: torch.Tensor,
+    key_bias: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a block of keys and values to the running sums, each relative to its feature's exp(top).
 
     k (B, h, n, D) unscaled; v (B, h, n, D + 1), the values and a column of ones; features (m, D) or (h, m, D), scaled
     by D^-1/4; centre = c + u (B, h, 1, D); top (B, h, 1, m); sums = sum of phi v^T (B, h, m, D + 1), whose last column
-    is the sum of phi.
+    is the sum of phi. ``key_bias`` (B, 1, n, 1): the log of the weight of each key, which counts for the maximum too.
     """
     # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
-    known = (k * centre).sum(3, keepdim=True) - 0.5 * k.square().sum(3, keepdim=True)
+    known = ((k * centre).sum(3, keepdim=True) - 0.5 * k.square().sum(3, keepdim=True)) * k.shape[3] ** -0.5
+    if key_bias is not None:
+        known = known + key_bias
     # added, since the gradient of what is subtracted would be negated at full size
-    exponent = torch.matmul(k, features.transpose(-2, -1)).add_(known * k.shape[3] ** -0.5)
+    exponent = torch.matmul(k, features.transpose(-2, -1)).add_(known)
     new_top = torch.maximum(top, exponent.detach().amax(dim=2, keepdim=True))
     phi = exponent.sub_(new_top).exp_()
     return new_top, sums * torch.exp(top - new_top).transpose(2, 3) + torch.matmul(phi.transpose(2, 3), v)
@@ -92,21 +96,26 @@ def sum_in_blocks(
     features = features * D**-0.25
     again = long <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if key_bias is not None:
-        key_bias = key_bias.to(dtype)
+        key_bias = added_to_logits(key_bias, dtype)
     c, u = centres(q, k, key_bias)
     centre = c + u
     top = torch.full([B, h, 1, features.shape[-2]], -float("inf"), device=q.device, dtype=dtype)
     # one product gives the sums of phi v^T and of phi
     v = F.pad(v, (0, 1), value=1.0)
-    if key_bias is not None:
-        v = v * key_bias.exp().transpose(2, 3)
     sums = torch.zeros([B, h, features.shape[-2], v.shape[3]], device=q.device, dtype=dtype)
+    first = 0
     # split, since the gradient of a slice is as large as the whole
     for k_block, v_block in zip(k.split(block_sizes(k.shape[2], block), 2), v.split(block_sizes(k.shape[2], block), 2)):
+        bias_block: Optional[torch.Tensor] = None
+        if key_bias is not None:
+            bias_block = key_bias[..., first : first + k_block.shape[2]].transpose(2, 3)
+            first += k_block.shape[2]
         if not torch.jit.is_scripting() and again:
-            top, sums = checkpoint(add_keys, k_block, v_block, features, centre, top, sums, use_reentrant=False)
+            top, sums = checkpoint(
+                add_keys, k_block, v_block, features, centre, top, sums, bias_block, use_reentrant=False
+            )
         else:
-            top, sums = add_keys(k_block, v_block, features, centre, top, sums)
+            top, sums = add_keys(k_block, v_block, features, centre, top, sums, bias_block)
     values, total = sums.split([sums.shape[3] - 1, 1], dim=3)
     values = values / total
     # of w^T (q - c) + w^T (k - u) the keys' sums lack -w^T (c + u)
@@ -135,7 +144,7 @@ def favor_attention(
     """FAVOR+ attention: q, k, v (B, h, N, D) -> (B, h, N, D), computed in float32 at least.
 
     ``features``: (m, D), or (h, m, D) for each head its own; ``feature_bias`` (h, 1, m): the log of their weights;
-    ``key_bias`` (B, 1, 1, N): the log of how many tokens each one stands for.
+    ``key_bias`` (B, 1, 1, N): the log of how many tokens each one stands for, or a mask.
     """
     # no autocast is on around a scripted model's own casts
     if torch.jit.is_scripting():

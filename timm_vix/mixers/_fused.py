@@ -61,13 +61,17 @@ def fused_attend_from(
     weight_k: torch.Tensor,
     weight_v: torch.Tensor,
     bias_v: Optional[torch.Tensor],
+    token_bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Multi-head attention of m queries to all tokens, before the output projection -> (B, h, m, D)."""
+    """Multi-head attention of m queries to all tokens, before the output projection -> (B, h, m, D).
+
+    ``token_bias`` (B, 1, N) is added to the logits of the tokens.
+    """
     _, h, _, D = q.shape
     if torch.jit.is_scripting():
-        attended = attend_from(x, q, weight_k)
+        attended = attend_from(x, q, weight_k, token_bias)
     else:
-        attended = checkpoint_if_long(attend_from, x.shape[1] >= LONG, x, q, weight_k)
+        attended = checkpoint_if_long(attend_from, x.shape[1] >= LONG, x, q, weight_k, token_bias)
     # outside of the checkpoint, which ends before its last product: that with all tokens is the large one
     y = torch.matmul(attended, weight_v.reshape(h, D, x.shape[2]).transpose(1, 2))
     return y if bias_v is None else y + bias_v.reshape(h, 1, D)
@@ -103,10 +107,13 @@ def attend_to(
     return torch.baddbmm(bias_out, weights.flatten(2), value_weights.transpose(1, 2))
 
 
-def attend_from(x: torch.Tensor, q: torch.Tensor, weight_k: torch.Tensor) -> torch.Tensor:
+def attend_from(
+    x: torch.Tensor, q: torch.Tensor, weight_k: torch.Tensor, token_bias: Optional[torch.Tensor] = None
+) -> torch.Tensor:
     """Attention of m queries to all tokens, before the projection of the values: (B, h, m, C)."""
     B, _, C = x.shape
     _, h, m, D = q.shape
     query_weights = torch.matmul(q * D**-0.5, weight_k.reshape(h, D, C)).reshape(B, h * m, C)
-    weights = torch.matmul(query_weights, x.transpose(1, 2)).softmax(2)
+    logits = torch.matmul(query_weights, x.transpose(1, 2))
+    weights = (logits if token_bias is None else logits + token_bias).softmax(2)
     return torch.matmul(weights.to(x.dtype), x).reshape(B, h, m, C)

@@ -4,7 +4,7 @@
     Y = softmax(Q K~^T / sqrt(D) + c) V~                 c: log of the number of tokens that a landmark stands for
 
 The methods here are those on projected heads. A ViT can pool before it projects and fuse attention with its projections
-(``LandmarkSlot`` in ``_slot.py``): the same function, computed with fewer operations.
+(``LandmarkSlot`` in ``_landmark_slot.py``): the same function, computed with fewer operations.
 
 Shapes: B images, N = P + H·W tokens, h heads, D width of queries and keys, E of values, m landmarks: the P prefix
 tokens and the cells of a coarser grid.
@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .._checks import InputError, check_integer
 from ._layout import Grid, TokenLayout, count_bias
+from ._masks import MaskedPooling, added_to_logits, landmark_bias, pool_by, tokens_read
 from ._mechanism import AttentionMechanism, AttentionShape
 from ._windows import landmarks_and_windows, window_biases
 
@@ -45,6 +46,8 @@ class LandmarkAttention(AttentionMechanism):
     """
 
     one_grid_keywords = ("window_size", "conv_residual")
+    supports_key_mask = True
+    takes_sequences = True
     # whether landmarks have queries, whose exact attention decides their values
     needs_queries: torch.jit.Final[bool] = False
 
@@ -58,6 +61,8 @@ class LandmarkAttention(AttentionMechanism):
                 f"window_size={window_size}: {queries} queries have no windows among {keys} keys; allowed is 0"
             )
         self.window_size = window_size
+        if window_size:
+            self.supports_key_mask = self.takes_sequences = False
         # pooling is the same for all heads, so it may come before the projections; and for queries, keys and values
         self.pools_tokens = True
         self.pools_once = True
@@ -66,14 +71,56 @@ class LandmarkAttention(AttentionMechanism):
         """Rows and columns of the cells over a patch grid."""
         raise NotImplementedError
 
-    def pool(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
+    def pool(
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout,
+        cells: Grid,
+        values: bool,
+        masked: Optional[MaskedPooling] = None,
+    ) -> torch.Tensor:
         """Landmarks of tokens or heads: (..., N, C) -> (..., m, C); ``values`` tells values from queries and keys."""
+        if masked is not None:
+            return pool_by(masked.values if values else masked.keys, x, layout.num_prefix_tokens)
+        return self.pool_all(x, layout, cells, values)
+
+    def pool_all(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
+        """``pool`` where no token is masked."""
         raise NotImplementedError
 
-    def fit(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor
+    def pool_masked(self, read: torch.Tensor, layout: TokenLayout, cells: Grid, like: torch.Tensor) -> MaskedPooling:
+        """How to pool where only some tokens are read, (B, N)."""
+        raise NotImplementedError
+
+    def bias(
+        self, like: torch.Tensor, layout: TokenLayout, cells: Grid, masked: Optional[MaskedPooling]
     ) -> torch.Tensor:
-        """Values of the landmarks, (B, h, m, E), given the exact attention of their queries, (B, h, m, E)."""
+        """c of the module's docstring, (B, g, 1, P + m), in the dtype of ``like``."""
+        if masked is None:
+            return count_bias(like, layout, cells[0] * cells[1])
+        return landmark_bias(masked, layout.num_prefix_tokens, like)
+
+    def attend_exactly(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """Attention where each landmark is a token."""
+        bias = None if attn_mask is None else added_to_logits(attn_mask, q.dtype)
+        rate = self.dropout if self.training else 0.0
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate)
+
+    def fit(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        exact: torch.Tensor,
+        bias: torch.Tensor,
+        masked: bool = False,
+    ) -> torch.Tensor:
+        """Values of the landmarks, (B, h, m, E), given the exact attention of their queries, (B, h, m, E).
+
+        ``masked``: landmarks of which nothing is read are masked by the bias.
+        """
         return v
 
     def is_exact(self, layout: TokenLayout) -> bool:
@@ -85,14 +132,23 @@ class LandmarkAttention(AttentionMechanism):
         return self.window_size == 0 and self.conv is None and self.locality == 0.0
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        queries: TokenLayout,
+        keys: TokenLayout,
+        attn_mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         if self.is_exact(keys):
-            return scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+            return self.attend_exactly(q, k, v, attn_mask)
         cells = self.cells(keys.grid)
-        q_m = self.pool(q, queries, cells, False) if self.needs_queries else q
-        k_m, v_m = self.pool(k, keys, cells, False), self.pool(v, keys, cells, True)
-        return self.attend(q, k, v, q_m, k_m, v_m, keys)
+        masked: Optional[MaskedPooling] = None
+        if attn_mask is not None:
+            masked = self.pool_masked(tokens_read(attn_mask, q.shape[0]), keys, cells, q)
+        q_m = self.pool(q, queries, cells, False, masked) if self.needs_queries else q
+        k_m, v_m = self.pool(k, keys, cells, False, masked), self.pool(v, keys, cells, True, masked)
+        return self.attend(q, k, v, q_m, k_m, v_m, keys, masked)
 
     def attend(
         self,
@@ -103,12 +159,14 @@ class LandmarkAttention(AttentionMechanism):
         k_m: torch.Tensor,
         v_m: torch.Tensor,
         keys: TokenLayout,
+        masked: Optional[MaskedPooling] = None,
     ) -> torch.Tensor:
         """Attention of all tokens, given the landmarks' own queries, keys and values (B, h, m, ·)."""
         cells = self.cells(keys.grid)
-        bias = count_bias(k_m, keys, cells[0] * cells[1])
+        bias = self.bias(k_m, keys, cells, masked)
         if self.needs_queries:
-            v_m = self.fit(q_m, k_m, v_m, attention(q_m, k, v), bias)
+            token_bias = None if masked is None else added_to_logits(masked.read[:, None, None, :], q.dtype)
+            v_m = self.fit(q_m, k_m, v_m, attention(q_m, k, v, token_bias), bias, masked is not None)
         dropout = self.dropout if self.training else 0.0
         if self.window_size == 0:
             return attention(q, k_m, v_m, bias, dropout)

@@ -59,6 +59,10 @@ class Mixer(nn.Module):
     # whether attention weights can be dropped, and masked or made causal
     supports_dropout = True
     supports_mask = False
+    # whether tokens can be masked that nobody is to read, see ``_masks.py``
+    supports_key_mask = False
+    # whether tokens may be a sequence of any length, of which places on a grid aren't known, as in NaFlex models
+    takes_sequences = False
     # whether keys may stand for several tokens each: ``forward`` takes what is added to their logits after the layouts
     supports_key_bias = False
     # whether queries and keys can be rotated
@@ -126,8 +130,10 @@ class Mixer(nn.Module):
         if conv_residual:
             core.conv = DepthwiseResidual(cls.channels_of_values(shape), shape.device, shape.dtype)
             core.supports_mask = False  # neighbours are added, masked or not
+            core.supports_key_mask = False
         if conv_residual or locality:  # neighbours and places are those of the whole grid
             core.uses_grid = True
+            core.takes_sequences = False
             core.supports_key_bias = False
         return core
 
@@ -185,7 +191,8 @@ class AttentionMechanism(Mixer):
 
     ``forward(q, k, v, queries, keys)``: q (B, h, Nq, D), k (B, h, Nk, D), v (B, h, Nk, E) and their layouts
     -> (B, h, Nq, E). Queries and keys come normalised and rotated. A mechanism with ``needs_tokens`` gets the tokens
-    that ask, (B, Nq, C), after these, one with ``supports_mask`` gets ``attn_mask`` and ``is_causal``.
+    that ask, (B, Nq, C), after these, one with ``supports_mask`` gets ``attn_mask`` and ``is_causal``, another one with
+    ``supports_key_mask`` gets ``attn_mask`` (B, 1, 1, Nk).
     """
 
     has_logits = True
@@ -230,11 +237,13 @@ class MechanismHost(nn.Module):
     """A module that projects heads for a mechanism, its sub-module ``core``."""
 
     supports_mask: torch.jit.Final[bool]
+    supports_key_mask: torch.jit.Final[bool]
     needs_tokens: torch.jit.Final[bool]
 
     def set_core(self, core: AttentionMechanism) -> None:
         self.core = core
         self.supports_mask = core.supports_mask
+        self.supports_key_mask = core.supports_key_mask
         self.needs_tokens = core.needs_tokens
 
     def mix(
@@ -255,6 +264,8 @@ class MechanismHost(nn.Module):
             y = self.core(q, k, wide, queries, keys, tokens)
         elif self.supports_mask:
             y = self.core(q, k, wide, queries, keys, attn_mask, is_causal)
+        elif self.supports_key_mask:
+            y = self.core(q, k, wide, queries, keys, attn_mask)
         else:
             y = self.core(q, k, wide, queries, keys)
         return self.core.enhance(y, v, keys)

@@ -19,6 +19,12 @@ def averages(length: int, cells: int, like: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool1d(identity.unsqueeze(0), cells)[0].transpose(0, 1)
 
 
+def region_averages(cells: Grid, grid: Grid, like: torch.Tensor) -> torch.Tensor:
+    """The (m, H·W) weights that average the patches of ``grid`` over each of ``cells``."""
+    rows, columns = averages(grid[0], cells[0], like), averages(grid[1], cells[1], like)
+    return torch.einsum("ih,jw->ijhw", rows, columns).flatten(2).flatten(0, 1)
+
+
 def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid) -> torch.Tensor:
     """Average the patch tokens over a coarser grid, prefix tokens apart: (B, P + H·W, C) -> (B, P + m, C).
 
@@ -51,21 +57,37 @@ def resample_writing(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return F.interpolate(weight.unsqueeze(0), size=list(grid), mode="bilinear", align_corners=False)[0]
 
 
-def table_of_cells(table: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Optional[Grid]) -> torch.Tensor:
+def mean_direction(waves: torch.Tensor) -> torch.Tensor:
+    """Sums of sines and cosines (.., 2·D) with the lengths of a sine and a cosine."""
+    sine, cosine = waves.chunk(2, dim=-1)
+    # a cell without patches has no direction, and its gradient would be that of a root of 0
+    length = torch.sqrt((sine.square() + cosine.square()).clamp(min=1e-12))
+    return torch.cat([sine / length, cosine / length], dim=-1)
+
+
+def table_of_cells(
+    table: torch.Tensor,
+    num_prefix_tokens: int,
+    grid: Grid,
+    cells: Optional[Grid],
+    weight: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
     """A host's rotary table (.., H·W, 2·D) for prefix tokens, which are not turned, and patches or cells.
 
     Evenly spaced angles have the cell's centre for their mean direction, whatever the frequencies, as long as the cell
     is shorter than a wave; beyond that an average of the patches is not meaningful.
+
+    ``weight`` (B, 1, m, H·W): of the patches in each cell, where some of them are masked.
     """
     width = table.shape[-1]
-    if cells is not None and cells != grid:
+    if weight is not None:
+        table = mean_direction(torch.matmul(weight.to(table.dtype), table))
+    elif cells is not None and cells != grid:
         shape = list(table.shape[:-2])
         shape += [cells[0] * cells[1], width]  # TorchScript unpacks no list
         waves = table.reshape(-1, grid[0] * grid[1], width).transpose(1, 2).reshape(-1, width, grid[0], grid[1])
         waves = F.adaptive_avg_pool2d(waves, cells).flatten(2).transpose(1, 2)
-        sine, cosine = waves.chunk(2, dim=2)
-        length = torch.sqrt(sine.square() + cosine.square()).clamp(min=1e-6)
-        table = torch.cat([sine / length, cosine / length], dim=2).reshape(shape)
+        table = mean_direction(waves).reshape(shape)
     unturned = torch.zeros_like(table[..., :1, :]).repeat_interleave(num_prefix_tokens, dim=-2)
     unturned[..., width // 2 :] = 1.0
     return torch.cat([unturned, table], dim=-2)

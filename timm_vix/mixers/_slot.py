@@ -15,6 +15,7 @@ from timm.layers import register_notrace_module
 from torch import nn
 
 from ._layout import Grid, TokenLayout, check_sequence, grid_of_images
+from ._masks import is_key_mask
 from ._mechanism import MechanismHost, Mixer, TokenMixing
 
 
@@ -72,6 +73,8 @@ class MixerSlot(MechanismHost, GridModule):
     def __init__(self, core: Mixer, layout: TokenLayout) -> None:
         super().__init__(layout)
         self.core = core
+        # whether the patches are a sequence of any length, a grid of one row: a NaFlex model knows no other
+        self.is_sequence = False
         # in a tuple, so that it is no sub-module
         self.replaced: tuple[nn.Module, ...] = ()
 
@@ -87,10 +90,15 @@ class MixerSlot(MechanismHost, GridModule):
     def layout_of(self, x: torch.Tensor, attn_mask: Optional[torch.Tensor], is_causal: bool) -> TokenLayout:
         """The layout of x (B, N, C); raise ValueError for another number of tokens, or a mask that isn't supported."""
         grid = self.grid
-        if not torch.jit.is_scripting():
+        if self.is_sequence:
+            grid = (1, x.shape[1] - self.num_prefix_tokens)
+        elif not torch.jit.is_scripting():
             grid = self.current_grid(x.shape[1])
         layout = TokenLayout(self.num_prefix_tokens, grid)
-        check_sequence(x, layout, attn_mask, is_causal, self.supports_mask, self.uses_grid)
+        supported = self.supports_mask
+        if attn_mask is not None and self.supports_key_mask and not is_causal:
+            supported = supported or is_key_mask(attn_mask, x)
+        check_sequence(x, layout, attn_mask, is_causal, supported, self.uses_grid)
         return layout
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
@@ -116,11 +124,13 @@ class TokenSlot(MixerSlot):
     """A slot for a mixer of tokens: of the attention only the output dropout is left."""
 
     supports_mask: torch.jit.Final[bool]
+    supports_key_mask: torch.jit.Final[bool]
     uses_grid: torch.jit.Final[bool]
 
     def __init__(self, core: TokenMixing, attn: nn.Module, layout: TokenLayout) -> None:
         super().__init__(core, layout)
         self.supports_mask = False
+        self.supports_key_mask = core.supports_key_mask
         self.uses_grid = core.uses_grid
         self.drop = attn.proj_drop
 

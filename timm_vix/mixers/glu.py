@@ -39,6 +39,9 @@ class GatedLinearUnit(TokenMixing):
     title = "a gated linear unit without token mixing"
     source = "Abdullah & Aydin 2024, arXiv 2405.15953"
     uses_grid = False
+    # no token reads another one, masked or not
+    supports_key_mask = True
+    takes_sequences = True
     mixes_tokens = False
 
     def __init__(self, shape: AttentionShape, ffn_ratio: float = 2.0) -> None:

@@ -5,15 +5,19 @@
 Yu et al. 2022 (arXiv 2111.11418), section 3.2: what MetaFormer keeps of a transformer when attention is taken away.
 
 *Differs:* values are pooled and projected as a ViT's are, so that trained weights around the mixer stay in use; the
-paper pools the tokens themselves. Prefix tokens have no neighbours: they keep softmax attention to all tokens.
+paper pools the tokens themselves. Prefix tokens have no neighbours: they keep softmax attention to all tokens. A masked
+neighbour counts as one that doesn't exist.
 
 Shapes: B images, N = P + H·W tokens, h heads, E width of a head's values.
 """
+
+from typing import Optional
 
 import torch
 from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
 
 from ._layout import TokenLayout
+from ._masks import added_to_logits, tokens_read
 from ._mechanism import AttentionMechanism
 
 
@@ -25,16 +29,31 @@ class Pooling(AttentionMechanism):
     supports_dropout = False
     has_logits = False
     needs_self_attention = True
+    supports_key_mask = True
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        queries: TokenLayout,
+        keys: TokenLayout,
+        attn_mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         P, (height, width) = keys.num_prefix_tokens, keys.grid
         B, h, _, E = v.shape
         image = v[:, :, P:].transpose(2, 3).reshape(B, h * E, height, width)
         # at the border the mean is over the neighbours that exist
-        pooled = avg_pool2d(image, 3, 1, 1, count_include_pad=False) - image
+        if attn_mask is None:
+            means = avg_pool2d(image, 3, 1, 1, count_include_pad=False)
+        else:
+            read = tokens_read(attn_mask, B)[:, P:].reshape(B, 1, height, width).to(v.dtype)
+            means = avg_pool2d(image * read, 3, 1, 1, count_include_pad=False)
+            # what share of the neighbours is read, a ninth at least; 0 for a token that reads none
+            means = means / avg_pool2d(read, 3, 1, 1, count_include_pad=False).clamp(min=0.1)
+            attn_mask = added_to_logits(attn_mask, q.dtype)
+        pooled = means - image
         y = pooled.reshape(B, h, E, height * width).transpose(2, 3)
         if P > 0:
-            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
+            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v, attn_mask=attn_mask), y], dim=2)
         return y

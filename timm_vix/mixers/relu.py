@@ -12,17 +12,22 @@ convolution of the values, added to Y.
 tokens like all others, without p. The convolution has a filter for each channel of all heads and not one that the heads
 share. Sums are taken in float32 at least. A query that is negative everywhere, or meets no key, gives 0.
 
+Without the convolution masks of keys are honoured: a masked key is 0.
+
 Trained softmax attention is another function, of which little is kept: this one is to be trained from scratch. Rotary
 positions turn queries and keys before they are rectified, and p is added to turned keys.
 
 Shapes: B images, N = P + H·W tokens, h heads, D width of a head's queries and keys, E of its values.
 """
 
+from typing import Optional
+
 import torch
 from torch import nn
 from torch.nn.functional import pad, relu
 
 from ._layout import TokenLayout
+from ._masks import tokens_read
 from ._mechanism import AttentionMechanism, AttentionShape
 from ._precision import outside_autocast
 from ._resample import resample_writing
@@ -46,6 +51,7 @@ class ReluAttention(AttentionMechanism):
     title = "ReLU attention"
     source = "Guo et al. 2024, arXiv 2405.11582"
     supports_dropout = False
+    supports_key_mask = True
     # there are no logits to which a bias could be added
     has_logits = False
     conv_residual = True
@@ -61,11 +67,19 @@ class ReluAttention(AttentionMechanism):
         nn.init.zeros_(self.key_positions)
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        queries: TokenLayout,
+        keys: TokenLayout,
+        attn_mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         positions = resample_writing(self.key_positions, keys.grid).unflatten(0, (k.shape[1], k.shape[3]))
         positions = pad(positions.flatten(2).transpose(1, 2), (0, 0, keys.num_prefix_tokens, 0))
         q, k = relu(q), relu(k + positions)
+        if attn_mask is not None:
+            k = k * tokens_read(attn_mask, k.shape[0]).unsqueeze(1).unsqueeze(3).to(k.dtype)
         if torch.jit.is_scripting():
             return relu_attention(q, k, v)
         else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if

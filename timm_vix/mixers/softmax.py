@@ -40,6 +40,8 @@ class SoftmaxAttention(AttentionMechanism):
     source = "Vaswani et al. 2017, arXiv 1706.03762"
     uses_grid = False
     supports_mask = True
+    supports_key_mask = True
+    takes_sequences = True
     supports_key_bias = True
     candidates = (dict(merge_keys=0.5), dict(merge_keys=0.75))
 
@@ -52,7 +54,7 @@ class SoftmaxAttention(AttentionMechanism):
                 "every second key at most merges into another"
             )
         self.merge_keys = float(merge_keys)
-        self.supports_mask = merge_keys == 1
+        self.supports_mask = self.supports_key_mask = merge_keys == 1
 
     def forward(
         self,

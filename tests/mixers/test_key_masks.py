@@ -1,0 +1,312 @@
+"""Masks of keys, (B, 1, 1, N): every mixer that takes them against loops over the tokens that are read."""
+
+import re
+
+import pytest
+import torch
+from conftest import distance, rounding, small
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool1d
+
+from timm_vix._checks import InputError
+from timm_vix.mixers import MIXERS
+
+TAKEN = {
+    "softmax": {"locality": 0.05},  # without anything added it is timm's own
+    "performer": {},
+    "performer-learned": {"learned_features": True},
+    "performer-locality": {"locality": 0.05},
+    "nystrom": {},
+    "nystrom-qk_norm": {"qk_norm": True},
+    "nystrom-locality": {"locality": 0.05},
+    "linformer": {},
+    "linformer-headwise": {"sharing": "headwise"},
+    "linformer-none": {"sharing": "none"},
+    "pool": {},
+    "relu": {"conv_residual": False},
+    "glu": {},
+}
+ROW = dict(img_size=(2, 40))  # a grid of one row, with 20 patches
+
+
+def slot_of(name: str, **kwargs) -> nn.Module:
+    """An attention slot in float64, with a 7x5 grid after a class token and a register unless ``kwargs`` differ."""
+    mixer = name.partition("-")[0]
+    more = {"num_landmarks": 6} if mixer == "nystrom" else {"num_proj_tokens": 6} if mixer == "linformer" else {}
+    return small(mixer, **{"reg_tokens": 1, **more, **TAKEN[name], **kwargs}).double().blocks[0].attn
+
+
+def masked_tokens(module: nn.Module, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, N, C) and a mask (B, 1, 1, N): one image with half of the grid masked, one with every second token."""
+    N, P = module.num_tokens, module.num_prefix_tokens
+    mask = torch.rand(batch, N) < 0.6
+    mask[0, : P + (N - P) // 2] = False
+    mask[0, -1] = mask[1, ::2] = mask[1:, 0] = True
+    return torch.randn(batch, N, 32, dtype=torch.float64), mask[:, None, None, :]
+
+
+def heads(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    return [part.detach() for part in module.project(x, 0, 3)]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_forms_of_a_mask(name):
+    module = slot_of(name)
+    x, mask = masked_tokens(module)
+    assert distance(module(x, attn_mask=torch.ones_like(mask)), module(x)) < rounding(torch.float64)
+    expected = module(x, attn_mask=mask)
+    for hidden in (torch.finfo(torch.float64).min, -torch.inf, -1e4):
+        added = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, hidden)
+        assert distance(module(x, attn_mask=added), expected) < rounding(torch.float64)
+    for all_images, image in zip(module(x, attn_mask=mask[2:]), x):
+        assert distance(all_images, module(image.unsqueeze(0), attn_mask=mask[2:])[0]) < rounding(torch.float64)
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pool", "relu", "glu")]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["performer", "nystrom", "linformer-headwise", *SLOW])
+def test_scripted(name):
+    module = slot_of(name)
+    x, mask = masked_tokens(module)
+    assert distance(torch.jit.script(module)(x, mask), module(x, mask)) < rounding(torch.float64)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_nothing_is_read_of_masked_tokens(name):
+    """Neither values nor maxima, and no gradient comes to them."""
+    module = slot_of(name)
+    x, mask = masked_tokens(module)
+    read = mask[:, 0, 0]
+    other = torch.where(read.unsqueeze(2), x, 100 * torch.randn_like(x)).requires_grad_()
+    y = module(other, attn_mask=mask)[read]
+    assert distance(y, module(x, attn_mask=mask)[read]) < rounding(torch.float64)
+    (gradient,) = torch.autograd.grad(y.square().sum(), other)
+    assert gradient[~read].abs().max() == 0 and gradient[read].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["performer", "performer-learned", "glu", "nystrom", "linformer-none"])
+def test_the_result_is_that_without_the_masked_tokens(name):
+    """On a grid of one row for landmarks, which are pooled over the grid."""
+    grid = ROW if name[:2] in ("ny", "li") else {}
+    module = slot_of(name, class_token=False, reg_tokens=0, global_pool="avg", **grid)
+    x, mask = masked_tokens(module)
+    module.is_sequence = bool(grid)
+    y = module(x, attn_mask=mask)
+    for image, row, result in zip(x, mask[:, 0, 0], y):
+        assert distance(result[row], module(image[row].unsqueeze(0))[0]) < rounding(torch.float64, 10)
+
+
+def test_performer_weighs_keys_by_any_number():
+    """A token with log 2 added to its logits counts as two equal tokens."""
+    module = slot_of("performer")
+    x = torch.randn(2, 37, 32, dtype=torch.float64)
+    added = torch.zeros(1, 1, 1, 37, dtype=torch.float64)
+    added[..., 5:9] = torch.log(torch.tensor(2.0, dtype=torch.float64))
+    twice = module(torch.cat([x, x[:, 5:9]], dim=1))
+    assert distance(module(x, attn_mask=added), twice[:, :37]) < rounding(torch.float64)
+
+
+def test_performer_masks_whole_blocks():
+    """Sums run over blocks of 256 tokens; the first ones may have nothing to read."""
+    module = slot_of("performer", class_token=False, reg_tokens=0, global_pool="avg", img_size=(56, 50))
+    x = torch.randn(1, 700, 32, dtype=torch.float64)
+    mask = (torch.arange(700) >= 600)[None, None, None, :]
+    found = module(x, attn_mask=mask)[:, 600:]
+    assert distance(found, module(x[:, 600:])) < rounding(torch.float64)
+
+
+def cells_of(module: nn.Module, read: torch.Tensor) -> list[list[int]]:
+    """The patches that are read in each cell: rows floor(i H / r) to ceil((i + 1) H / r) of r, and columns likewise."""
+    (height, width), (rows, columns) = module.grid, module.core.cells(module.grid)
+    found = []
+    for i in range(rows):
+        for j in range(columns):
+            down = range(i * height // rows, -(-(i + 1) * height // rows))
+            across = range(j * width // columns, -(-(j + 1) * width // columns))
+            found.append([r * width + c for r in down for c in across if read[r * width + c]])
+    return found
+
+
+def overlap(module: nn.Module) -> float:
+    """How much of the grid a token of a cell stands for: H·W / m over the tokens of a cell."""
+    rows, columns = module.core.cells(module.grid)
+    return module.grid[0] * module.grid[1] / (rows * columns)
+
+
+@pytest.mark.parametrize("name", ["nystrom", "nystrom-qk_norm"])
+def test_nystrom_is_the_formula_with_what_is_left_of_each_cell(name):
+    module = slot_of(name, pinv_iterations=60)
+    x, mask = masked_tokens(module)
+    assert module.is_sequence is False and module.core.cells(module.grid) == (3, 2)
+    P, whole = module.num_prefix_tokens, cells_of(module, [True] * 35)
+    expected = torch.zeros_like(x)
+    for image in range(3):
+        read = mask[image, 0, 0]
+        groups = [[token] for token in range(P) if read[token]]
+        counts = [1.0] * len(groups)
+        for full, left in zip(whole, cells_of(module, read[P:])):
+            if left:
+                groups.append([P + patch for patch in left])
+                counts.append(overlap(module) * len(left) / len(full))
+        means = torch.stack([x[image, group].mean(0) for group in groups]).unsqueeze(0)
+        pooled = [torch.stack([part[image, :, g].mean(1) for g in groups], 1) for part in heads(module, x)]
+        # tokens are pooled before they are projected, which differs where queries and keys are normalised
+        q_m, k_m, v_m = (part[0] for part in heads(module, means)) if name.endswith("norm") else pooled
+        q, k, v = (part[image] for part in heads(module, x))
+        c = torch.tensor(counts, dtype=torch.float64).log()
+        F = (q @ k_m.transpose(1, 2) / 4 + c).softmax(2)
+        A = (q_m @ k_m.transpose(1, 2) / 4 + c).softmax(2)
+        exact = (q_m @ k[:, read].transpose(1, 2) / 4).softmax(2) @ v[:, read]
+        AT, eye = A.transpose(1, 2), torch.eye(len(groups), dtype=torch.float64)
+        X = v_m + torch.linalg.solve(AT @ A + 0.01 * eye, AT @ (exact - A @ v_m))
+        expected[image] = module.merge((F @ X).unsqueeze(0), x[image : image + 1])[0]
+    assert distance(module(x, attn_mask=mask), expected) < rounding(torch.float64, 100)
+
+
+@pytest.mark.parametrize("name", ["linformer", "linformer-headwise", "linformer-none"])
+def test_linformer_is_the_formula_with_the_weights_that_are_left(name):
+    module = slot_of(name)
+    x, mask = masked_tokens(module)
+    P, weight, expected = module.num_prefix_tokens, module.core.token_proj.detach(), torch.zeros_like(x)
+    sharing, k_count = module.core.sharing, weight.shape[1]
+    for image in range(3):
+        read = mask[image, 0, 0]
+        q, k, v = (part[image] for part in heads(module, x))
+        for head in range(2):
+            matrices = {"kv": (0, 0), "headwise": (0, 1), "none": (head, 2 + head)}[sharing]
+            projected, shares = [], []
+            for matrix, part, which in zip(matrices, (k, v), (1, 2)):
+                E = weight[matrix].flatten(1)
+                shares.append(E[:, read[P:]].abs().sum(1) / E.abs().sum(1))
+                E = E / shares[-1].unsqueeze(1)
+                if sharing == "none":
+                    projected.append(E[:, read[P:]] @ part[head, P:][read[P:]])
+                else:  # tokens are projected by E before keys and values are computed
+                    tokens = E[:, read[P:]] @ x[image, P:][read[P:]]
+                    projected.append(heads(module, tokens.unsqueeze(0))[which][0, head])
+            prefix = read[:P]
+            keys = torch.cat([k[head, :P][prefix], projected[0]])
+            values = torch.cat([v[head, :P][prefix], projected[1]])
+            bias = torch.cat([torch.zeros(int(prefix.sum())), (35 / k_count * shares[0]).log()])
+            y = (q[head] @ keys.T / 4 + bias).softmax(1) @ values
+            expected[image, :, 16 * head : 16 * head + 16] = y
+    expected = module.proj(expected)
+    assert distance(module(x, attn_mask=mask), expected) < rounding(torch.float64)
+
+
+def test_a_sequence_is_projected_as_if_it_were_shorter():
+    """E of 20 places for n tokens: each of them is their average over piece i of 20."""
+    module = slot_of("linformer", **ROW)
+    x, mask = masked_tokens(module)
+    P, E = module.num_prefix_tokens, module.core.token_proj.detach()[0, :, 0]
+    for image, read, y in zip(x, mask[:, 0, 0], module(x, attn_mask=mask)):
+        n = int(read[P:].sum())
+        projected = E @ adaptive_avg_pool1d(image[P:][read[P:]].T, 20).T
+        tokens = torch.cat([image[:P][read[:P]], projected]).unsqueeze(0)
+        bias = torch.tensor([0.0] * int(read[:P].sum()) + [n / 6] * 6, dtype=torch.float64)
+        bias[int(read[:P].sum()) :] = bias[int(read[:P].sum()) :].log()
+        (q, _, _), (_, k, v) = heads(module, image.unsqueeze(0)), heads(module, tokens)
+        heads_out = (q @ k.transpose(2, 3) / 4 + bias).softmax(3) @ v
+        assert distance(y, module.merge(heads_out, image.unsqueeze(0))[0]) < rounding(torch.float64)
+
+
+def test_pooling_is_over_the_neighbours_that_are_read():
+    module = slot_of("pool")
+    x, mask = masked_tokens(module)
+    P, (height, width) = module.num_prefix_tokens, module.grid
+    q, k, v = heads(module, x)
+    y = torch.zeros_like(v)
+    for image in range(3):
+        read = mask[image, 0, 0]
+        logits = q[image, :, :P] @ k[image][:, read].transpose(1, 2) / 4
+        y[image, :, :P] = logits.softmax(2) @ v[image][:, read]
+        for row in range(height):
+            for column in range(width):
+                near = [
+                    P + r * width + c
+                    for r in range(max(0, row - 1), min(height, row + 2))
+                    for c in range(max(0, column - 1), min(width, column + 2))
+                ]
+                near = [token for token in near if read[token]]
+                mean = v[image][:, near].mean(1) if near else 0
+                y[image, :, P + row * width + column] = mean - v[image, :, P + row * width + column]
+    assert distance(module(x, attn_mask=mask), module.merge(y, x)) < rounding(torch.float64)
+
+
+def test_relu_attention_sums_over_the_keys_that_are_read():
+    module = slot_of("relu")
+    x, mask = masked_tokens(module)
+    q, k, v = heads(module, x)
+    positions = module.core.key_positions.detach().unflatten(0, (2, 16)).flatten(2).transpose(1, 2)
+    k[:, :, module.num_prefix_tokens :] += positions
+    weights = q.relu() @ k.relu().transpose(2, 3) * mask
+    y = weights @ v / (weights.sum(3, keepdim=True) + 1e-6)
+    assert distance(module(x, attn_mask=mask), module.merge(y, x)) < rounding(torch.float64)
+
+
+@pytest.mark.parametrize("name", [name for name in TAKEN if "-" not in name])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_an_image_of_nothing(name, dtype):
+    module = slot_of(name)
+    x, mask = masked_tokens(module)
+    expected = module(x, attn_mask=mask)
+    module = module.to(dtype)
+    read = mask[:, 0, 0]
+    added = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    y = module(x.to(dtype), attn_mask=added)
+    assert distance(y[read], expected[read]) < 10 * torch.finfo(dtype).eps
+    added[0] = torch.finfo(dtype).min
+    assert module(x.to(dtype), attn_mask=added).isfinite().all()
+
+
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "softmax"])
+def test_who_takes_masks_is_said_where_another_mask_is_refused(mixer):
+    """The names in the message are those of the mixers that take masks of keys."""
+    module = small(mixer).blocks[0].attn
+    x, mask = torch.randn(2, 36, 32), torch.ones(2, 1, 1, 36, dtype=torch.bool)
+    if module.core.supports_key_mask:
+        assert MIXERS[mixer].supports_key_mask and module(x, attn_mask=mask).isfinite().all()
+    for given in (mask.expand(2, 1, 36, 36), mask[..., :35], mask[:1].expand(3, 1, 1, 36), mask[0]):
+        with pytest.raises(InputError, match=re.escape(f"attn_mask of shape {list(given.shape)}")) as error:
+            module(x, attn_mask=given)
+        (names,) = re.findall(r"is taken by (.*) too", str(error.value))
+        allowed = {name for name, mixer_class in MIXERS.items() if mixer_class.supports_key_mask}
+        assert set(re.findall(r"\w+", names)) - {"and"} | {"softmax"} == allowed
+
+
+@pytest.mark.parametrize(
+    "mixer, keywords",
+    [("nystrom", {"window_size": 2}), ("linformer", {"window_size": 2}), ("performer", {"conv_residual": True}),
+     ("relu", {}), ("softmax", {"merge_keys": 0.5})],
+)  # fmt: skip
+def test_keywords_with_which_masks_are_refused(mixer, keywords):
+    with pytest.raises(InputError, match="without conv_residual and window_size"):
+        small(mixer, **keywords).blocks[0].attn(torch.randn(2, 36, 32), torch.ones(2, 1, 1, 36, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["nystrom", "linformer", "pool", "relu"])
+def test_numbers_in_between_are_refused(name):
+    module = slot_of(name)
+    x, mask = masked_tokens(module)
+    added = torch.zeros(mask.shape, dtype=torch.float64)
+    added[0, 0, 0, 3] = -0.5
+    with pytest.raises(InputError, match=r"attn_mask adds -0.5 .*softmax and performer take any numbers"):
+        module(x, attn_mask=added)
+
+
+@pytest.mark.parametrize("name", ["performer", "nystrom", "linformer"])
+def test_models_hand_masks_on(name):
+    """timm's ViT gives its blocks the mask that it is called with."""
+    mixer = name.partition("-")[0]
+    model = small(mixer, depth=1).double()
+    pixels = torch.randn(2, 3, 14, 10, dtype=torch.float64)
+    mask = torch.rand(2, 1, 1, 36) < 0.5
+    mask[..., 0] = True
+    block = model.blocks[0]
+    x = model.patch_embed(pixels)
+    x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
+    x = x + block.ls1(block.attn(block.norm1(x), attn_mask=mask))
+    x = x + block.ls2(block.mlp(block.norm2(x)))
+    assert distance(model(pixels, attn_mask=mask), model.forward_head(model.norm(x))) < rounding(torch.float64)
