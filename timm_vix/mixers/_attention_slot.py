@@ -57,6 +57,9 @@ def logit_factor(num_tokens: int, trained_tokens: int) -> float:
 class AttentionSlot(MixerSlot):
     """A slot for a mechanism with queries, keys and values.
 
+    Of the attention's modules it leaves out ``attn_drop``: no N x N attention weights pass through it, and a hook that
+    reads them there would never be called.
+
     Args:
         core: the mechanism.
         attn: timm ``Attention``, ``AttentionRope`` or ``EvaAttention``, or another slot of this kind.
@@ -83,7 +86,6 @@ class AttentionSlot(MixerSlot):
         self.v_bias = getattr(attn, "v_bias", None)
         self.q_norm = attn.q_norm
         self.k_norm = attn.k_norm
-        self.attn_drop = attn.attn_drop
         self.norm = attn.norm
         self.gate = getattr(attn, "gate", None)
         self.proj = attn.proj
@@ -305,6 +307,6 @@ class LandmarkSlot(AttentionSlot):
         if self.core.needs_queries:
             exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v)
             v_m = self.core.fit(q_m, k_m, v_m, exact, bias)
-        dropout = self.attn_drop.p if self.training else 0.0
+        dropout = self.core.dropout if self.training else 0.0
         k_m = self.scale(k_m, layout)  # in the place of the queries, which aren't computed
         return self.proj_drop(fused_attend_to(x, k_m, v_m, bias, weight[:A], bias_q, proj.weight, proj.bias, dropout))
