@@ -1,6 +1,7 @@
 """The models that the libraries of the ecosystem get: 16 patches, 2 blocks of 2 heads of width 16, 5 classes."""
 
 import timm
+import torch
 from conftest import lively
 from torch import nn
 
@@ -21,7 +22,11 @@ KINDS = [*KEYWORDS, CONVERTED]
 
 
 def build(kind: str, **kwargs) -> nn.Module:
-    """A model in eval mode with the mixer of that name, or a ViT of timm with Nyström and Linformer layers."""
+    """A model in eval mode with the mixer of that name, or a ViT of timm with Nyström and Linformer layers.
+
+    The same call gives the same weights.
+    """
+    torch.manual_seed(0)
     kwargs = {**SIZE, **kwargs}
     if kind != CONVERTED:
         name = "vix_softmax_cifar" if kind == "softmax" else f"vix_{kind}_tiny"
