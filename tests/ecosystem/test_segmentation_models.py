@@ -9,7 +9,9 @@ from torch.nn.functional import cross_entropy
 
 import timm_vix
 
-smp = pytest.importorskip("segmentation_models_pytorch", reason="it is in the extra 'ecosystem'")
+smp = pytest.importorskip(
+    "segmentation_models_pytorch", reason="segmentation_models_pytorch is in the extra 'ecosystem'"
+)
 pytestmark = pytest.mark.slow
 
 # its "depth" is the number of maps that a decoder gets, so a ViT keeps the number of blocks that its name has
@@ -102,9 +104,8 @@ def test_decoders_of_pyramids(name, decoder):
 
 @pytest.mark.xfail(
     raises=ValueError,
-    reason="segmentation_models_pytorch 0.6.0 has no Unet over maps of one size, of any ViT of timm; its DPT has: "
-    "https://github.com/qubvel-org/segmentation_models.pytorch/blob/v0.5.0/segmentation_models_pytorch/encoders/"
-    "timm_universal.py",
+    reason="segmentation_models_pytorch 0.6.0 has no Unet over maps of one size, which any ViT of timm gives; its DPT "
+    "takes them: https://github.com/qubvel-org/segmentation_models.pytorch/issues/1184",
 )
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vix_nystrom_tiny"])
 def test_unet_on_a_vit(name):
