@@ -171,7 +171,7 @@ def build_slot(
         attn.head_dim,
         layout,
         layout,
-        attn.attn_drop.p,
+        attn.core.dropout if isinstance(attn, AttentionSlot) else attn.attn_drop.p,
         rotary,
         weight.device,
         weight.dtype,

@@ -54,6 +54,9 @@ def logit_factor(num_tokens: int, trained_tokens: int) -> float:
 class AttentionSlot(MixerSlot):
     """A slot for a mechanism with queries, keys and values.
 
+    Of the attention's modules it leaves out ``attn_drop``: no N x N attention weights pass through it, and a hook that
+    reads them there would never be called.
+
     Args:
         core: the mechanism.
         attn: timm ``Attention``, ``AttentionRope`` or ``EvaAttention``, or another slot of this kind.
@@ -80,7 +83,6 @@ class AttentionSlot(MixerSlot):
         self.v_bias = getattr(attn, "v_bias", None)
         self.q_norm = attn.q_norm
         self.k_norm = attn.k_norm
-        self.attn_drop = attn.attn_drop
         self.norm = attn.norm
         self.gate = getattr(attn, "gate", None)
         self.proj = attn.proj

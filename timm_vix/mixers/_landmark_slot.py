@@ -124,6 +124,6 @@ class LandmarkSlot(AttentionSlot):
             token_bias = None if masked is None else added_to_logits(masked.read.unsqueeze(1), x.dtype)
             exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v, token_bias)
             v_m = self.core.fit(q_m, k_m, v_m, exact, bias, masked is not None)
-        dropout = self.attn_drop.p if self.training else 0.0
+        dropout = self.core.dropout if self.training else 0.0
         k_m = self.scale(k_m, layout)  # in the place of the queries, which aren't computed
         return self.proj_drop(fused_attend_to(x, k_m, v_m, bias, weight[:A], bias_q, proj.weight, proj.bias, dropout))
