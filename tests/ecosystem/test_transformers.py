@@ -9,7 +9,10 @@ import timm
 import torch
 from conftest import distance
 from PIL import Image
-from small_models import KINDS, SIZE, build
+from small_models import CONVERTED, KINDS, SIZE, build
+from timm.data import resolve_model_data_config
+
+from timm_vix.train.hub import model_card, write_hub
 
 transformers = pytest.importorskip("transformers", reason="Transformers is in the extra 'ecosystem'")
 pytestmark = [
@@ -45,6 +48,22 @@ def test_a_saved_folder_is_the_same_function(kind, tmp_path):
     classifier.save_pretrained(tmp_path / "transformers")
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "transformers").eval()
     assert torch.equal(again(x).logits, model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["nystrom", CONVERTED])
+def test_the_folder_of_a_run_needs_no_further_argument(kind, tmp_path):
+    model = build(kind)
+    write_hub(
+        tmp_path / "hub",
+        model,
+        resolve_model_data_config(model, dict(img_size=32)),
+        model_card("# A model", "apache-2.0", True),
+    )
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hub").eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(classifier(x).logits, model(x))
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()(x), model(x))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The folder that a run leaves for the Hugging Face Hub: weights, configuration and model card."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -34,6 +35,7 @@ def write_hub(
         shutil.rmtree(partial, ignore_errors=True)
         names = dict(label_names=label_names) if label_names else None
         save_for_hf(model, partial, names, safe_serialization=True, data_config=data_config)
+        note_classes_once(partial / "config.json")
         card.save(partial / "README.md")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -41,6 +43,15 @@ def write_hub(
         shutil.rmtree(partial, ignore_errors=True)
         message = f"cannot write {folder}: {one_line(error)}; checkpoint.pt has the weights; make room, then resume"
         raise OSError(message) from error
+
+
+def note_classes_once(path: Path) -> None:
+    """Take the number of classes out of the arguments of the model: the configuration has it, and Transformers' wrapper
+    of timm's models hands on both."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if (config.get("model_args") or {}).get("num_classes") == config["num_classes"]:
+        del config["model_args"]["num_classes"]
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def model_card(text: str, license: str, ours: bool) -> ModelCard:
