@@ -130,13 +130,13 @@ def scores(matrix: torch.Tensor) -> dict[str, float]:
     return dict(miou=100 * float(miou), pixel_accuracy=100 * float(hits.sum() / matrix.sum()))
 
 
-def picture(scenes: list[Scene], predictions: list[torch.Tensor], width: int = 240) -> bytes:
-    """A PNG with a row a scene: the image, the true classes and the predicted ones; black has no class."""
+def picture(scenes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], width: int = 240) -> bytes:
+    """A PNG with a row a scene: the image, the true classes and the predicted ones. Black has no class."""
     rows = []
-    for (image, truth), prediction in zip(scenes, predictions):
+    for image, *masks in scenes:
         height = round(width * image.shape[1] / image.shape[2])
         parts = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height))]
-        for classes in (truth, prediction):
+        for classes in masks:
             colours = Image.fromarray(PALETTE[classes.numpy()])
             parts.append(colours.resize((width, height), Image.Resampling.NEAREST))
         rows.append(np.concatenate([np.asarray(part) for part in parts], axis=1))

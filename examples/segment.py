@@ -87,15 +87,14 @@ def train(net: nn.Module, scenes: Scenes, settings: dict[str, Any], run: argpars
 
 @torch.inference_mode()
 def evaluate(net: nn.Module, scenes: list[Scene], run: argparse.Namespace) -> tuple[dict, list[torch.Tensor]]:
-    """The scores over all scenes at their own size, from one confusion matrix; and the predictions of the first."""
-    objective, first = Objective(net.eval(), run), []
+    """The scores over all scenes at their own size, from one confusion matrix; and the predicted classes of each."""
+    objective, predictions = Objective(net.eval(), run), []
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
     for image, truth in tqdm(scenes, "validate", leave=False, disable=None):
         prediction = predicted(objective.logits(resized(image, run.img_size).unsqueeze(0)), truth.shape)[0].cpu()
         matrix += confusion(truth, prediction)
-        if len(first) < 3:
-            first.append(prediction)
-    return scores(matrix), first
+        predictions.append(prediction.byte())
+    return scores(matrix), predictions
 
 
 def settings_of(run: argparse.Namespace, mixer: str, images: int) -> dict[str, Any]:
@@ -133,7 +132,8 @@ def run_all(run: argparse.Namespace) -> None:
         net = build(run, mixer)
         position = train(net, scenes, settings, run, folder)
         found, predictions = evaluate(net, val_scenes, run)
-        write_whole(folder / "predictions.png", picture(val_scenes, predictions))
+        shown = range(0, len(val_scenes), math.ceil(len(val_scenes) / 3))
+        write_whole(folder / "predictions.png", picture([(*val_scenes[i], predictions[i]) for i in shown]))
         backbone = net.encoder.model
         row = dict(
             **settings,

@@ -239,7 +239,7 @@ def test_rows_come_once_and_equal_time_ends_by_the_clock(folder, start, module, 
     assert rows[0]["faster_training"] == rows[0]["faster_inference"] == 1.0
     for picture in folder.glob("runs/*/predictions.png"):
         with Image.open(picture) as image:
-            assert image.size == (3 * 240, 3 * 176)
+            assert image.size == (3 * 240, 2 * 176)
             right = np.asarray(image.convert("RGB"))[5, 245]  # the true class of a corner
         assert tuple(right) in {tuple(module("road_scenes").PALETTE[label]) for label in (3, 8)}
     capsys.readouterr()
