@@ -164,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="of the head")
     parser.add_argument("--layer-decay", type=float, default=0.75, help="of the rate, from a block to the one before")
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--trained-blocks", type=int, help="train the last ones only; 0: a frozen backbone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--amp", choices=("auto", "bfloat16", "off"), default="auto")
