@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 
-from result_tables import RESULTS, ROOT, context, conversion, cost, finer, mechanisms, training
+from result_tables import RESULTS, ROOT, context, conversion, cost, finer, mechanisms, segmentation, training
 
 DOCUMENTS = (ROOT / "README.md", RESULTS / "RESULTS.md")
 # a block holds no other mark, so one that lacks its end takes no text with it
@@ -46,6 +46,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfers": conversion.transfers,
     "plans": conversion.plans,
     "parts": training.parts,
+    "segmentation": segmentation.camvid,
     "other mechanisms": mechanisms.other_mechanisms,
     "all mechanisms": mechanisms.all_mechanisms,
     "context": context.context,

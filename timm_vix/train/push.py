@@ -99,6 +99,14 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
             model_config=labels,
             data_config=resolve_model_data_config(model),
         )
+        # the folder's, see note_classes_once in hub.py
+        api.upload_file(
+            path_or_fileobj=str(hub / "config.json"),
+            path_in_repo="config.json",
+            repo_id=repository,
+            revision=revision,
+            commit_message="Name the number of classes once",
+        )
     except CLIENT_ERRORS as error:
         raise InputError(f"repository={repository}: {reason_of(error)}") from error
     return f"{repository}@{revision}" if revision else repository

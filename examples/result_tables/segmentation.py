@@ -1,0 +1,32 @@
+"""Table of segmentation: softmax and efficient attention, trained by one recipe."""
+
+from . import Row, markdown, measured, read
+
+
+def camvid() -> str:
+    """mIoU, time and memory on CamVid; softmax comes first in each block of equal model, size and budget."""
+    rows = read("segment_camvid.csv")
+    body = []
+    for row in sorted(rows, key=lambda row: (block_of(rows, row), row["mixer"] != "softmax")):
+        mixer = f"{row['mixer']} ({row['keywords']})" if row["keywords"] else row["mixer"]
+        backbone = f"`{row['model']}`, {row['img_size']}, {row['tokens']} tokens, {row['head']} head"
+        accuracy = [f"{float(row[name]):.1f}" for name in ("miou", "pixel_accuracy")]
+        training = [f"{float(row['epochs']):.1f}", f"{float(row['train_s']) / 60:.1f} min"]
+        memory = f"{float(row['peak_memory_mib']):,.0f} MiB" if row["peak_memory_mib"] else ""
+        costs = [f"{float(row['step_ms']):,.0f} ms", faster(row, "training"), memory]
+        inference = [f"{float(row['infer_ms']):,.0f} ms", faster(row, "inference")]
+        body.append([mixer, backbone, row["budget"], *accuracy, *training, *costs, *inference])
+    head = ["", "backbone", "budget", "mIoU %", "pixels right %", "epochs", "training", "a step", "times as fast"]
+    head += ["memory of a step", "an image", "times as fast"]
+    return markdown(head, body, measured(rows))
+
+
+def block_of(rows: list[Row], row: Row) -> int:
+    """The place of the first row of equal model, size, head and budget."""
+    names = ("model", "img_size", "head", "trained_blocks", "budget")
+    return next(i for i, other in enumerate(rows) if all(other[name] == row[name] for name in names))
+
+
+def faster(row: Row, kind: str) -> str:
+    """How many times as fast as softmax, which has none."""
+    return "" if row["mixer"] == "softmax" else f"{float(row[f'faster_{kind}']):.2f}"
