@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from .._checks import InputError, check_choice
+from .._files import one_line
 from .._names import parse_model
 from .._records import check_writable
 from ..benchmark.cost import positive
@@ -88,14 +89,16 @@ def build(
         model, config = build_teacher(run)
     except InputError as error:
         if dynamic_size and "dynamic_img_size" in str(error):
-            raise fixed_size(name, "it has no dynamic_img_size") from error
+            raise fixed_size(name, "it takes no dynamic_img_size") from error
         raise
     return model, config
 
 
 def fixed_size(name: str, reason: str) -> InputError:
     """The error for a model that can't be exported for images of any size."""
-    return InputError(f"--dynamic-size: {name} takes images of one size, since {reason}; export one file for each size")
+    return InputError(
+        f"--dynamic-size cannot be had of {name}: {reason}; leave it out, and export a file for each size"
+    )
 
 
 @contextlib.contextmanager
@@ -123,10 +126,14 @@ def capture(
             # traced at another size than the model's own, at which positions aren't resampled
             free[axis] = patch[axis - 2] * torch.export.Dim(f"{name}_in_patches", min=2, max=4096)
         height, width = height + patch[0], width + 2 * patch[1]
-    with torch.no_grad():
-        program = torch.export.export(
-            WithFloat32(model, dtype).eval(), (torch.zeros(2, channels, height, width),), dynamic_shapes=(free,)
-        )
+    images = torch.zeros(2, channels, height, width)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(WithFloat32(model, dtype).eval(), (images,), dynamic_shapes=(free,))
+    except Exception as error:  # torch's exporter raises by what it finds
+        if dynamic_size:
+            raise fixed_size(type(model).__name__, one_line(error, 200)) from error
+        raise
     return program, (free,)
 
 
@@ -154,7 +161,7 @@ def write(
             quantise.quantise_onnx(exported, path, calibration)
         elif to == "openvino":
             ir = read_onnx_as_openvino(exported)
-            write_openvino(ir if calibration is None else quantise.quantise_openvino(ir, calibration), path, dtype)
+            write_openvino(ir if calibration is None else quantise.quantise_openvino(ir, calibration), path)
 
 
 def export_model(

@@ -23,7 +23,6 @@ from .._checks import InputError
 from .._files import one_line
 
 SUFFIXES = dict(onnx=".onnx", openvino=".xml", pt2=".pt2", aoti=".pt2")
-EXTRAS = dict(onnx="onnx", openvino="openvino", pt2="torchao", aoti="torchao")
 Runner = Callable[[torch.Tensor], torch.Tensor]
 
 # how exporters and runtimes name what they lack
@@ -111,7 +110,7 @@ def read_onnx_as_openvino(path: Path) -> Any:
     return openvino.convert_model(path)
 
 
-def write_openvino(model: Any, path: Path, dtype: str) -> None:
+def write_openvino(model: Any, path: Path) -> None:
     """Write OpenVINO's .xml and .bin."""
     import openvino
 
@@ -153,7 +152,8 @@ def open_openvino(path: Path, dtype: str, threads: int) -> Runner:
 
 def open_pt2(path: Path, dtype: str, threads: int) -> Runner:
     if dtype == "int8":
-        import torchao.quantization.pt2e  # noqa: F401  registers the operators that quantise
+        with needs("int8"):
+            import torchao.quantization.pt2e  # noqa: F401  registers the operators that quantise
     torch.set_num_threads(threads)
     return torch.export.load(path).module()
 

@@ -12,58 +12,61 @@ import torch
 
 from .formats import needs
 
-QUANTISED = ("Conv", "Gemm", "MatMul")
+# the operators that hold weights, as ONNX and OpenVINO name them
+LAYERS = {"Conv", "Gemm", "MatMul", "Convolution"}
 
 
 def quantise_onnx(path: Path, out: Path, images: torch.Tensor) -> None:
-    """Quantise an ONNX file, by ONNX Runtime.
+    """Quantise an ONNX file, by NNCF.
+
+    ONNX Runtime's own quantiser lost three times as much of DeiT-Tiny: it neither moves outliers of activations into
+    weights nor corrects biases.
 
     Args:
         images: (B, C, H, W), prepared.
     """
     with needs("onnx"):
-        from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
+        import onnx
         from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter(images.split(1))
-
-        def get_next(self) -> Any:
-            image = next(self.left, None)
-            return None if image is None else {"images": image.numpy()}
 
     folded = path.with_name(f"folded_{path.name}")
     # folds the transposes of weights, which are constants only after it
     quant_pre_process(path, folded, skip_symbolic_shape=True)
-    quantize_static(
-        folded,
-        out,
-        Reader(),
-        op_types_to_quantize=list(QUANTISED),
-        per_channel=True,
-        calibrate_method=CalibrationMethod.MinMax,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    model = onnx.load(folded)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    nodes = {(node.name, node.op_type) for node in model.graph.node}
+    products = [node.name for node in model.graph.node if constants.isdisjoint(node.input)]
+    onnx.save(by_nncf(model, [{"images": image.numpy()} for image in images.split(1)], nodes, products), out)
 
 
 def quantise_openvino(model: Any, images: torch.Tensor) -> Any:
     """Quantise OpenVINO's model, by NNCF."""
-    with needs("openvino"):
+    operations = model.get_ops()
+    nodes = {(node.get_friendly_name(), node.get_type_name()) for node in operations}
+    products = [node.get_friendly_name() for node in operations if not any(map(is_constant, node.input_values()))]
+    return by_nncf(model, [image.numpy() for image in images.split(1)], nodes, products)
+
+
+def by_nncf(model: Any, inputs: list[Any], nodes: set[tuple[str, str]], products: list[str]) -> Any:
+    """A model quantised where a layer has weights.
+
+    Args:
+        inputs: What the model is calibrated on.
+        nodes: Name and operator of each.
+        products: The names of those that take no constant, such as the matrix products within attention.
+    """
+    with needs("int8"):
         import nncf
 
-    products = [
-        node.get_friendly_name()
-        for node in model.get_ops()
-        if node.get_type_name() == "MatMul" and not any(is_constant(value) for value in node.input_values())
-    ]
-    others = {node.get_type_name() for node in model.get_ops()} - {"MatMul", "Convolution", "Parameter", "Result"}
+    kinds = {name: kind for name, kind in nodes if kind in LAYERS}
+    others = {kind for _, kind in nodes} - LAYERS
+    scope = nncf.IgnoredScope(names=[name for name in products if name in kinds], types=sorted(others), validate=False)
     return nncf.quantize(
         model,
-        nncf.Dataset([image.numpy() for image in images.split(1)]),
-        subset_size=len(images),
+        nncf.Dataset(inputs),
+        subset_size=len(inputs),
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(names=products, types=sorted(others), validate=False),
+        ignored_scope=scope,
     )
 
 
@@ -77,7 +80,7 @@ def is_constant(value: Any) -> bool:
 
 def quantise_program(program: torch.export.ExportedProgram, images: torch.Tensor, dynamic: Any) -> Any:
     """Quantise an exported program, by torchao's PT2E and its quantiser for x86."""
-    with needs("torchao"):
+    with needs("int8"):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
