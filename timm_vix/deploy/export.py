@@ -27,7 +27,6 @@ import torch
 from torch import nn
 
 from .._checks import InputError, check_choice
-from .._files import one_line
 from .._names import parse_model
 from .._records import check_writable
 from ..benchmark.cost import positive
@@ -39,6 +38,7 @@ from .formats import (
     OPEN,
     SUFFIXES,
     Runner,
+    fixed_size,
     held_by,
     read_onnx_as_openvino,
     write_aoti,
@@ -94,13 +94,6 @@ def build(
     return model, config
 
 
-def fixed_size(name: str, reason: str) -> InputError:
-    """The error for a model that can't be exported for images of any size."""
-    return InputError(
-        f"--dynamic-size cannot be had of {name}: {reason}; leave it out, and export a file for each size"
-    )
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what exporters print and warn of on their way; errors are raised."""
@@ -127,13 +120,8 @@ def capture(
             free[axis] = patch[axis - 2] * torch.export.Dim(f"{name}_in_patches", min=2, max=4096)
         height, width = height + patch[0], width + 2 * patch[1]
     images = torch.zeros(2, channels, height, width)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(WithFloat32(model, dtype).eval(), (images,), dynamic_shapes=(free,))
-    except Exception as error:  # torch's exporter raises by what it finds
-        if dynamic_size:
-            raise fixed_size(type(model).__name__, one_line(error, 200)) from error
-        raise
+    with torch.no_grad():
+        program = torch.export.export(WithFloat32(model, dtype).eval(), (images,), dynamic_shapes=(free,))
     return program, (free,)
 
 
@@ -148,7 +136,7 @@ def write(
 ) -> None:
     """Write a model to a file in a folder of its own, where what it is made from may lie beside it."""
     inner = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    with quiet(), held_by(to, dtype):
+    with quiet(), held_by(to, dtype, dynamic_size):
         program, free = capture(model, config, inner, dynamic_size)
         if to in ("pt2", "aoti"):
             if calibration is not None:
@@ -209,7 +197,7 @@ def export_model(
         written = partial / out.name
         write(model, config, to, dtype, written, calibration, dynamic_size)
         torch.set_num_threads(threads)
-        with held_by(to, dtype):
+        with held_by(to, dtype, dynamic_size):
             rows = parity(
                 model, OPEN[to](written, dtype, threads), trials(config, calibration, dynamic_size, model), dtype
             )

@@ -30,6 +30,7 @@ OPERATORS = (
     r"No conversion rule found for operations: ([\w.:, ]+)",
     r"Conversion is failed for: ([\w.:]+)",
     r"Could not find an implementation for (\w+)",
+    r"of operator \((\w+)\)",
     r"decomposition.*?((?:aten|prims)[.:]+\w+)",
     r"((?:aten|prims|quantized_decomposed)(?:\.|::)\w+)",
 )
@@ -49,13 +50,15 @@ def needs(extra: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_by(to: str, dtype: str) -> Iterator[None]:
+def held_by(to: str, dtype: str, dynamic_size: bool = False) -> Iterator[None]:
     """One line for what a format can't hold: the operator, as far as the library names it, and what to try instead."""
     try:
         yield
     except (InputError, OSError, MemoryError):
         raise
     except Exception as error:  # exporters and runtimes raise as they like
+        if dynamic_size:
+            raise fixed_size(f"this model with to={to}", one_line(error, 200)) from error
         raise cannot_hold(to, dtype, operator_of(error), one_line(error, 200)) from error
 
 
@@ -66,6 +69,13 @@ def cannot_hold(to: str, dtype: str, operator: str, reason: str) -> InputError:
     return InputError(
         f"to={to} with dtype={dtype} cannot hold {operator}: {reason}. Try --to {' or '.join(formats)}, "
         f"--dtype {' or '.join(dtypes)}, or a mixer without this operator"
+    )
+
+
+def fixed_size(what: str, reason: str) -> InputError:
+    """The error for a model that can't be exported for images of any size."""
+    return InputError(
+        f"--dynamic-size cannot be had of {what}: {reason}; leave it out, and export a file for each size"
     )
 
 

@@ -19,8 +19,8 @@ LAYERS = {"Conv", "Gemm", "MatMul", "Convolution"}
 def quantise_onnx(path: Path, out: Path, images: torch.Tensor) -> None:
     """Quantise an ONNX file, by NNCF.
 
-    ONNX Runtime's own quantiser lost three times as much of DeiT-Tiny: it neither moves outliers of activations into
-    weights nor corrects biases.
+    NNCF moves outliers of activations into weights and corrects biases. ONNX Runtime's own quantiser does neither, and
+    kept less of DeiT-Tiny's accuracy on photographs.
 
     Args:
         images: (B, C, H, W), prepared.
