@@ -34,33 +34,32 @@ def quantise_onnx(path: Path, out: Path, images: torch.Tensor) -> None:
     quant_pre_process(path, folded, skip_symbolic_shape=True)
     model = onnx.load(folded)
     constants = {tensor.name for tensor in model.graph.initializer}
-    nodes = {(node.name, node.op_type) for node in model.graph.node}
-    products = [node.name for node in model.graph.node if constants.isdisjoint(node.input)]
-    onnx.save(by_nncf(model, [{"images": image.numpy()} for image in images.split(1)], nodes, products), out)
+    layers = [node for node in model.graph.node if node.op_type in LAYERS]
+    products = [node.name for node in layers if constants.isdisjoint(node.input)]
+    others = {node.op_type for node in model.graph.node} - LAYERS
+    onnx.save(by_nncf(model, [{"images": image.numpy()} for image in images.split(1)], products, others), out)
 
 
 def quantise_openvino(model: Any, images: torch.Tensor) -> Any:
     """Quantise OpenVINO's model, by NNCF."""
-    operations = model.get_ops()
-    nodes = {(node.get_friendly_name(), node.get_type_name()) for node in operations}
-    products = [node.get_friendly_name() for node in operations if not any(map(is_constant, node.input_values()))]
-    return by_nncf(model, [image.numpy() for image in images.split(1)], nodes, products)
+    layers = [node for node in model.get_ops() if node.get_type_name() in LAYERS]
+    products = [node.get_friendly_name() for node in layers if not any(map(is_constant, node.input_values()))]
+    others = {node.get_type_name() for node in model.get_ops()} - LAYERS
+    return by_nncf(model, [image.numpy() for image in images.split(1)], products, others)
 
 
-def by_nncf(model: Any, inputs: list[Any], nodes: set[tuple[str, str]], products: list[str]) -> Any:
+def by_nncf(model: Any, inputs: list[Any], products: list[str], others: set[str]) -> Any:
     """A model quantised where a layer has weights.
 
     Args:
         inputs: What the model is calibrated on.
-        nodes: Name and operator of each.
-        products: The names of those that take no constant, such as the matrix products within attention.
+        products: The names of the matrix products of two activations, such as those within attention.
+        others: All operators but those of ``LAYERS``.
     """
     with needs("int8"):
         import nncf
 
-    kinds = {name: kind for name, kind in nodes if kind in LAYERS}
-    others = {kind for _, kind in nodes} - LAYERS
-    scope = nncf.IgnoredScope(names=[name for name in products if name in kinds], types=sorted(others), validate=False)
+    scope = nncf.IgnoredScope(names=products, types=sorted(others), validate=False)
     return nncf.quantize(
         model,
         nncf.Dataset(inputs),
