@@ -1,0 +1,311 @@
+"""``timm-vix export``: what a file computes, how int8 is quantised, and what is said where there can be no file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import DEIT, PLAIN, distance, rounding, since, small
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from timm_vix._checks import InputError
+from timm_vix.deploy import export
+from timm_vix.deploy.check import accuracy, labelled_folder, parity, read_calibration
+from timm_vix.deploy.formats import cannot_hold, needs, operator_of
+
+SPEC = "vix_axial_cifar img_size=(14,10) patch_size=2 embed_dim=32 depth=1 num_heads=2 num_classes=5"
+CONFIG = dict(
+    input_size=(3, 14, 10), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, crop_mode="center"
+)
+
+# what torch and the runtimes deprecate, inside their exporters
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    since("2.9", "exports not all mixers"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images in each of five class folders."""
+    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for label in range(5):
+        (folder / f"class{label}").mkdir()
+        for number in range(4):
+            pixels = generator.integers(0, 255, (14, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
+    return folder
+
+
+def command(*arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    return parser.parse_args([str(one) for one in arguments])
+
+
+def calibration(model: nn.Module, count: int = 8) -> torch.Tensor:
+    return torch.randn(count, 3, *model.patch_embed.img_size)
+
+
+def test_the_command_writes_what_the_weights_compute(tmp_path: Path, photos: Path, capsys) -> None:
+    name, *parts = SPEC.split()
+    given = timm_arguments(parts)
+    model = timm.create_model(name, **given).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    out = tmp_path / "model.pt2"
+    options = ["--to", "pt2", "--weights", tmp_path / "weights.safetensors", "--rounds", 1, "--threads", 1]
+    export.main(command(SPEC, *options, "--out", out, "--data-dir", photos))
+    program = torch.export.load(out).module()
+    for batch in (1, 4):  # 4 is none of the sizes that the command itself compares
+        x = torch.randn(batch, 3, 14, 10)
+        assert distance(program(x), model(x)) < rounding(torch.float32)
+    printed = capsys.readouterr().out
+    assert "images 1x3x14x10" in printed and "images 3x3x14x10" in printed
+    assert "the same answer on 100.00 % of 20 images" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "model.pt2"}
+
+
+def timm_arguments(parts: list[str]) -> dict:
+    from timm_vix._names import parse_model
+
+    return parse_model(" ".join(["vix_axial_cifar", *parts]))[1]
+
+
+def test_int8_in_onnx_is_symmetric_by_channel_and_only_where_weights_are(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = small("softmax", depth=1)
+    images = calibration(model)
+    run, _ = export.export_model(model, CONFIG, "onnx", "int8", tmp_path / "m.onnx", images, threads=1)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    constants = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    readers: dict[str, set[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    weights = []
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            assert readers[node.output[0]] - {"Shape"} <= {"MatMul", "Gemm", "Conv"}
+            if node.input[0] in constants and constants[node.input[0]].dtype == np.int8:
+                (axis,) = (attribute.i for attribute in node.attribute if attribute.name == "axis")
+                weights.append([*(constants[name] for name in node.input), axis])
+    matrices = [model.blocks[0].attn.qkv, model.blocks[0].attn.proj, model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2]
+    assert len(weights) == len(matrices) + 2  # the embedding and the classifier
+    channels = sorted(len(layer.weight) for layer in [*matrices, model.patch_embed.proj, model.head])
+    assert sorted(scale.size for _, scale, *_ in weights) == channels
+    for values, scale, zero, axis in weights:
+        # symmetric, and each output channel reaches the largest integer
+        assert scale.size == values.shape[axis] and not zero.any()
+        largest = np.abs(np.moveaxis(values.astype(int), axis, 0).reshape(scale.size, -1)).max(1)
+        assert (largest >= 127).all()
+    expected = model(images).detach()
+    assert 0 < distance(run(images), expected) < 0.1
+
+
+def test_parity_finds_another_function() -> None:
+    model = small("softmax", depth=1)
+    x = torch.randn(2, 3, 14, 10)
+
+    def wrong(images: torch.Tensor) -> torch.Tensor:
+        return model(images) + 0.1 * torch.eye(2, 5)
+
+    (row,) = parity(model, wrong, [x], "int8")
+    assert row["error"] == pytest.approx(0.1, rel=1e-4)
+    with pytest.raises(InputError, match="differs from eager by 0.1") as error:
+        parity(model, wrong, [x], "float32")
+    assert "no file is written" in str(error.value)
+    with pytest.raises(InputError, match="nan"):
+        parity(model, lambda images: model(images) * float("nan"), [x], "int8")
+
+
+def test_accuracy_counts_against_labels_and_against_the_first(photos: Path) -> None:
+    model = nn.Identity()
+    model.num_classes = 5
+    items, classes = labelled_folder(photos, model)
+    assert [label for _, label in items] == [label for label in range(5) for _ in range(4)]
+
+    def always(label: int):
+        return lambda images: torch.eye(5)[[label] * len(images)]
+
+    found = accuracy(dict(eager=always(1), file=always(2)), items[:12], classes, CONFIG)
+    assert found == dict(images=12, top1=dict(eager=100 / 3, file=100 / 3), agreement=dict(eager=100.0, file=0.0))
+
+
+def test_a_table_of_labels(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "images").symlink_to(photos / "class3")
+    (tmp_path / "labels.csv").write_text("file,imagenet_class\n1.png,4\n0.png,2\n")
+    model = nn.Identity()
+    model.num_classes = 5
+    items, _ = labelled_folder(tmp_path, model)
+    assert items == [(tmp_path / "images" / "1.png", 4), (tmp_path / "images" / "0.png", 2)]
+    (tmp_path / "labels.csv").write_text("file,imagenet_class\n1.png,5\n")
+    with pytest.raises(InputError, match="line 2: expected FILE,CLASS with a class below 5"):
+        labelled_folder(tmp_path, model)
+
+
+def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "model.pt2"
+    out.write_bytes(b"before")
+    (tmp_path / "model.pt2.partial").mkdir()  # of a run that was killed
+
+    def fail(program: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("no decomposition for aten::frexp")
+
+    monkeypatch.setattr(export, "write_pt2", fail)
+    with pytest.raises(InputError, match="to=pt2 with dtype=float32 cannot hold operator aten::frexp") as error:
+        export.export_model(small("pool", depth=1), CONFIG, "pt2", "float32", out)
+    assert "--to onnx or openvino or aoti" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"] and out.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["deit_tinny", "--to", "pt2", "--out", "a.pt2"], "model='deit_tinny' is not registered in timm"),
+        (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2"], "random weights; give --weights FILE or --pretrained"),
+        (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2", "--dtype", "int8"], "dtype=int8 needs --calibrate DIR"),
+        (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2", "--calibrate", "x"], "--calibrate is for dtype=int8"),
+        (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2", "--weights", "absent.pth"], "absent.pth"),
+        (["local-dir:absent", "--to", "pt2", "--out", "a.pt2"], "local-dir:absent"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: list[str], words: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        export.main(command(*arguments))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_call_is_named(tmp_path: Path, photos: Path) -> None:
+    model = small("pool", depth=1)
+    with pytest.raises(InputError, match=r"expected a name that ends in \.onnx for to=onnx"):
+        export.export_model(model, CONFIG, "onnx", "float32", tmp_path / "model.pt2")
+    with pytest.raises(InputError, match="expected one of 'onnx', 'openvino', 'pt2', 'aoti'"):
+        export.export_model(model, CONFIG, "tflite", "float32", tmp_path / "model.pt2")
+    with pytest.raises(InputError, match="int8, which needs them"):
+        export.export_model(model, CONFIG, "pt2", "int8", tmp_path / "model.pt2")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        read_calibration(tmp_path / "empty", 8, CONFIG)
+    model.num_classes = 7
+    with pytest.raises(InputError, match="has 5 classes; the model has 7"):
+        labelled_folder(photos, model)
+
+
+def test_calibration_images_are_spread_and_prepared_as_timm_does(photos: Path) -> None:
+    images = read_calibration(photos, 5, CONFIG)
+    for image, label in zip(images, range(5)):
+        pixels = np.asarray(Image.open(photos / f"class{label}" / "0.png"), dtype=np.float32)
+        assert torch.allclose(image, torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, atol=1e-6)
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with (
+        pytest.raises(InputError, match=r"openvino is not installed; pip install 'timm-vix\[openvino\]'"),
+        needs("openvino"),
+    ):
+        import openvino  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    "text, operator",
+    [
+        ("Could not find an implementation for Conv(11) node with name 'node_conv2d'", "Conv"),
+        ("Type 'tensor(bfloat16)' of input parameter (_to_copy) of operator (Conv) in node (n)", "Conv"),
+        ("Summary: -- No conversion rule found for operations: aten.exp2.default", "aten.exp2.default"),
+        ("No ONNX function found for <OpOverload(op='aten.frexp', overload='Tensor')>", "aten.frexp"),
+    ],
+)
+def test_the_operator_of_an_error_is_found_behind_others(text: str, operator: str) -> None:
+    error = RuntimeError("conversion failed at a line of aten code")
+    error.__cause__ = RuntimeError(text)
+    assert operator_of(error) == f"operator {operator}"
+    assert f"cannot hold operator {operator}: why" in str(cannot_hold("onnx", "int8", operator_of(error), "why"))
+
+
+# what a format can't hold of a mixer
+REFUSED = {("openvino", "fnet"): "operator DFT"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "openvino", "pt2", "aoti"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mixer, rope, options", PLAIN)
+def test_every_mixer(mixer, rope, options, dtype: str, to: str, tmp_path: Path) -> None:
+    for library in [*dict(onnx=["onnxruntime"], openvino=["openvino"]).get(to, []), "nncf", "torchao"]:
+        pytest.importorskip(library)
+    model = small(mixer, rope, **options, depth=1)
+    out = tmp_path / f"model{export.SUFFIXES[to]}"
+    images = calibration(model) if dtype == "int8" else None
+    if words := REFUSED.get((to, mixer)):
+        with pytest.raises(InputError, match=words):
+            export.export_model(model, CONFIG, to, dtype, out, images, threads=1)
+        assert not list(tmp_path.iterdir())
+        return
+    run, _ = export.export_model(model, CONFIG, to, dtype, out, images, threads=1)
+    for batch in (1, 5):
+        x = calibration(model, batch)
+        with torch.inference_mode():
+            assert distance(run(x), model(x)) < (1e-4 if dtype == "float32" else 0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_dynamic_size(to: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = small("softmax", depth=1, dynamic_img_size=True)
+    out = tmp_path / f"model{export.SUFFIXES[to]}"
+    run, _ = export.export_model(model, CONFIG, to, "float32", out, dynamic_size=True, threads=1)
+    for size in ((14, 10), (8, 18), (28, 20)):
+        x = torch.randn(2, 3, *size)
+        with torch.inference_mode():
+            assert distance(run(x), model(x)) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_size_that_cannot_be_free_is_refused(tmp_path: Path) -> None:
+    # its landmarks are counted when it is exported
+    model = small("nystrom", depth=1, dynamic_img_size=True)
+    with pytest.raises(InputError, match="--dynamic-size cannot be had of this model with to=pt2") as error:
+        export.export_model(model, CONFIG, "pt2", "float32", tmp_path / "m.pt2", dynamic_size=True, threads=1)
+    assert "export a file for each size" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_int8_keeps_the_accuracy_of_deit(to: str, deit: Path, tmp_path: Path, photographs: Path) -> None:
+    import tarfile
+
+    pytest.importorskip("openvino" if to == "openvino" else "onnxruntime")
+    pytest.importorskip("nncf")
+    with tarfile.open(photographs) as archive:
+        archive.extractall(tmp_path / "photographs", filter="data")
+    (table,) = (tmp_path / "photographs").rglob("labels.csv")
+    model, config = export.build("deit_tiny_patch16_224", str(DEIT))
+    items, classes = labelled_folder(table.parent, model)
+    images = read_calibration(table.parent, 50, config)
+    out = tmp_path / f"deit{export.SUFFIXES[to]}"
+    run, found = export.export_model(model, config, to, "int8", out, images)
+    assert found["size_mb"] < 0.3 * 22.9
+    scores = accuracy(dict(eager=model, file=run), items[::4], classes, config)
+    assert scores["top1"]["file"] > scores["top1"]["eager"] - 2.5  # 250 images: one point is 2.5 of them
+    assert scores["agreement"]["file"] > 93

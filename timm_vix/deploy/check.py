@@ -1,0 +1,146 @@
+"""What an exported model computes and how fast, beside the model in eager mode."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .._checks import InputError
+from ..measure.job import time_interleaved
+from ..measure.statistics import compare_times
+from ..train.folders import Items
+from ..train.images import Images, normaliser, transforms
+from ..train.listing import VALIDATION, find_unlabelled, list_images
+from .formats import Runner
+
+BATCHES = (1, 3)  # of which parity is checked
+BATCH = 20  # images a forward pass, where accuracy is measured
+# of the largest logit: what orders of summation explain, and no more
+TOLERANCE = 1e-3
+
+
+def read_calibration(folder: Path, count: int, config: dict[str, Any]) -> torch.Tensor:
+    """Up to ``count`` images of a folder of any depth, spread over it and prepared: (images, channels, height, width).
+
+    Raises:
+        ValueError: for a folder that isn't there or holds no image that can be read.
+    """
+    found = find_unlabelled(folder)
+    count = min(count, len(found))
+    data = open_images([found[i * len(found) // count] for i in range(count)], [str(folder)], config)
+    return normaliser(config, "cpu")(torch.stack([data[None, i][0] for i in range(len(data))]))
+
+
+def open_images(items: Items, classes: list[str], config: dict[str, Any], lazy: bool = False) -> Images:
+    """Images as timm's validation prepares them."""
+    resize, _, evaluate = transforms(config, "none", 0.0)
+    return Images(items, classes, config["input_size"][0], resize, evaluate, 0, lazy)
+
+
+def labelled_folder(folder: Path, model: nn.Module) -> tuple[Items, list[str]]:
+    """The images of a folder with the model's labels, and the names of its classes.
+
+    The folder holds class folders, or ``val/``, ``validation/`` or ``test/`` with them; or a table ``labels.csv`` whose
+    first two columns are the name of an image, there or in ``images/``, and the number of its class.
+
+    Raises:
+        ValueError: for another folder, or for classes that aren't the model's.
+    """
+    if (folder / "labels.csv").is_file():
+        return read_labels(folder, model.num_classes)
+    inner = [folder / name for name in VALIDATION if (folder / name).is_dir()]
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    known = list(known) if known and len(known) == model.num_classes else None
+    items, classes = list_images(inner[0] if inner else folder, known)
+    if known is None and len(classes) != model.num_classes:
+        raise InputError(f"data_dir={folder} has {len(classes)} classes; the model has {model.num_classes}")
+    return items, known or classes
+
+
+def read_labels(folder: Path, num_classes: int) -> tuple[Items, list[str]]:
+    """``labelled_folder`` of a table."""
+    table = folder / "labels.csv"
+    items: Items = []
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if number == 1 or not row:
+                continue
+            if len(row) < 2 or not row[1].isdecimal() or int(row[1]) >= num_classes:
+                raise InputError(f"{table}, line {number}: expected FILE,CLASS with a class below {num_classes}")
+            places = [folder / row[0], folder / "images" / row[0]]
+            items.append((next((path for path in places if path.is_file()), places[0]), int(row[1])))
+    if not items:
+        raise InputError(f"{table} names no images; expected lines of FILE,CLASS")
+    return items, [str(number) for number in range(num_classes)]
+
+
+@torch.inference_mode()
+def parity(model: Runner, exported: Runner, batches: list[torch.Tensor], dtype: str) -> list[dict[str, Any]]:
+    """For each batch its size, the largest difference of a logit, and how often the largest logit is the same.
+
+    Args:
+        dtype: Of the exported model; eager mode is float32. Where both are, only the order of summation may differ.
+
+    Raises:
+        ValueError: for logits that aren't finite, or that differ more than the dtype explains.
+    """
+    rows = []
+    for images in batches:
+        expected, found = model(images), exported(images)
+        error, scale = float((found - expected).abs().max()), float(expected.abs().max())
+        if not torch.isfinite(found).all() or (dtype == "float32" and error > TOLERANCE * max(1.0, scale)):
+            raise InputError(
+                f"the exported model differs from eager by {error:.3g} in logits up to {scale:.3g}, for images "
+                f"{tuple(images.shape)}: this conversion is wrong, so no file is written; try another --to"
+            )
+        same = int((found.argmax(1) == expected.argmax(1)).sum())
+        rows.append(dict(shape=tuple(images.shape), error=error, same=same))
+    return rows
+
+
+@torch.inference_mode()
+def accuracy(runners: dict[str, Runner], items: Items, classes: list[str], config: dict[str, Any]) -> dict[str, Any]:
+    """Top-1 in % of each runner, and in how many % of the images each agrees with the first; and the images."""
+    data, normalise = open_images(items, classes, config, lazy=True), normaliser(config, "cpu")
+    right, same, total = dict.fromkeys(runners, 0), dict.fromkeys(runners, 0), 0
+    batches = data.batches(BATCH)
+    for pixels, labels in tqdm(data.loader(batches), "accuracy", len(batches), leave=False, disable=None):
+        images = normalise(pixels)
+        predicted = {name: run(images).argmax(1) for name, run in runners.items()}
+        first = next(iter(predicted.values()))
+        for name, own in predicted.items():
+            right[name] += int((own == labels).sum())
+            same[name] += int((own == first).sum())
+        total += len(labels)
+    return dict(
+        images=total,
+        top1={name: 100 * count / total for name, count in right.items()},
+        agreement={name: 100 * count / total for name, count in same.items()},
+    )
+
+
+def latency(
+    exported: Runner, others: list[Runner], images: torch.Tensor, rounds: int, seconds: float = 0.0
+) -> list[dict[str, Any]]:
+    """The columns of ``compare_times`` of an exported model beside each of ``others``, all timed in turn."""
+
+    def call(run: Runner) -> Callable[[], None]:
+        def timed() -> None:
+            with torch.inference_mode():
+                run(images)
+
+        return timed
+
+    job = dict(device="cpu", rounds=rounds, seconds=seconds)
+    own, *baselines = time_interleaved([call(run) for run in (exported, *others)], job).T
+    return [compare_times(own, baseline) for baseline in baselines]
+
+
+def spread(items: Items, count: Optional[int]) -> Items:
+    """Up to ``count`` items, spread over the list; None: all."""
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -1,0 +1,295 @@
+"""Write a model to a file for deployment, and check that the file computes what the model does.
+
+MODEL is a name of timm or of this package, a folder (local-dir:FOLDER) or a place of the Hub (hf-hub:USER/NAME),
+with keywords as "NAME key=value ...". A conversion is a name too, also one by a plan:
+    "vix_from_timm source=deit_tiny_patch16_224 mixer=softmax layers=plan.json"
+
+Formats: onnx (ONNX Runtime), openvino (.xml with .bin), pt2 (torch.export), aoti (compiled for this processor).
+The batch is of any size; with --dynamic-size the image is, too. int8 is post-training quantisation: weights of linear
+layers and convolutions per channel, their inputs calibrated on a folder of images; all else stays in float. Logits are
+compared with those of eager mode in float32. A file that fails this is not kept, and a file that was there stays.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from .._checks import InputError, check_choice
+from .._names import parse_model
+from .._records import check_writable
+from ..benchmark.cost import positive
+from ..train.settings import check_weights
+from ..train.teacher import build_teacher
+from . import quantise
+from .check import BATCHES, accuracy, labelled_folder, latency, parity, read_calibration, spread
+from .formats import (
+    OPEN,
+    SUFFIXES,
+    Runner,
+    fixed_size,
+    held_by,
+    read_onnx_as_openvino,
+    write_aoti,
+    write_onnx,
+    write_openvino,
+    write_pt2,
+)
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+class WithFloat32(nn.Module):
+    """A model that takes and gives float32, whatever it computes in."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = copy.deepcopy(model).to(dtype), dtype
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images.to(self.dtype)).float()
+
+
+def build(
+    spec: str,
+    weights: Optional[str] = None,
+    pretrained: bool = False,
+    img_size: Optional[int] = None,
+    dynamic_size: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained model in eval mode, and timm's data configuration for it.
+
+    Args:
+        spec: "NAME key=value ...".
+        weights: A file; else ``pretrained`` asks for timm's, and a folder or a place of the Hub brings its own.
+
+    Raises:
+        ValueError: for a wrong name, keywords or weights that don't fit, and a model that takes one size only.
+    """
+    name, keywords = parse_model(spec)
+    check_weights("weights", weights)
+    if not weights and not pretrained and ":" not in name:
+        raise InputError(f"model={name} would have random weights; give --weights FILE or --pretrained")
+    img_size = keywords.pop("img_size", img_size)
+    if dynamic_size:
+        keywords["dynamic_img_size"] = True
+    run = SimpleNamespace(source=name, source_kwargs=keywords, weights=weights, img_size=img_size, device="cpu")
+    try:
+        model, config = build_teacher(run)
+    except InputError as error:
+        if dynamic_size and "dynamic_img_size" in str(error):
+            raise fixed_size(name, "it takes no dynamic_img_size") from error
+        raise
+    return model, config
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters print and warn of on their way; errors are raised."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def capture(
+    model: nn.Module, config: dict[str, Any], dtype: torch.dtype, dynamic_size: bool
+) -> tuple[torch.export.ExportedProgram, Any]:
+    """The model as torch's exported program, and which of its dimensions are free."""
+    channels, height, width = config["input_size"]
+    free: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        patch = model.patch_embed.patch_size
+        for axis, name in ((2, "height"), (3, "width")):
+            # traced at another size than the model's own, at which positions aren't resampled
+            free[axis] = patch[axis - 2] * torch.export.Dim(f"{name}_in_patches", min=2, max=4096)
+        height, width = height + patch[0], width + 2 * patch[1]
+    images = torch.zeros(2, channels, height, width)
+    with torch.no_grad():
+        program = torch.export.export(WithFloat32(model, dtype).eval(), (images,), dynamic_shapes=(free,))
+    return program, (free,)
+
+
+def write(
+    model: nn.Module,
+    config: dict[str, Any],
+    to: str,
+    dtype: str,
+    path: Path,
+    calibration: Optional[torch.Tensor] = None,
+    dynamic_size: bool = False,
+) -> None:
+    """Write a model to a file in a folder of its own, where what it is made from may lie beside it."""
+    inner = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    with quiet(), held_by(to, dtype, dynamic_size):
+        program, free = capture(model, config, inner, dynamic_size)
+        if to in ("pt2", "aoti"):
+            if calibration is not None:
+                program = quantise.quantise_program(program, calibration, free)
+            (write_pt2 if to == "pt2" else write_aoti)(program, path)
+            return
+        exported = path.with_name("float.onnx") if to == "openvino" or calibration is not None else path
+        write_onnx(program, exported)
+        if to == "onnx" and calibration is not None:
+            quantise.quantise_onnx(exported, path, calibration)
+        elif to == "openvino":
+            ir = read_onnx_as_openvino(exported)
+            write_openvino(ir if calibration is None else quantise.quantise_openvino(ir, calibration), path)
+
+
+def export_model(
+    model: nn.Module,
+    config: dict[str, Any],
+    to: str,
+    dtype: str,
+    out: Path,
+    calibration: Optional[torch.Tensor] = None,
+    dynamic_size: bool = False,
+    threads: int = 2,
+) -> tuple[Runner, dict[str, Any]]:
+    """Write a model to ``out`` once it computes there what it does in eager mode.
+
+    Args:
+        model: In eval mode, float32.
+        config: timm's data configuration of its images.
+        to: "onnx", "openvino", "pt2" or "aoti".
+        dtype: "float32", "bfloat16" or "int8".
+        calibration: For int8, prepared images (B, C, H, W).
+        dynamic_size: The file takes images of other sizes, too, in whole patches.
+
+    Returns:
+        What calls the file, and its size in MB with the rows of ``parity``.
+
+    Raises:
+        ValueError: for what the format can't hold, with the operator and a remedy, and for other values than eager's.
+        OSError: for a file that can't be written.
+
+    Example:
+        >>> model, config = build("deit_tiny_patch16_224", pretrained=True)
+        >>> run, found = export_model(model, config, "onnx", "float32", Path("deit.onnx"))
+    """
+    check_choice("to", to, tuple(SUFFIXES))
+    check_choice("dtype", dtype, DTYPES)
+    if out.suffix != SUFFIXES[to]:
+        raise InputError(f"out={out}: expected a name that ends in {SUFFIXES[to]} for to={to}")
+    if (dtype == "int8") != (calibration is not None):
+        raise InputError(f"dtype={dtype}: images to calibrate on are for int8, which needs them (--calibrate DIR)")
+    check_writable(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        partial.mkdir()
+        written = partial / out.name
+        write(model, config, to, dtype, written, calibration, dynamic_size)
+        torch.set_num_threads(threads)
+        with held_by(to, dtype, dynamic_size):
+            rows = parity(
+                model, OPEN[to](written, dtype, threads), trials(config, calibration, dynamic_size, model), dtype
+            )
+        files = [path for path in (written.with_suffix(".bin"), written) if path.exists()]
+        size = sum(path.stat().st_size for path in files) / 1e6
+        for path in files:  # OpenVINO's weights first, since the file that is named makes the pair a model
+            os.replace(path, out.with_name(path.name))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return OPEN[to](out, dtype, threads), dict(size_mb=size, parity=rows)
+
+
+def trials(
+    config: dict[str, Any], calibration: Optional[torch.Tensor], dynamic_size: bool, model: nn.Module
+) -> list[torch.Tensor]:
+    """Batches of two sizes on which eager and exported are compared, of another image size too where that is free."""
+    size = tuple(config["input_size"])
+    known = torch.randn(max(BATCHES), *size, generator=torch.Generator().manual_seed(0))
+    if calibration is not None:
+        known = calibration[torch.arange(max(BATCHES)) % len(calibration)]
+    batches = [known[:count] for count in BATCHES]
+    if dynamic_size:
+        height, width = model.patch_embed.patch_size
+        batches.append(torch.nn.functional.pad(known, (0, width, 0, 2 * height)))
+    return batches
+
+
+def describe(spec: str, out: Path, to: str, dtype: str, found: dict[str, Any]) -> str:
+    """What was written and how far it is from eager mode, as text."""
+    lines = [f"{spec} -> {out}: {to}, {dtype}, {found['size_mb']:.1f} MB"]
+    for row in found["parity"]:
+        shape = "x".join(map(str, row["shape"]))
+        lines.append(
+            f"images {shape}: largest error of a logit {row['error']:.2g}, "
+            f"the same top-1 on {row['same']} of {row['shape'][0]}"
+        )
+    return "\n".join(lines)
+
+
+def describe_latency(row: dict[str, Any], batch: int, threads: int) -> str:
+    """A latency beside that of eager mode, as text."""
+    low, high = row["speedup_low"], row["speedup_high"]
+    spread_text = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    return (
+        f"batch {batch}, {threads} threads: {row['latency_p50_ms']:.4g} ms, eager {row['baseline_p50_ms']:.4g} ms: "
+        f"{row['speedup']:.2f} x{spread_text}"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a name, local-dir:FOLDER or hf-hub:USER/NAME; or 'NAME key=value ...'")
+    add("--to", required=True, choices=tuple(SUFFIXES), help="the format")
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and matrix products: float32")
+    add("--out", required=True, type=Path, help=f"the file; {', '.join(f'{k}: {v}' for k, v in SUFFIXES.items())}")
+    add("--weights", help="file with the weights, .safetensors or .pth (a state dict; nothing else is unpickled)")
+    add("--pretrained", action="store_true", help="timm's weights of the model")
+    add("--img-size", type=positive, help="side of the images in pixels; default: the model's own")
+    add("--dynamic-size", action="store_true", help="images of any size in whole patches")
+    add("--calibrate", type=Path, metavar="DIR", help="folder of images of any depth on which int8 is calibrated")
+    add("--calibrate-images", type=positive, default=200, help="how many of them, spread over the folder: 200")
+    add("--data-dir", type=Path, help="labelled images for top-1: class folders, or labels.csv with FILE,CLASS")
+    add("--limit", type=positive, help="how many of these, spread over the folder; default: all")
+    add("--threads", type=positive, default=min(2, os.cpu_count() or 1), help="of the latency: 2")
+    add("--rounds", type=positive, default=9, help="least number of rounds of the latency: 9")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Export as the command line asks, and print what the file keeps and saves."""
+    to, dtype, threads = arguments.to, arguments.dtype, arguments.threads
+    if dtype == "int8" and arguments.calibrate is None:
+        raise InputError("dtype=int8 needs --calibrate DIR, a folder of images like those that the model will see")
+    if dtype != "int8" and arguments.calibrate is not None:
+        raise InputError(f"--calibrate is for dtype=int8; dtype={dtype} needs no calibration")
+    model, config = build(
+        arguments.model, arguments.weights, arguments.pretrained, arguments.img_size, arguments.dynamic_size
+    )
+    labelled = labelled_folder(arguments.data_dir, model) if arguments.data_dir else None
+    calibration = None
+    if arguments.calibrate:
+        calibration = read_calibration(arguments.calibrate, arguments.calibrate_images, config)
+    run, found = export_model(model, config, to, dtype, arguments.out, calibration, arguments.dynamic_size, threads)
+    print(describe(arguments.model, arguments.out, to, dtype, found), flush=True)
+    if labelled:
+        items, classes = labelled
+        scores = accuracy(dict(eager=model, file=run), spread(items, arguments.limit), classes, config)
+        print(
+            f"top-1 {scores['top1']['file']:.2f} %, eager {scores['top1']['eager']:.2f} %, "
+            f"the same answer on {scores['agreement']['file']:.2f} % of {scores['images']} images",
+            flush=True,
+        )
+    for batch in (1, 8):
+        images = torch.randn(batch, *config["input_size"])
+        (row,) = latency(run, [model], images, arguments.rounds)
+        print(describe_latency(row, batch, threads), flush=True)

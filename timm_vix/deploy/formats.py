@@ -1,0 +1,176 @@
+"""The four formats: how an exported program becomes a file, and how the file is called.
+
+==========  =======  ==========================================================================
+onnx        .onnx    one file for ONNX Runtime; the library computes no bfloat16 on a CPU
+openvino    .xml     with its weights beside it as .bin; read from the ONNX file of the same model
+pt2         .pt2     ``torch.export.load(FILE).module()``; compiles with ``torch.compile``
+aoti        .pt2     ``torch._inductor.aoti_load_package(FILE)``: machine code for this kind of processor
+==========  =======  ==========================================================================
+
+Each takes float32 images (B, C, H, W), prepared as timm's data configuration says, and gives float32 logits (B,
+classes), whatever the dtype inside. B is free.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._checks import InputError
+from .._files import one_line
+
+SUFFIXES = dict(onnx=".onnx", openvino=".xml", pt2=".pt2", aoti=".pt2")
+Runner = Callable[[torch.Tensor], torch.Tensor]
+
+# how exporters and runtimes name what they lack
+OPERATORS = (
+    r"No conversion rule found for operations: ([\w.:, ]+)",
+    r"Conversion is failed for: ([\w.:]+)",
+    r"Could not find an implementation for (\w+)",
+    r"of operator \((\w+)\)",
+    r"decomposition.*?((?:aten|prims)[.:]+\w+)",
+    r"((?:aten|prims|quantized_decomposed)(?:\.|::)\w+)",
+)
+# what OpenVINO reads from an ONNX file as another operator: it takes the two halves of complex numbers for an axis more
+MISREAD = ("DFT",)
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """One line for a library that isn't installed, which names the extra that brings it."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{error.name or error} is not installed; pip install 'timm-vix[{extra}]' brings it"
+        ) from error
+
+
+@contextlib.contextmanager
+def held_by(to: str, dtype: str, dynamic_size: bool = False) -> Iterator[None]:
+    """One line for what a format can't hold: the operator, as far as the library names it, and what to try instead."""
+    try:
+        yield
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception as error:  # exporters and runtimes raise as they like
+        if dynamic_size:
+            raise fixed_size(f"this model with to={to}", one_line(error, 200)) from error
+        raise cannot_hold(to, dtype, operator_of(error), one_line(error, 200)) from error
+
+
+def cannot_hold(to: str, dtype: str, operator: str, reason: str) -> InputError:
+    """The error for an operator that a format lacks in a dtype."""
+    formats = [name for name in SUFFIXES if name != to]
+    dtypes = [name for name in ("float32", "bfloat16", "int8") if name != dtype]
+    return InputError(
+        f"to={to} with dtype={dtype} cannot hold {operator}: {reason}. Try --to {' or '.join(formats)}, "
+        f"--dtype {' or '.join(dtypes)}, or a mixer without this operator"
+    )
+
+
+def fixed_size(what: str, reason: str) -> InputError:
+    """The error for a model that can't be exported for images of any size."""
+    return InputError(
+        f"--dynamic-size cannot be had of {what}: {reason}; leave it out, and export a file for each size"
+    )
+
+
+def operator_of(error: BaseException) -> str:
+    """The operator that an error names; of a chain of errors, the cause knows best."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    for text in map(str, reversed(chain)):
+        for pattern in OPERATORS:
+            if match := re.search(pattern, text):
+                return f"operator {match[1].strip()}"
+    return "an operator of the model"
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an ONNX file that holds its weights."""
+    with needs("onnx"):
+        import onnxruntime  # noqa: F401  the check after it runs the file
+        import onnxscript  # noqa: F401  torch's exporter is written in it
+    torch.onnx.export(
+        program,
+        (),
+        path,
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+        input_names=["images"],
+        output_names=["logits"],
+    )
+
+
+def read_onnx_as_openvino(path: Path) -> Any:
+    """OpenVINO's model of an ONNX file."""
+    with needs("openvino"):
+        import onnx
+        import openvino
+    misread = sorted({node.op_type for node in onnx.load(path).graph.node} & {*MISREAD})
+    if misread:
+        reason = "OpenVINO reads it from ONNX with another shape"
+        raise cannot_hold("openvino", "float32", f"operator {', '.join(misread)}", reason)
+    return openvino.convert_model(path)
+
+
+def write_openvino(model: Any, path: Path) -> None:
+    """Write OpenVINO's .xml and .bin."""
+    import openvino
+
+    # its files compress weights to float16 unless told otherwise; a bfloat16 model's weights are bfloat16 already
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write torch's own file of an exported program."""
+    torch.export.save(program, path)
+
+
+def write_aoti(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compile a program for this machine and write what was compiled."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(path))
+
+
+def open_onnx(path: Path, dtype: str, threads: int) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only: its warnings are about what it optimises
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def open_openvino(path: Path, dtype: str, threads: int) -> Runner:
+    import openvino
+
+    # without a hint OpenVINO computes in bfloat16 where the processor can, whatever the file holds
+    hint = "bf16" if dtype == "bfloat16" else "f32"
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
+def open_pt2(path: Path, dtype: str, threads: int) -> Runner:
+    if dtype == "int8":
+        with needs("int8"):
+            import torchao.quantization.pt2e  # noqa: F401  registers the operators that quantise
+    torch.set_num_threads(threads)
+    return torch.export.load(path).module()
+
+
+def open_aoti(path: Path, dtype: str, threads: int) -> Runner:
+    torch.set_num_threads(threads)
+    return torch._inductor.aoti_load_package(str(path))
+
+
+OPEN = dict(onnx=open_onnx, openvino=open_openvino, pt2=open_pt2, aoti=open_aoti)
