@@ -15,8 +15,9 @@ from torch import nn
 
 from timm_vix._checks import InputError
 from timm_vix.deploy import export
-from timm_vix.deploy.check import accuracy, labelled_folder, parity, read_calibration
+from timm_vix.deploy.check import accuracy, parity, read_calibration
 from timm_vix.deploy.formats import cannot_hold, needs, operator_of
+from timm_vix.train.listing import labelled_folder
 
 SPEC = "vix_axial_cifar img_size=(14,10) patch_size=2 embed_dim=32 depth=1 num_heads=2 num_classes=5"
 CONFIG = dict(

@@ -1,12 +1,10 @@
 """What an exported model computes and how fast, beside the model in eager mode."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from .._checks import InputError
@@ -14,7 +12,7 @@ from ..measure.job import time_interleaved
 from ..measure.statistics import compare_times
 from ..train.folders import Items
 from ..train.images import Images, normaliser, transforms
-from ..train.listing import VALIDATION, find_unlabelled, list_images
+from ..train.listing import find_unlabelled, spread
 from .formats import Runner
 
 BATCHES = (1, 3)  # of which parity is checked
@@ -29,9 +27,7 @@ def read_calibration(folder: Path, count: int, config: dict[str, Any]) -> torch.
     Raises:
         ValueError: for a folder that isn't there or holds no image that can be read.
     """
-    found = find_unlabelled(folder)
-    count = min(count, len(found))
-    data = open_images([found[i * len(found) // count] for i in range(count)], [str(folder)], config)
+    data = open_images(spread(find_unlabelled(folder), count), [str(folder)], config)
     return normaliser(config, "cpu")(torch.stack([data[None, i][0] for i in range(len(data))]))
 
 
@@ -39,43 +35,6 @@ def open_images(items: Items, classes: list[str], config: dict[str, Any], lazy: 
     """Images as timm's validation prepares them."""
     resize, _, evaluate = transforms(config, "none", 0.0)
     return Images(items, classes, config["input_size"][0], resize, evaluate, 0, lazy)
-
-
-def labelled_folder(folder: Path, model: nn.Module) -> tuple[Items, list[str]]:
-    """The images of a folder with the model's labels, and the names of its classes.
-
-    The folder holds class folders, or ``val/``, ``validation/`` or ``test/`` with them; or a table ``labels.csv`` whose
-    first two columns are the name of an image, there or in ``images/``, and the number of its class.
-
-    Raises:
-        ValueError: for another folder, or for classes that aren't the model's.
-    """
-    if (folder / "labels.csv").is_file():
-        return read_labels(folder, model.num_classes)
-    inner = [folder / name for name in VALIDATION if (folder / name).is_dir()]
-    known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    known = list(known) if known and len(known) == model.num_classes else None
-    items, classes = list_images(inner[0] if inner else folder, known)
-    if known is None and len(classes) != model.num_classes:
-        raise InputError(f"data_dir={folder} has {len(classes)} classes; the model has {model.num_classes}")
-    return items, known or classes
-
-
-def read_labels(folder: Path, num_classes: int) -> tuple[Items, list[str]]:
-    """``labelled_folder`` of a table."""
-    table = folder / "labels.csv"
-    items: Items = []
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if number == 1 or not row:
-                continue
-            if len(row) < 2 or not row[1].isdecimal() or int(row[1]) >= num_classes:
-                raise InputError(f"{table}, line {number}: expected FILE,CLASS with a class below {num_classes}")
-            places = [folder / row[0], folder / "images" / row[0]]
-            items.append((next((path for path in places if path.is_file()), places[0]), int(row[1])))
-    if not items:
-        raise InputError(f"{table} names no images; expected lines of FILE,CLASS")
-    return items, [str(number) for number in range(num_classes)]
 
 
 @torch.inference_mode()
@@ -138,9 +97,3 @@ def latency(
     job = dict(device="cpu", rounds=rounds, seconds=seconds)
     own, *baselines = time_interleaved([call(run) for run in (exported, *others)], job).T
     return [compare_times(own, baseline) for baseline in baselines]
-
-
-def spread(items: Items, count: Optional[int]) -> Items:
-    """Up to ``count`` items, spread over the list; None: all."""
-    count = min(count or len(items), len(items))
-    return [items[i * len(items) // count] for i in range(count)]

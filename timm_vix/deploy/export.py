@@ -30,10 +30,11 @@ from .._checks import InputError, check_choice
 from .._names import parse_model
 from .._records import check_writable
 from ..benchmark.cost import positive
+from ..train.listing import labelled_folder, spread
 from ..train.settings import check_weights
 from ..train.teacher import build_teacher
 from . import quantise
-from .check import BATCHES, accuracy, labelled_folder, latency, parity, read_calibration, spread
+from .check import BATCHES, accuracy, latency, parity, read_calibration
 from .formats import (
     OPEN,
     SUFFIXES,

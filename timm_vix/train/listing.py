@@ -13,6 +13,7 @@ import numpy as np
 from timm.data import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
+from torch import nn
 
 from .._checks import InputError
 from .folders import Items, class_names, is_dataset, labelled_images, open_dataset
@@ -131,34 +132,47 @@ def find_unlabelled(folder: Path) -> Items:
     return [(file, 0) for file in files]
 
 
-def find_labelled(folder: Path, labels: str, num_classes: int) -> Items:
-    """List the images of a folder with their classes, as a trained model numbers them.
+def labelled_folder(folder: Path, model: nn.Module) -> tuple[Items, list[str]]:
+    """List the images of a folder with the model's labels, and the names of its classes.
 
-    Args:
-        labels: "folders", where each class has a folder, in timm's order of names; or a CSV whose first two columns are
-            an image's path below ``folder`` and the number of its class.
+    The folder holds class folders, or ``val/``, ``validation/`` or ``test/`` with them; or a table ``labels.csv`` whose
+    first two columns are the name of an image, there or in ``images/``, and the number of its class.
 
     Raises:
-        ValueError: for classes or files that aren't there, naming them.
-        OSError: for a CSV that can't be read.
+        ValueError: for another folder, or for classes that aren't the model's.
     """
-    if labels == "folders":
-        items, names = list_images(folder)
-        if len(names) != num_classes:
-            raise InputError(f"{folder} has {len(names)} class folders; expected one for each of {num_classes} classes")
-        return items
-    with open(labels, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row][1:]
-    for row in rows:
-        if len(row) < 2 or not row[1].isdecimal() or int(row[1]) >= num_classes:
-            raise InputError(
-                f"labels={labels}: {','.join(row)!r}; expected a file and a class from 0 to {num_classes - 1}"
-            )
-        if not (folder / row[0]).is_file():
-            raise InputError(f"labels={labels} names {row[0]}, which {folder} lacks")
-    if not rows:
-        raise InputError(f"labels={labels} has no rows below its header; expected files and numbers of classes")
-    return [(folder / row[0], int(row[1])) for row in rows]
+    if (folder / "labels.csv").is_file():
+        return read_labels(folder, model.num_classes)
+    inner = [folder / name for name in VALIDATION if (folder / name).is_dir()]
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    known = list(known) if known and len(known) == model.num_classes else None
+    items, classes = list_images(inner[0] if inner else folder, known)
+    if known is None and len(classes) != model.num_classes:
+        raise InputError(f"data_dir={folder} has {len(classes)} classes; the model has {model.num_classes}")
+    return items, known or classes
+
+
+def read_labels(folder: Path, num_classes: int) -> tuple[Items, list[str]]:
+    """``labelled_folder`` of a table."""
+    table = folder / "labels.csv"
+    items: Items = []
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if number == 1 or not row:
+                continue
+            if len(row) < 2 or not row[1].isdecimal() or int(row[1]) >= num_classes:
+                raise InputError(f"{table}, line {number}: expected FILE,CLASS with a class below {num_classes}")
+            places = [folder / row[0], folder / "images" / row[0]]
+            items.append((next((path for path in places if path.is_file()), places[0]), int(row[1])))
+    if not items:
+        raise InputError(f"{table} names no images; expected lines of FILE,CLASS")
+    return items, [str(number) for number in range(num_classes)]
+
+
+def spread(items: Items, count: Optional[int]) -> Items:
+    """Up to ``count`` items, spread over the list; None: all."""
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def image_files(folder: Path) -> list[Path]:

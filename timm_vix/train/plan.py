@@ -29,7 +29,7 @@ from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
 from ..conversion.sites import attention_sites
 from .images import Images, normaliser, transforms
 from .latency import Latency
-from .listing import find_labelled, find_unlabelled
+from .listing import find_unlabelled, labelled_folder, spread
 from .measurements import Measurements
 from .plan_settings import MERGE, PlanSettings
 from .plots import agreement_over_time, write_figure
@@ -72,7 +72,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     if run.threads:
         torch.set_num_threads(run.threads)
     model, config = build_softmax_model(run)
-    pixels, labels = read_images(run, config, model.num_classes)
+    pixels, labels = read_images(run, config, model)
     table = Measurements(path.with_suffix(".csv"))
     normalise = normaliser(config, run.device)
 
@@ -81,9 +81,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         return Sensitivity(model, batches, table, run_key(model, config, pixels, labels), labels)
 
     # spread over the folder, both halves
-    chosen, held_out = (
-        sensitivity(pixels[half::2], labels[half::2] if run.labels is not None else None) for half in (0, 1)
-    )
+    chosen, held_out = (sensitivity(pixels[half::2], labels[half::2] if run.labels else None) for half in (0, 1))
     passed = torch.cat(chosen.batches)
     passed = passed[torch.arange(run.latency_batch) % len(passed)]
     latency = Latency(model, passed, table, time_key(run, model))
@@ -104,7 +102,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         latency_batch=run.latency_batch,
         keep=run.keep,
-        keep_of="predictions" if run.labels is None else "top-1",
+        keep_of="top-1" if run.labels else "predictions",
         speedup_wanted=run.speedup,
         budget_gflops=run.budget_gflops,
         images=len(pixels[::2]),
@@ -141,7 +139,7 @@ def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
     return model.to(getattr(torch, run.dtype)), config
 
 
-def read_images(run: PlanSettings, config: dict[str, Any], num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """The images of a run, spread evenly over the folder: uint8 pixels (images, channels, height, width) and labels.
 
     Labels are 0 where none are given.
@@ -150,11 +148,9 @@ def read_images(run: PlanSettings, config: dict[str, Any], num_classes: int) -> 
         ValueError: for too few to split.
     """
     folder = Path(run.data_dir)
-    found = find_unlabelled(folder) if run.labels is None else find_labelled(folder, run.labels, num_classes)
-    count = min(run.images, len(found))
-    spread = [found[i * len(found) // count] for i in range(count)]
+    found = labelled_folder(folder, model)[0] if run.labels else find_unlabelled(folder)
     resize, _, evaluate = transforms(config, "none", 0.0)
-    data = Images(spread, [run.data_dir], config["input_size"][0], resize, evaluate, 0)
+    data = Images(spread(found, run.images), [run.data_dir], config["input_size"][0], resize, evaluate, 0)
     if len(data) < 2:
         raise InputError(
             f"data_dir={run.data_dir} has {len(data)} image that can be read: one half of the images chooses a plan "

@@ -37,10 +37,10 @@ class PlanSettings(Settings):
         "speedup or a budget",
         ABOVE_0_TO_1,
     )
-    labels: Optional[str] = setting(
-        None,
-        "keep is a share of the source's top-1 instead; its classes are told by 'folders', one for each class, or by a "
-        "CSV, whose first two columns are a file below data_dir and the number of its class",
+    labels: bool = setting(
+        False,
+        "keep is a share of the source's top-1 instead; data_dir holds class folders, or labels.csv, whose first two "
+        "columns are a file, there or in images/, and the number of its class",
     )
     speedup: Optional[float] = setting(
         None, "instead of keep: the most faithful model that is so many times as fast as softmax", FROM_1
