@@ -12,7 +12,18 @@ import sys
 import textwrap
 from collections.abc import Callable
 
-from result_tables import RESULTS, ROOT, context, conversion, cost, finer, mechanisms, segmentation, training
+from result_tables import (
+    RESULTS,
+    ROOT,
+    context,
+    conversion,
+    cost,
+    deployment,
+    finer,
+    mechanisms,
+    segmentation,
+    training,
+)
 
 DOCUMENTS = (ROOT / "README.md", RESULTS / "RESULTS.md")
 # a block holds no other mark, so one that lacks its end takes no text with it
@@ -47,6 +58,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plans": conversion.plans,
     "parts": training.parts,
     "segmentation": segmentation.camvid,
+    "deployment": deployment.deployment,
     "other mechanisms": mechanisms.other_mechanisms,
     "all mechanisms": mechanisms.all_mechanisms,
     "context": context.context,

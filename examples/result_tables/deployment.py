@@ -1,0 +1,27 @@
+"""Table of exported models: accuracy, size and latency of each format beside eager mode and torch.compile."""
+
+from . import markdown, measured, read
+
+
+def deployment() -> str:
+    """DeiT-Tiny and its conversions as files; softmax comes first."""
+    rows = read("deploy.csv")
+    body = []
+    for row in rows:
+        accuracy = [f"{float(row['top1']):.1f} ({float(row['top1']) - float(row['eager_top1']):+.1f})"]
+        body.append([row["model"], row["format"], row["dtype"], f"{float(row['size_mb']):.1f}", *accuracy])
+        for batch in ("1", "8"):
+            ratios = [row[f"faster_than_{name}_{batch}"] for name in ("eager", "compiled")]
+            body[-1] += [f"{float(row[f'ms_{batch}']):.1f} ms", " / ".join(f"{float(ratio):.2f}" for ratio in ratios)]
+    head = [
+        "model",
+        "format",
+        "dtype",
+        "MB",
+        "top-1, % (beside eager)",
+        "one image",
+        "times as fast as eager / compiled",
+    ]
+    # rows of several dtypes stand in one table, which has a column for them
+    machine = measured({**row, "dtype": ""} for row in rows)
+    return markdown(head, body, f"{machine} {' '.join(sorted({row['instructions'] for row in rows}))}.")
