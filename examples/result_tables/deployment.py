@@ -13,15 +13,8 @@ def deployment() -> str:
         for batch in ("1", "8"):
             ratios = [row[f"faster_than_{name}_{batch}"] for name in ("eager", "compiled")]
             body[-1] += [f"{float(row[f'ms_{batch}']):.1f} ms", " / ".join(f"{float(ratio):.2f}" for ratio in ratios)]
-    head = [
-        "model",
-        "format",
-        "dtype",
-        "MB",
-        "top-1, % (beside eager)",
-        "one image",
-        "times as fast as eager / compiled",
-    ]
+    beside = "times as fast as eager / compiled"
+    head = ["model", "format", "dtype", "MB", "top-1, % (beside eager)", "one image", beside, "eight images", beside]
     # rows of several dtypes stand in one table, which has a column for them
     machine = measured({**row, "dtype": ""} for row in rows)
     return markdown(head, body, f"{machine} {' '.join(sorted({row['instructions'] for row in rows}))}.")

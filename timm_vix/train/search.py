@@ -111,6 +111,7 @@ class Search:
             self.curve[what] = tried = Tried(**kept._asdict(), **timed._asdict())
             changes = f"{len(plan):3} layers converted, {self.merged(plan):4} tokens merged"
             figures = f"{tried.speedup:.2f} times as fast, {tried.gflops:.3f} GFLOPs, agreement {tried.agreement:.4f}"
+            figures += f", {tried.kept:.4f} of top-1" if self.chosen.labels is not None else ""
             print(f"{changes}: {figures}", flush=True)
         return self.curve[what]
 
