@@ -1,11 +1,17 @@
 """Batch norms for layer norms: fitted as least squares says, folded exactly, and refused where that can't be."""
 
 import copy
+import csv
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import DEIT, distance, lively, small
+from conftest import DEIT, PHOTOGRAPHS, distance, lively, small
 from timm.models import save_for_hf
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
@@ -17,6 +23,7 @@ from timm_vix.conversion.folding import PrefixAffine
 from timm_vix.conversion.handover import HandoverSchedule, finish
 from timm_vix.conversion.norms import TokenBatchNorm
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "fold_norms.py"
 SIZE = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 HOSTS = {
     "class": ("vit_tiny_patch16_224", {}),
@@ -392,3 +399,27 @@ def test_trained_weights_survive():
     expected = model(x)
     timm_vix.fold_norms(model)
     assert distance(model(x), expected) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (DEIT.exists() and PHOTOGRAPHS.exists()), reason="needs DeiT-Tiny's weights and the photographs"
+)
+def test_the_example_measures_what_is_folded(tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    with tarfile.open(PHOTOGRAPHS) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (photographs,) = tmp_path.glob("**/labels.csv")
+    command = [sys.executable, EXAMPLE, "--images", photographs.parent, "--weights", DEIT, "--steps", "0", "2"]
+    command += ["--data-dir", photographs.parent / "images", "--count", "20", "--rounds", "1", "--batch-size", "2"]
+    command += ["--runs", tmp_path / "runs", "--out", tmp_path / "rows.csv"]
+    for _ in range(2):  # the second time nothing is left to do
+        subprocess.run(command, env=dict(os.environ, PYTHONPATH=str(EXAMPLE.parents[1])), check=True, timeout=900)
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert [(row["norms"], row["steps"], row["format"], row["dtype"]) for row in rows] == [
+        (norms, steps, *form)
+        for norms, steps in (("layer", "0"), ("folded", "0"), ("folded", "2"))
+        for form in (("eager", "float32"), ("onnx", "float32"), ("onnx", "int8"))
+    ]
+    assert float(rows[0]["agreement"]) == float(rows[1]["agreement"]) == 100.0
+    assert rows[3]["top1"] == rows[4]["top1"] and 0 < float(rows[3]["agreement"]) < 100

@@ -101,19 +101,22 @@ def faster_at(cells: dict[Key, Row], names: list[str], pixels: int, mode: str) -
     return {name: speed(found[name], spread=False) for name in order}
 
 
+# what a plan keeps, and of how many images, on the half that chose it and on the other
+HALVES = (("kept", "images"), ("held_out_kept", "held_out_images"))
+
+
 def plans() -> str:
-    """How many layers timm-vix plan converts for a wanted agreement, and what is left to compute."""
+    """What timm-vix plan found: what is kept on the images that chose and on others, and how fast it is."""
     body = []
     for path in sorted(RESULTS.glob("plan_*.json")):
         plan = json.loads(path.read_text(encoding="utf-8"))
-        share = 100 * plan["gflops"] / plan["softmax_gflops"]
-        converted = f"{len(plan['layers'])} of {plan['depth']}"
-        wanted, kept = f"{100 * plan['keep']:.0f} %", f"{100 * plan['agreement']:.1f} %"
-        images = "photographs" if "photos" in path.stem else "Caltech-101"
-        body.append([f"[{path.stem}]({path.name})", images, str(plan["images"]), str(plan["img_size"]), wanted, kept])
-        body[-1] += [converted, f"{share:.0f} %"]
-    head = ["plan", "images", "number", "px", "wanted agreement", "found", "layers converted", "operations left"]
-    return markdown(head, body)
+        kept = [f"{100 * plan[name]:.1f} % ({plan[images]})" for name, images in HALVES]
+        merged = ", ".join(map(str, plan["merge"])) if plan["merge"] else "none"
+        body.append([f"[{path.stem}]({path.name})", str(plan["img_size"]), f"{100 * plan['keep']:.0f} %", *kept])
+        body[-1] += [f"{plan['speedup']:.2f}", f"{100 * plan['gflops'] / plan['softmax_gflops']:.0f} %"]
+        body[-1] += [f"{len(plan['layers'])} of {plan['depth']}", merged]
+    head = ["plan", "px", "to keep of top-1", "kept (images that chose)", "kept (other images)", "times as fast"]
+    return markdown([*head, "operations left", "layers converted", "patches that each layer merges"], body)
 
 
 def transfers() -> str:
