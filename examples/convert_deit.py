@@ -26,10 +26,10 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_vix
+from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import counter
 from timm_vix.train.checkpoint import write_history
 from timm_vix.train.hub import delta_card
-from timm_vix.train.shipping import save_transferred
 
 SOURCE = "deit_tiny_patch16_224"
 WINDOWS = dict(window_size=2)

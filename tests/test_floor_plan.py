@@ -26,6 +26,7 @@ TOOLS = {
     "jinja2",
     "datasets",
 }
+EXPORTERS = {"onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "torchao", "gradio"}
 # from the bottom up: the files of a package, and the libraries besides Python's own that they may import
 PACKAGES: list[tuple[str, set[str]]] = [
     ("_[!_]*.py", TOOLS),  # checks, files, devices and names, which every package may use
@@ -36,6 +37,7 @@ PACKAGES: list[tuple[str, set[str]]] = [
     ("measure/*", TOOLS),
     ("train/*", TOOLS),
     ("benchmark/*", TOOLS),
+    ("deploy/*", {*TOOLS, *EXPORTERS}),
     ("cli.py", TOOLS),
     ("__*__.py", TOOLS),
 ]

@@ -656,8 +656,9 @@ def test_a_published_plan_converts_the_layers_that_it_names(path: Path) -> None:
     content = json.loads(path.read_text())
     model = timm.create_model(content["source"], img_size=content["img_size"], device="meta")
     rows = timm_vix.convert(model, layers=load_plan(path, model)).rows
-    assert [str(row.layer) for row in rows if row.changed] == list(content["layers"])
-    assert list(model.blocks.steps) == content["merge"]
+    # blocks that merge have slots of softmax attention
+    assert [str(row.layer) for row in rows if row.config.get("mixer", "softmax") != "softmax"] == [*content["layers"]]
+    assert model.blocks.merge == content["merge"]
 
 
 def test_plans_of_other_models_and_broken_ones_are_refused(weights: Path, tmp_path: Path) -> None:

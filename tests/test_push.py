@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from timm_vix import cli
+from timm_vix.deploy.push import FILES, LOADING, push
 from timm_vix.train.finetune import finetune
-from timm_vix.train.push import FILES, LOADING, push
 
 DIGITS = dict(model_kwargs=dict(depth=1, patch_size=8, num_landmarks=4), epochs=1, device="cpu", threads=1, amp="off")
 

@@ -25,9 +25,9 @@ from timm.models import save_for_hf
 
 from timm_vix._files import write_whole
 from timm_vix._records import append_record
+from timm_vix.deploy.shipping import ship
 from timm_vix.train.cards import COLUMNS, read_rows, write_cards
 from timm_vix.train.finetune import finetune
-from timm_vix.train.shipping import ship
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = DATA / "cifar10.tar.xz"

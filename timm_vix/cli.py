@@ -23,7 +23,7 @@ COMMANDS = dict(
     plan=("train.plan", "which layers of a trained ViT to convert, and to what, for a wanted agreement or cost"),
     transfer=("train.transfer", "convert a trained ViT and fit it to what it was, without labels"),
     export=("deploy.export", "write a model as ONNX, OpenVINO or torch file, also in int8, and check what it computes"),
-    push=("train.push", "check the folder of a run, and upload it to the Hugging Face Hub"),
+    push=("deploy.push", "check the folder of a run, and upload it to the Hugging Face Hub"),
     serve=("deploy.serve", "a page in the browser on which a trained model names what is on pictures"),
     report=("benchmark.report", "a page and figures from the tables of cost and compare"),
 )

@@ -28,7 +28,7 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line
-from ..deploy.classifier import load_trained
+from .classifier import load_trained
 
 FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}

@@ -17,12 +17,12 @@ from .._records import Record
 from ..conversion.convert import NAME
 from ..conversion.delta import load_delta, save_delta
 from ..conversion.replace import ADDING_NOTHING
-from ..deploy.classifier import load_trained
 from ..models.checkpoints import hosts_of
-from .cards import card
-from .hub import write_hub
-from .images import Images, normaliser, transforms
-from .listing import list_images
+from ..train.cards import card
+from ..train.hub import write_hub
+from ..train.images import Images, normaliser, transforms
+from ..train.listing import list_images
+from .classifier import load_trained
 
 
 @torch.inference_mode()
