@@ -21,6 +21,7 @@ from result_tables import (
     deployment,
     finer,
     mechanisms,
+    norms,
     segmentation,
     training,
 )
@@ -59,6 +60,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": training.parts,
     "segmentation": segmentation.camvid,
     "deployment": deployment.deployment,
+    "folded norms": norms.folded,
     "other mechanisms": mechanisms.other_mechanisms,
     "all mechanisms": mechanisms.all_mechanisms,
     "context": context.context,
