@@ -19,10 +19,8 @@ from result_tables import (
     conversion,
     cost,
     deployment,
-    finer,
     mechanisms,
     norms,
-    segmentation,
     training,
 )
 
@@ -49,7 +47,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "systems": cost.systems,
     "caltech101": training.caltech101,
     "caltech101, three epochs": training.compared_caltech101,
-    "finer patches": finer.finer,
     "cifar10": lambda: training.finetuned("cifar10"),
     "claims": lambda: training.finetuned("claims"),
     "reproduced": training.reproduced,
@@ -58,7 +55,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfers": conversion.transfers,
     "plans": conversion.plans,
     "parts": training.parts,
-    "segmentation": segmentation.camvid,
     "deployment": deployment.deployment,
     "folded norms": norms.folded,
     "other mechanisms": mechanisms.other_mechanisms,

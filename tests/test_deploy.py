@@ -86,6 +86,7 @@ def timm_arguments(parts: list[str]) -> dict:
     return parse_model(" ".join(["vix_axial_cifar", *parts]))[1]
 
 
+@pytest.mark.slow
 def test_int8_in_onnx_is_symmetric_by_channel_and_only_where_weights_are(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

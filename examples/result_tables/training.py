@@ -129,6 +129,9 @@ COMPARISONS = {
     "Linformer for softmax, rotary positions": "vix_softmax+rope vix_linformer+rope, hybrid_vit+rope hybrid_vil+rope",
     "MLP mixing for softmax": "vix_softmax vix_mixer, hybrid_vit hybrid_mixer",
     "Fourier mixing for softmax": "vix_softmax vix_fnet, hybrid_vit hybrid_fnet",
+    "axial attention for softmax": "vix_softmax vix_axial",
+    "pooling for softmax": "vix_softmax vix_pool",
+    "no mixing of tokens (glu) for softmax": "vix_softmax vix_glu",
     "CCN or CCP for CCT": "cct ccn, cct ccp",
     "CvN or CvP for CvT": "cvt cvn, cvt cvp",
 }
@@ -153,6 +156,6 @@ def compared() -> str:
         line = []
         for recipe in ("paper", "modern"):
             gains = [scores[after, recipe] - scores[before, recipe] for before, after in pairs]
-            line.append(f"{min(gains):+.1f} to {max(gains):+.1f}")
+            line.append(f"{min(gains):+.1f} to {max(gains):+.1f}" if len(gains) > 1 else f"{gains[0]:+.1f}")
         body.append([change, str(len(pairs)), *line])
     return markdown(["change", "pairs", "paper's recipe, points", "modern recipe, points"], body)
