@@ -184,7 +184,7 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
         (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2", "--dtype", "int8"], "dtype=int8 needs --calibrate DIR"),
         (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2", "--calibrate", "x"], "--calibrate is for dtype=int8"),
         (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2", "--weights", "absent.pth"], "absent.pth"),
-        (["local-dir:absent", "--to", "pt2", "--out", "a.pt2"], "local-dir:absent"),
+        (["local-dir:absent", "--to", "pt2", "--out", "a.pt2"], "model=local-dir:absent"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: list[str], words: str, tmp_path: Path, monkeypatch) -> None:

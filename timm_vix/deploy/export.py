@@ -91,7 +91,8 @@ def build(
     except InputError as error:
         if dynamic_size and "dynamic_img_size" in str(error):
             raise fixed_size(name, "it takes no dynamic_img_size") from error
-        raise
+        # what plan and transfer call the source is the model here
+        raise InputError(str(error).replace("source=", "model=", 1)) from error
     return model, config
 
 
