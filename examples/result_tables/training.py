@@ -130,6 +130,8 @@ COMPARISONS = {
     "MLP mixing for softmax": "vix_softmax vix_mixer, hybrid_vit hybrid_mixer",
     "Fourier mixing for softmax": "vix_softmax vix_fnet, hybrid_vit hybrid_fnet",
     "axial attention for softmax": "vix_softmax vix_axial",
+    "ReLU attention for softmax": "vix_softmax vix_relu",
+    "latent attention for softmax": "vix_softmax vix_latent",
     "pooling for softmax": "vix_softmax vix_pool",
     "no mixing of tokens (glu) for softmax": "vix_softmax vix_glu",
     "CCN or CCP for CCT": "cct ccn, cct ccp",
