@@ -78,10 +78,7 @@ class LandmarkSlot(AttentionSlot):
         cells = core.cells(layout.grid)
         num_landmarks = layout.num_prefix_tokens + cells[0] * cells[1]
         if core.is_exact(layout):
-            q, k, v = self.project(x, 0, 3)
-            q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
-            q, k, wide = core.localise(self.scale(q, layout), k, v, layout, layout)
-            return self.merge(core.enhance(core.attend_exactly(q, k, wide, attn_mask), v, layout), x)
+            return self.attend_tokens(x, layout, attn_mask, is_causal, rope)
         masked: Optional[MaskedPooling] = None
         if attn_mask is not None:
             masked = core.pool_masked(tokens_read(attn_mask, x.shape[0]), layout, cells, x)
