@@ -9,18 +9,19 @@ weights as far as they fit. Times are medians of several passes of one picture, 
 
 import argparse
 import socket
-import statistics
-import time
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from timm.models import get_model_args
 from torch import nn
 
 from .._checks import InputError, check_integer
 from ..conversion.replace import mixer_name
+from ..measure.job import time_interleaved
 from ..models.checkpoints import hosts_of
 from .beside import softmax_beside
 from .classifier import Classifier
@@ -115,13 +116,10 @@ class Answers:
 @torch.inference_mode()
 def times(models: list[nn.Module], pixels: torch.Tensor) -> list[float]:
     """Median milliseconds of each model for one picture, timed in turn."""
-    measured: list[list[float]] = [[] for _ in models]
-    for _ in range(ROUNDS + 1):
-        for series, model in zip(measured, models):
-            start = time.perf_counter()
-            model(pixels)
-            series.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(series[1:]) for series in measured]
+    seconds = time_interleaved(
+        [partial(model, pixels) for model in models], dict(device="cpu", rounds=ROUNDS, seconds=0)
+    )
+    return (1e3 * np.median(seconds, axis=0)).tolist()
 
 
 def title_of(model: nn.Module) -> str:
