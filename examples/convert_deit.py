@@ -30,6 +30,7 @@ from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import counter
 from timm_vix.train.checkpoint import write_history
 from timm_vix.train.hub import delta_card
+from timm_vix.train.listing import read_labels
 
 SOURCE = "deit_tiny_patch16_224"
 WINDOWS = dict(window_size=2)
@@ -67,13 +68,12 @@ def softmax(weights: str, img_size: int) -> nn.Module:
 
 def read_images(folder: Path, count: int, transform: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """The first ``count`` photographs with their labels."""
-    with open(folder / "labels.csv") as file:
-        rows = list(csv.DictReader(file))[:count]
+    items = read_labels(folder, 1000)[0][:count]
     images = []
-    for row in tqdm(rows, "decode", leave=False, disable=None):
-        with Image.open(folder / "images" / row["file"]) as image:
+    for path, _ in tqdm(items, "decode", leave=False, disable=None):
+        with Image.open(path) as image:
             images.append(transform(image.convert("RGB")))
-    return torch.stack(images), torch.tensor([int(row["imagenet_class"]) for row in rows])
+    return torch.stack(images), torch.tensor([label for _, label in items])
 
 
 @torch.inference_mode()

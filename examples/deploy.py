@@ -9,7 +9,6 @@ examples/results/deploy.csv as they come; stopped at any time, the same command 
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from torch import nn
 from timm_vix._checks import InputError
 from timm_vix._device import device_name, fields_of, versions
 from timm_vix._records import Columns, append_record, check_writable, key_of, read_records
+from timm_vix.cli import in_one_line
 from timm_vix.deploy.check import accuracy, latency, read_calibration
 from timm_vix.deploy.export import build, export_model
 from timm_vix.deploy.formats import SUFFIXES
@@ -113,7 +113,28 @@ def measure(
     return row
 
 
-def main() -> int:
+def measure_all(given: argparse.Namespace) -> None:
+    """Measure what has no row yet."""
+    torch.set_num_threads(given.threads)
+    check_writable(given.out)
+    rows = read_records(given.out, COLUMNS, exact=True)[0] if given.out.exists() else []
+    known = {key_of(row, KEY) for row in rows if not (row["error"] and given.retry_failed)}
+    left = [job for job in jobs(given) if key_of(job, KEY) not in known]
+    present = fields_of("/proc/cpuinfo").get("flags", "").split()
+    instructions = " ".join(name for name in INSTRUCTIONS if name in present)
+    for name in dict.fromkeys(job["model"] for job in left):
+        model, config = build(MODELS[name], given.weights)
+        compiled = torch.compile(model, dynamic=False)
+        for job in (job for job in left if job["model"] == name):
+            runtime = RUNTIMES.get(job["format"], "torch")
+            facts = dict(instructions=instructions, runtime=f"{runtime} {version(runtime)}", **versions())
+            row = {**job, **facts, **measure(job, given, model, config, compiled)}
+            append_record(given.out, COLUMNS, row)
+            shown = row.get("error") or {key: row[key] for key in ("size_mb", "top1", "agreement", "ms_1", "ms_8")}
+            print(f"{name}, {job['format']}, {job['dtype']}: {shown}", flush=True)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--weights", required=True)
@@ -126,33 +147,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--retry-failed", action="store_true", help="export again what no file could hold")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "deploy.csv")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    try:
-        check_writable(given.out)
-        rows = read_records(given.out, COLUMNS, exact=True)[0] if given.out.exists() else []
-        known = {key_of(row, KEY) for row in rows if not (row["error"] and given.retry_failed)}
-        left = [job for job in jobs(given) if key_of(job, KEY) not in known]
-        present = fields_of("/proc/cpuinfo").get("flags", "").split()
-        instructions = " ".join(name for name in INSTRUCTIONS if name in present)
-        for name in dict.fromkeys(job["model"] for job in left):
-            model, config = build(MODELS[name], given.weights)
-            compiled = torch.compile(model, dynamic=False)
-            for job in (job for job in left if job["model"] == name):
-                runtime = RUNTIMES.get(job["format"], "torch")
-                facts = dict(instructions=instructions, runtime=f"{runtime} {version(runtime)}", **versions())
-                row = {**job, **facts, **measure(job, given, model, config, compiled)}
-                append_record(given.out, COLUMNS, row)
-                shown = row.get("error") or {key: row[key] for key in ("size_mb", "top1", "agreement", "ms_1", "ms_8")}
-                print(f"{name}, {job['format']}, {job['dtype']}: {shown}", flush=True)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    in_one_line(measure_all)(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
