@@ -5,12 +5,16 @@ A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds ke
 
 import copy
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+# read when the client is imported: a test reaches no Hub but the one that it starts
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest

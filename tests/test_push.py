@@ -47,6 +47,7 @@ def copied(source, target):
 def login(hub, tmp_path, monkeypatch):
     """The client talks to the Hub in this process, as the user who owns me/."""
     constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -219,6 +220,11 @@ def test_without_a_login(token, words, run, login, monkeypatch, capsys):
 def test_without_a_connection(run, login, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     check_refused(["push", str(run), "me/flowers"], ["repository=me/flowers", "upload failed"], monkeypatch, capsys)
+
+
+def test_in_offline_mode(run, login, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    check_refused(["push", str(run), "me/flowers"], ["offline mode", "unset", "HF_HUB_OFFLINE"], monkeypatch, capsys)
 
 
 def test_a_folder_that_is_not_there(login, monkeypatch, capsys, tmp_path):
