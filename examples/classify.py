@@ -6,13 +6,13 @@ python examples/classify.py photo.jpg --model runs/reproduce/modern-100-1/ccn_ci
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
 import timm_vix  # noqa: F401  registers the names
 from timm_vix._checks import InputError, check_integer
+from timm_vix.cli import in_one_line
 from timm_vix.deploy.classifier import Classifier
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -27,7 +27,22 @@ def list_shipped() -> None:
         print(f"{name}: {size / 1e6:.1f} MB, {result.metric_value} % of {result.dataset_name}'s test images")
 
 
-def main() -> int:
+def classify(given: argparse.Namespace) -> None:
+    """Print the classes of each photograph."""
+    if not given.photos and not given.list:
+        raise InputError("no photo was given; expected picture files, or --list")
+    check_integer("top", given.top, 1)
+    if given.list:
+        list_shipped()
+    if given.photos:
+        shipped = given.model in SHIPPED
+        classifier = Classifier(str(CHECKPOINTS / given.model) if shipped else given.model)
+    for photo in given.photos:
+        best = classifier.best(classifier.prepare(photo), given.top)
+        print(f"{photo}: {', '.join(f'{name} {100 * share:.0f} %' for name, share in best.items())}")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="*", type=Path)
     parser.add_argument(
@@ -35,24 +50,8 @@ def main() -> int:
     )
     parser.add_argument("--top", type=int, default=3, help="classes shown")
     parser.add_argument("--list", action="store_true", help="show the shipped models")
-    given = parser.parse_args()
-    try:
-        if not given.photos and not given.list:
-            raise InputError("no photo was given; expected picture files, or --list")
-        check_integer("top", given.top, 1)
-        if given.list:
-            list_shipped()
-        if given.photos:
-            shipped = given.model in SHIPPED
-            classifier = Classifier(str(CHECKPOINTS / given.model) if shipped else given.model)
-        for photo in given.photos:
-            best = classifier.best(classifier.prepare(photo), given.top)
-            print(f"{photo}: {', '.join(f'{name} {100 * share:.0f} %' for name, share in best.items())}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    in_one_line(classify)(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,13 +12,13 @@ models are skipped, because their rows are in examples/results/finetune_<table>.
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from timm_vix._names import parse_model
+from timm_vix.cli import in_one_line
 from timm_vix.measure.job import measure_in_process
 from timm_vix.train.checkpoint import write_history
 from timm_vix.train.finetune import finetune
@@ -37,10 +37,13 @@ TABLES = {
     ),
     "parts_caltech101": (CALTECH101, PARTS),
     "parts_cifar10": (dict(CALTECH101, img_size=96), PARTS),
-    # the paper's claims about stems and positions, at a sixteenth of its tokens: minutes on a processor
+    # the claims of the papers about stems, positions and feed-forward layers, at few tokens: minutes on a processor
     "claims": (
         dict(epochs=3, img_size=32, model_kwargs=dict(patch_size=4), batch_size=128, lr=1e-3, augment="light"),
-        ["vix_softmax_cifar", "vix_softmax_cifar_rope", "hybrid_vit_cifar", "hybrid_vit_cifar stem=conv_linear"],
+        [
+            *("vix_softmax_cifar", "vix_softmax_cifar_rope", "hybrid_vit_cifar", "hybrid_vit_cifar stem=conv_linear"),
+            *(f"vix_softmax_cifar {dhvt}" for dhvt in ("stem=sope", "mlp=daff", "stem=sope mlp=daff")),
+        ],
     ),
 }
 
@@ -59,7 +62,39 @@ def step_cost(model: str, net: nn.Module, row: dict[str, Any]) -> dict[str, Any]
     )
 
 
-def main() -> int:
+def run_all(given: argparse.Namespace) -> None:
+    """Train the models of a table that have no rows yet."""
+    settings: dict[str, Any]
+    settings, models = TABLES[given.table]
+    settings = dict(settings, data_dir=given.data_dir, checkpoint=given.weights, device=given.device)
+    settings.update(epochs=given.epochs or settings["epochs"], threads=given.threads, workers=given.workers)
+    settings["img_size"] = given.img_size or settings["img_size"]
+    path = Path(given.results) / f"finetune_{given.table}.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    saved = [text.partition("=") for text in given.saved or ()]
+    folders = {name: folder for name, _, folder in saved if folder}
+    if given.models or saved:
+        models = [*(given.models or ()), *(name for name, _, _ in saved)]
+    for model in models:
+        if any(row["model"] == model and int(row["epoch"]) == settings["epochs"] for row in rows):
+            print(f"{model}: already in {path}")
+            continue
+        print(f"{model}:")
+        out = Path(given.runs) / given.table / model.replace(" ", "_")
+        resume = (out / "checkpoint.pt").exists()
+        if model in folders:  # which have weights and keywords
+            start = dict(model=f"local-dir:{folders[model]}", pretrained=True, model_kwargs=None, checkpoint=None)
+        else:
+            name, keywords = parse_model(model)
+            start = dict(model=name, train_only=keywords.pop("train_only", None))
+            start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
+        net, history = finetune(**{**settings, **start}, out=str(out), resume=resume)
+        extra = step_cost(model, net, history[-1]) if given.table.startswith("parts_") else {}
+        rows += [dict(model=model, dataset=given.table, **row, **extra) for row in history]
+        write_history(path, rows)  # as a whole, so that a model's rows are all there or none
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--data-dir", required=True)
@@ -75,44 +110,8 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--runs", default="runs", help="folder for checkpoints and models")
     parser.add_argument("--results", default=str(Path(__file__).parent / "results"), help="folder of the CSV")
-    given = parser.parse_args()
-    settings: dict[str, Any]
-    settings, models = TABLES[given.table]
-    settings = dict(settings, data_dir=given.data_dir, checkpoint=given.weights, device=given.device)
-    settings.update(epochs=given.epochs or settings["epochs"], threads=given.threads, workers=given.workers)
-    settings["img_size"] = given.img_size or settings["img_size"]
-    path = Path(given.results) / f"finetune_{given.table}.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    saved = [text.partition("=") for text in given.saved or ()]
-    folders = {name: folder for name, _, folder in saved if folder}
-    if given.models or saved:
-        models = [*(given.models or ()), *(name for name, _, _ in saved)]
-    try:
-        for model in models:
-            if any(row["model"] == model and int(row["epoch"]) == settings["epochs"] for row in rows):
-                print(f"{model}: already in {path}")
-                continue
-            print(f"{model}:")
-            out = Path(given.runs) / given.table / model.replace(" ", "_")
-            resume = (out / "checkpoint.pt").exists()
-            if model in folders:  # which have weights and keywords
-                start = dict(model=f"local-dir:{folders[model]}", pretrained=True, model_kwargs=None, checkpoint=None)
-            else:
-                name, keywords = parse_model(model)
-                start = dict(model=name, train_only=keywords.pop("train_only", None))
-                start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
-            net, history = finetune(**{**settings, **start}, out=str(out), resume=resume)
-            extra = step_cost(model, net, history[-1]) if given.table.startswith("parts_") else {}
-            rows += [dict(model=model, dataset=given.table, **row, **extra) for row in history]
-            write_history(path, rows)  # as a whole, so that a model's rows are all there or none
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"{interrupt or 'interrupted'}; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    in_one_line(run_all)(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,9 +11,6 @@ rounded weights predict.
 
 import argparse
 import csv
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,19 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_vix
+from timm_vix._checks import InputError
+from timm_vix.cli import in_one_line
 from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import counter
+from timm_vix.measure.job import time_interleaved
+from timm_vix.measure.statistics import compare_times
 from timm_vix.train.checkpoint import write_history
 from timm_vix.train.hub import delta_card
 from timm_vix.train.listing import read_labels
+from timm_vix.train.settings import check_weights
 
 SOURCE = "deit_tiny_patch16_224"
+HUB = "the folder hub/ of a run of timm-vix transfer, and a name for its rows"
 WINDOWS = dict(window_size=2)
 UNTRAINED: dict[str, dict[str, Any]] = {
     "nystrom, last 6": dict(mixer="nystrom", layers="last-6", num_landmarks=49),
@@ -107,14 +110,10 @@ def kept_mib(model: nn.Module, image: torch.Tensor) -> float:
 @torch.inference_mode()
 def latency(model: nn.Module, baseline: nn.Module, image: torch.Tensor, rounds: int = 15) -> tuple[float, float]:
     """Median time of one image in ms, and of the ratio baseline / model, timed in turn."""
-    times: list[list[float]] = [[], []]
-    for _ in range(rounds):
-        for place, timed in enumerate((model, baseline)):
-            start = time.perf_counter()
-            timed(image)
-            times[place].append(time.perf_counter() - start)
-    ratios = [theirs / mine for mine, theirs in zip(*(series[1:] for series in times))]
-    return 1e3 * statistics.median(times[0][1:]), statistics.median(ratios)
+    job = dict(device="cpu", rounds=rounds, seconds=0)
+    times = time_interleaved([lambda: model(image), lambda: baseline(image)], job)
+    found = compare_times(*times.T)
+    return found["latency_p50_ms"], found["speedup"]
 
 
 def costs(model: nn.Module, baseline: nn.Module, image: torch.Tensor) -> dict[str, Any]:
@@ -146,20 +145,17 @@ def write_delta(
     print(f"{folder}: {megabytes:.2f} MB, top-1 {right}", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, type=Path)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--transferred", nargs="*", default=[], help="name=folder of timm-vix transfer")
-    parser.add_argument("--deltas", type=Path, metavar="DIR", help="save the transferred models there as deltas")
-    parser.add_argument("--plan", type=Path, help="what timm-vix plan wrote")
-    parser.add_argument("--models", nargs="+", choices=UNTRAINED, metavar="NAME", help="only these, untrained")
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--again", action="store_true", help="measure time and memory of the rows that are there anew")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "convert_deit_tiny.csv")
-    given = parser.parse_args()
+def named_folder(text: str) -> tuple[str, str]:
+    """The two parts of NAME=FOLDER; the name may hold a "="."""
+    name, _, folder = text.rpartition("=")
+    if not name or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER with a folder of timm-vix transfer")
+    return name, folder
+
+
+def measure_all(given: argparse.Namespace) -> None:
+    """Measure each model that has no row yet, or with --again time and memory of those that have one."""
+    check_weights("weights", given.weights)
     if given.threads:
         torch.set_num_threads(given.threads)
     size = given.img_size
@@ -178,9 +174,7 @@ def main() -> int:
     jobs: list[tuple[str, str, Callable[[], nn.Module]]] = [("softmax", "none", lambda: baseline)]
     untrained = {name: UNTRAINED[name] for name in given.models or UNTRAINED}
     jobs += [(name, "none", lambda o=options: converted(**o)) for name, options in untrained.items()]
-    jobs += [
-        (name, "transfer", lambda f=folder: loaded(f)) for name, folder in (t.split("=") for t in given.transferred)
-    ]
+    jobs += [(name, "transfer", lambda f=folder: loaded(f)) for name, folder in given.transferred]
     if given.plan:
         jobs.append((f"plan ({given.plan.stem})", "none", lambda: converted(layers=str(given.plan))))
     rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
@@ -188,11 +182,10 @@ def main() -> int:
     reference = labels if given.again else predict(baseline, images, "softmax")
     accuracy = 100 * float((reference == labels).float().mean())
     if accuracy < 50:
-        print(f"error: {SOURCE} itself is right on {accuracy:.1f} % of {given.images}: other labels", file=sys.stderr)
-        return 2
+        raise InputError(f"{SOURCE} itself is right on {accuracy:.1f} % of {given.images}: other labels")
     image = images[:1].clone()  # a slice would keep all images for the gradient
     if given.deltas:
-        for name, folder in (t.split("=") for t in given.transferred):
+        for name, folder in given.transferred:
             write_delta(folder, given.deltas / name, given.weights, images, labels, reference)
     for name, training, build in jobs:
         known = [r for r in rows if (r["model"], r["training"], int(r["img_size"])) == (name, training, size)]
@@ -217,8 +210,23 @@ def main() -> int:
             rows.append({**row, **costs(model, baseline, image)})
             print(row, flush=True)
         write_history(given.out, rows)
-    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, type=Path)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--transferred", nargs="*", default=[], type=named_folder, metavar="NAME=FOLDER", help=HUB)
+    parser.add_argument("--deltas", type=Path, metavar="DIR", help="save the transferred models there as deltas")
+    parser.add_argument("--plan", type=Path, help="what timm-vix plan wrote")
+    parser.add_argument("--models", nargs="+", choices=UNTRAINED, metavar="NAME", help="only these, untrained")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--again", action="store_true", help="measure time and memory of the rows that are there anew")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "convert_deit_tiny.csv")
+    in_one_line(measure_all)(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,14 +10,13 @@ measured again.
 
 import argparse
 import csv
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from convert_deit import gigaflops, kept_mib, latency
+from convert_deit import HUB, gigaflops, kept_mib, latency, named_folder
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from torch import nn
@@ -25,8 +24,10 @@ from tqdm import tqdm
 
 import timm_vix
 from timm_vix._device import device_name
+from timm_vix.cli import in_one_line
 from timm_vix.train.checkpoint import write_history
 from timm_vix.train.listing import find_unlabelled
+from timm_vix.train.settings import check_weights
 
 SOURCE = "vit_small_patch14_dinov2"
 CONVERSIONS: dict[str, dict[str, Any]] = {
@@ -59,17 +60,9 @@ def fidelity(model: nn.Module, baseline: nn.Module, images: list[torch.Tensor], 
     return cosine / len(images), (squared_error / squared_norm) ** 0.5
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, type=Path)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--transferred", nargs="*", default=[], help="name=folder of timm-vix transfer")
-    parser.add_argument("--img-size", type=int, nargs="+", default=[518, 1036])
-    parser.add_argument("--count", type=int, default=50, help="images; the first ones")
-    parser.add_argument("--rounds", type=int, default=5, help="of timing, in turn with softmax")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dense_features.csv")
-    given = parser.parse_args()
+def measure_all(given: argparse.Namespace) -> None:
+    """Measure each model that has no row yet."""
+    check_weights("weights", given.weights)
     if given.threads:
         torch.set_num_threads(given.threads)
     rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
@@ -89,7 +82,7 @@ def main() -> int:
 
         jobs: list[tuple[str, str, Callable[[], nn.Module]]] = [("softmax", "none", softmax)]
         jobs += [(name, "none", lambda o=options: converted(**o)) for name, options in CONVERSIONS.items()]
-        jobs += [(n, "transfer", lambda f=folder: loaded(f)) for n, folder in (t.split("=") for t in given.transferred)]
+        jobs += [(n, "transfer", lambda f=folder: loaded(f)) for n, folder in given.transferred]
         known = {(row["model"], row["training"], int(row["img_size"])) for row in rows}
         jobs = [job for job in jobs if (job[0], job[1], size) not in known]
         if not jobs:
@@ -125,8 +118,20 @@ def main() -> int:
             rows.append(row)
             print(row, flush=True)
             write_history(given.out, rows)
-    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, type=Path)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--transferred", nargs="*", default=[], type=named_folder, metavar="NAME=FOLDER", help=HUB)
+    parser.add_argument("--img-size", type=int, nargs="+", default=[518, 1036])
+    parser.add_argument("--count", type=int, default=50, help="images; the first ones")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing, in turn with softmax")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dense_features.csv")
+    in_one_line(measure_all)(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -33,6 +33,7 @@ from timm_vix._device import autocast, device_name, find_device, find_dtype
 from timm_vix._files import one_line
 from timm_vix._names import parse_model
 from timm_vix._records import Columns, append_record, check_writable, header_of, read_records
+from timm_vix.cli import in_one_line
 from timm_vix.conversion.convert import convert
 from timm_vix.measure.job import measure_in_process
 from timm_vix.mixers import MIXERS
@@ -253,7 +254,7 @@ def parse() -> argparse.Namespace:
 
 
 def check(given: argparse.Namespace) -> None:
-    """Raise ValueError for what of the command line is out of its range."""
+    """Raise InputError for what of the command line is out of its range."""
     finite = ("epochs minutes", "a finite number of 0 or more", lambda value: 0 <= value < math.inf)
     sizes = ("patch_size", "1 or more", lambda values: min(values) >= 1)
     check_ranges(given, [finite, sizes, ("per_class val_per_class rounds threads", *ABOVE_0)])
@@ -261,56 +262,53 @@ def check(given: argparse.Namespace) -> None:
         check_choice("mixers", mixer.partition(" ")[0], tuple(MIXERS))
 
 
-def main() -> int:
-    given = parse()
+def run_all(given: argparse.Namespace) -> None:
+    """Measure and train what has no row yet."""
     failed: list[str] = []
-    try:
-        check(given)
-        device = find_device(given.device)
-        torch.set_num_threads(given.threads)
-        check_writable(given.out)
-        rows: list[Row] = []
-        if given.out.exists() and header_of(given.out):
-            rows, damaged = read_records(given.out, COLUMNS, exact=True)
-            if damaged:
-                print(f"{given.out}: {damaged} damaged lines are ignored")
-        train_items, val_items, classes = find_images(given.data_dir)
-        train_items = first_of_each_class(train_items, given.per_class)
-        data = Data(train_items, first_of_each_class(val_items, given.val_per_class), classes)
-        shared = dict(
-            **{name: getattr(given, name) for name in ("source", "img_size", "batch_size", "threads", "seed")},
-            dtype=str(find_dtype("auto", device)).removeprefix("torch."),
-            device_name=device_name(device),
-            torch=str(torch.__version__),
-            timm=timm.__version__,
-            budget="epochs" if given.minutes is None else "minutes",
-            limit=given.epochs if given.minutes is None else given.minutes,
-            train_images=len(data.train),
-            val_images=len(data.val),
-        )
-        for patch_size, mixer in itertools.product(given.patch_size, given.mixers):
-            name, _, keywords = mixer.partition(" ")
-            wanted = dict(mixer=name, keywords=keywords or None, patch_size=patch_size, **shared)
-            title = f"{mixer}, patch {patch_size}, {wanted['limit']:g} {wanted['budget']}"
-            if find_row(rows, wanted, {**PLACE, **BUDGET}):
-                print(f"{title}: already in {given.out}")
-                continue
-            print(f"{title}:", flush=True)
-            try:
-                add_rows(rows, wanted, data, given, device)
-            except (ValueError, OSError, RuntimeError) as error:  # the others may do, and the same command tries again
-                print(f"error: {title}: {one_line(error)}", file=sys.stderr, flush=True)
-                failed.append(title)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"{interrupt or 'interrupted'}; the same command continues", file=sys.stderr)
-        return 130
+    check(given)
+    device = find_device(given.device)
+    torch.set_num_threads(given.threads)
+    check_writable(given.out)
+    rows: list[Row] = []
+    if given.out.exists() and header_of(given.out):
+        rows, damaged = read_records(given.out, COLUMNS, exact=True)
+        if damaged:
+            print(f"{given.out}: {damaged} damaged lines are ignored")
+    train_items, val_items, classes = find_images(given.data_dir)
+    train_items = first_of_each_class(train_items, given.per_class)
+    data = Data(train_items, first_of_each_class(val_items, given.val_per_class), classes)
+    shared = dict(
+        **{name: getattr(given, name) for name in ("source", "img_size", "batch_size", "threads", "seed")},
+        dtype=str(find_dtype("auto", device)).removeprefix("torch."),
+        device_name=device_name(device),
+        torch=str(torch.__version__),
+        timm=timm.__version__,
+        budget="epochs" if given.minutes is None else "minutes",
+        limit=given.epochs if given.minutes is None else given.minutes,
+        train_images=len(data.train),
+        val_images=len(data.val),
+    )
+    for patch_size, mixer in itertools.product(given.patch_size, given.mixers):
+        name, _, keywords = mixer.partition(" ")
+        wanted = dict(mixer=name, keywords=keywords or None, patch_size=patch_size, **shared)
+        title = f"{mixer}, patch {patch_size}, {wanted['limit']:g} {wanted['budget']}"
+        if find_row(rows, wanted, {**PLACE, **BUDGET}):
+            print(f"{title}: already in {given.out}")
+            continue
+        print(f"{title}:", flush=True)
+        try:
+            add_rows(rows, wanted, data, given, device)
+        except (ValueError, OSError, RuntimeError) as error:  # the others may do, and the same command tries again
+            print(f"error: {title}: {one_line(error)}", file=sys.stderr, flush=True)
+            failed.append(title)
     if failed:
         print(f"without a row: {'; '.join(failed)}", file=sys.stderr)
-    return 2 if failed else 0
+        sys.exit(2)
+
+
+def main() -> None:
+    in_one_line(run_all)(parse())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

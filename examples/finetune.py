@@ -9,43 +9,35 @@ Ctrl-C, the same command with --resume continues with the numbers of a run that 
 """
 
 import argparse
-import sys
-from typing import Any
+from typing import NoReturn
 
 import torch
 
+from timm_vix._checks import InputError
+from timm_vix.cli import in_one_line
 from timm_vix.train.finetune import finetune
 from timm_vix.train.finetune_settings import FinetuneSettings
 from timm_vix.train.settings import add_settings, given_settings
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message)  # one line, as for every other wrong input
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)  # one line, as for every other wrong input
 
 
-def parse() -> dict[str, Any]:
-    """Return what was given as keywords of ``finetune``; what was not given stays with its defaults."""
+def train(parser: argparse.ArgumentParser) -> None:
+    """Fine-tune with what was given; what was not given stays with its defaults."""
+    try:
+        finetune(**given_settings(parser.parse_args(), FinetuneSettings))
+    except torch.OutOfMemoryError as error:
+        raise InputError("the device is out of memory; lower --batch-size or --img-size") from error
+
+
+def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, FinetuneSettings)
-    return given_settings(parser.parse_args(), FinetuneSettings)
-
-
-def main() -> int:
-    try:
-        settings = parse()
-        finetune(**settings)
-    except torch.OutOfMemoryError:
-        print("error: the device is out of memory; lower --batch-size or --img-size", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted; what was saved before is intact", file=sys.stderr)
-        return 130
-    return 0
+    in_one_line(train)(parser)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

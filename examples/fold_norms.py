@@ -11,7 +11,6 @@ continues. int8 is ONNX Runtime's, see ``timm-vix export``.
 
 import argparse
 import copy
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +21,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 import timm_vix
-from timm_vix._checks import InputError, check_integer, check_number
+from timm_vix._checks import check_integer, check_number
 from timm_vix._device import device_name, versions
 from timm_vix._records import Columns, append_record, check_writable, key_of, read_records
+from timm_vix.cli import in_one_line
 from timm_vix.conversion.handover import HandoverSchedule, finish
 from timm_vix.deploy.check import accuracy, latency, read_calibration
 from timm_vix.deploy.export import export_model
@@ -123,6 +123,13 @@ def rows_of(model: nn.Module, teacher: nn.Module, config: dict[str, Any], jobs: 
 
 def run_all(run: argparse.Namespace) -> None:
     """Measure what has no row yet."""
+    for name in ("batch_size", "count", "rounds", "threads"):
+        check_integer(name, getattr(run, name), 1)
+    for steps in run.steps:
+        check_integer("steps", steps, 0)
+    check_number("lr", run.lr, 0.0)
+    torch.set_num_threads(run.threads)
+    run.runs.mkdir(parents=True, exist_ok=True)
     check_writable(run.out)
     known = read_records(run.out, COLUMNS, exact=True)[0] if run.out.exists() else []
     done = {key_of(row, KEY) for row in known}
@@ -147,7 +154,7 @@ def run_all(run: argparse.Namespace) -> None:
             print({name: value for name, value in row.items() if value is not None}, flush=True)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path, help="labelled photographs: labels.csv and images/")
     parser.add_argument("--weights", required=True)
@@ -160,24 +167,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/fold_norms"), help="folder of checkpoints")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fold_norms.csv")
-    run = parser.parse_args()
-    try:
-        for name in ("batch_size", "count", "rounds", "threads"):
-            check_integer(name, getattr(run, name), 1)
-        for steps in run.steps:
-            check_integer("steps", steps, 0)
-        check_number("lr", run.lr, 0.0)
-        torch.set_num_threads(run.threads)
-        run.runs.mkdir(parents=True, exist_ok=True)
-        run_all(run)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"{interrupt or 'interrupted'}; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    in_one_line(run_all)(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

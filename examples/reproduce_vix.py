@@ -25,8 +25,10 @@ import timm
 import torch
 
 import timm_vix
+from timm_vix._checks import InputError
 from timm_vix._files import one_line
 from timm_vix._records import append_record, header_of
+from timm_vix.cli import in_one_line
 from timm_vix.deploy.shipping import accuracy_of, ship
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import measure_in_process
@@ -213,7 +215,49 @@ def ship_wanted(
             print(f"{given.ship / system}: {size / 1e6:.2f} MB", flush=True)
 
 
-def main() -> int:
+def run_all(given: argparse.Namespace) -> None:
+    """Train what has no row yet, and write the wanted cards and small models."""
+    path = Path(given.results)
+    if not given.data_dir and not given.cards:
+        raise InputError("neither --data-dir nor --cards was given; expected one of them or both")
+    device = find_device(given.device)
+    # what the end needs is looked at before hours of training
+    rows, damaged = read_rows(path) if path.exists() and header_of(path) else ([], 0)
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are ignored")
+    if given.data_dir:
+        _, classes = list_images(Path(given.data_dir) / "train")
+        list_images(Path(given.data_dir) / "test", classes)
+    # system by system, so that a stop leaves whole rows of the table
+    wanted = [(system, recipe) for system in given.systems for recipe in given.recipes] if given.data_dir else []
+    failed: list[str] = []
+    for i, (system, recipe) in enumerate(wanted):
+        key = run_key(system, recipe, given, device)
+        name = key["recipe"]
+        if any(row.items() >= key.items() for row in rows):
+            print(f"[{i + 1}/{len(wanted)}] {system}, {name}: already in {path}")
+            continue
+        print(f"[{i + 1}/{len(wanted)}] {system}, {name}:", flush=True)
+        try:
+            row = train(key, recipe, given, device)
+        except (ValueError, OSError, RuntimeError) as error:  # the others may do, and the same command tries again
+            print(f"error: {system}, {name}: {one_line(error)}", file=sys.stderr, flush=True)
+            failed.append(f"{system} ({name})")
+            continue
+        rows.append(row)
+        append_record(path, COLUMNS, row)
+        print(f"test images: top-1 {row['top1']} %, paper {row['paper'] or 'without a number'}", flush=True)
+    if given.ship:
+        ship_wanted(wanted, rows, given, device)
+    if given.cards:
+        cards = write_cards(path, lambda row: run_folder(given.runs, row) / "hub", Path(given.cards))
+        print("\n".join(map(str, cards)) or f"no card: the weights of no row of {path} are in {given.runs}")
+    if failed:
+        print(f"without a row: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="folder with train/ and test/; none: only --cards")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, metavar="SYSTEM")
@@ -229,54 +273,8 @@ def main() -> int:
     parser.add_argument("--results", default=str(Path(__file__).parent / "results" / "reproduce_vix.csv"))
     parser.add_argument("--cards", metavar="DIR", help="write a model card for each row whose weights exist")
     parser.add_argument("--ship", metavar="DIR", type=Path, help="write the wanted rows' models there, in bfloat16")
-    given = parser.parse_args()
-    path = Path(given.results)
-    try:
-        if not given.data_dir and not given.cards:
-            raise ValueError("neither --data-dir nor --cards was given; expected one of them or both")
-        device = find_device(given.device)
-        # what the end needs is looked at before hours of training
-        rows, damaged = read_rows(path) if path.exists() and header_of(path) else ([], 0)
-        if damaged:
-            print(f"{path}: {damaged} damaged lines are ignored")
-        if given.data_dir:
-            _, classes = list_images(Path(given.data_dir) / "train")
-            list_images(Path(given.data_dir) / "test", classes)
-        # system by system, so that a stop leaves whole rows of the table
-        wanted = [(system, recipe) for system in given.systems for recipe in given.recipes] if given.data_dir else []
-        failed: list[str] = []
-        for i, (system, recipe) in enumerate(wanted):
-            key = run_key(system, recipe, given, device)
-            name = key["recipe"]
-            if any(row.items() >= key.items() for row in rows):
-                print(f"[{i + 1}/{len(wanted)}] {system}, {name}: already in {path}")
-                continue
-            print(f"[{i + 1}/{len(wanted)}] {system}, {name}:", flush=True)
-            try:
-                row = train(key, recipe, given, device)
-            except (ValueError, OSError, RuntimeError) as error:  # the others may do, and the same command tries again
-                print(f"error: {system}, {name}: {one_line(error)}", file=sys.stderr, flush=True)
-                failed.append(f"{system} ({name})")
-                continue
-            rows.append(row)
-            append_record(path, COLUMNS, row)
-            print(f"test images: top-1 {row['top1']} %, paper {row['paper'] or 'without a number'}", flush=True)
-        if given.ship:
-            ship_wanted(wanted, rows, given, device)
-        if given.cards:
-            cards = write_cards(path, lambda row: run_folder(given.runs, row) / "hub", Path(given.cards))
-            print("\n".join(map(str, cards)) or f"no card: the weights of no row of {path} are in {given.runs}")
-        if failed:
-            print(f"without a row: {', '.join(failed)}", file=sys.stderr)
-            return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"{interrupt or 'interrupted'}; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    in_one_line(run_all)(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,7 +12,6 @@ to --out, and what is there is not trained again. Stop it at any time: the same 
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from segmenter import MIXERS, Objective, build, costs, optimizer_of
 from torch import nn
 from tqdm import tqdm
 
-from timm_vix._checks import InputError, check_integer, check_number
+from timm_vix._checks import check_integer, check_number
 from timm_vix._device import device_name, find_device, find_dtype, versions
 from timm_vix._files import write_whole
 from timm_vix._records import append_record, check_writable, key_of, read_records
+from timm_vix.cli import in_one_line
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.images import STEP, reseed
 from timm_vix.train.interrupt import deferred_interrupt
@@ -117,6 +117,11 @@ def settings_of(run: argparse.Namespace, mixer: str, images: int) -> dict[str, A
 
 def run_all(run: argparse.Namespace) -> None:
     """Train each model that has no row yet."""
+    check_arguments(run)
+    run.device = find_device(run.device)
+    run.dtype = find_dtype(run.amp, run.device)
+    if run.threads:
+        torch.set_num_threads(run.threads)
     check_writable(run.out)
     train_scenes, val_scenes = (read_scenes(run.data_dir / split, run.count) for split in ("train", "val"))
     scenes = Scenes(train_scenes, run.img_size, run.batch_size, run.seed)
@@ -188,23 +193,9 @@ def check_arguments(run: argparse.Namespace) -> None:
         check_number(name, getattr(run, name), 0.0)
 
 
-def main() -> int:
-    run = parse_arguments()
-    try:
-        check_arguments(run)
-        run.device = find_device(run.device)
-        run.dtype = find_dtype(run.amp, run.device)
-        if run.threads:
-            torch.set_num_threads(run.threads)
-        run_all(run)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+def main() -> None:
+    in_one_line(run_all)(parse_arguments())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,6 +4,7 @@ A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds ke
 """
 
 import copy
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -32,6 +33,8 @@ from timm_vix.mixers import MIXERS
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEIT = DATA / "deit_tiny_patch16_224.fb_in1k.safetensors"
 PHOTOGRAPHS = DATA / "nips17_dev.tar"
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 OPTIONS: dict[str, list[dict]] = {
     # small windows, so that the 7x5 grid of most tests has several, with padding
@@ -235,3 +238,20 @@ def hub() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+def load_example(name: str) -> Any:
+    """The module of an example, anew."""
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    return example
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """The exit code of a command that runs in this process."""
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+    return 0

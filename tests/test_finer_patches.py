@@ -1,7 +1,7 @@
 """Finer patches: weights that are resampled as they should be, budgets of epochs and of time, runs that go on."""
 
 import csv
-import importlib.util
+import importlib
 import os
 import signal
 import sys
@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import exit_code, load_example
 from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 
@@ -27,10 +28,7 @@ NYSTROM = "nystrom num_landmarks=4"
 
 @pytest.fixture
 def finer():
-    spec = importlib.util.spec_from_file_location("finer_patches", ROOT / "examples" / "finer_patches.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
+    return load_example("finer_patches")
 
 
 @pytest.fixture
@@ -63,7 +61,7 @@ def run(finer, digits, weights, tmp_path, monkeypatch, capsys):
         fixed = ["--data-dir", digits, "--weights", weights, "--source", SOURCE, "--img-size", 64, "--device", "cpu"]
         fixed += ["--threads", 1, "--per-class", 9, "--val-per-class", 2, "--out", out, "--runs", tmp_path / "runs"]
         monkeypatch.setattr(sys, "argv", [str(text) for text in ("finer_patches", *fixed, *arguments)])
-        code = finer.main()
+        code = exit_code(finer.main)
         return code, list(csv.DictReader(out.read_text().splitlines()))[2:], capsys.readouterr().err
 
     return call
@@ -106,7 +104,7 @@ def test_interrupted_epochs_end_as_uninterrupted_ones(run, finer, tmp_path, monk
     command = ("--epochs", 2, "--mixers", "softmax", NYSTROM)
     release = interrupt_at(1, finer, monkeypatch)
     code, rows, errors = run(*command)
-    assert (code, rows) == (130, []) and "same command continues" in errors
+    assert (code, rows) == (130, []) and "checkpoint.pt; resume continues" in errors
     release()
     code, rows, _ = run(*command)
     assert code == 0

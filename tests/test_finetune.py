@@ -3,7 +3,6 @@
 import argparse
 import csv
 import errno
-import importlib.util
 import inspect
 import os
 import re
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import exit_code, load_example
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -68,14 +68,12 @@ def finished(digits, tmp_path_factory):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs the example in this process; returns exit code and stderr."""
-    spec = importlib.util.spec_from_file_location("finetune_example", SCRIPT)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_example("finetune")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         capsys.readouterr()
-        return example.main(), capsys.readouterr().err
+        return exit_code(example.main), capsys.readouterr().err
 
     return run
 

@@ -3,7 +3,6 @@
 import copy
 import csv
 import errno
-import importlib.util
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import DATA
+from conftest import DATA, exit_code, load_example
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,13 +31,6 @@ from timm_vix.train.finetune import finetune
 ROOT = Path(__file__).parents[1]
 CIFAR10 = DATA / "cifar10.tar.xz"
 CHECKPOINTS = ROOT / "examples" / "checkpoints"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_example", ROOT / "examples" / f"{name}.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +52,14 @@ def run(images, tmp_path, monkeypatch, capsys):
 
     def call(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        code = load(name).main()
+        code = exit_code(load_example(name).main)
         return code, *capsys.readouterr()
 
     return call
 
 
 def test_systems_are_registered_and_take_their_patches():
-    example = load("reproduce_vix")
+    example = load_example("reproduce_vix")
     small = {
         name for name in timm.list_models("*_cifar*") if timm.model_entrypoint(name).__module__.startswith("timm_v")
     }
@@ -80,7 +72,7 @@ def test_systems_are_registered_and_take_their_patches():
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_nothing_approximates_with_as_many_tokens_as_there_are(patch_size):
-    example = load("reproduce_vix")
+    example = load_example("reproduce_vix")
     tokens = (32 // patch_size) ** 2
     for system in example.SYSTEMS:
         model = timm.create_model(system, device="meta", **example.patched(system, patch_size))

@@ -168,7 +168,7 @@ def documented(kind: type[Settings]) -> Callable[[Function], Function]:
 
 
 def check_ranges(run: Any, ranges: Ranges) -> None:
-    """Raise ValueError for a setting out of its range: names, what is allowed in words, and whether a value is.
+    """Raise InputError for a setting out of its range: names, what is allowed in words, and whether a value is.
 
     A setting that is None is not looked at.
     """

@@ -17,7 +17,7 @@ from .settings import check_weights
 
 
 def check_teacher(run: Any) -> None:
-    """Raise ValueError for a source that timm doesn't know, or that would have random weights."""
+    """Raise InputError for a source that timm doesn't know, or that would have random weights."""
     check_model(run.source, "source")
     check_weights("weights", run.weights)
     if not run.weights and not run.pretrained and ":" not in run.source:
@@ -31,8 +31,9 @@ def build_teacher(run: Any) -> tuple[nn.Module, dict[str, Any]]:
         run: Settings with source, source_kwargs, weights, img_size and device.
 
     Raises:
-        ValueError: for keywords or weights that don't fit the source.
+        InputError: for keywords or weights that don't fit the source, or a file of weights that isn't there.
     """
+    check_weights("weights", run.weights)
     arguments = dict(run.source_kwargs or {})
     if run.img_size:
         arguments["img_size"] = run.img_size
