@@ -148,6 +148,9 @@ def test_calls_are_timed_in_turn_and_change_their_order() -> None:
     calls = [lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")]
     assert time_interleaved(calls, dict(QUICK, rounds=4)).shape == (4, 3)
     assert "".join(order) == "abc" + 2 * "abccba"
+    order.clear()
+    time_interleaved(calls, dict(QUICK, rounds=2), settle=True)
+    assert "".join(order) == "abc" + "aabbcc" + "ccbbaa"
 
 
 def test_of_a_long_call_the_first_is_its_time_in_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:

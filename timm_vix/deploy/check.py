@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from .._checks import InputError
-from ..measure.job import timed
+from ..measure.job import time_interleaved
 from ..measure.statistics import compare_times
 from ..train.folders import Items
 from ..train.images import Images, normaliser, transforms
@@ -84,11 +83,7 @@ def accuracy(runners: dict[str, Runner], items: Items, classes: list[str], confi
 
 
 def latency(exported: Runner, others: list[Runner], images: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
-    """The columns of ``compare_times`` of an exported model beside each of ``others``, all timed in turn.
-
-    Before each timed call there is one that isn't timed. In it the threads of the runtime before it stop waiting for
-    more work, and the model's weights come back into the caches, as they are where one model runs alone.
-    """
+    """The columns of ``compare_times`` of an exported model beside each of ``others``, all timed in turn."""
 
     def call(run: Runner) -> Callable[[], None]:
         def timed_call() -> None:
@@ -97,12 +92,6 @@ def latency(exported: Runner, others: list[Runner], images: torch.Tensor, rounds
 
         return timed_call
 
-    calls, seconds = [call(run) for run in (exported, *others)], []
-    for _ in range(rounds + 1):
-        row = []
-        for one in calls:
-            one()
-            row.append(timed(one, "cpu"))
-        seconds.append(row)
-    own, *baselines = np.array(seconds[1:]).T
+    job = dict(device="cpu", rounds=rounds, seconds=0)
+    own, *baselines = time_interleaved([call(run) for run in (exported, *others)], job, settle=True).T
     return [compare_times(own, baseline) for baseline in baselines]

@@ -137,11 +137,12 @@ def timed(call: Call, device: str) -> float:
     return time.perf_counter() - start
 
 
-def time_interleaved(calls: Sequence[Call], job: dict[str, Any]) -> np.ndarray:
+def time_interleaved(calls: Sequence[Call], job: dict[str, Any], settle: bool = False) -> np.ndarray:
     """Seconds of each call in each round: (rounds, calls).
 
     In a round each is called once, in every other round in the opposite order, so that a machine that slows down slows
-    all of them.
+    all of them. With ``settle`` a call that isn't timed comes before each timed one: in it the threads of another
+    runtime stop waiting for more work, and the weights come back into the caches, as where one model runs alone.
     """
     device = job["device"]
     first = [timed(call, device) for call in calls]  # all are warm after it
@@ -150,8 +151,12 @@ def time_interleaved(calls: Sequence[Call], job: dict[str, Any]) -> np.ndarray:
     while len(times) < job["rounds"] or (time.perf_counter() < end and len(times) < MOST_ROUNDS):
         row = [0.0] * len(calls)
         for i in reversed(range(len(calls))) if len(times) % 2 else range(len(calls)):
-            # of a long call the first is also its time in the first round
-            row[i] = first[i] if not times and first[i] > LONG_CALL else timed(calls[i], device)
+            if not times and first[i] > LONG_CALL:
+                row[i] = first[i]  # of a long call, its first is also its time in the first round
+                continue
+            if settle:
+                calls[i]()
+            row[i] = timed(calls[i], device)
         times.append(row)
     return np.array(times)
 
