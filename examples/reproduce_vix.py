@@ -11,9 +11,9 @@ constant 1e-3, no augmentation, the batch that each system had; without the drop
 is the same for all: warm-up, cosine, label smoothing, crop and flip, mixup. With an accelerator every pixel is a token
 and training lasts 40 and 100 epochs; without one, patches are 2 x 2 pixels and there are 2 epochs. Nyström and
 Linformer have the paper's 64 landmarks and projected tokens, but at most a quarter of the tokens: with as many as
-tokens they would approximate nothing. Each row of examples/results/reproduce_vix.csv says which it was; weights stay in
---runs. With --ship those of the wanted rows also go to a folder each, small: in bfloat16, with a card that states the
-accuracy of the rounded weights.
+tokens they would approximate nothing. Training is in float32 unless --amp says otherwise. Each row of
+examples/results/reproduce_vix.csv says which it was; weights stay in --runs. With --ship those of the wanted rows also
+go to a folder each, small: in bfloat16, with a card that states the accuracy of the rounded weights.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch
 
 import timm_vix
 from timm_vix._checks import InputError
+from timm_vix._device import find_device, find_dtype
 from timm_vix._files import one_line
 from timm_vix._records import append_record, header_of
 from timm_vix.cli import in_one_line
@@ -33,7 +34,7 @@ from timm_vix.deploy.shipping import accuracy_of, ship
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import measure_in_process
 from timm_vix.train.cards import COLUMNS, read_rows, seed_suffix, write_cards
-from timm_vix.train.finetune import find_device, finetune
+from timm_vix.train.finetune import finetune
 from timm_vix.train.listing import list_images
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
@@ -122,12 +123,15 @@ def run_key(system: str, recipe: str, given: argparse.Namespace, device: str) ->
     """What a run and its row are known by."""
     epochs, patch_size = extent(recipe, given, device)
     name = recipe_name(recipe, given.tract)
-    return dict(system=system, recipe=name, epochs=epochs, patch_size=patch_size, seed=given.seed)
+    dtype = str(find_dtype(given.amp, device)).removeprefix("torch.")
+    return dict(system=system, recipe=name, epochs=epochs, patch_size=patch_size, seed=given.seed, dtype=dtype)
 
 
 def run_folder(runs: str, row: dict[str, Any]) -> Path:
     """Where a run has its checkpoint and model."""
-    return Path(runs) / f"{row['recipe']}-{row['epochs']}-{row['patch_size']}{seed_suffix(row['seed'])}" / row["system"]
+    half = "" if row["dtype"] == "float32" else f"-{row['dtype']}"
+    name = f"{row['recipe']}-{row['epochs']}-{row['patch_size']}{seed_suffix(row['seed'])}{half}"
+    return Path(runs) / name / row["system"]
 
 
 def rounded(step: dict[str, Any], name: str, digits: int) -> Any:
@@ -152,6 +156,7 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
         device=given.device,
         threads=given.threads,
         workers=given.workers,
+        amp=given.amp,
         out=str(out),
         resume=(out / "checkpoint.pt").exists(),
         license="apache-2.0",
@@ -266,6 +271,7 @@ def main() -> None:
     parser.add_argument("--patch-size", type=int, choices=(1, 2, 4), help="with an accelerator 1, without 2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tract", type=float, help="lambda of TrAct; its rows have a recipe of their own")
+    parser.add_argument("--amp", choices=("off", "auto", "bfloat16"), default="off", help="auto: where it is fast")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=0)
