@@ -66,7 +66,8 @@ def run_all(given: argparse.Namespace) -> None:
     """Train the models of a table that have no rows yet."""
     settings: dict[str, Any]
     settings, models = TABLES[given.table]
-    settings = dict(settings, data_dir=given.data_dir, checkpoint=given.weights, device=given.device)
+    # float32, so that rows of any processor can be compared
+    settings = dict(settings, data_dir=given.data_dir, checkpoint=given.weights, device=given.device, amp="off")
     settings.update(epochs=given.epochs or settings["epochs"], threads=given.threads, workers=given.workers)
     settings["img_size"] = given.img_size or settings["img_size"]
     path = Path(given.results) / f"finetune_{given.table}.csv"
