@@ -81,6 +81,12 @@ def test_the_baseline_of_every_model_of_ours_is_softmax_on_the_same_trunk(name) 
     assert not [name for name in found if name.lower().removeprefix("projected").startswith(mechanisms)]
 
 
+def test_the_name_of_a_folder_may_have_spaces(tmp_path):
+    folder = f"local-dir:{tmp_path}/my runs/hub"
+    assert parse_model(f"{folder} img_size=64 mixer=softmax") == (folder, dict(img_size=64, mixer="softmax"))
+    assert parse_model(folder) == (folder, {})
+
+
 @pytest.mark.parametrize(
     "spec, baseline",
     [
@@ -92,6 +98,10 @@ def test_the_baseline_of_every_model_of_ours_is_softmax_on_the_same_trunk(name) 
         ("hybrid_pip_tiny.in1k mixer=nystrom", "hybrid_pip_tiny mixer=softmax"),
         ("levin_128s key_dim=8 train_only=head", "levin_128s mixer=softmax key_dim=8"),
         ("cvt_cifar", "cvt_cifar"),
+        ("vix_performer_tiny merge=0.5 depth=2", "vit_tiny_patch16_224 depth=2"),
+        ("vix_softmax_cifar merge=5 patch_size=4", "vix_softmax_cifar patch_size=4"),
+        ("vix_from_timm source=deit_tiny_patch16_224 mixer=softmax merge=0.3", "deit_tiny_patch16_224"),
+        ("vix_from_timm source=vit_tiny_patch16_224 norms=batch depth=3", "vit_tiny_patch16_224 depth=3"),
         ("t2t_vin_tiny stem_mixer=performer depth=2", "t2t_vit_tiny depth=2 stem_mixer=softmax"),
         ("vix_nystrom_cifar stem=t2t patch_size=4", "vix_softmax_cifar stem=t2t patch_size=4 stem_mixer=softmax"),
         ("fnet2d_cifar", "hybrid_vit_cifar"),

@@ -270,6 +270,15 @@ def test_every_mixer(mixer, rope, options, dtype: str, to: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_one_image_to_calibrate_on_leaves_the_batch_free(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    model = small("softmax", depth=1)
+    run, _ = export.export_model(model, CONFIG, "pt2", "int8", tmp_path / "m.pt2", calibration(model)[:1], threads=1)
+    for batch in (1, 3):
+        assert len(run(calibration(model, batch))) == batch
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", "pt2"])
 def test_dynamic_size(to: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")

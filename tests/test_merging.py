@@ -416,6 +416,28 @@ def test_no_merge_leaves_nothing(size, left, merge):
     assert all(torch.isfinite(patches).all() and prefix.shape == (1, 3, 32) for patches, prefix in maps)
 
 
+def test_a_share_leaves_no_token_more():
+    for patches in (10, 100, 196, 400):
+        for depth in (4, 12, 24):
+            left = patches
+            for step in merge_steps(0.3, depth):
+                left -= num_merged(step, patches, left)
+            assert left == math.ceil(3 * patches / 10)
+
+
+def test_the_first_blocks_merge_as_they_did():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, embed_dim=32, num_heads=2).eval()
+    for merge in (0.4, 2, [1, 2, 3, 1]):
+        timm_vix.convert(model, "softmax", merge=merge)
+        features = model.forward_intermediates(x := torch.randn(2, 3, 64, 64), indices=[1], intermediates_only=True)[0]
+        pruned = copy.deepcopy(model)
+        pruned.prune_intermediate_layers([1])
+        assert torch.equal(pruned.forward_intermediates(x, indices=[1], intermediates_only=True)[0], features)
+        timm_vix.convert(pruned, "performer")  # takes over how the model merges
+        timm_vix.convert(pruned, "softmax")
+        assert distance(pruned.forward_intermediates(x, indices=[1], intermediates_only=True)[0], features) < 1e-5
+
+
 def test_threshold_merges_what_is_alike():
     model, x = without_positions("class"), repeating_images(1)
     expected = model(x)

@@ -82,7 +82,8 @@ def test_biases_and_features_keep_their_size_in_training(mixer, rope, options, f
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     assert any(name.endswith("fc1.weight") for name in names)
-    assert not [name for name in names if name.endswith(("bias", "features", "pos_embed", "cls_token"))]
+    spared = ("bias", "features", "pos_embed", "cls_token")
+    assert not [name for name in names if name.rstrip("0123456789").endswith(spared)]
 
 
 @pytest.mark.parametrize("name", NAMES)

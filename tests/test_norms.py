@@ -121,6 +121,23 @@ def test_converted_models_fold(kind, mixer):
 
 
 @torch.no_grad()
+def test_gates_that_read_a_norm_are_refused():
+    model = host()
+    timm_vix.convert(model, "atrous", window_size=2)
+    timm_vix.replace_norms(model, images(4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"blocks\.0\.norm1 can't be folded: the gates of AtrousAttention read it"):
+        timm_vix.fold_norms(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model = host()
+    timm_vix.convert(model, "atrous", window_size=2, dilations=1)
+    timm_vix.replace_norms(model, images(4))
+    expected = trained(model)(x := images())
+    timm_vix.fold_norms(model)
+    assert distance(model(x), expected) < 1e-10
+
+
+@torch.no_grad()
 def test_several_sizes():
     model = host(dynamic_img_size=True)
     timm_vix.convert(model, "nystrom", num_landmarks=4)

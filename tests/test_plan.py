@@ -32,7 +32,7 @@ import timm_vix
 from timm_vix import cli
 from timm_vix._checks import InputError
 from timm_vix._records import read_records
-from timm_vix.conversion.plan_file import Plan, load_plan
+from timm_vix.conversion.plan_file import Plan, circumstances, load_plan
 from timm_vix.train import latency
 from timm_vix.train.measurements import COLUMNS, Measurements
 from timm_vix.train.plan import plan_layers
@@ -375,6 +375,20 @@ def test_a_plan_for_other_circumstances_is_told(merging_plan: Path, weights: Pat
     assert all(
         words in said for words in ("img_size=96 and not 64", "dtype=float32 and not bfloat16", "machine=Abacus")
     )
+
+
+def test_a_stem_of_several_layers_has_circumstances() -> None:
+    found = circumstances(timm.create_model("hybrid_vit_cifar").bfloat16())
+    assert (found["img_size"], found["dtype"]) == (32, "bfloat16")
+
+
+def test_a_class_without_an_image_that_can_be_read_is_named(clock, photos: Path, weights: Path, tmp_path: Path) -> None:
+    for name in ("01.jpg", "02.jpg"):
+        (tmp_path / name).write_bytes((photos / name).read_bytes())
+    (tmp_path / "damaged.jpg").write_bytes(b"no picture")
+    (tmp_path / "labels.csv").write_text("file,class\n01.jpg,1\n02.jpg,1\ndamaged.jpg,5\n")
+    with pytest.raises(InputError, match="class '5': none of its 1 images can be read, such as .*damaged.jpg"):
+        plan_layers(**arguments(tmp_path, weights, tmp_path / "plan.json", labels=True))
 
 
 def test_one_image_can_not_be_split(clock, photos: Path, weights: Path, tmp_path: Path) -> None:

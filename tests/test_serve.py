@@ -68,6 +68,27 @@ def test_a_converted_model_without_queries_and_keys_stands_beside_its_source(tmp
     assert softmax(torch.zeros(1, 3, 32, 32)).shape == (1, 4) and hasattr(softmax.blocks[0].ls1, "gamma")
 
 
+@pytest.mark.parametrize("keywords", [dict(merge=4), dict(merge=0.5), dict(merge_keys=0.5)], ids=str)
+def test_fewer_tokens_or_keys_stand_beside_all(keywords, tmp_path):
+    source = lively(timm.create_model("vit_tiny_patch16_224", embed_dim=32, num_heads=2, **SIZES).eval())
+    expected = source(x := torch.randn(2, 3, 32, 32))
+    timm_vix.convert(source, "softmax", **keywords)
+    softmax, counts = softmax_beside(load_trained(save(source, tmp_path)))
+    assert counts and torch.allclose(softmax(x), expected, atol=1e-6)
+    assert not torch.allclose(source(x), expected, atol=1e-3)
+
+
+def test_our_models_that_merge_stand_beside_softmax_that_does_not(tmp_path):
+    model = load_trained(save(lively(timm.create_model("vix_performer_cifar", merge=3, **SIZES)), tmp_path))
+    softmax, counts = softmax_beside(model)
+    assert counts and type(softmax.blocks) is torch.nn.Sequential
+
+
+def test_softmax_has_nothing_beside_it(tmp_path):
+    for name in ("vix_softmax_cifar", "cvt_cifar"):
+        assert softmax_beside(timm.create_model(name, num_classes=4).eval()) == (None, False)
+
+
 def test_a_photograph_of_an_upright_camera_is_seen_upright(tmp_path):
     classifier = Classifier(str(SHIPPED))
     upright = Image.effect_noise((40, 60), 90).convert("RGB")
@@ -84,6 +105,15 @@ def test_classes_have_names_where_they_are_known():
     names = class_names(timm.create_model("vit_tiny_patch16_224", depth=1))
     assert (len(set(names)), names[3], names[134], names[517]) == (1000, "tiger shark", "crane (134)", "crane (517)")
     assert class_names(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)) == ["0", "1", "2"]
+
+
+def test_two_classes_of_one_name_are_told_apart(tmp_path):
+    model = timm.create_model("vix_nystrom_cifar", **SIZES)
+    names = ["n1", "n2", "n3", "n4"]
+    model.pretrained_cfg.update(
+        label_names=names, label_descriptions=dict(zip(names, ("crane", "crane", "egret", "owl")))
+    )
+    assert class_names(model) == ["crane (0)", "crane (1)", "egret", "owl"]
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="the page is Gradio's")

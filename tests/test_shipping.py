@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -15,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_vix
+from timm_vix._checks import InputError
 from timm_vix.deploy.classifier import load_trained
 from timm_vix.deploy.push import check_folder
-from timm_vix.deploy.shipping import save_transferred
-from timm_vix.train.hub import delta_card
+from timm_vix.deploy.shipping import accuracy_of, save_transferred
+from timm_vix.train.hub import delta_card, write_hub
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 DELTAS = Path(__file__).parents[1] / "examples" / "deltas"
@@ -140,3 +142,35 @@ def test_a_shipped_delta_gives_what_its_card_says(folder, deit, photographs):
             number += 1
     (top1,) = re.findall(r"\| top-1 \| ([\d.]+) %", card)
     assert 100 * right / number == pytest.approx(float(top1), abs=12)  # of 100 photographs
+
+
+def test_a_folder_that_is_written_again_is_there_or_the_former_one_is(tmp_path, monkeypatch):
+    model = timm.create_model("vix_nystrom_cifar", num_classes=4)
+    config, card = resolve_model_data_config(model), ModelCard("---\nlicense: mit\n---\n# first")
+    write_hub(tmp_path / "hub", model, config, card)
+    replace = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda source, target: fail() if ".partial" in str(source) else replace(source, target)
+    )
+    with pytest.raises(OSError, match="cannot write .*hub: no; what was saved before is intact"):
+        write_hub(tmp_path / "hub", model, config, ModelCard("---\nlicense: mit\n---\n# second"))
+    assert "first" in (tmp_path / "hub" / "README.md").read_text() and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(os, "replace", replace)
+    write_hub(tmp_path / "hub", model, config, ModelCard("---\nlicense: mit\n---\n# second"))
+    assert "second" in (tmp_path / "hub" / "README.md").read_text() and len(list(tmp_path.iterdir())) == 1
+
+
+def fail():
+    raise OSError("no")
+
+
+def test_a_folder_without_names_of_classes_is_not_shipped(tmp_path):
+    hub = tmp_path / "hub"
+    write_hub(
+        hub,
+        model := timm.create_model("vix_nystrom_cifar", num_classes=4),
+        resolve_model_data_config(model),
+        ModelCard("---\n---\n"),
+    )
+    with pytest.raises(InputError, match="hub names no classes; expected the folder of a fine-tuning"):
+        accuracy_of(hub, str(tmp_path), "cpu")

@@ -214,6 +214,22 @@ def test_every_mixer_with_queries_and_keys_is_inside_a_stem(mixer):
     assert model.bfloat16()(other.bfloat16()).isfinite().all()
 
 
+def test_the_keywords_of_all_mixers_are_those_of_the_stem_too():
+    arguments = dict(patch_size=4, stem="t2t", img_size=(28, 20))
+    x = torch.randn(2, 3, 28, 20)
+    plain = small("softmax", **arguments, stem_mixer="softmax").eval()
+    far = small("softmax", **arguments, stem_mixer={"mixer": "softmax", "locality": 1e-9}).eval()
+    near = small("softmax", **arguments, stem_mixer={"mixer": "softmax", "locality": 10.0}).eval()
+    far.load_state_dict(plain.state_dict())
+    near.load_state_dict(plain.state_dict())
+    assert torch.allclose(far(x), plain(x), atol=1e-5) and not torch.allclose(near(x), plain(x), atol=1e-3)
+    convolution = small("softmax", **arguments, stem_mixer={"mixer": "softmax", "conv_residual": True})
+    added = set(convolution.state_dict()) - set(plain.state_dict())
+    assert added == {f"patch_embed.proj.{step}.core.conv.weight" for step in (0, 1)}
+    relu = small("softmax", **arguments, stem_mixer="relu")
+    assert relu.patch_embed.proj[0].core.conv is not None  # as in every model with it
+
+
 def test_landmarks_in_a_stem_are_softmax_when_they_are_all_tokens():
     arguments = dict(patch_size=4, stem="t2t", img_size=(12, 20))
     exact = small("softmax", **arguments, stem_mixer={"mixer": "nystrom", "num_landmarks": 60})

@@ -107,6 +107,23 @@ def test_two_passes_before_one_gradient():
     assert distance(layer.weight.grad, wanted) < 1e-4
 
 
+def test_two_losses_of_the_same_images():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 3, bias=False).double(), torch.randn(20, 5, dtype=torch.float64)
+    hooks = tract(layer, 0.1)
+    one, other = layer(x).square().sum(), layer(x).sin().sum()
+    one.backward()
+    first = layer.weight.grad.clone()
+    other.backward()
+    hooks.remove()
+    raw = nn.Linear(5, 3, bias=False).double()
+    raw.load_state_dict(layer.state_dict())
+    inverse = torch.linalg.inv(x.T @ x / 20 + 0.1 * torch.eye(5, dtype=torch.float64))
+    gradients = [torch.autograd.grad(loss, raw.weight)[0] for loss in (raw(x).square().sum(), raw(x).sin().sum())]
+    assert distance(first, gradients[0] @ inverse) < 1e-12
+    assert distance(layer.weight.grad, sum(gradients) @ inverse) < 1e-12
+
+
 def distributed(rank):
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 8), torch.randn(4, 6)

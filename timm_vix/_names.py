@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,7 +41,8 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
         >>> parse_model("vix_nystrom_tiny num_landmarks=64")
         ('vix_nystrom_tiny', {'num_landmarks': 64})
     """
-    name, *parts = text.split() or [""]
+    # the name of a folder may have spaces
+    name, *parts = re.split(r"\s+(?=\w+=)", text.strip()) if text.startswith("local-dir:") else text.split() or [""]
     check_model(name)
     keywords: dict[str, Any] = {}
     for part in parts:

@@ -13,11 +13,10 @@ from ..conversion.replace import mixer_keywords
 from ..measure.job import JOB
 from ..mixers import MIXERS
 
-# keywords that the softmax model of the same trunk is not given: these and those of the mixers;
+# keywords that the softmax model of the same trunk is not given: of what a conversion does, and those of the mixers;
 # where that is timm's own ViT, what only ours have too
-NOT_TRUNK = {"mixer", "stem_mixer", "layers", "source", "train_only"} | {
-    name for mixer in MIXERS for name in mixer_keywords(mixer)
-}
+CONVERSION = {"source", "source_kwargs", "mixer", "layers", "merge", "scale_logits", "norms"}
+NOT_TRUNK = {"stem_mixer", "train_only", *CONVERSION} | {name for mixer in MIXERS for name in mixer_keywords(mixer)}
 OURS_ONLY = {"stem", "rope", "block", "mlp"}
 
 

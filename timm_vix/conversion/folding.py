@@ -130,6 +130,12 @@ def readers_of(model: nn.Module, site: NormSite) -> tuple[list[tuple[str, nn.Mod
     if type(reader) in ATTENTION:
         if isinstance(reader, LandmarkSlot):
             check_pooling(site, reader)
+        core = getattr(reader, "core", None)
+        if getattr(core, "gate_weight", None) is not None:  # of atrous attention, which is read from the tokens too
+            raise InputError(
+                f"{site.path} can't be folded: the gates of {type(core).__name__} read it as well; allowed is one "
+                "dilation, which has no gates"
+            )
         found = {name: getattr(reader, name, None) for name in PROJECTIONS}
         return [(f"{parent}.attn.{name}", module) for name, module in found.items() if module is not None], reader
     if type(reader) in MLP_READERS:

@@ -80,8 +80,12 @@ class MergingBlocks(nn.ModuleList):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            blocks = list(self.children())[index]
-            return type(self)(blocks, self.merge, self.steps[index], self.num_prefix_tokens)
+            blocks, steps, merge = list(self.children())[index], self.steps[index], self.merge
+            if isinstance(merge, (list, tuple)):
+                merge = merge[index]
+            elif isinstance(merge, float) and steps:
+                merge = steps[-1]  # the share that is left after the last of them
+            return type(self)(blocks, merge, steps, self.num_prefix_tokens)
         return super().__getitem__(index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

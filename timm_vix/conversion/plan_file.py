@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union
 
-import torch
 from timm.layers import to_2tuple
 from torch import nn
 
@@ -46,7 +45,7 @@ def architecture(model: nn.Module) -> str:
 
 def circumstances(model: nn.Module) -> dict[str, Any]:
     """What times depend on besides the plan: the size, dtype and machine of a model."""
-    weight: torch.Tensor = model.patch_embed.proj.weight
+    weight = next(model.patch_embed.parameters())
     return dict(
         img_size=max(to_2tuple(model.patch_embed.img_size)),
         dtype=str(weight.dtype).removeprefix("torch."),

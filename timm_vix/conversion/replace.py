@@ -97,7 +97,7 @@ def no_decay_names(model: nn.Module) -> set[str]:
         for path, module in model.named_modules()
         if isinstance(module, MechanismHost)
         for name, _ in module.core.named_parameters()
-        if name.endswith("bias") or name in module.core.learning_rates
+        if name.rstrip("0123456789").endswith("bias") or name in module.core.learning_rates
     }
 
 

@@ -11,6 +11,8 @@ from .._checks import InputError
 from .._names import parse_model
 from ..benchmark.baselines import NOT_TRUNK, baseline_of
 from ..conversion.convert import NOTED, revert
+from ..conversion.merging import MergingBlocks
+from ..conversion.replace import is_plain_softmax
 from ..mixers.softmax import SoftmaxAttention
 from ..models.checkpoints import hosts_of
 
@@ -22,9 +24,16 @@ def softmax_beside(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
     the mechanism has no queries, keys and values, only the time of softmax can be compared.
 
     Returns:
-        None instead of a model for one of timm's own, which has softmax attention or none.
+        None instead of a model for one whose attention is softmax over all tokens, or that has none.
+
+    Raises:
+        InputError: for a model whose softmax control can't be built.
     """
-    if all(isinstance(host.core, SoftmaxAttention) for host in hosts_of(model).values()):
+    merges = isinstance(getattr(model, "blocks", None), MergingBlocks)
+    cores = [host.core for host in hosts_of(model).values()]
+    if not merges and all(
+        type(core) is SoftmaxAttention and is_plain_softmax("softmax", core.config()) for core in cores
+    ):
         return None, False
     keywords = get_model_args(model)
     if "source" in keywords:

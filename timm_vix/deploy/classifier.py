@@ -61,18 +61,22 @@ def load_trained(model: str) -> nn.Module:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """The name of each class: those in its configuration, else ImageNet's if it has as many, else numbers."""
+    """The name of each class: those in its configuration, else ImageNet's if it has as many, else numbers.
+
+    Classes of one name also have their number: a crane is a bird, and another crane a machine.
+    """
     config = model.pretrained_cfg
     names = list(config.get("label_names") or [])
-    if len(names) == model.num_classes:
-        return [str((config.get("label_descriptions") or {}).get(name, name)) for name in names]
     numbers = range(model.num_classes)
-    if names or not (subset := infer_imagenet_subset(model)):
-        return [str(i) for i in numbers]
-    information = ImageNetInfo(subset)
-    first = [information.index_to_description(i).partition(",")[0] for i in numbers]
-    times = Counter(first)  # a crane is a bird, and another crane a machine
-    return [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(first)]
+    if len(names) == model.num_classes:
+        found = [str((config.get("label_descriptions") or {}).get(name, name)) for name in names]
+    elif names or not (subset := infer_imagenet_subset(model)):
+        found = [str(i) for i in numbers]
+    else:
+        information = ImageNetInfo(subset)
+        found = [information.index_to_description(i).partition(",")[0] for i in numbers]
+    times = Counter(found)
+    return [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(found)]
 
 
 class Classifier:

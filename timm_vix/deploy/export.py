@@ -205,7 +205,9 @@ def export_model(
             )
         files = [path for path in (written.with_suffix(".bin"), written) if path.exists()]
         size = sum(path.stat().st_size for path in files) / 1e6
-        for path in files:  # OpenVINO's weights first, since the file that is named makes the pair a model
+        if len(files) > 1:  # of OpenVINO: no former model may be read with the new weights
+            out.unlink(missing_ok=True)
+        for path in files:  # the weights first, since the file that is named makes the pair a model
             os.replace(path, out.with_name(path.name))
     finally:
         shutil.rmtree(partial, ignore_errors=True)

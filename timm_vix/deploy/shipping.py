@@ -25,12 +25,23 @@ from ..train.listing import list_images
 from .classifier import load_trained
 
 
+def label_names(model: nn.Module, folder: Path) -> list[str]:
+    """The names of a trained model's classes.
+
+    Raises:
+        InputError: for one without.
+    """
+    if names := model.pretrained_cfg.get("label_names"):
+        return list(names)
+    raise InputError(f"{folder} names no classes; expected the folder of a fine-tuning, whose config.json names them")
+
+
 @torch.inference_mode()
 def accuracy_of(folder: Path, data_dir: str, device: str) -> tuple[float, float]:
     """Top-1 and top-5 accuracy on the test images, in percent, of the model in ``folder``."""
     model = load_trained(str(folder)).to(device)
     config = resolve_model_data_config(model)
-    classes = model.pretrained_cfg["label_names"]
+    classes = label_names(model, folder)
     items, _ = list_images(Path(data_dir) / "test", classes)
     resize, _, plain = transforms(config, "none", 0.0)
     images = Images(items, classes, config["input_size"][0], resize, plain, seed=0)
@@ -59,7 +70,8 @@ def ship(hub: Path, folder: Path, row: Record, data_dir: str, device: str = "cpu
         OSError: for a file that can't be written; an earlier folder stays.
     """
     model = load_trained(str(hub))
-    config, names = resolve_model_data_config(model), model.pretrained_cfg.pop("label_names")
+    config, names = resolve_model_data_config(model), label_names(model, hub)
+    del model.pretrained_cfg["label_names"]  # which the configuration has beside it
     model.bfloat16()
     with TemporaryDirectory() as rounded:
         write_hub(Path(rounded) / "hub", model, config, card(row), names)

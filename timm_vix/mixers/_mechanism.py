@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from timm.layers import register_notrace_module
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from .._checks import InputError, check_choice, check_number
 from ._layout import Grid, TokenLayout
@@ -184,6 +185,13 @@ def widened(shape: AttentionShape) -> AttentionShape:
     """The shape with the channels of ``locality``, see ``append_channels``."""
     same = shape.value_dim == shape.head_dim
     return shape._replace(head_dim=shape.head_dim + CHANNELS, value_dim=shape.value_dim + CHANNELS * same)
+
+
+def with_prefix_rows(y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, P: int) -> torch.Tensor:
+    """Outputs of all tokens, (B, h, N, E), from y of the N - P patches: the P prefix tokens attend to all exactly."""
+    if P == 0:
+        return y
+    return torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
 
 
 class AttentionMechanism(Mixer):

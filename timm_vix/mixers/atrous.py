@@ -35,7 +35,7 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from .._checks import InputError, check_integer
 from ._dilated import axis_layout, from_windows, to_windows
 from ._layout import Grid, TokenLayout
-from ._mechanism import AttentionMechanism, AttentionShape
+from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._precision import outside_autocast
 
 DEFAULT_DILATIONS = (1, 2, 4)
@@ -209,6 +209,4 @@ class AtrousAttention(AttentionMechanism):
             gates = linear(tokens[:, P:], self.gate_weight, self.gate_bias)
             gates = gates.unflatten(2, (self.num_heads, len(self.dilations))).transpose(1, 2)
         y = attend_in_windows(q, k, v, gates, P, queries.grid, self.dilations, self.window_size)
-        if P > 0:
-            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
-        return y
+        return with_prefix_rows(y, q, k, v, P)

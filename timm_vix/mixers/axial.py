@@ -38,7 +38,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from .._checks import check_choice, check_integer
 from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout
-from ._mechanism import AttentionMechanism, AttentionShape
+from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 
 # As in ``_windows.py``: copies of queries, keys and values by rows and by columns would be kept besides the weights.
 LONG = 512
@@ -152,6 +152,4 @@ class AxialAttention(AttentionMechanism):
             y = checkpoint_if_long(
                 attend_in_grid, q.shape[2] >= LONG, q, k, v, P, grid, self.strip_width, columns_first, rate
             )
-        if P > 0:
-            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
-        return y
+        return with_prefix_rows(y, q, k, v, P)

@@ -16,7 +16,7 @@ published. Beside trained weights g starts at -3, 5 % positional, which leaves m
 
 *Differs:* there is no bias of the positional logits, as it cancels. Further heads start at w = 0, not at small random
 numbers. Values start as the host has them; the paper's start as the tokens themselves. The paper's class token joins
-after the layers with positions, as in ``models/convit.py``. Here prefix tokens may be there: the positional part is
+after the layers with positions, as in ``models/convix.py``. Here prefix tokens may be there: the positional part is
 among patches only, patches read prefix tokens in the content part, and prefix queries have the content part alone.
 Dropout acts on the content part.
 

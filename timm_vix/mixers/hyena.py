@@ -35,11 +35,11 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, linear, scaled_dot_product_attention
+from torch.nn.functional import conv2d, linear
 
 from .._checks import InputError, check_integer, check_number
 from ._layout import Grid, TokenLayout
-from ._mechanism import AttentionMechanism, AttentionShape
+from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._precision import outside_autocast
 
 
@@ -184,6 +184,4 @@ class HyenaConvolution(AttentionMechanism):
             with outside_autocast(q.device):
                 y = self.mix_patches(gates[0], gates[1], gates[2])
         y = y.to(v.dtype).reshape(B, h, D, height * width).transpose(2, 3)
-        if P > 0:
-            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
-        return y
+        return with_prefix_rows(y, q, k, v, P)

@@ -37,7 +37,7 @@ from .._checks import check_integer
 from ._dilated import axis_layout, from_windows, to_windows
 from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout, cell_grid
-from ._mechanism import AttentionMechanism, AttentionShape
+from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._resample import averages
 from ._windows import LONG
 
@@ -134,6 +134,4 @@ class LatentAttention(AttentionMechanism):
             y = attend_through_latents(q, k, v, P, grid, size, m, rate)
         else:
             y = checkpoint_if_long(attend_through_latents, q.shape[2] >= LONG, q, k, v, P, grid, size, m, rate)
-        if P > 0:
-            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
-        return y
+        return with_prefix_rows(y, q, k, v, P)

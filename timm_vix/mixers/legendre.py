@@ -28,11 +28,10 @@ Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D channels,
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from .._checks import check_integer, check_number
 from ._layout import TokenLayout
-from ._mechanism import AttentionMechanism, AttentionShape
+from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 
 
 def discretise(order: int, theta: float) -> torch.Tensor:
@@ -111,6 +110,4 @@ class LegendreMemory(AttentionMechanism):
         along_columns = torch.matmul(self.readout[1], columns.flatten(1)).unflatten(1, (height, height))
         y = torch.matmul(image, along_rows) + torch.matmul(along_columns, image)
         y = y.reshape(B, h, D, height * width).transpose(2, 3)
-        if P > 0:
-            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
-        return y
+        return with_prefix_rows(y, q, k, v, P)

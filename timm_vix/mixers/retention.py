@@ -27,12 +27,12 @@ Shapes: B images, N = P + H·W tokens, h heads, D head width.
 """
 
 import torch
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import dropout
 
 from .._checks import check_number
 from . import _fused
 from ._layout import Grid, TokenLayout
-from ._mechanism import AttentionMechanism, AttentionShape
+from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 
 
 def log_decay(like: torch.Tensor, num_heads: int, length: int, start: float, span: float) -> torch.Tensor:
@@ -112,6 +112,4 @@ class Retention(AttentionMechanism):
         else:
             long = q.shape[2] >= _fused.LONG
             y = _fused.checkpoint_if_long(retain_in_grid, long, q, k, v, P, grid, start, span, rate)
-        if P > 0:
-            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
-        return y
+        return with_prefix_rows(y, q, k, v, P)

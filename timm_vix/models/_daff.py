@@ -26,7 +26,7 @@ from torch import nn
 from .._checks import InputError, check_choice
 from ..mixers._layout import TokenLayout, check_sequence
 from ..mixers._slot import GridModule
-from ..stems.hierarchical_mlp import TokenBatchNorm
+from ..stems.hierarchical_mlp import ChannelsLastBatchNorm
 
 MLPS = ("mlp", "daff")
 REDUCTION = 4
@@ -50,10 +50,10 @@ class DepthwiseFeedForward(GridModule):
         self.norm, self.fc2, self.drop2 = mlp.norm, mlp.fc2, mlp.drop2
         width, dim = mlp.fc1.out_features, mlp.fc2.out_features
         dd = {"device": mlp.fc1.weight.device, "dtype": mlp.fc1.weight.dtype}
-        self.bn1 = TokenBatchNorm(width, **dd)
+        self.bn1 = ChannelsLastBatchNorm(width, **dd)
         self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False, **dd)
-        self.bn2 = TokenBatchNorm(width, **dd)
-        self.bn3 = TokenBatchNorm(dim, **dd)
+        self.bn2 = ChannelsLastBatchNorm(width, **dd)
+        self.bn3 = ChannelsLastBatchNorm(dim, **dd)
         self.compress: Optional[nn.Module] = None
         self.excite: Optional[nn.Module] = None
         if layout.num_prefix_tokens:

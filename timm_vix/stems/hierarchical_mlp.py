@@ -25,7 +25,7 @@ from ._sequential import SequentialStem
 KERNELS = {1: (1, 1, 1), 2: (2, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (4, 2, 2)}
 
 
-class TokenBatchNorm(nn.Module):
+class ChannelsLastBatchNorm(nn.Module):
     """Batch normalisation of channels that come last."""
 
     # as a BatchNorm2d before tokens are flattened, torch 2.15 gives wrong gradients for one image on a CPU
@@ -52,4 +52,4 @@ class HierarchicalMlpStem(SequentialStem):
             ConvNormAct(width, width, second, second, padding=0, act_layer=nn.GELU, **dd),
             nn.Conv2d(width, embed_dim, third, third, bias=False, **dd),
         )
-        self.norm = TokenBatchNorm(embed_dim, **dd)
+        self.norm = ChannelsLastBatchNorm(embed_dim, **dd)

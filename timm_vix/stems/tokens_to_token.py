@@ -87,7 +87,7 @@ class TokensToToken(MechanismHost):
         layout = TokenLayout(0, grid)
         self.norm1 = nn.LayerNorm(length, **dd)
         self.qkv = nn.Linear(length, 3 * WIDTH, bias=bias, **dd)
-        self.set_core(MIXERS[mixer](AttentionShape(length, 1, WIDTH, WIDTH, layout, layout, **dd), **keywords))
+        self.set_core(MIXERS[mixer].build(AttentionShape(length, 1, WIDTH, WIDTH, layout, layout, **dd), **keywords))
         self.proj = nn.Linear(WIDTH, WIDTH, **dd)
         self.norm2 = nn.LayerNorm(WIDTH, **dd)
         self.mlp = Mlp(WIDTH, WIDTH, **dd)

@@ -30,19 +30,23 @@ def write_hub(
     Raises:
         OSError: if they cannot be written; an earlier folder stays.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial, former = (folder.with_name(f"{folder.name}.{name}") for name in ("partial", "former"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         names = dict(label_names=label_names) if label_names else None
         save_for_hf(model, partial, names, safe_serialization=True, data_config=data_config)
         note_classes_once(partial / "config.json")
         card.save(partial / "README.md")
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, former)
         os.replace(partial, folder)
+        shutil.rmtree(former, ignore_errors=True)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        message = f"cannot write {folder}: {one_line(error)}; checkpoint.pt has the weights; make room, then resume"
-        raise OSError(message) from error
+        if former.exists() and not folder.exists():
+            os.replace(former, folder)
+        raise OSError(f"cannot write {folder}: {one_line(error)}; what was saved before is intact") from error
 
 
 def note_classes_once(path: Path) -> None:

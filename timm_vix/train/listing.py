@@ -7,7 +7,7 @@ import csv
 import os
 import random
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import numpy as np
 from timm.data import get_img_extensions
@@ -18,6 +18,7 @@ from torch import nn
 from .._checks import InputError
 from .folders import Items, class_names, is_dataset, labelled_images, open_dataset
 
+Item = TypeVar("Item")
 VALIDATION = ("val", "validation", "test")
 
 
@@ -169,7 +170,7 @@ def read_labels(folder: Path, num_classes: int) -> tuple[Items, list[str]]:
     return items, [str(number) for number in range(num_classes)]
 
 
-def spread(items: Items, count: Optional[int]) -> Items:
+def spread(items: list[Item], count: Optional[int]) -> list[Item]:
     """Up to ``count`` items, spread over the list; None: all."""
     count = min(count or len(items), len(items))
     return [items[i * len(items) // count] for i in range(count)]

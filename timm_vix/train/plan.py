@@ -90,7 +90,8 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     print(f"{run.source}: {len(model.blocks)} layers, {len(mixers)} candidates{' and merging' * merging}", flush=True)
     costs = latency.time_blocks(mixers, merging)
     target = Target(run.keep, run.speedup, run.budget_gflops)
-    search = Search(sensitivity(pixels[::2][:FEW]), chosen, latency, costs, mixers, merging, target, run.minutes)
+    few = spread(list(range(0, len(pixels), 2)), FEW)
+    search = Search(sensitivity(pixels[few]), chosen, latency, costs, mixers, merging, target, run.minutes)
     plan = search.choose()
     result = dict(
         format=FORMAT,
@@ -145,12 +146,12 @@ def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> 
     Labels are 0 where none are given.
 
     Raises:
-        ValueError: for too few to split.
+        InputError: for too few to split, or a class of which no image can be read.
     """
     folder = Path(run.data_dir)
-    found = labelled_folder(folder, model)[0] if run.labels else find_unlabelled(folder)
+    found, classes = labelled_folder(folder, model) if run.labels else (find_unlabelled(folder), [run.data_dir])
     resize, _, evaluate = transforms(config, "none", 0.0)
-    data = Images(spread(found, run.images), [run.data_dir], config["input_size"][0], resize, evaluate, 0)
+    data = Images(spread(found, run.images), classes, config["input_size"][0], resize, evaluate, 0)
     if len(data) < 2:
         raise InputError(
             f"data_dir={run.data_dir} has {len(data)} image that can be read: one half of the images chooses a plan "

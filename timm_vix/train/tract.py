@@ -24,11 +24,12 @@ from ..mixers._precision import outside_autocast
 
 
 class Tract:
-    """The hooks of ``tract`` on a layer; ``remove`` takes them away."""
+    """The hooks of ``tract`` on a layer; ``remove`` takes them away. A copy of the layer trains without them."""
 
     def __init__(self, layer: nn.Module, strength: float) -> None:
         self.strength = strength
         self.products: torch.Tensor | None = None
+        self.factor: torch.Tensor | None = None
         self.rows = 0
         self.handles = [layer.register_forward_pre_hook(self.see), layer.weight.register_hook(self.solve)]
 
@@ -45,17 +46,19 @@ class Tract:
             products = a.T @ a
         self.products = products if self.products is None else self.products + products
         self.rows += len(a)
+        self.factor = None
 
     def solve(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the weight, times the inverse."""
-        if self.products is None:
-            return gradient
-        matrix = self.products / self.rows
-        matrix.diagonal().add_(self.strength)
-        self.products, self.rows = None, 0
-        # numbers that aren't finite come through, for a gradient scaler to see, and the device isn't waited for
-        factor, _ = torch.linalg.cholesky_ex(matrix)
-        solved = torch.cholesky_solve(gradient.flatten(1).to(matrix.dtype).T, factor).T
+        """The gradient of the weight, times the inverse; that of a second loss of the same images likewise."""
+        if self.factor is None:
+            if self.products is None:
+                return gradient
+            matrix = self.products / self.rows
+            matrix.diagonal().add_(self.strength)
+            # numbers that aren't finite come through, for a gradient scaler to see, and the device isn't waited for
+            self.factor, _ = torch.linalg.cholesky_ex(matrix)
+            self.products, self.rows = None, 0
+        solved = torch.cholesky_solve(gradient.flatten(1).to(self.factor.dtype).T, self.factor).T
         return solved.reshape(gradient.shape).to(gradient.dtype)
 
 
