@@ -1,8 +1,8 @@
 """Name what is on photographs, by a model that is shipped in examples/checkpoints or by any trained one.
 
-python examples/classify.py --list                                                           # the shipped models
-python examples/classify.py photo.jpg --model ccn_cifar                                      # one of them, by name
-python examples/classify.py photo.jpg --model runs/reproduce/modern-100-1/ccn_cifar/hub      # a second
+python examples/classify.py --list                                      # the shipped models
+python examples/classify.py photo.jpg --model hybrid_pin_cifar          # one of them, by name
+python examples/classify.py photo.jpg --model runs/photos/hub           # the model of a run
 """
 
 import argparse

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000, help="photographs")
     parser.add_argument("--rounds", type=int, default=25, help="least number of rounds of a latency")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--retry-failed", action="store_true", help="export again what no file could hold")
+    parser.add_argument("--retry-failed", action="store_true", help="export again what failed before")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "deploy.csv")
     in_one_line(measure_all)(parser.parse_args())
 

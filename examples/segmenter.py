@@ -6,11 +6,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from road_scenes import CLASSES, IGNORED
-from segmentation_models_pytorch.encoders import TimmViTEncoder
 from timm.data import resolve_model_data_config
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -23,6 +21,14 @@ from timm_vix.measure.job import time_interleaved, warm_up
 from timm_vix.measure.memory import PeakMemory, set_malloc
 from timm_vix.measure.statistics import compare_times
 from timm_vix.train.images import normaliser
+
+try:
+    import segmentation_models_pytorch as smp
+    from segmentation_models_pytorch.encoders import TimmViTEncoder
+except ImportError as error:
+    raise SystemExit(
+        "error: segmentation_models_pytorch is not installed; pip install 'timm-vix[ecosystem]' brings it"
+    ) from error
 
 MIXERS: dict[str, dict[str, Any]] = {
     "softmax": {},

@@ -133,8 +133,6 @@ def test_crossovers_are_interpolated_on_logarithmic_axes(tables):
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "softmax"])
 def test_docstrings_say_what_was_measured(tables, mixer):
     cost = importlib.import_module("result_tables.cost")
-    if mixer not in cost.timed_mixers():
-        pytest.skip(f"mixers.csv has no row of {mixer}")
     assert cost.pays(mixer) in " ".join(sys.modules[MIXERS[mixer].__module__].__doc__.split())
 
 
@@ -160,7 +158,7 @@ def test_the_advice_holds(tables):
         name = "vit_tiny_patch16_224" if mixer == "softmax" else f"vix_{mixer}_tiny"
         return float(cells[cost.Key(name, True, size, mode)][column])
 
-    attention = ("nystrom", "linformer", "performer", "atrous")
+    attention = [name for name in MIXERS if name != "softmax" and MIXERS[name].candidates]
     # few tokens: stay with softmax
     assert all(value(mixer, 224, "infer", "speedup_low") < 1 for mixer in attention)
     # many tokens: Linformer for speed, Nyström for accuracy
@@ -168,7 +166,7 @@ def test_the_advice_holds(tables):
         for mode in ("infer", "train"):
             speeds = {mixer: value(mixer, size, mode, "speedup") for mixer in attention}
             assert max(speeds, key=speeds.get) == "linformer"
-            assert min(speeds.values()) > 1
+            assert speeds["nystrom"] > 1
     conversion = importlib.import_module("result_tables.conversion")
     rows = conversion.read("convert_deit_tiny.csv")
     for size in ("224", "448"):
@@ -273,7 +271,8 @@ def test_code_names_what_exists(code):
 
 def test_the_public_names_are_those_of_the_package():
     section = README.read_text(encoding="utf-8").split("## Python API")[1].split("\n## ")[0]
-    names = re.findall(r"^\| `(\w+)\(", section, re.MULTILINE)
+    calls = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    names = [name for call in calls for name in re.findall(r"`(\w+)\(", call)]
     assert names and all(callable(getattr(timm_vix, name)) for name in names)
     assert set(names) == {name for name in timm_vix.__all__ if name != "models"}
 

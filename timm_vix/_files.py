@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, or stay."""
+"""Files that are replaced as a whole, or left as they were."""
 
 import contextlib
 import csv

@@ -4,7 +4,6 @@ import json
 from typing import Optional
 
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._mechanism import AttentionMechanism
 
 from . import RESULTS, Row, markdown, measured, read, values
 from .cost import Key, is_timed, models, speed
@@ -77,7 +76,7 @@ def advice() -> str:
     rows = read("convert_deit_tiny.csv")
     tokens |= {int(row["img_size"]): row["tokens"] for row in rows}
     names = [name for name in dict.fromkeys(key.model for key in cells) if name.startswith("vix_")]
-    names = [name for name in names if issubclass(MIXERS[name.split("_")[1]], AttentionMechanism)]
+    names = [name for name in names if MIXERS[name.split("_")[1]].candidates]
     body = []
     for pixels in sorted(tokens):
         faster = {mode: faster_at(cells, names, pixels, mode) for mode in ("infer", "train")}

@@ -4,8 +4,9 @@ import math
 from typing import NamedTuple, Optional
 
 from timm_vix.measure.statistics import crossover
+from timm_vix.mixers import MIXERS
 
-from . import Row, markdown, measured, number_list, read, values
+from . import Row, markdown, measured, number_list, read
 
 # A ratio of times is told only with a spread over at least so many rounds.
 LEAST_ROUNDS = 3
@@ -74,14 +75,11 @@ def layer_memory() -> str:
     return markdown(["", *(f"{n:,} tokens" for n in tokens), "exponent"], body, measured(rows))
 
 
-def timed_mixers() -> list[str]:
-    """The mechanisms of the layer benchmark that are compared with softmax."""
-    return [mixer for mixer in values(timed_layers("infer"), "mixer") if mixer != "softmax"]
-
-
 def pays(mixer: str) -> str:
-    """The sentence of a mechanism's module about its speed."""
+    """The sentence of a mechanism's module about its speed: of a layer where that was timed, else of a whole model."""
     rows = [row for row in timed_layers("infer") if row["mixer"] == mixer]
+    if not rows:
+        return pays_in_a_model(mixer)
     ratios = [float(row["ratio"]) for row in rows]
     fast = number_list(f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 2 else 2}f}" for ratio in ratios)
     tokens = number_list(f"{int(row['tokens']):,}" for row in rows)
@@ -92,12 +90,29 @@ def pays(mixer: str) -> str:
     )
 
 
-def models(size: str, batch_size: str = "1") -> dict[Key, Row]:
-    """Rows of cost_cpu.csv beside a ViT of that size, in float32."""
+def pays_in_a_model(mixer: str) -> str:
+    """The same of a whole ViT-Ti."""
+    cells = models("tiny")
+    name = f"vix_{mixer}_tiny"
+    timed = {mode: [row for key, row in cells.items() if (key.model, key.mode) == (name, mode)] for mode in MODES}
+    rows = {mode: sorted(filter(is_timed, found), key=lambda row: int(row["tokens"])) for mode, found in timed.items()}
+    fast = {mode: number_list(f"{float(row['speedup']):.2f}" for row in found) for mode, found in rows.items()}
+    tokens = number_list(f"{int(row['tokens']):,}" for row in rows["infer"])
+    first = rows["infer"][0]
+    return (
+        f"*Pays:* a whole ViT-Ti is {fast['infer']} times as fast as with softmax through SDPA at {tokens} tokens in "
+        f"inference, and {fast['train']} times in training, in {first['dtype']} on {first['threads']} CPU threads "
+        "(``examples/results/cost_cpu.csv``)."
+    )
+
+
+def models(size: str, batch_size: str = "1", dtype: str = "float32") -> dict[Key, Row]:
+    """Rows of cost_cpu.csv beside a ViT of that size; in bfloat16 those of processors with instructions for it."""
     return {
         Key(row["model"], row["attention"] == "fused", int(row["img_size"]), row["mode"]): row
         for row in read("cost_cpu.csv")
-        if (row["dtype"], row["batch_size"]) == ("float32", batch_size) and row["baseline"] == f"vit_{size}_patch16_224"
+        if (row["dtype"], row["batch_size"]) == (dtype, batch_size) and row["baseline"] == f"vit_{size}_patch16_224"
+        if dtype == "float32" or "bf16" in row["device_name"]
     }
 
 
@@ -120,6 +135,24 @@ def model_speed(size: str, mode: str) -> str:
             line = [f"{float(row['latency_p50_ms']):.0f} ms, {text}" if row else "" for row, text in zip(found, line)]
         body.append([name_of(Key(name, fused, 0, mode)), *line])
     return markdown(["", *(f"{pixels:,} px" for pixels in sizes(cells))], body, measured(cells.values()))
+
+
+def half_precision() -> str:
+    """Speed of ViT-Ti in bfloat16 beside softmax in bfloat16, and from how many tokens it is above 1."""
+    cells = {key: row for key, row in models("tiny", dtype="bfloat16").items() if key.fused and is_timed(row)}
+    places = sorted({(key.mode, key.img_size) for key in cells})
+    body = []
+    for name in dict.fromkeys(key.model for key in cells):
+        found = [cells.get(Key(name, True, pixels, mode)) for mode, pixels in places]
+        if name.startswith("vit_"):
+            line = [f"{float(row['latency_p50_ms']):,.0f} ms" if row else "" for row in found] + [""] * len(MODES)
+        else:
+            line = [speed(row, spread=False) for row in found]
+            line += [crossing(cells, name, mode, spread=False) for mode in MODES]
+        body.append([f"`{name}`", *line])
+    head = [f"{MODES[mode]}, {pixels:,} px" for mode, pixels in places]
+    head += [f"{what}, faster from (tokens)" for what in MODES.values()]
+    return markdown(["", *head], body, measured(cells.values()))
 
 
 def model_memory(size: str) -> str:
@@ -173,18 +206,23 @@ def crossovers() -> str:
     )
 
 
+def is_shown(model: str) -> bool:
+    """Whether the README shows a model: softmax, and the mechanisms that a plan tries."""
+    return not model.startswith("vix_") or bool(MIXERS[model.split("_")[1]].candidates)
+
+
 def cost() -> str:
     """The README's table: speed of inference and training beside softmax, crossovers and memory."""
     cells = models("tiny")
     at = sorted({key.img_size for key, row in cells.items() if is_timed(row)})
     body = []
-    for name in dict.fromkeys(key.model for key in cells if key.fused):
+    for name in filter(is_shown, dict.fromkeys(key.model for key in cells if key.fused)):
         line = []
-        for found in ([cells[Key(name, True, pixels, mode)] for mode in MODES] for pixels in at):
+        for found in ([cells.get(Key(name, True, pixels, mode)) for mode in MODES] for pixels in at):
             if name.startswith("vit_"):
-                line.append(" / ".join(f"{float(row['latency_p50_ms']):,.0f}" for row in found) + " ms")
+                line.append(" / ".join(f"{float(row['latency_p50_ms']):,.0f}" for row in found if row) + " ms")
             else:
-                line.append(" / ".join(speed(row, spread=False) for row in found))
+                line.append(" / ".join(filter(None, (speed(row, spread=False) for row in found))))
         faster_from = ["", ""]
         if name.startswith("vix_"):
             faster_from = [crossing(cells, name, mode, spread=False) for mode in MODES]

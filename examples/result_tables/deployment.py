@@ -17,4 +17,6 @@ def deployment() -> str:
     head = ["model", "format", "dtype", "MB", "top-1, % (beside eager)", "one image", beside, "eight images", beside]
     # rows of several dtypes stand in one table, which has a column for them
     machine = measured({**row, "dtype": ""} for row in rows)
-    return markdown(head, body, f"{machine} {' '.join(sorted({row['instructions'] for row in rows}))}.")
+    return markdown(
+        head, body, f"{machine} Instruction sets: {' '.join(sorted({row['instructions'] for row in rows}))}."
+    )

@@ -74,13 +74,13 @@ def compared_caltech101() -> str:
 def reproduced() -> str:
     """All systems by mechanism: the paper's number, ours by two recipes, softmax in its place; and what each costs."""
     rows = read("reproduce_vix.csv")
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["system"], row["patch_size"], epochs_of(row)), []).append(row)
+        groups.setdefault((row["system"], row["patch_size"], epochs_of(row), row["dtype"]), []).append(row)
     order = list(MIXERS)
     body = []
     for key, mine in sorted(groups.items(), key=lambda item: order.index(mechanism_of(item[0][0]))):
-        ours = [mean_top1([row for row in mine if row["recipe"] == recipe]) for recipe in ("paper", "modern")]
+        ours = [mean_top1([row for row in mine if row["recipe"] == recipe]) for recipe in RECIPES]
         control = [row for row in groups.get((baseline_of(key[0]), *key[1:]), []) if row["recipe"] == "modern"]
         softmax = "" if baseline_of(key[0]) == key[0] else mean_top1(control)
         # the modern recipe's batch is the same for all; nothing is known of a step that could not be measured
@@ -90,9 +90,9 @@ def reproduced() -> str:
             costs[2:] = [f"{float(step['peak_memory_mib']):,.0f} MiB", f"{float(step['images_per_second']):.0f}"]
             costs.append(f"{float(step['faster_than_softmax']):.2f}")
         body.append([mechanism_of(key[0]), f"`{key[0]}`", *key[1:], mine[0]["paper"], *ours, softmax, *costs])
-    head = ["mechanism", "system", "patch", "epochs", "paper %", "its recipe %", "modern %", "softmax there, modern %"]
-    head += ["parameters (M)", "MFLOPs", "memory of a step", "images/s", "times as fast"]
-    return markdown(head, body, measured(rows))
+    head = ["mechanism", "system", "patch", "epochs", "dtype", "paper %", "paper's recipe %", "modern %"]
+    head += ["the softmax model in its place, modern %", "parameters (M)", "MFLOPs", "memory of a step", "images/s"]
+    return markdown([*head, "times as fast"], body, measured({**row, "dtype": ""} for row in rows))
 
 
 def mechanism_of(system: str) -> str:
@@ -113,6 +113,9 @@ def mean_top1(rows: list[Row]) -> str:
     return f"{statistics.mean(float(row['top1']) for row in rows):.1f}" if rows else ""
 
 
+RECIPES = ("paper", "modern")
+DTYPES = ("float32", "bfloat16")
+TRACT = " tract=0.1"  # what follows the recipe's name
 # Pairs of systems that differ in one thing; the names end in _cifar, or where they say rope in _cifar_rope.
 COMPARISONS = {
     "convolutional stem": "vix_softmax hybrid_vit, vix_linformer hybrid_vil, vix_performer hybrid_vip, "
@@ -121,6 +124,8 @@ COMPARISONS = {
     "vix_nystrom+rope hybrid_vin+rope",
     "rotary positions, softmax, Performer, Nyström": "vix_softmax vix_softmax+rope, vix_performer vix_performer+rope, "
     "vix_nystrom vix_nystrom+rope, hybrid_vit hybrid_vit+rope, hybrid_vip hybrid_vip+rope, hybrid_vin hybrid_vin+rope",
+    "rotary positions, axial, ReLU and latent attention, retention, gpsa": "vix_axial vix_axial+rope, "
+    "vix_relu vix_relu+rope, vix_latent vix_latent+rope, vix_retention vix_retention+rope, vix_gpsa vix_gpsa+rope",
     "rotary positions, Linformer": "vix_linformer vix_linformer+rope, hybrid_vil hybrid_vil+rope",
     "Nyström or Performer for softmax": "vix_softmax vix_nystrom, vix_softmax vix_performer, "
     "vix_softmax+rope vix_nystrom+rope, vix_softmax+rope vix_performer+rope, hybrid_vit hybrid_vin, "
@@ -132,6 +137,14 @@ COMPARISONS = {
     "axial attention for softmax": "vix_softmax vix_axial",
     "ReLU attention for softmax": "vix_softmax vix_relu",
     "latent attention for softmax": "vix_softmax vix_latent",
+    "retention for softmax": "vix_softmax vix_retention",
+    "positional attention (gpsa) for softmax": "vix_softmax vix_gpsa",
+    "axial, ReLU, latent or positional attention or retention for softmax, rotary positions": "vix_softmax+rope "
+    "vix_axial+rope, vix_softmax+rope vix_relu+rope, vix_softmax+rope vix_latent+rope, "
+    "vix_softmax+rope vix_gpsa+rope, vix_softmax+rope vix_retention+rope",
+    "Legendre memory for softmax": "vix_softmax vix_legendre",
+    "Hyena for softmax": "vix_softmax vix_hyena",
+    "wavelet bands (scattering) for softmax": "vix_softmax vix_scattering",
     "pooling for softmax": "vix_softmax vix_pool",
     "no mixing of tokens (glu) for softmax": "vix_softmax vix_glu",
     "CCN or CCP for CCT": "cct ccn, cct ccp",
@@ -145,19 +158,31 @@ def system(name: str) -> str:
     return f"{stem}_cifar_rope" if rope else f"{stem}_cifar"
 
 
+def least_and_most(gains: list[float]) -> str:
+    return f"{min(gains):+.1f} to {max(gains):+.1f}" if len(gains) > 1 else f"{gains[0]:+.1f}"
+
+
 def compared() -> str:
-    """What one change is worth after one epoch with patches of 4x4: least and most points over all pairs of systems."""
+    """What one change is worth after one epoch with patches of 4x4: least and most points over all pairs of systems.
+
+    The two of a pair are of one dtype, float32 where both have it.
+    """
     scores = {
-        (row["system"], row["recipe"]): float(row["top1"])
+        (row["system"], row["recipe"], row["dtype"]): float(row["top1"])
         for row in read("reproduce_vix.csv")
         if (row["patch_size"], row["epochs"]) == ("4", "1")
     }
+
+    def gain(before: tuple[str, str], after: tuple[str, str]) -> float:
+        dtype = next(one for one in DTYPES if {(*before, one), (*after, one)} <= scores.keys())
+        return scores[(*after, dtype)] - scores[(*before, dtype)]
+
     body = []
     for change, names in COMPARISONS.items():
         pairs = [tuple(map(system, pair.split())) for pair in names.split(", ")]
-        line = []
-        for recipe in ("paper", "modern"):
-            gains = [scores[after, recipe] - scores[before, recipe] for before, after in pairs]
-            line.append(f"{min(gains):+.1f} to {max(gains):+.1f}" if len(gains) > 1 else f"{gains[0]:+.1f}")
-        body.append([change, str(len(pairs)), *line])
+        gains = [[gain((before, recipe), (after, recipe)) for before, after in pairs] for recipe in RECIPES]
+        body.append([change, str(len(pairs)), *map(least_and_most, gains)])
+    names = list(dict.fromkeys(name for name, recipe, _ in scores if recipe.endswith(TRACT)))
+    gains = [[gain((name, recipe), (name, recipe + TRACT)) for name in names] for recipe in RECIPES]
+    body.append(["TrAct for the gradient of the first layer", str(len(names)), *map(least_and_most, gains)])
     return markdown(["change", "pairs", "paper's recipe, points", "modern recipe, points"], body)

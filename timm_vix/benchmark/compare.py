@@ -5,8 +5,9 @@ continues where it was, one that is finished is not repeated. What a model costs
 
 A run is its model, initial weights, seed, images and recipe. The weights are recorded by the name and checksum of their
 file, the images by the name of their folder, their number and a checksum of their names and sizes, so that they may
-move. Rows of earlier versions have the names only, and stand for whatever has these. A run may continue with other
-threads or on another device; its seconds are of the epochs that had the last one's.
+move. Rows of an earlier version have names without checksums, and stand for a run with the same names. A run may
+continue with another number of threads or on another device. Its seconds are then those of the epochs on the last of
+these.
 """
 
 import argparse
@@ -258,7 +259,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-root", metavar="DIR", help="where timm's reader of hfds/NAME, torch/NAME etc. has its files")
     add("--val-dir", metavar="DIR", help="class folders that validate, where they are elsewhere")
     add("--checkpoint", metavar="FILE", help="initial weights of the MODELs: .safetensors or .pth")
-    add("--pretrained", action="store_true", help="or those that timm knows for each name")
+    add("--pretrained", action="store_true", help="start the MODELs from the weights that timm knows for each name")
     add("--from-scratch", nargs="+", default=[], metavar="MODEL", help="further models, from random weights")
     add("--seeds", type=int, nargs="+", default=[0], help="a run for each: 0")
     meanings = {own.name: description(own, "; default: ") for own in fields(FinetuneSettings)}

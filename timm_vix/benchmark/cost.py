@@ -228,8 +228,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", nargs="+", choices=("infer", "train"), default=["infer"], help="forward pass, training step: infer")
     add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of matrix products: float32")
     add("--compile", nargs="+", choices=("off", "on"), default=["off"], help="whether torch.compile is used: off")
-    add("--baseline", metavar="MODEL", help="what is timed beside each model; default: softmax of the same size")
-    add("--softmax", nargs="*", choices=("fused", "unfused"), default=["fused", "unfused"], help="baselines' own rows")
+    add("--baseline", metavar="MODEL", help="what is timed beside each model; default: its softmax control")
+    add(
+        "--softmax",
+        nargs="*",
+        choices=("fused", "unfused"),
+        default=["fused", "unfused"],
+        help="softmax baselines that get rows of their own; without a value: none",
+    )
     add("--epoch-images", type=positive, default=50000, help="images of an epoch, for its time: 50000")
     add("--out", type=Path, default=Path("cost.csv"), help="rows are appended; what is there is not measured again")
     add_machine(parser)
@@ -240,7 +246,9 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's number")
     parser.add_argument("--rounds", type=positive, default=JOB["rounds"], help="least number of paired rounds: 9")
-    parser.add_argument("--seconds", type=float, default=JOB["seconds"], help="that a row's further rounds may take: 5")
+    parser.add_argument(
+        "--seconds", type=float, default=JOB["seconds"], help="for rounds beyond --rounds, for each row: 5"
+    )
     parser.add_argument("--retry-failed", action="store_true", help="measure again what failed")
 
 

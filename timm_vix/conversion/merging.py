@@ -2,10 +2,10 @@
 
 Between blocks each group's value is copied to all of its tokens, and the next block takes one of each group. So a host
 that reads features, pools or normalises sees the whole grid, and means over it are weighted by the counts. Which tokens
-are a group belongs to one forward pass, and travels with it: iterating over the blocks begins a pass. Nothing of it is
-kept on modules, so threads don't meet, and gradient checkpointing, which calls a block again, finds what it had.
-Blocks are called as modules, so their hooks run and see the whole grid. Where nobody looks in between, groups go from
-block to block without being copied.
+are a group belongs to one forward pass, which begins with iterating over the blocks. Nothing of it is kept on modules,
+so calls from several threads don't interfere, and gradient checkpointing, which calls a block again, gets the same
+groups. Blocks are called as modules, so their hooks run and see the whole grid. Without hooks between blocks, groups
+are passed on without being copied.
 """
 
 from collections.abc import Iterator, Mapping

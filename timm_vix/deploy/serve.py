@@ -2,7 +2,7 @@
 
     timm-vix serve runs/nystrom/hub --softmax
 
-The page is served to this machine alone, loads nothing from elsewhere and tells nobody. With --softmax the same model
+The page can be reached from this machine only, and sends nothing to other machines. With --softmax the same model
 with softmax attention answers beside it: a converted model with the attention that it had, one of ours with the same
 weights as far as they fit. Times are medians of several passes of one picture, in turn.
 """

@@ -29,6 +29,10 @@ such factors in several rounds.
 softmax attention, without parameters, so that trained weights keep most of their function. Dropout acts on the second
 pass. Long sequences have their attention weights computed again for the gradient.
 
+*Pays:* a whole ViT-Ti is 0.74, 1.12, 1.46 and 2.88 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+4,097 tokens in inference, and 0.82, 1.02, 1.38 and 3.29 times in training, in float32 on 2 CPU threads
+(``examples/results/cost_cpu.csv``).
+
 Shapes: A images and heads (B·h), N = P + H·W tokens, D head width.
 """
 

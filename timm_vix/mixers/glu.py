@@ -13,6 +13,10 @@ leave it aside.
 
 *Differs:* the paper's smaller model leaves out the feed-forward layer that follows; here it is the host's, and stays.
 
+*Pays:* a whole ViT-Ti is 0.99, 1.31, 1.74 and 3.50 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+4,097 tokens in inference, and 1.00, 1.41, 1.78 and 4.74 times in training, in float32 on 2 CPU threads
+(``examples/results/cost_cpu.csv``).
+
 Shapes: B images, N tokens (prefix tokens are tokens like all others), C channels, S hidden units.
 """
 

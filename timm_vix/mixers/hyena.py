@@ -28,6 +28,10 @@ alone, and the filter starts as waves of up to about w radians a reference size.
 softmax attention to all tokens, and patches don't see them. Filter, products and transforms are computed in float32 at
 least. Rotary positions are refused: they would turn gates, and so make a patch's output depend on where the patch lies.
 
+*Pays:* a whole ViT-Ti is 0.46, 0.62, 0.89 and 1.55 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+4,097 tokens in inference, and 0.57, 0.79, 1.00 and 2.46 times in training, in float32 on 2 CPU threads
+(``examples/results/cost_cpu.csv``).
+
 Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D channels.
 """
 

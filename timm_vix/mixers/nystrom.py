@@ -12,15 +12,16 @@ Xiong et al. 2021 (arXiv 2102.03902), equation 13 and section 3.2: Y = F A^+ O, 
 ``conv_residual``, which every mixer takes: the paper's depthwise convolution of the values, added to Y;
 ``window_size``: see below.
 
-*Differs:* A is close to singular, and an exact pseudo-inverse amplifies what A cannot see; the ridge draws X towards
-the pooled values V~ instead, so the rows of the approximation still sum to one. Landmarks are means over cells of the
-patch grid (not over pieces of the raster), each prefix token is a landmark of its own, and c is the log of the number
-of patches in a cell. Nothing is padded. The inverse starts from a bound of its own matrix, so no image depends on its
-batch mates; it takes matrix products only, so it exports. In a ViT the two attentions are fused with the projections
-where that is cheaper (``_fused.py``). The convolution runs over the grid. With as many landmarks as patches Y is
-softmax attention, and is computed as that. With ``window_size`` w each patch attends to the tokens of its w x w window
-and to the landmarks for the rest (``_windows.py``): it doubles the cost and keeps most of a pretrained softmax model's
-function without training. With rotary positions landmarks are rotated by the centres of their cells.
+*Differs:* A is close to singular, and a pseudo-inverse amplifies errors in directions in which A is near zero; the
+ridge draws X towards the pooled values V~ instead, so the rows of the approximation still sum to one. Landmarks are
+means over cells of the patch grid (not over pieces of the raster), each prefix token is a landmark of its own, and c is
+the log of the number of patches in a cell. Nothing is padded. The inverse starts from a bound of its own matrix, so no
+output depends on the other images of the batch; it takes matrix products only, so it exports. In a ViT the two
+attentions are fused with the projections where that is cheaper (``_fused.py``). The convolution runs over the grid.
+With as many landmarks as patches Y is softmax attention, and is computed as that. With ``window_size`` w each patch
+attends to the tokens of its w x w window and to the landmarks for the rest (``_windows.py``): it doubles the cost and
+keeps most of a pretrained softmax model's function without training. With rotary positions landmarks are rotated by the
+centres of their cells.
 
 Tokens that a mask of keys hides enter neither the means nor the exact attention of the landmarks, and c counts those
 that are read. On a grid of several rows cells stay in their places. A sequence, which is a grid of one row, is pooled

@@ -13,9 +13,9 @@ Choromanski et al. 2021 (arXiv 2009.14794), section 2.3 (positive features), 2.4
 buffer, or with ``learned_features`` parameters of each head, beside ``feature_bias``, the log of their weights.
 
 *Differs:* nothing is added to the features, since no sum can vanish: the largest exponent of the keys is taken per
-image, head and feature, and that of the queries per token, so no image depends on its batch mates either. The features
-are drawn from a seed and are the same for all heads. Sums run over blocks of tokens with a running maximum, as in
-online softmax, so that N x m features never exist at once; for long sequences, training computes the features of a
+image, head and feature, and that of the queries per token, so no output depends on the other images of the batch. The
+features are drawn from a seed and are the same for all heads. Sums run over blocks of tokens with a running maximum, as
+in online softmax, so that N x m features never exist at once; for long sequences, training computes the features of a
 block again for its gradient. All of it in float32 at least.
 
 Queries and keys are centred, which changes nothing in expectation and makes the estimate much less noisy: with c the

@@ -17,6 +17,10 @@ Without the convolution masks of keys are honoured: a masked key is 0.
 Trained softmax attention is another function, of which little is kept: this one is to be trained from scratch. Rotary
 positions turn queries and keys before they are rectified, and p is added to turned keys.
 
+*Pays:* a whole ViT-Ti is 0.83, 1.19, 1.50 and 3.22 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+4,097 tokens in inference, and 0.84, 1.10, 1.42 and 3.75 times in training, in float32 on 2 CPU threads
+(``examples/results/cost_cpu.csv``).
+
 Shapes: B images, N = P + H·W tokens, h heads, D width of a head's queries and keys, E of its values.
 """
 

@@ -1,4 +1,4 @@
-"""The checkpoint and the history of a training run. Each file is replaced as a whole, or stays."""
+"""The checkpoint and the history of a training run. Each file is replaced as a whole, or left as it was."""
 
 import csv
 import io
