@@ -3,8 +3,9 @@
     python examples/fold_norms.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors
         --data-dir caltech101/train --steps 0 400
 
-For each number of steps the layer norms become batch norms, fade while the model learns to predict what it predicted
-with them, and are folded into the next linear layers. No labels are needed for that. Each row is appended to
+The layer norms become batch norms that are fitted to them. For each number of steps the model then learns, with these
+statistics as they are, to predict what it predicted before, and the norms are folded into the next linear layers. With
+--fade the layer norms fade while the model learns instead. No labels are needed for that. Each row is appended to
 examples/results/fold_norms.csv, timed in turn with the original in eager mode; stopped at any time, the same command
 continues. int8 is ONNX Runtime's, see ``timm-vix export``.
 """
@@ -53,20 +54,24 @@ FORMATS = (("eager", "float32"), ("onnx", "float32"), ("onnx", "int8"))
 
 
 def train(student: nn.Module, teacher: nn.Module, schedule: HandoverSchedule, config: dict, run: Any) -> float:
-    """Let the layer norms fade while the student learns what the teacher predicts; return the seconds it took."""
+    """Let the student learn what the teacher predicts; return the seconds it took.
+
+    With ``run.fade`` the schedule's layer norms fade meanwhile. Without, the statistics of its batch norms stay.
+    """
     resize, augmented, _ = transforms(config, "light", 0.5)
     images = Images(find_unlabelled(run.data_dir), ["image"], config["input_size"][0], resize, augmented, 0, lazy=True)
     normalise, losses = normaliser(config, "cpu"), Distillation(teacher, student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=run.lr, weight_decay=0.0)
     scheduler = CosineLRScheduler(optimizer, schedule.steps, warmup_t=schedule.steps // 20, t_in_epochs=False)
     position: dict[str, Any] = dict(step=0, seconds=0.0)
-    settings = dict(steps=schedule.steps, lr=run.lr, batch_size=run.batch_size, images=images.digest())
-    checkpoint = Checkpoint(run.runs / f"{schedule.steps}.pt", settings, student, optimizer, position)
+    settings = dict(steps=schedule.steps, lr=run.lr, batch_size=run.batch_size, images=images.digest(), fade=run.fade)
+    name = f"{schedule.steps}{'_faded' * run.fade}.pt"
+    checkpoint = Checkpoint(run.runs / name, settings, student, optimizer, position)
     if checkpoint.path.exists():
         checkpoint.restore(checkpoint.read())
         schedule.move_to(position["step"])
     keys = batches(images, run.batch_size, schedule.steps, 1)
-    student.train()
+    student.train(run.fade)
     with deferred_interrupt() as asked:
         loop = Loop(checkpoint, 50, asked, checkpoint.save)
         for pixels, _ in loop.steps("training", images.loader(keys[position["step"] :]), schedule.steps):
@@ -84,13 +89,12 @@ def folded(teacher: nn.Module, config: dict[str, Any], steps: int, run: Any) -> 
     """A copy of the teacher whose norms are folded, after so many steps of training, and their seconds."""
     student, seconds = copy.deepcopy(teacher).requires_grad_(True), 0.0
     fitted_to = read_calibration(run.data_dir, FITTED, config)
+    schedule = HandoverSchedule(max(steps, 1))
+    timm_vix.replace_norms(student, fitted_to, schedule if steps and run.fade else None)
     if steps:
-        schedule = HandoverSchedule(steps)
-        timm_vix.replace_norms(student, fitted_to, schedule)
         seconds = train(student, teacher, schedule, config, run)
-        finish(student)
-    else:
-        timm_vix.replace_norms(student, fitted_to)
+        if run.fade:
+            finish(student)
     timm_vix.fold_norms(student)
     return student.requires_grad_(False), seconds
 
@@ -138,7 +142,12 @@ def run_all(run: argparse.Namespace) -> None:
     shared = dict(images=run.count, device_name=device_name("cpu"), threads=run.threads)
     trained = [dict(norms="layer", steps=0, lr=None, batch_size=None)]
     trained += [
-        dict(norms="folded", steps=n, lr=run.lr if n else None, batch_size=run.batch_size if n else None)
+        dict(
+            norms="faded, folded" if n and run.fade else "folded",
+            steps=n,
+            lr=run.lr if n else None,
+            batch_size=run.batch_size if n else None,
+        )
         for n in run.steps
     ]
     for training in trained:
@@ -147,7 +156,7 @@ def run_all(run: argparse.Namespace) -> None:
         if not jobs:
             continue
         model, seconds = teacher, 0.0
-        if training["norms"] == "folded":
+        if training["norms"] != "layer":
             model, seconds = folded(teacher, config, training["steps"], run)
         for row in rows_of(model, teacher, config, jobs, run):
             append_record(run.out, COLUMNS, row | dict(train_s=round(seconds, 1), **versions()))
@@ -160,7 +169,8 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--data-dir", required=True, type=Path, help="other images, to fit, train and calibrate on")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 400], help="of training; 0: none")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--fade", action="store_true", help="let the layer norms fade while the model learns")
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--count", type=int, default=1000, help="photographs")
     parser.add_argument("--rounds", type=int, default=25, help="least number of rounds of a latency")

@@ -430,12 +430,13 @@ def test_the_example_measures_what_is_folded(tmp_path) -> None:
     command = [sys.executable, EXAMPLE, "--images", photographs.parent, "--weights", DEIT, "--steps", "0", "2"]
     command += ["--data-dir", photographs.parent / "images", "--count", "20", "--rounds", "1", "--batch-size", "2"]
     command += ["--runs", tmp_path / "runs", "--out", tmp_path / "rows.csv"]
-    for _ in range(2):  # the second time nothing is left to do
-        subprocess.run(command, env=dict(os.environ, PYTHONPATH=str(EXAMPLE.parents[1])), check=True, timeout=900)
+    for more in ([], [], ["--fade"]):  # the second time nothing is left to do
+        environment = dict(os.environ, PYTHONPATH=str(EXAMPLE.parents[1]))
+        subprocess.run([*command, *more], env=environment, check=True, timeout=900)
     rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
     assert [(row["norms"], row["steps"], row["format"], row["dtype"]) for row in rows] == [
         (norms, steps, *form)
-        for norms, steps in (("layer", "0"), ("folded", "0"), ("folded", "2"))
+        for norms, steps in (("layer", "0"), ("folded", "0"), ("folded", "2"), ("faded, folded", "2"))
         for form in (("eager", "float32"), ("onnx", "float32"), ("onnx", "int8"))
     ]
     assert float(rows[0]["agreement"]) == float(rows[1]["agreement"]) == 100.0
