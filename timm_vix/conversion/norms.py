@@ -183,8 +183,8 @@ def replace_norms(
     What is replaced is what ``fold_norms`` can fold: the norms before attention and MLPs, and the last one. The images
     pass through the model once, and each batch norm is fitted to the inputs that it has after the fitted ones before
     it. A part of the accuracy is lost: DeiT-Tiny keeps 66.5 of its 86.5 % top-1 on 200 photographs, fitted to 48
-    others. It is for training to win it back, with the model in eval mode, where the statistics stay as they were fitted,
-    or over many steps with a ``schedule``, which lets the layer norms fade.
+    others. It is for training to win it back, with the model in eval mode, where the statistics stay as they were
+    fitted, or over many steps with a ``schedule``, which lets the layer norms fade.
 
     Args:
         model: timm ``VisionTransformer`` or ``Eva``, converted or not, or one of ours.
