@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--calibrate", required=True, type=Path, help="folder of images for int8")
-    parser.add_argument("--calibrate-images", type=int, default=200)
+    parser.add_argument("--calibrate-images", type=int, default=400)
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", default=list(MODELS))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--limit", type=int, default=1000, help="photographs")
