@@ -3,10 +3,8 @@
 import json
 from typing import Optional
 
-from timm_vix.mixers import MIXERS
-
 from . import RESULTS, Row, markdown, measured, read, values
-from .cost import Key, is_timed, models, speed
+from .cost import Key, is_shown, is_timed, models, speed
 
 # What the README shows of all conversions; transfer is of the same size of image where a row says so.
 SHOWN = ("softmax, merged to 30 %", "softmax, merged to 15 %, scaled logits", "axial", "nystrom, 4x4 windows")
@@ -75,8 +73,7 @@ def advice() -> str:
     tokens = {key.img_size: row["tokens"] for key, row in cells.items() if is_timed(row)}
     rows = read("convert_deit_tiny.csv")
     tokens |= {int(row["img_size"]): row["tokens"] for row in rows}
-    names = [name for name in dict.fromkeys(key.model for key in cells) if name.startswith("vix_")]
-    names = [name for name in names if MIXERS[name.split("_")[1]].candidates]
+    names = [name for name in dict.fromkeys(key.model for key in cells) if name.startswith("vix_") and is_shown(name)]
     body = []
     for pixels in sorted(tokens):
         faster = {mode: faster_at(cells, names, pixels, mode) for mode in ("infer", "train")}

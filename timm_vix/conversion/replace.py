@@ -106,11 +106,14 @@ def is_plain_softmax(mixer: str, keywords: Mapping[str, Any]) -> bool:
     return mixer == "softmax" and {**ADDING_NOTHING, **keywords} == ADDING_NOTHING
 
 
+def is_plain_core(core: nn.Module) -> bool:
+    """Whether a mechanism at hand is softmax attention to which nothing is added."""
+    return type(core) is SoftmaxAttention and is_plain_softmax("softmax", core.config())
+
+
 def is_softmax(module: nn.Module) -> bool:
     """Whether a module is softmax attention that a mixer can continue, to which nothing is added."""
-    if type(module) is AttentionSlot and type(module.core) is SoftmaxAttention:
-        return is_plain_softmax("softmax", module.core.config())
-    return type(module) in REPLACEABLE
+    return is_plain_core(module.core) if type(module) is AttentionSlot else type(module) in REPLACEABLE
 
 
 def find_attention(model: nn.Module) -> list[AttentionSite]:

@@ -12,8 +12,7 @@ from .._names import parse_model
 from ..benchmark.baselines import NOT_TRUNK, baseline_of
 from ..conversion.convert import NOTED, revert
 from ..conversion.merging import MergingBlocks
-from ..conversion.replace import is_plain_softmax
-from ..mixers.softmax import SoftmaxAttention
+from ..conversion.replace import is_plain_core
 from ..models.checkpoints import hosts_of
 
 
@@ -30,10 +29,7 @@ def softmax_beside(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
         InputError: for a model whose softmax control can't be built.
     """
     merges = isinstance(getattr(model, "blocks", None), MergingBlocks)
-    cores = [host.core for host in hosts_of(model).values()]
-    if not merges and all(
-        type(core) is SoftmaxAttention and is_plain_softmax("softmax", core.config()) for core in cores
-    ):
+    if not merges and all(is_plain_core(host.core) for host in hosts_of(model).values()):
         return None, False
     keywords = get_model_args(model)
     if "source" in keywords:
