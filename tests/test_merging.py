@@ -17,7 +17,7 @@ import timm_vix
 from timm_vix._checks import InputError
 from timm_vix.conversion.merge_steps import merge_steps, num_merged
 from timm_vix.conversion.merging import MergingBlocks, attend_groups, merge_similar
-from timm_vix.mixers._merging import Groups, merge_mask, merge_table, single_groups
+from timm_vix.mixers._merging import Groups, kinds_of, merge_mask, merge_table, single_groups
 
 HOSTS = {
     "class": ("vit_tiny_patch16_224", {}),
@@ -206,25 +206,23 @@ def test_merged_masks():
     added = torch.randn(2, 2, 5, 5)
     boolean = (torch.rand(5, 5) > 0.3) | torch.eye(5, dtype=torch.bool)
     as_added = torch.zeros(5, 5).masked_fill(~boolean, -torch.inf)
-    causal = torch.zeros(5, 5).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
     keys_only = torch.randn(2, 1, 1, 5)
-    for mask, is_causal, full in [
-        (added, False, added),
-        (boolean, False, as_added),
-        (None, True, causal),
-        (keys_only, False, keys_only),
-        (added - 1e9, False, (added - 1e9) + 1e9),  # as float32 rounds it
-        (added.masked_fill(~boolean, -1e9), False, added + as_added),
-        (added.masked_fill(~boolean, torch.finfo(torch.float32).min), False, added + as_added),
-        (added.double().masked_fill(~boolean, torch.finfo(torch.float64).min), False, added + as_added),
+    for mask, full in [
+        (added, added),
+        (boolean, as_added),
+        (keys_only, keys_only),
+        (added - 1e9, (added - 1e9) + 1e9),  # as float32 rounds it
+        (added.masked_fill(~boolean, -1e9), added + as_added),
+        (added.masked_fill(~boolean, torch.finfo(torch.float32).min), added + as_added),
+        (added.double().masked_fill(~boolean, torch.finfo(torch.float64).min), added + as_added),
     ]:
-        found, full = merge_mask(mask, is_causal, groups).float().expand(2, 2, 3, 3), full.expand(2, 2, 5, 5)
+        found, full = merge_mask(mask, groups).float().expand(2, 2, 3, 3), full.expand(2, 2, 5, 5)
         full = full - full.amax(3, keepdim=True)
         for b, h, i, j in torch.cartesian_prod(*map(torch.arange, (2, 2, 3, 3))).tolist():
             rows, columns = (place[b] == i).nonzero().flatten(), (place[b] == j).nonzero().flatten()
             expected = full[b, h][rows][:, columns].exp().sum() / len(rows)
             torch.testing.assert_close(found[b, h, i, j].exp(), expected)
-    assert torch.equal(merge_mask(None, False, groups).exp().flatten(1), groups.counts)
+    assert torch.equal(merge_mask(None, groups).exp().flatten(1), groups.counts)
 
 
 def test_a_mask_of_the_whole_grid_acts_on_equal_tokens_as_before():
@@ -235,6 +233,89 @@ def test_a_mask_of_the_whole_grid_acts_on_equal_tokens_as_before():
     timm_vix.convert(model, "softmax", merge=EQUAL)
     assert distance(model(x, attn_mask=mask), expected) < 1e-6
     assert distance(model(x), expected) > 1e-3
+
+
+def block_mask(length, *blocks):
+    """A boolean mask (length, length) whose tokens read those of their own block."""
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for block in blocks:
+        mask[block[:, None], block] = True
+    return mask
+
+
+def test_a_mask_treats_tokens_alike_if_their_rows_and_columns_are_equal():
+    few = torch.tensor([0.0, -0.0, -1.0, -torch.inf, -1e9])
+    draw = torch.Generator().manual_seed(0)
+    blocks = block_mask(9, torch.tensor([0, 4, 7]), torch.tensor([1, 2, 3, 8]), torch.tensor([5]))
+    masks = [
+        few[torch.randint(5, (3, 1, 1, 9), generator=draw)],
+        torch.rand(2, 1, 1, 9, generator=draw) > 0.5,
+        blocks,
+        torch.zeros(9, 9).masked_fill(~blocks, -torch.inf).expand(2, 2, 9, 9),
+        torch.randint(2, (5, 2, 9, 9), generator=draw).bool(),
+        torch.stack([blocks, torch.ones(9, 9, dtype=torch.bool)])[None],  # heads differ
+        torch.ones(9, 9).tril().bool(),
+        few[torch.randint(2, (1, 1, 9, 9), generator=draw)],  # zeros of both signs
+    ]
+    for mask in masks:
+        found = kinds_of(mask)
+        full = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        for image, kinds in zip(full, found):
+            rows = image.transpose(1, 2) if image.shape[1] > 1 else image[..., :0]
+            for i, j in torch.cartesian_prod(torch.arange(9), torch.arange(9)).tolist():
+                alike = torch.equal(image[..., i], image[..., j])
+                alike &= image.shape[1] == 1 or torch.equal(rows[..., i], rows[..., j])
+                assert (kinds[i] == kinds[j]) == alike
+                unread = not image[..., j].any() if mask.dtype == torch.bool else (image[..., j] < -1e8).all()
+                assert kinds[j] % 2 == bool(unread)
+
+
+@pytest.mark.parametrize("kind, mixer", [*((kind, "softmax") for kind in HOSTS), ("class", "performer")])
+def test_what_a_mask_of_keys_hides_merges_into_nothing_visible(kind, mixer):
+    model, x = merging(kind, [8, 5, 2, 0], mixer=mixer), images().requires_grad_()
+    prefix = model.num_prefix_tokens
+    read = torch.ones(2, 1, 1, prefix + 35, dtype=torch.bool)
+    read[0, ..., prefix + 3 : prefix + 17] = read[1, ..., prefix + 20 :] = False
+    other = x.detach().clone()
+    shape = (7, 8, 5, 8)  # rows, their pixels, columns, their pixels
+    hidden = ~read[:, 0, 0, prefix:].reshape(2, 1, 7, 1, 5, 1).expand(2, 3, *shape).reshape(x.shape)
+    other[hidden] = torch.randn(int(hidden.sum()))
+    before, after = (model.forward_features(pixels, attn_mask=read) for pixels in (x, other))
+    scale = float(before.detach().abs().max())
+    for i, visible in enumerate(read[:, 0, 0]):
+        assert float((before[i, visible] - after[i, visible]).detach().abs().max()) < rounding(torch.float32) * scale
+        assert float((before[i, ~visible] - after[i, ~visible]).detach().abs().max()) > 0.01 * scale
+    sum((before[i, visible] ** 2).sum() for i, visible in enumerate(read[:, 0, 0])).backward()
+    assert x.grad[~hidden].abs().max() > 0
+    assert x.grad[hidden].abs().max() <= rounding(torch.float32) * x.grad.abs().max()
+    assert distance(model.forward_features(x, attn_mask=read), model.forward_features(x)) > 1e-3
+
+
+def test_tokens_of_blocks_that_do_not_read_each_other_stay_apart():
+    model, x = merging("class", [8, 5, 2, 0]), images().requires_grad_()
+    first, second = torch.arange(0, 21), torch.arange(21, 36)  # the second one has the rows from 32 px
+    mask = block_mask(36, first, second)
+    features = model.forward_features(x, attn_mask=mask)
+    for block, own, others in ((first, slice(0, 32), slice(32, 56)), (second, slice(32, 56), slice(0, 32))):
+        (gradient,) = torch.autograd.grad(features[:, block].square().sum(), x, retain_graph=True)
+        assert gradient[:, :, own].abs().max() > 0 and gradient[:, :, others].abs().max() == 0
+    added = torch.zeros(36, 36).masked_fill(~mask, -torch.inf)
+    assert distance(model.forward_features(x, attn_mask=added), features) < rounding(torch.float32)
+
+
+def test_a_mask_that_leaves_too_few_pairs_is_refused():
+    model = merging("class", [8, 5, 2, 0])
+    with pytest.raises(InputError, match="is_causal=True: no two tokens read the same ones"):
+        model.forward_features(images(), is_causal=True)
+    causal = torch.ones(36, 36).tril().bool()
+    with pytest.raises(InputError, match=r"attn_mask of shape \[36, 36\]: 8 tokens are to merge, and 0 have another"):
+        model.forward_features(images(), attn_mask=causal)
+    alike = merging("class", {"threshold": 0.5})
+    plain = host("class")
+    assert distance(*(net.forward_features(images(1) * 0 + 1, attn_mask=causal) for net in (alike, plain))) < 1e-5
+    performer = merging("class", [8, 5, 2, 0], mixer="performer")
+    with pytest.raises(InputError, match="with B=2 or 1 and N=36"):
+        performer.forward_features(images(), attn_mask=causal)
 
 
 @pytest.mark.parametrize("low", [-1e9, -torch.inf, torch.finfo(torch.float32).min])
@@ -249,7 +330,7 @@ def test_attention_of_groups_under_a_mask_is_that_of_all_their_tokens(low):
     if low > -torch.inf:
         mask[3] = low
     q, k, v = torch.randn(3, 1, 2, 4, 8)
-    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=merge_mask(mask, False, groups))
+    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=merge_mask(mask, groups))
     for head in range(2):
         for token, group in enumerate(place[0].tolist()):
             row = mask[token].double() - mask[token].double().max()

@@ -113,10 +113,12 @@ def convert(
             least t, which takes one image at a time. No layer merges more than half of its patch tokens, whatever is
             asked for, and prefix tokens never merge. Layers after a merge must have "softmax" or "performer". None:
             as it is or as the plan says, at first no merging; 0 takes merging away. Features, masks, pooling and hooks
-            of blocks see the whole grid.
+            of blocks see the whole grid. With a mask, only tokens merge that it treats alike; the causal flag is
+            refused.
         scale_logits: "log" multiplies the logits of all layers by log N / log N_train where the model sees more tokens
-            than it was trained with, by the size in its ``pretrained_cfg``; where it sees fewer the factor is 1. An
-            integer is N_train itself. None: as it is, at first no scaling; 0 takes it away.
+            than it was trained with, by the size in its ``pretrained_cfg`` and its patches; where it sees fewer the
+            factor is 1. An integer is N_train itself, which a model with resampled patches needs. None: as it is, at
+            first no scaling; 0 takes it away.
         **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
             them.
 

@@ -21,9 +21,11 @@ from torch.nn.modules.module import _global_backward_hooks, _global_forward_hook
 from .._checks import InputError
 from ..mixers._attention_slot import AttentionSlot, has_hooks
 from ..mixers._layout import TokenLayout, check_sequence
+from ..mixers._masks import is_key_mask
 from ..mixers._merging import (
     Groups,
     copy_back,
+    kinds_of,
     match,
     merge_groups,
     merge_mask,
@@ -162,22 +164,36 @@ def run_block(
     Args:
         groups: of x; None: nothing has merged yet, each token is a group.
         **kwargs: what the host hands to its block, for the whole grid.
+
+    Raises:
+        ValueError: for the causal flag, and for a mask that leaves too few tokens to merge.
     """
-    slot = block.attn
+    if kwargs.get("is_causal"):
+        raise InputError("is_causal=True: no two tokens read the same ones, so none can merge")
+    slot, attn_mask = block.attn, kwargs.get("attn_mask")
     tokens = block.norm1(x)
     if groups is None:
         groups = single_groups(x)
         attended, keys = slot(tokens, **kwargs), keys_of(slot, tokens, kwargs.get("rope"))
     else:
         attended, keys = attend_groups(slot, tokens, groups, **kwargs)
-    x, groups = merge_similar(add_attention(block, x, attended), keys, groups, step, num_prefix_tokens)
+    x, groups = merge_similar(add_attention(block, x, attended), keys, groups, step, num_prefix_tokens, attn_mask)
     return add_mlp(block, x), groups
 
 
 def merge_similar(
-    x: torch.Tensor, keys: torch.Tensor, groups: Groups, step: Step, num_prefix_tokens: int
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    groups: Groups,
+    step: Step,
+    num_prefix_tokens: int,
+    attn_mask: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, Groups]:
-    """Merge groups x (B, M, C) by their keys (B, h, M, D)."""
+    """Merge groups x (B, M, C) by their keys (B, h, M, D); with a mask of the whole grid, those that it treats alike.
+
+    Raises:
+        ValueError: if there are too few.
+    """
     M = x.shape[1]
     left = M - num_prefix_tokens
     if isinstance(step, Mapping) and len(x) > 1:
@@ -196,9 +212,21 @@ def merge_similar(
         return x, groups
     with torch.no_grad():
         # the sum over heads has the cosines of the mean
-        similarity, partner = propose(keys[:, :, num_prefix_tokens:].sum(1))
+        kinds: Optional[torch.Tensor] = None
+        if attn_mask is not None:
+            # of a group any token's, since they are equal
+            kinds = groups.place.new_zeros(groups.counts.shape)
+            kinds = kinds.scatter(1, groups.place, kinds_of(attn_mask).expand_as(groups.place))[:, num_prefix_tokens:]
+        similarity, partner = propose(keys[:, :, num_prefix_tokens:].sum(1), kinds)
         if isinstance(step, Mapping):
             r = min(r, int((similarity >= step["threshold"]).sum()))
+        elif attn_mask is not None and not torch.compiler.is_compiling():
+            pairs = int((similarity > -2.0).sum(1).amin())
+            if pairs < r:
+                raise InputError(
+                    f"attn_mask of shape {list(attn_mask.shape)}: {r} tokens are to merge, and {pairs} have another "
+                    "that the mask treats alike; merge fewer, or with a threshold of similarity"
+                )
         place = match(similarity, partner, num_prefix_tokens, M, r)
         fewer = merge_groups(groups, place, M - r)
     return merge_tokens(x, groups.counts, place, fewer.counts), fewer
@@ -216,19 +244,22 @@ def attend_groups(
     groups: Groups,
     rope: Optional[torch.Tensor] = None,
     attn_mask: Optional[torch.Tensor] = None,
-    is_causal: bool = False,
+    is_causal: bool = False,  # handed on by the host, refused by ``run_block``
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention among groups x (B, M, C), of the slot's mechanism: (B, M, C), and the rotated keys (B, h, M, D)."""
     grid = TokenLayout(slot.num_prefix_tokens, slot.current_grid(groups.place.shape[1]))
     layout = TokenLayout(slot.num_prefix_tokens, (1, x.shape[1] - slot.num_prefix_tokens))
-    check_sequence(x, layout, attn_mask, is_causal, slot.supports_mask, False)
+    supported = slot.supports_mask
+    if attn_mask is not None and slot.supports_key_mask:
+        supported = supported or is_key_mask(attn_mask, groups.place)
+    check_sequence(groups.place, grid, attn_mask, False, supported, False)
     q, k, v = slot.project(x, 0, 3)
     q = slot.scale(q, grid)
     table = slot.rotary_table(grid, grid.grid, rope)
     if table is not None:
         table = merge_table(table, groups)
         q, k = (apply_rot_embed_cat(part, table, half=slot.rotate_half).type_as(v) for part in (q, k))
-    bias = merge_mask(attn_mask, is_causal, groups).to(q.dtype)
+    bias = merge_mask(attn_mask, groups).to(q.dtype)
     return slot.merge(slot.core(q, k, v, layout, layout, bias), x), k
 
 

@@ -8,7 +8,9 @@ Bolya et al. 2023 (arXiv 2210.09461), section 3: bipartite soft matching, propor
 proposes its most similar odd one, and the r most similar of these pairs merge; several may share an odd token.
 
 *Differs:* the tokens that are left stay in raster order. Rotary positions of a group are the mean direction of its
-patches. Masks are merged as well, so that a mask of the whole grid acts as before on groups of equal tokens.
+patches. With a mask of the whole grid only tokens merge that read the same ones and are read by the same ones, so
+nothing that is hidden becomes part of what isn't, and those that none reads merge first, so that which others merge
+doesn't depend on them; the mask is merged as well.
 
 Shapes: B images, N tokens of the whole grid with P prefix tokens, M tokens that are left, h heads, D head width,
 C channels.
@@ -20,6 +22,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch.nn import functional as F
 
+from ._masks import is_read
 from ._precision import outside_autocast
 
 
@@ -64,22 +67,32 @@ def add_rows(x: torch.Tensor, place: torch.Tensor, num_groups: int) -> torch.Ten
     return sums.index_add_(0, flat(place, num_groups), x.flatten(0, 1)).unflatten(0, (x.shape[0], num_groups))
 
 
-def propose(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def propose(keys: torch.Tensor, kinds: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
     """For each even one of n keys (B, n, D): its largest cosine to an odd one, and that one's number; (B, n - n//2).
 
     In float32 at least: half precision would have many ties.
+
+    Args:
+        kinds: (B, n), see ``kinds_of``; keys of two kinds are no pair, and have a similarity of -2, below every cosine.
+            Pairs that no query reads have 2, above every cosine.
     """
     if torch.jit.is_scripting():
-        return most_similar(keys)
+        return most_similar(keys, kinds)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         with outside_autocast(keys.device):
-            return most_similar(keys)
+            return most_similar(keys, kinds)
 
 
-def most_similar(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def most_similar(keys: torch.Tensor, kinds: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The work of ``propose``, outside of autocast."""
     unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=2)
-    similarity, partner = torch.matmul(unit[:, ::2], unit[:, 1::2].transpose(1, 2)).max(2)
+    cosines = torch.matmul(unit[:, ::2], unit[:, 1::2].transpose(1, 2))
+    if kinds is not None:
+        cosines = cosines.masked_fill(kinds[:, ::2].unsqueeze(2) != kinds[:, 1::2].unsqueeze(1), -2.0)
+    similarity, partner = cosines.max(2)
+    if kinds is not None:
+        unread = (kinds[:, ::2] % 2 == 1) & (similarity > -2.0)
+        similarity = similarity.masked_fill(unread, 2.0)
     return similarity, partner
 
 
@@ -148,24 +161,50 @@ def merge_table(table: torch.Tensor, groups: Groups) -> torch.Tensor:
     return torch.cat([sine / length, cosine / length], dim=3)
 
 
-def merge_mask(mask: Optional[torch.Tensor], is_causal: bool, groups: Groups) -> torch.Tensor:
-    """What is added to the logits of the groups: (B, 1, 1, M), or (B, h, M, M) with a mask of the whole grid.
+def merge_mask(mask: Optional[torch.Tensor], groups: Groups) -> torch.Tensor:
+    """What is added to the logits of the groups: (B, 1, 1, M), or (B, h, M, M) with a mask of all pairs of tokens.
 
     Without a mask, the log of the counts. A mask m (.., N, N), of booleans or added to the logits, gives
     log (1/|I| sum_{i in I} sum_{j in J} exp(m_ij - max_n m_in)) for the groups I and J: what is added to all logits of
-    a query changes nothing, so large negative numbers don't vanish together.
+    a query changes nothing, so large negative numbers don't vanish together. One of the keys alone, (.., 1, N), has no
+    mean over queries.
     """
     counts = groups.counts
-    if mask is None and not is_causal:
-        return counts.log()[:, None, None, :]
-    N, M = groups.place.shape[1], counts.shape[1]
     if mask is None:
-        mask = torch.ones(N, N, dtype=torch.bool, device=counts.device).tril()
+        return counts.log()[:, None, None, :]
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
     with outside_autocast(mask.device):
-        mask = mask.to(torch.promote_types(mask.dtype, counts.dtype)).expand(*mask.shape[:-2], N, N)
+        mask = mask.to(torch.promote_types(mask.dtype, counts.dtype))
         top = mask.amax(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).min)  # -inf: nothing is to be read
-        members = F.one_hot(groups.place, M).to(mask.dtype).unsqueeze(1)
-        sums = torch.matmul(members.transpose(2, 3), torch.matmul((mask - top).exp(), members))
-        return (sums / counts[:, None, :, None]).log()
+        members = F.one_hot(groups.place, counts.shape[1]).to(mask.dtype).unsqueeze(1)
+        sums = torch.matmul((mask - top).exp(), members)
+        if mask.shape[-2] > 1:
+            sums = torch.matmul(members.transpose(2, 3), sums) / counts[:, None, :, None]
+        return sums.log()
+
+
+def mixed_bits(x: torch.Tensor) -> torch.Tensor:
+    """Whole numbers of 64 bits, each bit of which depends on all bits of ``x``: the last steps of SplitMix64."""
+    x = (x ^ (x >> 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ (x >> 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ (x >> 31)
+
+
+def kinds_of(mask: torch.Tensor) -> torch.Tensor:
+    """A whole number for each token, (B or 1, N), equal where a mask (.., N or 1, N) treats two tokens alike.
+
+    Tokens are alike if all queries read both or neither, and both read the same keys; of a mask that is added to the
+    logits, if its numbers are the same. They are compared by a hash of 63 bits, without looking at all pairs. The
+    number is odd for tokens that no query reads.
+    """
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)  # (B or 1, h or 1, N or 1, N)
+    bits = mask.long() if mask.dtype == torch.bool else (mask.double() + 0.0).view(torch.int64)  # -0.0 is 0.0
+    bits = mixed_bits(bits)
+    unread = ~(mask if mask.dtype == torch.bool else is_read(mask)).any(2).any(1)
+    heads, queries, keys = (torch.arange(size, device=mask.device) for size in bits.shape[1:])
+    heads = heads[:, None, None] * 0x5DEECE66D
+    read_by = mixed_bits(bits ^ mixed_bits(heads + queries[:, None] + 1)).sum((1, 2))
+    if mask.shape[2] > 1:
+        read_by = mixed_bits(read_by) + mixed_bits(bits ^ mixed_bits(heads - keys - 1)).sum((1, 3))
+    return 2 * read_by + unread
