@@ -8,6 +8,7 @@ import torch
 from conftest import distance, lively
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models.levit import Attention, AttentionDownsample
 
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._mechanism import AttentionMechanism
@@ -65,6 +66,39 @@ def test_every_name_takes_another_mixer(name):
         model = timm.create_model(name, mixer=mixer, device="meta")
         expected = set() if mixer == "softmax" else {PROJECTED[mixer]}
         assert {type(m) for m in model.modules() if type(m) in PROJECTED.values()} == expected
+
+
+ON_ONE_GRID = [
+    name for name, kind in MIXERS.items() if issubclass(kind, AttentionMechanism) and kind.needs_self_attention
+]
+
+
+def test_axial_attention_of_whole_strips_is_levits_but_for_the_biases_of_layers(tmp_path):
+    """Values are wider than keys, and the attention between stages stays LeViT's."""
+    reference = settled(timm.create_model("levit_128s", **SHAPE))
+    for module in reference.modules():
+        if isinstance(module, Attention):
+            module.attention_biases.data.zero_()
+    x, state = torch.randn(2, 3, 80, 48), reference.state_dict()
+    exact = loaded(state, tmp_path, "levin_128s", mixer="axial", strip_width=9)
+    assert distance(exact(x), reference(x)) < 1e-4
+    model = loaded(state, tmp_path, "levin_128s", mixer="axial", strip_width=1)
+    assert 1e-4 < distance(model(x), reference(x)) < 0.1
+    assert sum(isinstance(m, AttentionDownsample) for m in model.modules()) == 1
+
+
+@pytest.mark.parametrize("mixer", ON_ONE_GRID)
+def test_the_papers_levit_takes_mechanisms_on_one_grid(mixer):
+    model = timm.create_model("levin_cifar", mixer=mixer, img_size=6, depth=(2,))
+    assert sum(type(m) is MIXERS[mixer] for m in model.modules()) == 2
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters()) and x.grad.abs().max() > 0
+
+
+def test_wide_values_are_refused_where_a_mechanism_has_none():
+    with pytest.raises(ValueError, match="needs values as wide as queries; here they have 16 and 8 channels"):
+        timm.create_model("levin_128s", mixer="retention", **SHAPE)
 
 
 @pytest.mark.parametrize("name", ["levin_128s", "levip_128s"])

@@ -205,15 +205,21 @@ class AttentionMechanism(Mixer):
 
     has_logits = True
     needs_tokens = False
-    # whether queries and keys must be the same tokens, and values as wide as these
+    # whether queries and keys must be the same tokens, and whether values may have another width then
     needs_self_attention = False
+    takes_wide_values = False
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__(shape)
-        if self.needs_self_attention and (shape.queries != shape.keys or shape.head_dim != shape.value_dim):
+        if self.needs_self_attention and shape.queries != shape.keys:
             raise InputError(
-                f"{self.title} needs queries and keys on one grid and values as wide as these; here the grids are "
-                f"{shape.queries.grid} and {shape.keys.grid}, the widths {shape.head_dim} and {shape.value_dim}"
+                f"{self.title} needs queries and keys on one grid; here these are {shape.queries.grid} and "
+                f"{shape.keys.grid}. A CvT has one by key_stride=1 or projection='linear'"
+            )
+        if self.needs_self_attention and not self.takes_wide_values and shape.head_dim != shape.value_dim:
+            raise InputError(
+                f"{self.title} needs values as wide as queries; here they have {shape.value_dim} and {shape.head_dim} "
+                "channels a head"
             )
         self.dropout = float(shape.dropout)
 

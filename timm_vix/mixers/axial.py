@@ -33,7 +33,7 @@ pass. Long sequences have their attention weights computed again for the gradien
 4,097 tokens in inference, and 0.82, 1.02, 1.38 and 3.29 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 
-Shapes: A images and heads (B·h), N = P + H·W tokens, D head width.
+Shapes: A images and heads (B·h), N = P + H·W tokens, head width D of queries and keys, E of values.
 """
 
 import torch
@@ -49,7 +49,7 @@ LONG = 512
 
 
 def attend_along_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip_width: int) -> list[torch.Tensor]:
-    """K^ and V^, (A, H, W, D), and S, (A, H, W), from scaled queries, keys and values (A, H, W, D)."""
+    """K^, (A, H, W, D), V^, (A, H, W, E), and S, (A, H, W), from scaled queries, keys (.., D) and values (.., E)."""
     # sums and logarithms in float32
     dtype = torch.promote_types(q.dtype, torch.float32)
     strip = torch.arange(q.shape[2], device=q.device) // strip_width
@@ -66,17 +66,17 @@ def attend_along_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip_w
 def attend_down_strips(
     columns: list[torch.Tensor], prefix: list[torch.Tensor], strip_width: int, rate: float
 ) -> torch.Tensor:
-    """Y, (A, W, H, D), of W columns in strips of equal width.
+    """Y, (A, W, H, E), of W columns in strips of equal width.
 
     Args:
-        columns: scaled Q, K, V, K^ and V^ of these columns, (A, W, H, D), and S, (A, W, H).
-        prefix: K and V of the prefix tokens, (A, P, D).
+        columns: scaled Q, K, V, K^ and V^ of these columns, (A, W, H, D or E), and S, (A, W, H).
+        prefix: K and V of the prefix tokens, (A, P, D or E).
     """
     q, k, v, row_k, row_v, entropy = columns
     A, W, H, D = q.shape
     n, c = W // strip_width, strip_width
     k = torch.cat([prefix[0].unsqueeze(1).expand(-1, n, -1, -1), k.reshape(A, n, c * H, D)], dim=2)
-    v = torch.cat([prefix[1].unsqueeze(1).expand(-1, n, -1, -1), v.reshape(A, n, c * H, D)], dim=2)
+    v = torch.cat([prefix[1].unsqueeze(1).expand(-1, n, -1, -1), v.reshape(A, n, c * H, v.shape[3])], dim=2)
     # in one expression, which holds nothing longer than it must
     weights = torch.cat(
         [
@@ -86,7 +86,7 @@ def attend_down_strips(
         dim=3,
     ).softmax(3)
     near, far = dropout(weights.to(v.dtype), rate, rate > 0.0).split([k.shape[2], H], dim=3)
-    return torch.matmul(near, v).reshape(A, W, H, D) + torch.matmul(far.reshape(A, W, H, H), row_v)
+    return torch.matmul(near, v).reshape(row_v.shape) + torch.matmul(far.reshape(A, W, H, H), row_v)
 
 
 def attend_in_grid(
@@ -99,7 +99,7 @@ def attend_in_grid(
     columns_first: bool,
     rate: float,
 ) -> torch.Tensor:
-    """Attention of the patches: q, k, v (B, h, N, D) -> (B, h, H·W, D)."""
+    """Attention of the patches: q, k (B, h, N, D), v (B, h, N, E) -> (B, h, H·W, E)."""
     B, h, P = q.shape[0], q.shape[1], num_prefix_tokens
     prefix = [t[:, :, :P].flatten(0, 1) for t in (k, v)]
     rows = [t[:, :, P:].unflatten(2, grid) for t in (q * q.shape[3] ** -0.5, k, v)]
@@ -133,6 +133,7 @@ class AxialAttention(AttentionMechanism):
     title = "axial attention"
     source = "after Ho et al. 2019, arXiv 1912.12180"
     needs_self_attention = True
+    takes_wide_values = True
     candidates = ({}, {"strip_width": 4})
 
     def __init__(self, shape: AttentionShape, strip_width: int = 2, first: str = "rows") -> None:

@@ -4,7 +4,8 @@ Graham et al. 2021 (arXiv 2104.01136): timm's LeViT. Jeevan & Sethi 2022 (arXiv 
 Performer (LeViP) attention into it; ``mixer="softmax"`` is the control. ``128s`` is LeViT-128S for 224 px and takes its
 weights. LeViT adds a learned bias for each distance to the logits, which is left out: it belongs to a pair of tokens,
 while Nyström's landmarks are cells of tokens, and Performer has no logits. Between stages, only every second
-token has a query; the keys are all tokens.
+token has a query; the keys are all tokens. A mechanism with queries and keys on one grid, such as axial attention,
+leaves LeViT's own softmax attention there.
 
 ``cifar`` is the paper's model: one stage of four layers of 128 channels with 4 heads, every pixel of a 32 px image a
 token, and the mean of the tokens classified. It departs from the official code, which has no normalisation anywhere, so
@@ -189,10 +190,13 @@ class LevitXformer(Levit):
             for info in self.feature_info:
                 info["reduction"] = info["reduction"] // 2 * (16 if patch_size is None else patch_size)
         if not is_plain_softmax(mixer, keywords):
+            layers = dict(PROJECTED_LAYERS)
+            if MIXERS[mixer].needs_self_attention:
+                del layers[AttentionDownsample]
             for parent in list(self.modules()):
                 for name, attn in list(parent.named_children()):
-                    if type(attn) in PROJECTED_LAYERS:
-                        setattr(parent, name, PROJECTED_LAYERS[type(attn)](attn, mixer, keywords))
+                    if type(attn) in layers:
+                        setattr(parent, name, layers[type(attn)](attn, mixer, keywords))
         # a single stage has nothing to extract but its layers, so they take the stages' place
         self.shrinks = len(self.stages) > 1
         if not self.shrinks:
