@@ -33,6 +33,7 @@ from timm_vix import cli
 from timm_vix._checks import InputError
 from timm_vix._records import read_records
 from timm_vix.conversion.plan_file import Plan, circumstances, load_plan
+from timm_vix.mixers import MIXERS
 from timm_vix.train import latency
 from timm_vix.train.measurements import COLUMNS, Measurements
 from timm_vix.train.plan import plan_layers
@@ -220,8 +221,30 @@ def test_labels_of_other_classes_are_told(clock, photos: Path, weights: Path, tm
     (tmp_path / "images").symlink_to(photos)
     (tmp_path / "labels.csv").write_text("file,class\n01.jpg,999\n02.jpg,999\n")
     given = arguments(tmp_path, weights, tmp_path / "plan.json", labels=True)
-    with pytest.raises(InputError, match="the source is right on none of 1 images"):
+    with pytest.raises(InputError, match="the source is right on none of 1 images, which are the half that chooses"):
         plan_layers(**given)
+    # and of the other half before anything is searched
+    found = int(build(weights)(prepared(build(weights), [Image.open(photos / "01.jpg")])).argmax())
+    (tmp_path / "labels.csv").write_text(f"file,class\n01.jpg,{found}\n02.jpg,999\n")
+    with pytest.raises(InputError, match="right on none of 1 images, which are the half that is held out"):
+        plan_layers(**given)
+    assert [row["what"] for row in read_records(tmp_path / "plan.csv", COLUMNS)[0]] == ["{}"]
+
+
+def test_a_search_that_has_no_time_says_so(
+    clock, photos: Path, weights: Path, everything: dict, tmp_path: Path, capsys
+) -> None:
+    least, most = (pick(gflops for _, _, gflops in everything.values()) for pick in (min, max))
+    given = arguments(photos, weights, tmp_path / "plan.json", minutes=1e-9)
+    with pytest.raises(
+        InputError, match=f"minutes=1e-09 were over .* wanted, .* 1.00 times as fast .* {most:.3f} GFLOPs"
+    ):
+        plan_layers(**given, budget_gflops=1.01 * least)
+    assert not (tmp_path / "plan.json").exists()
+    assert plan_layers(**given, keep=0.5)["layers"] == {}
+    assert "the search ends after minutes=1e-09" in capsys.readouterr().out
+    plan = plan_layers(**{**given, "minutes": 15.0}, budget_gflops=1.01 * least)  # the same table
+    assert plan["gflops"] <= 1.01 * least
 
 
 def test_every_row_of_the_table_is_true(clock, photos: Path, weights: Path, everything: dict, tmp_path: Path) -> None:
@@ -373,8 +396,15 @@ def test_a_plan_for_other_circumstances_is_told(merging_plan: Path, weights: Pat
     (record,) = caplog.records
     said = record.getMessage()
     assert all(
-        words in said for words in ("img_size=96 and not 64", "dtype=float32 and not bfloat16", "machine=Abacus")
+        words in said
+        for words in ("img_size=96 and not 64", "grid=[6, 6] and not [4, 4]", "dtype=float32 and not bfloat16")
     )
+    assert "machine=Abacus" in said
+    caplog.clear()
+    # as many pixels in other patches, and a model that is on no machine
+    load_plan(tmp_path / "other.json", timm.create_model(NAME, depth=3, img_size=96, patch_size=8, device="meta"))
+    (record,) = caplog.records
+    assert "grid=[6, 6] and not [12, 12]" in record.getMessage() and "Abacus" not in record.getMessage()
 
 
 def test_a_stem_of_several_layers_has_circumstances() -> None:
@@ -452,6 +482,40 @@ def test_costs_of_blocks_add_up_to_those_of_plans(name: str, clock, tmp_path: Pa
         assert costs.of_plan(plan, "gflops") == pytest.approx(gflops, rel=tolerance)
         assert costs.of_plan(plan, "milliseconds") == pytest.approx(gflops, rel=tolerance, abs=1e-4)
         assert times.time_model(plan).milliseconds == pytest.approx(gflops, abs=1e-4)
+
+
+def test_blocks_are_timed_together_or_not_at_all(monkeypatch, tmp_path: Path) -> None:
+    """Times of two hours are those of two machines; a table that was left by a kill lacks something."""
+    timed = []
+
+    def clock(calls: list, job: dict) -> np.ndarray:
+        timed.append(len(calls))
+        return counted_times(calls, job)
+
+    monkeypatch.setattr(latency, "time_interleaved", clock)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, num_heads=2, depth=2).eval()
+    linformer, nystrom, performer = (dict(mixer=name) for name in ("linformer", "nystrom", "performer"))
+
+    def time_blocks(*mixers: dict) -> list[int]:
+        timed.clear()
+        table = Measurements(tmp_path / "plan.csv")
+        latency.Latency(model, torch.randn(1, 3, 32, 32), table, "run").time_blocks(list(mixers), False)
+        return timed[:]
+
+    assert time_blocks(nystrom, performer) == [3, 2]  # blocks; and the whole model beside itself
+    assert time_blocks(nystrom, performer) == time_blocks(performer) == []
+    assert time_blocks(linformer, nystrom, performer) == [4]
+    rows = [row["what"] for row in read_records(tmp_path / "plan.csv", COLUMNS)[0]]
+    assert [latency.Work(mixer).to_json() for mixer in (None, nystrom, performer, linformer)] == rows[-4:]
+
+
+def test_only_what_needs_no_grid_follows_merging() -> None:
+    performer = dict(mixer="performer", num_features=8)
+    assert latency.follows_merging(None) and latency.follows_merging(performer)
+    assert not any(
+        latency.follows_merging(other)
+        for other in (dict(mixer="nystrom"), dict(performer, locality=0.1), dict(performer, conv_residual=True))
+    )
 
 
 def test_a_killed_run_goes_on(clock, photos: Path, weights: Path, tmp_path: Path) -> None:
@@ -671,7 +735,8 @@ def test_a_published_plan_converts_the_layers_that_it_names(path: Path) -> None:
     model = timm.create_model(content["source"], img_size=content["img_size"], device="meta")
     rows = timm_vix.convert(model, layers=load_plan(path, model)).rows
     # blocks that merge have slots of softmax attention
-    assert [str(row.layer) for row in rows if row.config.get("mixer", "softmax") != "softmax"] == [*content["layers"]]
+    converted = {str(row.layer): row.after for row in rows if row.after not in ("Attention", "SoftmaxAttention")}
+    assert converted == {layer: MIXERS[entry["mixer"]].__name__ for layer, entry in content["layers"].items()}
     assert model.blocks.merge == content["merge"]
 
 

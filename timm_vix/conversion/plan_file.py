@@ -14,6 +14,7 @@ from .._device import device_name
 from .._files import one_line
 from .layers import layer_mixers
 from .merge_steps import Merge, merge_steps
+from .replace import layout_of
 from .sites import attention_sites, source_of
 
 FORMAT = "timm_vix plan 2"
@@ -44,13 +45,14 @@ def architecture(model: nn.Module) -> str:
 
 
 def circumstances(model: nn.Module) -> dict[str, Any]:
-    """What times depend on besides the plan: the size, dtype and machine of a model."""
+    """What times depend on besides the plan: the size, dtype and machine of a model; no machine for meta tensors."""
     weight = next(model.patch_embed.parameters())
-    return dict(
+    found = dict(
         img_size=max(to_2tuple(model.patch_embed.img_size)),
+        grid=list(layout_of(model).grid),
         dtype=str(weight.dtype).removeprefix("torch."),
-        machine=device_name(str(weight.device)),
     )
+    return found if weight.is_meta else {**found, "machine": device_name(str(weight.device))}
 
 
 def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
@@ -93,9 +95,7 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
 def tell_differences(path: Union[str, Path], content: dict[str, Any], here: dict[str, Any]) -> None:
     """Log under which other circumstances a plan was made; a plan that says nothing of one is taken as it is."""
     differences = [
-        f"{name}={content[name]} and not {value}"
-        for name, value in here.items()
-        if content.get(name, value) != value and value != "meta"
+        f"{name}={content[name]} and not {value}" for name, value in here.items() if content.get(name, value) != value
     ]
     if differences:
         logger.warning("%s was made for %s: other times and agreement are to be expected", path, ", ".join(differences))

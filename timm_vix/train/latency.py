@@ -68,7 +68,10 @@ class Work(NamedTuple):
 
 def follows_merging(mixer: Mixer) -> bool:
     """Whether a mixer may stand where tokens have merged."""
-    return mixer is None or MIXERS[mixer["mixer"]].supports_key_bias
+    if mixer is None:
+        return True
+    on_grid = mixer.get("conv_residual") or mixer.get("locality")
+    return MIXERS[mixer["mixer"]].supports_key_bias and not on_grid
 
 
 class Latency:
@@ -113,7 +116,7 @@ class Latency:
         module(*arguments, **keywords)
 
     def time_blocks(self, mixers: list[dict[str, Any]], merging: bool) -> "Costs":
-        """Time a block with each mixer, and append the rows of those that aren't there."""
+        """Time a block with each mixer, all in turn, and append the rows; nothing if all of them are there."""
         wanted = [Work(None), *(Work(mixer) for mixer in mixers)]
         if merging:
             followers: list[Mixer] = [None, *(mixer for mixer in mixers if follows_merging(mixer))]
@@ -121,10 +124,13 @@ class Latency:
             wanted += [Work(None, share, True) for share in SHARES]
         found = self.table.of_run(self.run, *Cost._fields)
         costs = {what: Cost(**figures) for what, figures in found.items()}
-        missing = [work for work in wanted if work.to_json() not in costs]
-        for work, cost in zip(missing, self.measure_blocks(missing) if missing else ()):
-            costs[work.to_json()] = cost
-            self.table.add(self.run, work.to_json(), **cost._asdict())
+        if any(work.to_json() not in costs for work in wanted):
+            # all of them again, since the machine was another one an hour ago; what is missing is written last, so that
+            # a table of two hours, left by a kill, still lacks something
+            wanted.sort(key=lambda work: work.to_json() not in costs)
+            costs = {work.to_json(): cost for work, cost in zip(wanted, self.measure_blocks(wanted))}
+            for what, cost in costs.items():
+                self.table.add(self.run, what, **cost._asdict())
         model = self.time_model(Plan()).milliseconds
         gflops = count_gflops(self.model, self.images[:1])
         return Costs(self.model, costs, Cost(model, gflops))

@@ -76,12 +76,17 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     table = Measurements(path.with_suffix(".csv"))
     normalise = normaliser(config, run.device)
 
-    def sensitivity(pixels: torch.Tensor, labels: Optional[torch.Tensor] = None) -> Sensitivity:
+    def sensitivity(part: str, pixels: torch.Tensor, labels: Optional[torch.Tensor] = None) -> Sensitivity:
         batches = [normalise(batch).to(getattr(torch, run.dtype)) for batch in pixels.split(run.batch_size)]
-        return Sensitivity(model, batches, table, run_key(model, config, pixels, labels), labels)
+        return Sensitivity(model, batches, table, run_key(model, config, pixels, labels), labels, part)
 
     # spread over the folder, both halves
-    chosen, held_out = (sensitivity(pixels[half::2], labels[half::2] if run.labels else None) for half in (0, 1))
+    chosen, held_out = (
+        sensitivity(part, pixels[half::2], labels[half::2] if run.labels else None)
+        for half, part in enumerate(("the half that chooses", "the half that is held out"))
+    )
+    for half in (chosen, held_out):
+        half.measure(Plan())  # labels that don't fit show before the search
     passed = torch.cat(chosen.batches)
     passed = passed[torch.arange(run.latency_batch) % len(passed)]
     latency = Latency(model, passed, table, time_key(run, model))
@@ -91,7 +96,16 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     costs = latency.time_blocks(mixers, merging)
     target = Target(run.keep, run.speedup, run.budget_gflops)
     few = spread(list(range(0, len(pixels), 2)), FEW)
-    search = Search(sensitivity(pixels[few]), chosen, latency, costs, mixers, merging, target, run.minutes)
+    search = Search(
+        sensitivity("a few of those that choose", pixels[few]),
+        chosen,
+        latency,
+        costs,
+        mixers,
+        merging,
+        target,
+        run.minutes,
+    )
     plan = search.choose()
     result = dict(
         format=FORMAT,

@@ -61,7 +61,7 @@ class Search:
         minutes: float,
     ) -> None:
         self.few, self.chosen, self.latency, self.costs = few, chosen, latency, costs
-        self.target, self.end = target, time.monotonic() + 60 * minutes
+        self.target, self.minutes, self.end = target, minutes, time.monotonic() + 60 * minutes
         self.depth, self.patches = costs.depth, costs.patches
         self.in_one = sorted({max(1, round(share * self.patches)) for share in MERGED_IN_ONE}) if merging else []
         self.in_each = max(1, round(MERGED_IN_EACH * self.patches)) if merging else 0
@@ -88,6 +88,8 @@ class Search:
             starts.append(alike)
         for start in starts:
             self.improve(self.descend(start, set()))
+        if not self.has_time():
+            print(f"the search ends after minutes={self.minutes:g}; the same call with more goes on", flush=True)
         return self.best()
 
     def best(self) -> Plan:
@@ -101,7 +103,14 @@ class Search:
             timed.add(best)
             self.curve[best] = self.curve[best]._replace(**self.latency.time_model(plan, LONGER)._asdict())
         curve = self.curve.values()
-        raise self.target.unreached(max(tried.speedup for tried in curve), min(tried.gflops for tried in curve))
+        fastest, cheapest = max(tried.speedup for tried in curve), min(tried.gflops for tried in curve)
+        if not self.has_time():
+            raise InputError(
+                f"minutes={self.minutes:g} were over before the target was reached: {self.target.wanted()} was wanted, "
+                f"and models so far are up to {fastest:.2f} times as fast as softmax, with {cheapest:.3f} GFLOPs; the "
+                "same call with more minutes goes on"
+            )
+        raise self.target.unreached(fastest, cheapest)
 
     def measure(self, plan: Plan) -> Tried:
         """Measure a whole model, and put it on the curve."""

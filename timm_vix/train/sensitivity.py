@@ -99,6 +99,7 @@ class Sensitivity:
         table: to which rows are appended, and which knows earlier ones.
         run: text that identifies everything the results depend on besides the plan.
         labels: classes of all images, (images,).
+        part: what of a run's images these are, for errors.
 
     Raises:
         ValueError: for labels of which the model predicts none, when something is measured.
@@ -111,7 +112,9 @@ class Sensitivity:
         table: Measurements,
         run: str,
         labels: Optional[torch.Tensor] = None,
+        part: str = "all of them",
     ) -> None:
+        self.part = part
         self.model, self.batches, self.table, self.run, self.labels = model, batches, table, run, labels
         found = table.of_run(run, *Measurement._fields)
         self.known = {what: Measurement(**figures) for what, figures in found.items()}
@@ -169,7 +172,8 @@ class Sensitivity:
         right = int((original == labels).sum())
         if right == 0:
             raise InputError(
-                f"labels: the source is right on none of {len(labels)} images; expected classes as it numbers them"
+                f"labels: the source is right on none of {len(labels)} images, which are {self.part}; expected classes "
+                "as it numbers them, and images of many classes in each half"
             )
         return agreement, int((predicted == labels).sum()) / right
 

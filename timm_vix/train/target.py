@@ -49,6 +49,10 @@ class Target(NamedTuple):
             return cost <= 1.02 * self.gflops
         return cost * (self.speedup or 0.0) <= 1.1 * softmax.milliseconds
 
+    def wanted(self) -> str:
+        """A speedup or a number of GFLOPs, in words."""
+        return f"speedup={self.speedup:g}" if self.gflops is None else f"budget_gflops={self.gflops:g}"
+
     def unreached(self, speedup: float, gflops: float) -> InputError:
         """The error for a target that isn't reached, given the best there is."""
         if self.gflops is not None:

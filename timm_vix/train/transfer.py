@@ -36,8 +36,9 @@ from .._checks import InputError
 from .._device import autocast, find_device, find_dtype
 from .._files import one_line, write_table
 from ..conversion.convert import Conversion, convert
-from ..conversion.delta import fingerprint
+from ..conversion.delta import fingerprint, mechanisms_of
 from ..conversion.plan_file import load_plan
+from ..mixers import MIXERS
 from ..mixers._slot import MixerSlot
 from .build import construction
 from .checkpoint import Checkpoint, clear
@@ -184,12 +185,28 @@ def load_start(student: nn.Module, folder: str) -> str:
     hub = Path(folder) / "hub" if (Path(folder) / "hub").is_dir() else Path(folder)
     try:
         earlier = timm.create_model(f"local-dir:{hub}", pretrained=True, img_size=student.patch_embed.img_size)
+        check_same_mixers(earlier, student)
         student.load_state_dict(earlier.state_dict())
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         raise InputError(
             f"start={folder}: {one_line(error)}; expected the folder of a transfer with the same source and mixers"
         ) from error
     return fingerprint(earlier.state_dict())
+
+
+def check_same_mixers(earlier: nn.Module, student: nn.Module) -> None:
+    """Raise InputError for mechanisms or keywords that differ; numbers of landmarks and the like may, with the size."""
+    theirs, ours = (
+        {
+            path: [name, {key: value for key, value in config.items() if key not in MIXERS[name].token_counts}]
+            for path, (name, config) in mechanisms_of(model).items()
+            if name in MIXERS
+        }
+        for model in (earlier, student)
+    )
+    if theirs != ours:
+        path = next(path for path in {**ours, **theirs} if theirs.get(path) != ours.get(path))
+        raise InputError(f"{path} has {theirs.get(path, 'its own attention')} there, and here {ours.get(path)}")
 
 
 def mixers_of(student: nn.Module, report: Conversion) -> dict[str, Any]:
