@@ -49,6 +49,7 @@ COLUMNS: Columns = dict(
     dtype=str,
     img_size=int,
     images=int,
+    calibration_images=int,
     size_mb=float,
     top1=float,
     eager_top1=float,
@@ -67,7 +68,7 @@ COLUMNS: Columns = dict(
     runtime=str,
     error=str,
 )
-KEY = ("model", "format", "dtype", "img_size", "images", "threads", "device_name")
+KEY = ("model", "format", "dtype", "img_size", "images", "calibration_images", "threads", "device_name")
 RUNTIMES = dict(onnx="onnxruntime", openvino="openvino")
 
 
@@ -77,7 +78,9 @@ def jobs(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for model in given.models:
         for to in given.formats:
             for dtype in FORMATS[to]:
-                yield dict(model=model, format=to, dtype=dtype, img_size=224, images=given.limit, **machine)
+                calibrated = given.calibrate_images if dtype == "int8" else None
+                job = dict(model=model, format=to, dtype=dtype, img_size=224, images=given.limit)
+                yield {**job, "calibration_images": calibrated, **machine}
 
 
 def measure(
@@ -126,9 +129,10 @@ def measure_all(given: argparse.Namespace) -> None:
         model, config = build(MODELS[name], given.weights)
         compiled = torch.compile(model, dynamic=False)
         for job in (job for job in left if job["model"] == name):
+            measured = measure(job, given, model, config, compiled)  # which says what isn't installed
             runtime = RUNTIMES.get(job["format"], "torch")
             facts = dict(instructions=instructions, runtime=f"{runtime} {version(runtime)}", **versions())
-            row = {**job, **facts, **measure(job, given, model, config, compiled)}
+            row = {**job, **facts, **measured}
             append_record(given.out, COLUMNS, row)
             shown = row.get("error") or {key: row[key] for key in ("size_mb", "top1", "agreement", "ms_1", "ms_8")}
             print(f"{name}, {job['format']}, {job['dtype']}: {shown}", flush=True)

@@ -104,6 +104,8 @@ def test_a_branch_has_its_own_weights(run, login, tmp_path):
     save_file(weights | {"head.bias": weights["head.bias"] + 1}, path)
     (run / "checkpoint.pt").unlink()  # its weights are others now
     assert push(run, "me/flowers", revision="second") == "me/flowers@second"
+    card = Hub.files["me/flowers@second/README.md"].decode()
+    assert 'create_model("hf-hub:me/flowers@second", pretrained=True)' in card
     assert torch.equal(outputs("hf-hub:me/flowers", tmp_path), first)
     assert torch.allclose(outputs("hf-hub:me/flowers@second", tmp_path), first + 1)
 

@@ -13,6 +13,7 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line
 from .._names import near_names
+from ..train.teacher import check_classes
 
 PLACES = "hf-hub:USER/NAME, a folder with config.json and model.safetensors, or a model of timm with weights"
 
@@ -54,9 +55,9 @@ def load_trained(model: str) -> nn.Module:
     except Exception as error:  # timm, torch, safetensors and the Hub's client raise by kind of damage
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise InputError(f"model={model} cannot be loaded: {reason}") from error
-    known = net.pretrained_cfg.get("num_classes")
-    if known != net.num_classes:  # timm leaves out such a classifier, and the model has a random one
-        raise InputError(f"model={model} has {net.num_classes} classes, and its weights are for {known} others")
+    check_classes(net, f"model={model}")
+    if not net.num_classes:
+        raise InputError(f"model={model} has no classifier")
     return net
 
 

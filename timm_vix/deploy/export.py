@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import io
+import json
 import logging
 import os
 import shutil
@@ -198,6 +199,8 @@ def export_model(
         partial.mkdir()
         written = partial / out.name
         write(model, config, to, dtype, written, calibration, dynamic_size)
+        if written.with_name(f"{written.name}.data").exists():  # torch does so above 1.5 GB, whatever it is asked for
+            raise InputError("to=onnx: the weights are too large for one ONNX file; try --to openvino, pt2 or aoti")
         torch.set_num_threads(threads)
         with held_by(to, dtype, dynamic_size):
             rows = parity(
@@ -231,7 +234,10 @@ def trials(
 
 def describe(spec: str, out: Path, to: str, dtype: str, found: dict[str, Any]) -> str:
     """What was written and how far it is from eager mode, as text."""
-    lines = [f"{spec} -> {out}: {to}, {dtype}, {found['size_mb']:.1f} MB"]
+    lines = [
+        f"{spec} -> {out}: {to}, {dtype}, {found['size_mb']:.1f} MB",
+        f"it is opened by {opened_by(to, dtype, out)}",
+    ]
     for row in found["parity"]:
         shape = "x".join(map(str, row["shape"]))
         lines.append(
@@ -239,6 +245,19 @@ def describe(spec: str, out: Path, to: str, dtype: str, found: dict[str, Any]) -
             f"the same top-1 on {row['same']} of {row['shape'][0]}"
         )
     return "\n".join(lines)
+
+
+def opened_by(to: str, dtype: str, out: Path) -> str:
+    """The Python that opens a file for prepared images."""
+    first = "import torchao.quantization.pt2e; " if (to, dtype) == ("pt2", "int8") else ""  # registers its operators
+    path = json.dumps(str(out))
+    call = dict(
+        onnx=f"onnxruntime.InferenceSession({path})",
+        openvino=f'openvino.Core().compile_model({path}, "CPU")',
+        pt2=f"torch.export.load({path}).module()",
+        aoti=f"torch._inductor.aoti_load_package({path})",
+    )
+    return first + call[to]
 
 
 def describe_latency(row: dict[str, Any], batch: int, threads: int) -> str:
@@ -262,7 +281,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=positive, help="side of the images in pixels; default: the model's own")
     add("--dynamic-size", action="store_true", help="images of any size in whole patches")
     add("--calibrate", type=Path, metavar="DIR", help="folder of images of any depth on which int8 is calibrated")
-    add("--calibrate-images", type=positive, default=200, help="how many of them, spread over the folder: 200")
+    add("--calibrate-images", type=positive, default=400, help="how many of them, spread over the folder: 400")
     add("--data-dir", type=Path, help="labelled images for top-1: class folders, or labels.csv with FILE,CLASS")
     add("--limit", type=positive, help="how many of these, spread over the folder; default: all")
     add("--threads", type=positive, default=min(2, os.cpu_count() or 1), help="of the latency: 2")

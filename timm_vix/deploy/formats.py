@@ -15,7 +15,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -62,13 +62,16 @@ def held_by(to: str, dtype: str, dynamic_size: bool = False) -> Iterator[None]:
         raise cannot_hold(to, dtype, operator_of(error), one_line(error, 200)) from error
 
 
-def cannot_hold(to: str, dtype: str, operator: str, reason: str) -> InputError:
-    """The error for an operator that a format lacks in a dtype."""
+def cannot_hold(to: str, dtype: str, operator: Optional[str], reason: str) -> InputError:
+    """The error for an operator that a format lacks in a dtype; without one, for whatever else went wrong."""
     formats = [name for name in SUFFIXES if name != to]
     dtypes = [name for name in ("float32", "bfloat16", "int8") if name != dtype]
+    what, mixer = ("could not be written", "another mixer")
+    if operator:
+        what, mixer = (f"cannot hold {operator}", "a mixer without this operator")
     return InputError(
-        f"to={to} with dtype={dtype} cannot hold {operator}: {reason}. Try --to {' or '.join(formats)}, "
-        f"--dtype {' or '.join(dtypes)}, or a mixer without this operator"
+        f"to={to} with dtype={dtype} {what}: {reason}. Try --to {' or '.join(formats)}, "
+        f"--dtype {' or '.join(dtypes)}, or {mixer}"
     )
 
 
@@ -79,8 +82,8 @@ def fixed_size(what: str, reason: str) -> InputError:
     )
 
 
-def operator_of(error: BaseException) -> str:
-    """The operator that an error names; of a chain of errors, the cause knows best."""
+def operator_of(error: BaseException) -> Optional[str]:
+    """The operator that an error names, if it names one; of a chain of errors, the cause knows best."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
@@ -88,7 +91,7 @@ def operator_of(error: BaseException) -> str:
         for pattern in OPERATORS:
             if match := re.search(pattern, text):
                 return f"operator {match[1].strip()}"
-    return "an operator of the model"
+    return None
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:

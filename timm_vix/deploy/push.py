@@ -76,7 +76,8 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
     model, card = check_folder(hub)
     # beside the configuration of the weights, where the run has them
     labels = {name: model.pretrained_cfg.pop(name) for name in LABELS if name in model.pretrained_cfg}
-    card.text = LOADING.sub(f'create_model("hf-hub:{repository}", pretrained=True)', card.text)
+    address = f"{repository}@{revision}" if revision else repository
+    card.text = LOADING.sub(f'create_model("hf-hub:{address}", pretrained=True)', card.text)
     api = HfApi(library_name="timm_vix")
     try:
         api.create_repo(repository, private=private, exist_ok=True)
@@ -109,7 +110,7 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
         )
     except CLIENT_ERRORS as error:
         raise InputError(f"repository={repository}: {reason_of(error)}") from error
-    return f"{repository}@{revision}" if revision else repository
+    return address
 
 
 def reason_of(error: Exception) -> str:

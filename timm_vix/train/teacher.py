@@ -46,8 +46,16 @@ def build_teacher(run: Any) -> tuple[nn.Module, dict[str, Any]]:
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         weights = f" with weights={run.weights}" if run.weights else ""
         raise InputError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
+    check_classes(teacher, f"source={run.source}")
     size = dict(img_size=run.img_size) if run.img_size else {}
     return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)
+
+
+def check_classes(model: nn.Module, what: str) -> None:
+    """Raise InputError for a classifier of other classes than the weights have: timm leaves it random then."""
+    known = model.pretrained_cfg.get("num_classes")
+    if model.num_classes and known not in (None, model.num_classes):
+        raise InputError(f"{what} has {model.num_classes} classes, and its weights are for {known} others")
 
 
 @torch.no_grad()
