@@ -188,7 +188,7 @@ def train(run: FinetuneSettings, row: Row, data: Data) -> Row:
                     return
 
     with deferred_interrupt() as asked:
-        loop = Loop(checkpoint, run.checkpoint_every, asked, checkpoint.save)
+        loop = Loop(checkpoint, run.checkpoint_every, asked, checkpoint.save, remedy="the same command")
         net.train()
         for pixels, labels in loop.steps("training", batches(), expected):
             seed_step(run, *divmod(position["step"], steps))

@@ -70,7 +70,7 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, SyntaxError) as error:  # Pillow raises the latter for damaged PNG files
+    except Exception as error:  # Pillow raises by kind of damage
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
 

@@ -11,6 +11,8 @@ to --out, and what is there is not trained again. Stop it at any time: the same 
 """
 
 import argparse
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +75,7 @@ def train(net: nn.Module, scenes: Scenes, settings: dict[str, Any], run: argpars
     if run.trained_blocks == 0:
         net.encoder.eval()
     with deferred_interrupt() as asked:
-        loop = Loop(checkpoint, run.checkpoint_every, asked, checkpoint.save)
+        loop = Loop(checkpoint, run.checkpoint_every, asked, checkpoint.save, remedy="the same command")
         for pixels, classes in loop.steps("train", batches(), total):
             step, seconds = position["step"], position["seconds"]
             reseed(STEP, run.seed, step)
@@ -115,6 +117,12 @@ def settings_of(run: argparse.Namespace, mixer: str, images: int) -> dict[str, A
     )
 
 
+def digest_of(settings: dict[str, Any]) -> str:
+    """A few letters that differ between settings, so that each training has a folder of its own."""
+    others = {name: value for name, value in settings.items() if name not in ("mixer", "keywords")}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def run_all(run: argparse.Namespace) -> None:
     """Train each model that has no row yet."""
     check_arguments(run)
@@ -132,7 +140,7 @@ def run_all(run: argparse.Namespace) -> None:
         if key_of(settings, SETTINGS) in known:
             print(f"{mixer}: already in {run.out}")
             continue
-        folder = run.runs / f"{run.model}_{settings['budget'].replace(' ', '_')}_seed{run.seed}_{mixer}"
+        folder = run.runs / f"{run.model}_{settings['budget'].replace(' ', '_')}_{digest_of(settings)}_{mixer}"
         print(f"{mixer}: {folder}", flush=True)
         net = build(run, mixer)
         position = train(net, scenes, settings, run, folder)

@@ -104,7 +104,7 @@ def test_interrupted_epochs_end_as_uninterrupted_ones(run, finer, tmp_path, monk
     command = ("--epochs", 2, "--mixers", "softmax", NYSTROM)
     release = interrupt_at(1, finer, monkeypatch)
     code, rows, errors = run(*command)
-    assert (code, rows) == (130, []) and "checkpoint.pt; resume continues" in errors
+    assert (code, rows) == (130, []) and "checkpoint.pt; the same command continues" in errors
     release()
     code, rows, _ = run(*command)
     assert code == 0

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from threading import Event
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from tqdm import tqdm
@@ -24,19 +24,27 @@ class Loop:
         asked: Set when the user wants the run to stop, see ``deferred_interrupt``.
         save: Saves the checkpoint, and whatever else belongs beside it.
         show: Whether a progress bar is shown, if the output is a terminal.
+        remedy: What continues a run that was stopped.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, every: int, asked: Event, save: Callable[[], None], show: bool = True
+        self,
+        checkpoint: Checkpoint,
+        every: int,
+        asked: Event,
+        save: Callable[[], None],
+        show: bool = True,
+        remedy: str = "resume",
     ) -> None:
         self.checkpoint, self.every, self.asked, self.save, self.show = checkpoint, every, asked, save, show
+        self.remedy = remedy
 
-    def steps(self, stage: str, batches: Iterable[Any], total: int) -> Iterator[Any]:
+    def steps(self, stage: str, batches: Iterable[Any], total: Optional[int]) -> Iterator[Any]:
         """Yield the batches of a stage's remaining steps; the caller calls ``update`` once for each.
 
         Args:
             stage: Its name, for the progress bar and for errors.
-            batches: Those of the steps from ``position["step"]`` to ``total``.
+            batches: Those of the steps from ``position["step"]`` to ``total``; None: their number isn't known.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C, after the step was finished and a checkpoint saved.
@@ -75,7 +83,8 @@ class Loop:
         """Save and raise KeyboardInterrupt if Ctrl-C was pressed."""
         if self.asked.is_set():
             self.save()
+            of_all = f" of {self.total}" if self.total else ""
             raise KeyboardInterrupt(
-                f"interrupted in {self.stage} after {self.checkpoint.position['step']} of {self.total} steps; "
-                f"saved {self.checkpoint.path}; resume continues from there"
+                f"interrupted in {self.stage} after {self.checkpoint.position['step']}{of_all} steps; "
+                f"saved {self.checkpoint.path}; {self.remedy} continues from there"
             )
