@@ -11,7 +11,7 @@ SHOWN = ("softmax, merged to 30 %", "softmax, merged to 15 %, scaled logits", "a
 SHOWN += ("linformer, 4x4 windows", "performer, 256 learned features")
 # The conversion that stands for all in the README's table of sizes, and what that says of it.
 ADVISED = "softmax, merged to 30 %"
-ADVISED_IN_WORDS = "DeiT-Tiny with tokens merged to 30 % keeps"
+ADVISED_IN_WORDS = "DeiT-Tiny with tokens merged to 30 % keeps, on 1 thread"
 
 
 def conversions() -> str:

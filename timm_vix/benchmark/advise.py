@@ -2,8 +2,8 @@
 
 Measured, not looked up: ViT-Ti blocks with each mixer, in turn with softmax through ``scaled_dot_product_attention``,
 at growing numbers of tokens up to the one that is asked for. Crossovers are interpolated between them. All mechanisms
-are timed together, which takes a minute or two; --memory measures each in a process of its own, and takes several times
-as long.
+are timed together, in one process for each size, which takes about a minute; --memory measures each in a process of
+its own, and takes several times as long.
 """
 
 import argparse
