@@ -107,10 +107,7 @@ def test_int8_in_onnx_is_symmetric_by_channel_and_only_where_weights_are(tmp_pat
             if node.input[0] in constants and constants[node.input[0]].dtype == np.int8:
                 (axis,) = (attribute.i for attribute in node.attribute if attribute.name == "axis")
                 weights.append([*(constants[name] for name in node.input), axis])
-    matrices = [model.blocks[0].attn.qkv, model.blocks[0].attn.proj, model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2]
-    assert len(weights) == len(matrices) + 2  # the embedding and the classifier
-    channels = sorted(len(layer.weight) for layer in [*matrices, model.patch_embed.proj, model.head])
-    assert sorted(scale.size for _, scale, *_ in weights) == channels
+    assert sorted(scale.size for _, scale, *_ in weights) == widths_of_linear_layers(model)
     for values, scale, zero, axis in weights:
         # symmetric, and each output channel reaches the largest integer
         assert scale.size == values.shape[axis] and not zero.any()
@@ -118,6 +115,57 @@ def test_int8_in_onnx_is_symmetric_by_channel_and_only_where_weights_are(tmp_pat
         assert (largest >= 127).all()
     expected = model(images).detach()
     assert 0 < distance(run(images), expected) < 0.1
+
+
+def widths_of_linear_layers(model: nn.Module) -> list[int]:
+    """Output channels of what int8 rounds in a model of one block."""
+    block = model.blocks[0]
+    layers = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, model.patch_embed.proj, model.head]
+    return sorted(len(layer.weight) for layer in layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["softmax", "nystrom"])  # the second one solves, too
+def test_int8_in_openvino_is_symmetric_by_channel_and_only_where_weights_are(mixer: str, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    model = small(mixer, depth=1)
+    export.export_model(model, CONFIG, "openvino", "int8", tmp_path / "m.xml", calibration(model), threads=1)
+    channels = []
+    for node in openvino.Core().read_model(tmp_path / "m.xml").get_ops():
+        readers = [place.get_node() for output in node.outputs() for place in output.get_target_inputs()]
+        if node.get_type_name() == "FakeQuantize":
+            assert {reader.get_type_name() for reader in readers} - {"ShapeOf"} <= {"MatMul", "Convolution"}
+        if node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.i8:
+            (convert,) = readers
+            (scaled,) = (place.get_node() for place in convert.output(0).get_target_inputs())
+            # no zero point is subtracted before
+            assert (convert.get_type_name(), scaled.get_type_name()) == ("Convert", "Multiply")
+            channels.append(scaled.input_value(1).get_node().data.size)
+            assert np.abs(node.data.astype(int)).max() >= 63  # the first layer is kept from overflow
+    assert sorted(channels) == widths_of_linear_layers(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["softmax", "nystrom"])
+def test_int8_in_pt2_is_symmetric_by_channel_and_only_where_weights_are(mixer: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao.quantization.pt2e")
+    model = small(mixer, depth=1)
+    export.export_model(model, CONFIG, "pt2", "int8", tmp_path / "m.pt2", calibration(model), threads=1)
+    program = torch.export.load(tmp_path / "m.pt2")
+    constants = dict(program.named_buffers())
+    buffers = program.graph_signature.inputs_to_buffers
+    channels = []
+    for node in program.graph.nodes:
+        if "dequantize" not in str(node.target):
+            continue
+        assert {str(reader.target) for reader in node.users} <= {"aten.linear.default", "aten.conv2d.default"}
+        if "channel" in str(node.target):
+            values, scale, zero = (constants[buffers[argument.name]] for argument in node.args[:3])
+            assert values.dtype == torch.int8 and not zero.any()
+            assert (values.int().flatten(1).abs().amax(1) >= 127).all()
+            channels.append(scale.numel())
+    assert sorted(channels) == widths_of_linear_layers(model)
 
 
 def test_parity_finds_another_function() -> None:
