@@ -7,8 +7,8 @@ from . import RESULTS, Row, markdown, measured, read, values
 from .cost import Key, is_shown, is_timed, models, speed
 
 # What the README shows of all conversions; transfer is of the same size of image where a row says so.
-SHOWN = ("softmax, merged to 30 %", "softmax, merged to 15 %, scaled logits", "axial", "nystrom, 4x4 windows")
-SHOWN += ("linformer, 4x4 windows", "performer, 256 learned features")
+SHOWN = ("softmax, merged to 30 %", "softmax, merged to 15 %, scaled logits", "axial", "axial, scaled logits")
+SHOWN += ("nystrom, 4x4 windows", "linformer, 4x4 windows", "performer, 256 learned features")
 # The conversion that stands for all in the README's table of sizes, and what that says of it.
 ADVISED = "softmax, merged to 30 %"
 ADVISED_IN_WORDS = "DeiT-Tiny with tokens merged to 30 % keeps, on 1 thread"
@@ -122,8 +122,8 @@ def transfers() -> str:
     for row in rows:
         settings = [row["tokens"], row["images"], row["block_steps"], row["distill_steps"], row["batch_size"]]
         found = [f"{float(row['agreement']):.1f}", row["feature_distance"], f"{float(row['seconds']) / 60:.0f}"]
-        body.append([f"{row['mixer']}, {row['keywords']}", *settings, *found])
-    head = ["converted", "tokens", "images", "steps of stage 1", "steps of stage 2", "batch"]
+        body.append([f"{row['mixer']}, {row['keywords']}", *settings, row["dtype"], *found])
+    head = ["converted", "tokens", "images", "steps of stage 1", "steps of stage 2", "batch", "dtype"]
     return markdown([*head, "agreement, %", "distance of last tokens", "minutes"], body, measured(rows))
 
 

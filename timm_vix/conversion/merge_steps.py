@@ -1,10 +1,10 @@
 """How many tokens merge in each layer: the forms in which it is given, and numbers of tokens."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
 from .._checks import InputError
+from ..mixers._merging import num_left
 
 Merge = Union[int, float, Sequence[int], Mapping[str, float]]
 # what one layer does: merge so many patches; or down to a share of those at the start; or all above a threshold
@@ -48,8 +48,7 @@ def num_merged(step: Step, at_start: int, left: int) -> int:
 
     No more than half of what is left: each pair has one of either half.
     """
-    # 1 - (1 - 0.3) is a little more than 0.3, for which no token more is to stay
-    wanted = left - math.ceil(step * at_start - 1e-6) if isinstance(step, float) else int(step)  # type: ignore[arg-type]
+    wanted = left - num_left(step, at_start) if isinstance(step, float) else int(step)  # type: ignore[arg-type]
     return max(0, min(wanted, left // 2))
 
 

@@ -67,6 +67,11 @@ def add_rows(x: torch.Tensor, place: torch.Tensor, num_groups: int) -> torch.Ten
     return sums.index_add_(0, flat(place, num_groups), x.flatten(0, 1)).unflatten(0, (x.shape[0], num_groups))
 
 
+def num_left(share: float, num_tokens: int) -> int:
+    """A share of some tokens, rounded up, but not for rounding errors: 1 - (1 - 0.3) is a little more than 0.3."""
+    return math.ceil(share * num_tokens - 1e-6)
+
+
 def propose(keys: torch.Tensor, kinds: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
     """For each even one of n keys (B, n, D): its largest cosine to an odd one, and that one's number; (B, n - n//2).
 
@@ -136,7 +141,7 @@ def merge_similar_keys(
     """
     B, h, N, D = k.shape
     num_patches = N - num_prefix_tokens
-    r = min(num_patches // 2, num_patches - math.ceil(share * num_patches - 1e-6))
+    r = min(num_patches // 2, num_patches - num_left(share, num_patches))
     if r == 0:
         return k, v, key_bias
     rows = torch.cat([k, v], dim=3).flatten(0, 1)

@@ -82,11 +82,20 @@ def finish(
 
 
 def mixers_in_words(report: Conversion) -> tuple[str, str]:
-    """Names and keywords of the mixers in a converted model; a mapping of layers may have several of both."""
+    """Names and keywords of the mixers in a converted model; a mapping of layers may have several of both.
+
+    How many tokens each layer merges and the scaling of logits are among the keywords.
+    """
     names = {mixer.__name__: name for name, mixer in MIXERS.items()}
     found = dict.fromkeys(
         (names[row.after], " ".join(f"{name}={value}" for name, value in row.config.items()))
         for row in report.rows
         if row.changed
     )
-    return ", ".join(dict.fromkeys(name for name, _ in found)), "; ".join(dict.fromkeys(words for _, words in found))
+    keywords = [words for words in dict.fromkeys(words for _, words in found) if words]
+    merged = ["similar" if row.merged is None else str(row.merged) for row in report.rows]
+    if any(number != "0" for number in merged):
+        keywords.append(f"merge={','.join(merged)}")
+    if report.trained_tokens:
+        keywords.append(f"scale_logits={report.trained_tokens}")
+    return ", ".join(dict.fromkeys(name for name, _ in found)), "; ".join(keywords)
