@@ -211,6 +211,8 @@ def test_merged_masks():
         (added, added),
         (boolean, as_added),
         (keys_only, keys_only),
+        (keys_only[0, 0, 0], keys_only[0, 0, 0]),
+        (added[..., :1], added[..., :1]),
         (added - 1e9, (added - 1e9) + 1e9),  # as float32 rounds it
         (added.masked_fill(~boolean, -1e9), added + as_added),
         (added.masked_fill(~boolean, torch.finfo(torch.float32).min), added + as_added),
@@ -313,6 +315,9 @@ def test_a_mask_that_leaves_too_few_pairs_is_refused():
     alike = merging("class", {"threshold": 0.5})
     plain = host("class")
     assert distance(*(net.forward_features(images(1) * 0 + 1, attn_mask=causal) for net in (alike, plain))) < 1e-5
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"8 tokens are to merge, and fewer have another"):
+        compiled(images(), attn_mask=causal)
     performer = merging("class", [8, 5, 2, 0], mixer="performer")
     with pytest.raises(InputError, match="with B=2 or 1 and N=36"):
         performer.forward_features(images(), attn_mask=causal)

@@ -220,16 +220,23 @@ def merge_similar(
         similarity, partner = propose(keys[:, :, num_prefix_tokens:].sum(1), kinds)
         if isinstance(step, Mapping):
             r = min(r, int((similarity >= step["threshold"]).sum()))
-        elif attn_mask is not None and not torch.compiler.is_compiling():
-            pairs = int((similarity > -2.0).sum(1).amin())
-            if pairs < r:
-                raise InputError(
-                    f"attn_mask of shape {list(attn_mask.shape)}: {r} tokens are to merge, and {pairs} have another "
-                    "that the mask treats alike; merge fewer, or with a threshold of similarity"
-                )
+        elif attn_mask is not None:
+            check_pairs((similarity > -2.0).sum(1).amin(), r, attn_mask)
         place = match(similarity, partner, num_prefix_tokens, M, r)
         fewer = merge_groups(groups, place, M - r)
     return merge_tokens(x, groups.counts, place, fewer.counts), fewer
+
+
+def check_pairs(pairs: torch.Tensor, r: int, attn_mask: torch.Tensor) -> None:
+    """Raise ValueError if fewer pairs than r are alike under a mask; RuntimeError where a compiled model runs."""
+    what = f"attn_mask of shape {list(attn_mask.shape)}: {r} tokens are to merge, and"
+    if torch.compiler.is_compiling():
+        torch._assert_async(pairs >= r, f"{what} fewer have another that the mask treats alike")
+    elif not pairs.is_meta and int(pairs) < r:
+        raise InputError(
+            f"{what} {int(pairs)} have another that the mask treats alike; merge fewer, or with a threshold of "
+            "similarity"
+        )
 
 
 def keys_of(slot: AttentionSlot, x: torch.Tensor, rope: Optional[torch.Tensor]) -> torch.Tensor:

@@ -56,8 +56,6 @@ def load_trained(model: str) -> nn.Module:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise InputError(f"model={model} cannot be loaded: {reason}") from error
     check_classes(net, f"model={model}")
-    if not net.num_classes:
-        raise InputError(f"model={model} has no classifier")
     return net
 
 
@@ -95,6 +93,8 @@ class Classifier:
 
     def __init__(self, model: str) -> None:
         self.name, self.net = model, load_trained(model)
+        if not self.net.num_classes:
+            raise InputError(f"model={model} has no classifier")
         config = resolve_model_data_config(self.net)
         channels = config["input_size"][0]
         if channels not in (1, 3):

@@ -181,6 +181,7 @@ def merge_mask(mask: Optional[torch.Tensor], groups: Groups) -> torch.Tensor:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
     with outside_autocast(mask.device):
         mask = mask.to(torch.promote_types(mask.dtype, counts.dtype))
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).expand(-1, -1, -1, groups.place.shape[1])
         top = mask.amax(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).min)  # -inf: nothing is to be read
         members = F.one_hot(groups.place, counts.shape[1]).to(mask.dtype).unsqueeze(1)
         sums = torch.matmul((mask - top).exp(), members)
@@ -190,7 +191,7 @@ def merge_mask(mask: Optional[torch.Tensor], groups: Groups) -> torch.Tensor:
 
 
 def mixed_bits(x: torch.Tensor) -> torch.Tensor:
-    """Whole numbers of 64 bits, each bit of which depends on all bits of ``x``: the last steps of SplitMix64."""
+    """Whole numbers of 64 bits whose bits depend on many of those of ``x``, after the last steps of SplitMix64."""
     x = (x ^ (x >> 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ (x >> 27)) * (0x94D049BB133111EB - 2**64)
     return x ^ (x >> 31)
@@ -204,7 +205,12 @@ def kinds_of(mask: torch.Tensor) -> torch.Tensor:
     number is odd for tokens that no query reads.
     """
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)  # (B or 1, h or 1, N or 1, N)
-    bits = mask.long() if mask.dtype == torch.bool else (mask.double() + 0.0).view(torch.int64)  # -0.0 is 0.0
+    if mask.dtype == torch.bool:
+        bits = mask.long()
+    elif mask.dtype == torch.float64:
+        bits = (mask + 0.0).view(torch.int64)  # -0.0 is 0.0
+    else:
+        bits = (mask.float() + 0.0).view(torch.int32).long()
     bits = mixed_bits(bits)
     unread = ~(mask if mask.dtype == torch.bool else is_read(mask)).any(2).any(1)
     heads, queries, keys = (torch.arange(size, device=mask.device) for size in bits.shape[1:])

@@ -35,6 +35,7 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from .._checks import InputError, check_integer
 from ._dilated import axis_layout, from_windows, to_windows
 from ._layout import Grid, TokenLayout
+from ._masks import lowest
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._precision import outside_autocast
 
@@ -57,9 +58,7 @@ def window_bias(inside: torch.Tensor, num_prefix_tokens: int, num_branches: int,
     own = once * torch.eye(L, device=inside.device, dtype=inside.dtype)
     bias = pad(pad(own, (0, num_prefix_tokens), value=once), (0, 1)).reshape(1, 1, L, L + num_prefix_tokens + 1)
     if padded:
-        # far below every logit, but finite: a window may hold nothing else
-        lowest = -3e4 if inside.dtype == torch.float16 else -1e30
-        bias = bias + pad(lowest * (1.0 - inside).transpose(2, 3), (0, num_prefix_tokens + 1))
+        bias = bias + pad(lowest(inside.dtype) * (1.0 - inside).transpose(2, 3), (0, num_prefix_tokens + 1))
     return bias
 
 

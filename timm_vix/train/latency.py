@@ -131,6 +131,7 @@ class Latency:
             costs = {work.to_json(): cost for work, cost in zip(wanted, self.measure_blocks(wanted))}
             for what, cost in costs.items():
                 self.table.add(self.run, what, **cost._asdict())
+            self.known.pop(plan_to_json(Plan()), None)  # nor is the whole model's, to which these are added
         model = self.time_model(Plan()).milliseconds
         gflops = count_gflops(self.model, self.images[:1])
         return Costs(self.model, costs, Cost(model, gflops))

@@ -62,6 +62,7 @@ class Search:
     ) -> None:
         self.few, self.chosen, self.latency, self.costs = few, chosen, latency, costs
         self.target, self.minutes, self.end = target, minutes, time.monotonic() + 60 * minutes
+        self.stopped = False  # by the time
         self.depth, self.patches = costs.depth, costs.patches
         self.in_one = sorted({max(1, round(share * self.patches)) for share in MERGED_IN_ONE}) if merging else []
         self.in_each = max(1, round(MERGED_IN_EACH * self.patches)) if merging else 0
@@ -88,7 +89,7 @@ class Search:
             starts.append(alike)
         for start in starts:
             self.improve(self.descend(start, set()))
-        if not self.has_time():
+        if self.stopped:
             print(f"the search ends after minutes={self.minutes:g}; the same call with more goes on", flush=True)
         return self.best()
 
@@ -104,7 +105,7 @@ class Search:
             self.curve[best] = self.curve[best]._replace(**self.latency.time_model(plan, LONGER)._asdict())
         curve = self.curve.values()
         fastest, cheapest = max(tried.speedup for tried in curve), min(tried.gflops for tried in curve)
-        if not self.has_time():
+        if self.stopped:
             raise InputError(
                 f"minutes={self.minutes:g} were over before the target was reached: {self.target.wanted()} was wanted, "
                 f"and models so far are up to {fastest:.2f} times as fast as softmax, with {cheapest:.3f} GFLOPs; the "
@@ -223,7 +224,9 @@ class Search:
         return name, new
 
     def has_time(self) -> bool:
-        return time.monotonic() < self.end
+        """Whether another step may be taken; the search notes if it was stopped by this."""
+        self.stopped = self.stopped or time.monotonic() >= self.end
+        return not self.stopped
 
     def descend(self, plan: Plan, refused: set[str]) -> Plan:
         """Take steps while the target allows it, or until it is reached.

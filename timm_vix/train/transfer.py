@@ -195,18 +195,15 @@ def load_start(student: nn.Module, folder: str) -> str:
 
 
 def check_same_mixers(earlier: nn.Module, student: nn.Module) -> None:
-    """Raise InputError for mechanisms or keywords that differ; numbers of landmarks and the like may, with the size."""
+    """Raise InputError for other mechanisms; keywords may differ where the weights fit, as landmarks."""
     theirs, ours = (
-        {
-            path: [name, {key: value for key, value in config.items() if key not in MIXERS[name].token_counts}]
-            for path, (name, config) in mechanisms_of(model).items()
-            if name in MIXERS
-        }
+        {path: name for path, (name, _) in mechanisms_of(model).items() if name in MIXERS and name != "softmax"}
         for model in (earlier, student)
     )
-    if theirs != ours:
-        path = next(path for path in {**ours, **theirs} if theirs.get(path) != ours.get(path))
-        raise InputError(f"{path} has {theirs.get(path, 'its own attention')} there, and here {ours.get(path)}")
+    for path in {**ours, **theirs}:
+        if theirs.get(path) != ours.get(path):
+            there, here = (names.get(path, "softmax") for names in (theirs, ours))
+            raise InputError(f"{path} has {there} attention there, and here {here}")
 
 
 def mixers_of(student: nn.Module, report: Conversion) -> dict[str, Any]:
