@@ -96,6 +96,8 @@ def test_the_name_of_a_folder_may_have_spaces(tmp_path):
         ("cvn_13 embed_strides=(2,2,2) conv_residual=True key_stride=1", "cvt_13 embed_strides=(2,2,2) key_stride=1"),
         ("pin_tiny stride=16 num_landmarks=4", "pin_tiny mixer=softmax stride=16"),
         ("hybrid_pip_tiny.in1k mixer=nystrom", "hybrid_pip_tiny mixer=softmax"),
+        ("pip_tiny stem=t2t stride=16", "pip_tiny mixer=softmax stem=t2t stride=16 stem_mixer=softmax"),
+        ("levin_128s stem=t2t", "levin_128s mixer=softmax stem=t2t stem_mixer=softmax"),
         ("levin_128s key_dim=8 train_only=head", "levin_128s mixer=softmax key_dim=8"),
         ("cvt_cifar", "cvt_cifar"),
         ("vix_performer_tiny merge=0.5 depth=2", "vit_tiny_patch16_224 depth=2"),

@@ -4,6 +4,7 @@ import argparse
 import csv
 import errno
 import inspect
+import json
 import os
 import re
 import shutil
@@ -568,9 +569,32 @@ def test_resume_notices_another_model_of_the_same_name(digits, tmp_path, script)
     assert script(*arguments)[0] == 0
     config = (tmp_path / "model" / "config.json").read_text()
     assert '"global_pool": "avg"' in config
+    card = (tmp_path / "out" / "hub" / "README.md").read_text()
+    assert "# vit_tiny_patch16_224\n" in card and "trained from a local folder on" in card
+    assert str(tmp_path) not in card and "timm_vix" not in card
     (tmp_path / "model" / "config.json").write_text(config.replace('"global_pool": "avg"', '"global_pool": "max"'))
     words = ["settings differ", "'global_pool': 'avg'}} before", "'global_pool': 'max'}} now"]
     assert_one_clear_line(script(*arguments), words)
+
+
+def test_the_card_of_a_converted_model_imports_this_package(digits, tmp_path):
+    source = dict(source="vit_tiny_patch16_224", mixer="linformer", num_proj_tokens=4, img_size=32)
+    settings = dict(TINY, epochs=np.int64(1), lr=np.float32(1e-3), model="vix_from_timm")
+    settings["model_kwargs"] = {**source, **MODEL_KWARGS}
+    finetune(data_dir=str(digits), out=str(tmp_path / "out"), **settings)
+    card = (tmp_path / "out" / "hub" / "README.md").read_text()
+    assert "import timm, timm_vix" in card and "- timm_vix\n" in card and "trained from random weights" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert f"local-dir:{tmp_path}" not in code
+
+
+def test_images_of_more_than_64_px_keep_a_margin_without_weights(digits, tmp_path):
+    """Two models that are compared see the same part of an image, whether one has weights to start from or not."""
+    settings = dict(TINY, epochs=1, img_size=80, batch_size=8)
+    finetune(data_dir=str(digits), out=str(tmp_path / "out"), **settings)
+    config = json.loads((tmp_path / "out" / "hub" / "config.json").read_text())["pretrained_cfg"]
+    assert config["input_size"][1:] == [80, 80]
+    assert config["crop_pct"] == timm.get_pretrained_cfg(TINY["model"]).crop_pct < 1
 
 
 class Pickled:

@@ -276,6 +276,19 @@ def test_converting_after_folding(tmp_path):
 
 
 @torch.no_grad()
+def test_a_saved_classifier_that_holds_the_last_norm_can_not_be_exchanged(tmp_path):
+    model, x = host("class").float(), images().float()
+    timm_vix.replace_norms(model, images().float())
+    timm_vix.fold_norms(trained(model))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    same = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=model.num_classes).eval()
+    assert distance(same(x), model(x)) < 1e-5
+    for number in (0, model.num_classes + 1):
+        with pytest.raises(ValueError, match=f"num_classes={number}: the last norm .* fold_norms.model, last=False"):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=number)
+
+
+@torch.no_grad()
 def test_features_stay_without_the_last_norm():
     model, x = host("dinov2", num_classes=0), images()
     timm_vix.replace_norms(model, images())

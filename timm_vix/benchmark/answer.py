@@ -21,7 +21,9 @@ class Cell:
     mark: str = ""
 
 
-def fastest(rows: list[Record], allowed: Optional[Collection[str]] = None) -> dict[int, str]:
+def fastest(
+    rows: list[Record], allowed: Optional[Collection[str]] = None, with_baseline: bool = True
+) -> dict[int, str]:
     """The fastest model of each image size; the softmax baseline where no other is faster.
 
     A model is faster if its speedup is above 1 and not called "none" or "slower" (``measure.statistics.verdict``).
@@ -29,22 +31,30 @@ def fastest(rows: list[Record], allowed: Optional[Collection[str]] = None) -> di
     Args:
         rows: Rows of one setting, timed beside the same baseline. Those without a speedup are left out.
         allowed: The models that may be chosen besides the baseline; None: all.
+        with_baseline: Whether the baseline may be chosen; otherwise a slower model is, and sizes without one are left
+            out.
     """
     winners: dict[int, Record] = {}
     for row in rows:
         size = row["img_size"]
-        is_candidate = is_faster(row) and (allowed is None or row["model"] in allowed)
+        is_candidate = is_faster(row) if with_baseline else is_other(row)
+        is_candidate = is_candidate and (allowed is None or row["model"] in allowed)
         if is_candidate and (size not in winners or row["speedup"] > winners[size]["speedup"]):
             winners[size] = row
     sizes = sorted({row["img_size"] for row in rows if row["speedup"] is not None})
+    if not with_baseline:
+        sizes = [size for size in sizes if size in winners]
     return {size: winners[size]["model"] if size in winners else rows[0]["baseline"] for size in sizes}
+
+
+def is_other(row: Record) -> bool:
+    """Whether a row shows another mechanism than softmax attention, timed beside it."""
+    return row["attention"] == "fused" and not is_softmax(row) and row["speedup"] is not None
 
 
 def is_faster(row: Record) -> bool:
     """Whether a row shows a mechanism that is faster than softmax attention; few rounds are believed."""
-    if row["attention"] != "fused" or is_softmax(row) or row["speedup"] is None:
-        return False
-    return row["speedup"] > 1 and row["difference"] not in ("none", "slower")
+    return is_other(row) and row["speedup"] > 1 and row["difference"] not in ("none", "slower")
 
 
 def by_size(winners: dict[int, str], baseline: str) -> str:
@@ -108,11 +118,14 @@ def answer(rows: list[Record], runs: list[list[Record]]) -> str:
         text = f"Use {by_size(winners, baseline)}, the fastest here"
         return f"{text}; {accuracy_sentence(runs, 'the most accurate')}" if runs else f"{text}."
     best, score = best_of(runs)
-    chosen = fastest(rows, [model for model, top1 in known.items() if top1 >= score - ACCEPTED_LOSS])
-    text = (
-        f"Use {by_size(chosen, baseline)}: the fastest of the models that lose at most {ACCEPTED_LOSS:g} points of "
-        f"top-1 to the best, {best} with {score:.1f} % on {where(runs)}"
-    )
+    allowed = [model for model, top1 in known.items() if top1 >= score - ACCEPTED_LOSS]
+    chosen = fastest(rows, allowed, with_baseline=baseline in allowed or baseline not in known)
+    limit = f"lose at most {ACCEPTED_LOSS:g} points of top-1 to the best, {best} with {score:.1f} % on {where(runs)}"
+    if not chosen:
+        return f"None of the models that were timed here is known to {limit}."
+    text = f"Use {by_size(chosen, baseline)}: the fastest of the models that {limit}"
+    if baseline in chosen.values() and baseline not in known:
+        text += f"; the accuracy of {baseline}, than which none of these is faster there, isn't known"
     if winners != chosen:
         text += f"; without regard to accuracy, {by_size(winners, baseline)} would be faster"
     return f"{text}."

@@ -4,6 +4,7 @@ from typing import Any, Optional
 
 import timm
 import torch
+from timm.data import resolve_input_data_config
 from timm.models import resolve_model_input_args
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -102,7 +103,7 @@ def can_run_fused(baseline: str) -> bool:
     try:
         model = timm.create_model(**resolve_model_input_args(name, {}, **keywords), device="meta").eval()
         with torch.inference_mode(), CallsOfAttention() as calls:
-            model(torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta"))
+            model(torch.zeros(1, *resolve_input_data_config(model, {})["input_size"], device="meta"))
     except Exception:  # timm's classes raise as they like
         return True
     return calls.count > 0

@@ -18,6 +18,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_input_data_config
 from timm.layers import set_fused_attn
 from timm.models import resolve_model_input_args
 from torch import nn
@@ -101,7 +102,7 @@ def make_call(model: nn.Module, attention: str, job: dict[str, Any], compiled: b
     """
     forward = torch.compile(model) if compiled else model
     weight = next(model.parameters())
-    channels = model.pretrained_cfg["input_size"][0]
+    channels = resolve_input_data_config(model, {})["input_size"][0]
     size = (job["batch_size"], channels, job["img_size"], job["img_size"])
     images = torch.randn(size, device=weight.device, dtype=weight.dtype)
     kernels = UnfusedAttention() if attention == "unfused" else contextlib.nullcontext()

@@ -223,6 +223,13 @@ def vix_from_timm(
     check_choice("norms", norms, NORMS)
     create = partial(build, source, mixer, layers, keywords, source_kwargs or {}, norms)
     if isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub"):
+        classes = kwargs.get("num_classes")
+        if norms == "folded" and pretrained and classes not in (None, cfg.get("num_classes")):
+            raise InputError(
+                f"num_classes={classes}: the last norm of this model is part of its classifier, which has "
+                f"{cfg.get('num_classes')} classes; allowed is this number, or fold_norms(model, last=False) before "
+                "saving"
+            )
         conversion = {**keywords, **(source_kwargs or {}), "mixer": mixer, "layers": layers}
         model = build_saved(create, source, conversion, cfg, cache_dir if pretrained else None, pretrained, kwargs)
     elif norms is not None:

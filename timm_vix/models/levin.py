@@ -35,7 +35,7 @@ from ..stems import STEMS
 from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
-from .vit import NYSTROM, check_sizes, first_convolution, projected_keywords
+from .vit import NYSTROM, StemMixer, check_sizes, first_convolution, projected_keywords, stem_class
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
@@ -134,10 +134,13 @@ def levit_arguments(
     patch_size: Optional[int],
     in_chans: int,
     stem: Optional[str],
+    stem_mixer: StemMixer,
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """What timm's class is to be built with for a stem of ours, which may have a stride of 1."""
     if stem is None:
+        if stem_mixer is not None:
+            raise InputError(f"stem_mixer={stem_mixer!r}: LeViT's own stem has no mixer inside; allowed is stem='t2t'")
         stride = 8 if kwargs.get("stem_type") == "s8" else 16
         if patch_size not in (None, stride):
             raise InputError(f"patch_size={patch_size!r}: LeViT's stem has {stride}; another size needs stem='conv'")
@@ -150,7 +153,7 @@ def levit_arguments(
     check_sizes(img_size, patch_size, False)
     dd = {key: kwargs.get(key) for key in ("device", "dtype")}
     width = kwargs["embed_dim"][0]
-    backbone = STEMS[stem](
+    backbone = stem_class(stem, stem_mixer)(
         img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=width, flatten=False, **dd
     )
     # the grid is what counts: timm divides the size by the stride, which it wants to be 2 at least
@@ -165,6 +168,7 @@ class LevitXformer(Levit):
         mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values; "softmax" is timm's own attention,
             unless keywords add to it.
         stem: None: LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``, None: 16.
+        stem_mixer: for ``stem="t2t"`` the mixer inside it, as in ``VisionXformer``.
         **kwargs: the mixer's keywords and those of timm's class.
 
     Raises:
@@ -179,12 +183,13 @@ class LevitXformer(Levit):
         in_chans: int = 3,
         mixer: str = "softmax",
         stem: Optional[str] = None,
+        stem_mixer: StemMixer = None,
         **kwargs: Any,
     ) -> None:
         keywords = projected_keywords(mixer, kwargs)
         if kwargs.get("use_conv"):
             raise InputError("use_conv=True: token mixers work on sequences; allowed is False")
-        super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, kwargs))
+        super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, stem_mixer, kwargs))
         self._traits = {"first_conv": "stem.conv1.linear" if stem is None else first_convolution(stem, "stem")}
         if stem is not None:
             for info in self.feature_info:

@@ -31,7 +31,7 @@ from ..stems import STEMS
 from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
-from .vit import BLOCKS, NYSTROM, check_sizes, first_convolution, take_keywords
+from .vit import BLOCKS, NYSTROM, StemMixer, check_sizes, first_convolution, stem_class, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
@@ -48,6 +48,7 @@ class PoolingXformer(PoolingVisionTransformer):
         mixer: a name in ``MIXERS``.
         layers: the blocks that have it, counted over all stages, as for ``timm_vix.convert``.
         stem: "linear", PiT's own overlapping patches, or another stem, whose patches are ``stride`` pixels wide.
+        stem_mixer: for ``stem="t2t"`` the mixer inside it, as in ``VisionXformer``.
         rope: None, "axial" or "1d": rotary positions, in addition to PiT's learned ones.
         block: "sequential", or "parallel": the layers of a stage two by two side by side, as in ``VisionXformer``, and
             the last of an odd number alone. A sequential PiT's weights load in pairs.
@@ -67,6 +68,7 @@ class PoolingXformer(PoolingVisionTransformer):
         in_chans: int = 3,
         mixer: str = "softmax",
         stem: str = "linear",
+        stem_mixer: StemMixer = None,
         rope: Optional[str] = None,
         block: str = "sequential",
         layers: Layers = "all",
@@ -89,12 +91,13 @@ class PoolingXformer(PoolingVisionTransformer):
                 own = list(stage.blocks)
                 stage.blocks = nn.Sequential(*(side_by_side(own[i : i + 2]) for i in range(0, len(own), 2)))
         width = self.base_dims[0] * self.heads[0]
+        embed = stem_class(stem, stem_mixer)
         self._traits = {"first_conv": "patch_embed.conv" if stem == "linear" else first_convolution(stem)}
         if stem != "linear":
             dd = {key: kwargs.get(key) for key in ("device", "dtype")}
             if any(side % stride for side in sides):
                 raise InputError(f"img_size={img_size} is no multiple of stride={stride}")
-            self.patch_embed = STEMS[stem](
+            self.patch_embed = embed(
                 img_size=sides, patch_size=stride, in_chans=in_chans, embed_dim=width, flatten=False, **dd
             )
             self.pos_embed = nn.Parameter(torch.empty(1, width, *self.patch_embed.grid_size, **dd))

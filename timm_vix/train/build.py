@@ -62,7 +62,7 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     if not weighted:
         wanted.update(mean=(0.5,), std=(0.5,))
     config = resolve_input_data_config(model, wanted)
-    if min(config["input_size"]) <= 64 and not weighted:
+    if min(config["input_size"][1:]) <= 64 and not weighted:
         config["crop_pct"] = 1.0  # small images have no margin to cut away
     model.to(run.device).eval()
     try:

@@ -178,8 +178,11 @@ def start_or_resume(checkpoint: Checkpoint, run: FinetuneSettings) -> None:
 def seed_step(run: FinetuneSettings, epoch: int, step: int) -> None:
     """Make mixup, dropout and stochastic depth a function of (seed, epoch, step), on every device."""
     reseed(STEP, run.seed, epoch, step)
+    seed = seed_of(STEP, run.seed, epoch, step)
     if run.device.startswith("cuda"):
-        torch.cuda.manual_seed(seed_of(STEP, run.seed, epoch, step))
+        torch.cuda.manual_seed_all(seed)  # the model's device may not be the current one
+    elif run.device.startswith("mps"):
+        torch.mps.manual_seed(seed)
 
 
 def circumstances(net: nn.Module, config: dict[str, Any], dtype: str, device: str, batch_size: int) -> dict[str, Any]:
@@ -228,15 +231,23 @@ def finish(
     quoted = f"`{weights}`" if weights else None
     data = f"`{Path(run.data_dir).name}`" if run.data_dir else "scikit-learn's handwritten digits"
     shown = {name: value for name, value in checkpoint.settings.items() if name != "construction"}
+    architecture = net.pretrained_cfg["architecture"]
+    local = run.model.startswith("local-dir:")  # a path here tells a reader nothing
+    start = "a local folder" if local else f"`{run.model}`" if run.model.startswith("hf-hub:") else "timm's weights"
     card = finetuned_card(
-        run.model,
+        architecture if local else run.model,
         run.license,
-        ours=type(net).__module__.startswith("timm_vix"),
-        start=quoted or ("timm's weights" if run.pretrained else "random weights"),
+        ours=timm.model_entrypoint(architecture).__module__.startswith("timm_vix"),
+        start=quoted or (start if run.pretrained else "random weights"),
         data=f"{data} ({len(classes)} classes, {images})",
         row=row,
         best=run.keep == "best",
-        recipe={**shown, "checkpoint": quoted, **{key: row[key] for key in ("device", "threads", "torch", "timm")}},
+        recipe={
+            **shown,
+            "model": Path(run.model).name if local else run.model,
+            "checkpoint": quoted,
+            **{key: row[key] for key in ("device", "threads", "torch", "timm")},
+        },
     )
     write_hub(folder / "hub", net.eval(), config, card, classes)
 

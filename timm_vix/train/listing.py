@@ -82,8 +82,11 @@ def list_dataset(
 
 
 def names_by_label(dataset: Any, images: Items) -> dict[int, str]:
-    """The name of each class by its label, in the order of labels; numbers where the data set has no names."""
-    return class_names(dataset) or {label: f"{label:05d}" for label in sorted({label for _, label in images})}
+    """The name of each class by its label, in the order of labels; the number of one without a name."""
+    names = class_names(dataset)
+    # torchvision knows ImageNet's classes by single words, of which two classes have the same
+    unnamed = {label: f"{label:05d}" for label in {label for _, label in images} - names.keys()}
+    return dict(sorted({**names, **unnamed}.items()))
 
 
 def by_class_name(name: str, dataset: Any, images: Items, classes: list[str]) -> Items:

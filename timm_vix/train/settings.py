@@ -90,6 +90,10 @@ class Settings:
             if not right and not (value is None and is_optional(own)):
                 raise InputError(f"{own.name}={value!r}: allowed is {words}{' or None' if is_optional(own) else ''}")
         check_ranges(self, [(own.name, *allowed) for own in fields(self) if (allowed := own.metadata["allowed"])])
+        for own in fields(self):
+            kind, value = type_of(own), getattr(self, own.name)
+            if kind in (int, float) and value is not None:
+                setattr(self, own.name, kind(value))  # numbers of NumPy as Python's, for JSON
 
     def recorded(self) -> dict[str, Any]:
         """The settings that must be the same when the run is continued."""
