@@ -390,6 +390,56 @@ def test_by_name_it_is_the_same_model(deit):
     assert named.pretrained_cfg["architecture"] == model.pretrained_cfg["architecture"] == "vix_from_timm"
 
 
+@pytest.mark.parametrize(
+    "keywords, resized",
+    [
+        (dict(mixer="softmax", scale_logits="log", img_size=64), None),  # 17 tokens, of 5 in training
+        (dict(mixer="softmax", merge=0.5), None),
+        (dict(mixer="linformer", layers="all", num_proj_tokens=12), 24),  # 9 patches are left
+        (dict(mixer="performer", layers="last-1", feature_seed=2**40, redraw_interval=10**6), None),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_model_that_was_built_by_name_comes_back(keywords, resized, tmp_path):
+    """timm lays what the caller gave over what the model notes of itself, and that may mean something else later."""
+    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    cfg = dict(pretrained_cfg_overlay=dict(input_size=(3, 16, 16)))
+    arguments = dict(source="vit_tiny_patch16_224", **{**size, **cfg, **keywords})
+    model = timm.create_model("vix_from_timm", **arguments).eval()
+    if resized:
+        model.set_input_size(resized)
+    x = images(model)
+    save_for_hf(model, tmp_path / "first", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True).eval()
+    assert distance(again(x), model(x)) < 1e-6
+    save_for_hf(again, tmp_path / "second", safe_serialization=True)
+    assert distance(timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True).eval()(x), model(x)) < 1e-6
+    if "scale_logits" in keywords or "merge" in keywords:  # who loads it may still want it otherwise
+        off = {name: 0 for name in ("scale_logits", "merge") if name in keywords}
+        plain = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True, **off).eval()
+        timm_vix.convert(model, "softmax", **off)
+        assert distance(plain(x), model(x)) < 1e-6 < distance(again(x), model(x))
+
+
+def test_a_conversion_that_was_found_out_is_not_for_callers():
+    with pytest.raises(ValueError, match="is for a model that was saved; allowed here is None"):
+        timm.create_model("vix_from_timm", conversion={"mixer": "pool", "layers": "all"})
+
+
+@torch.no_grad()
+def test_attention_that_comes_back_has_the_present_grid():
+    arguments = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, rope="axial")
+    expected = timm.create_model("vix_softmax_cifar", **arguments).eval()
+    model = copy.deepcopy(expected)
+    timm_vix.convert(model, "nystrom", num_landmarks=4)
+    for host in (expected, model):
+        host.set_input_size((48, 40))
+    timm_vix.revert(model)
+    x = images(model)
+    assert torch.equal(model(x), expected(x))
+
+
 @pytest.mark.parametrize("form", ["file", "state_dict"])
 def test_weights_of_a_configuration_are_the_sources(form, tmp_path) -> None:
     source = timm.create_model("deit_tiny_patch16_224", depth=2, embed_dim=24, num_classes=5)
@@ -481,6 +531,9 @@ def saved(tmp_path_factory):
         (dict(embed_dim=65_536, num_heads=64), ["far more than the weights"]),
         (dict(img_size=[60_000, 60_000]), ["far more than the weights"]),
         (dict(depth="four"), ["don't build"]),
+        (dict(layers={"0": {"mixer": "nystrom", "num_landmarks": 10**6}}), ["num_landmarks=1000000", "65536"]),
+        (dict(conversion={"mixer": "pool"}), ["conversion=", "mixer, layers, merge, scale_logits"]),
+        (dict(conversion={"mixer": "pool", "layers": "plan.json"}), ["names no file"]),
         (dict(unknown=3), ["unknown"]),
         (dict(checkpoint_path="/etc/passwd"), ["checkpoint_path"]),
     ],

@@ -54,6 +54,25 @@ def test_two_tasks_share_one_backbone(tmp_path) -> None:
     assert not torch.equal(expected[7][:, :3], expected[3])
 
 
+def test_as_many_landmarks_as_patches_are_counted_at_the_present_size(tmp_path) -> None:
+    def build(img_size: int, num_landmarks: int) -> torch.nn.Module:
+        model = vit()
+        timm_vix.convert(model, "nystrom", num_landmarks=num_landmarks)  # at 4x4 patches
+        model.set_input_size(img_size)
+        return model
+
+    model = build(64, 30)
+    timm_vix.freeze_except(model, "attention")
+    timm_vix.save_delta(model, tmp_path / "delta.safetensors")
+    timm_vix.load_delta(build(64, 30), tmp_path / "delta.safetensors")
+    with pytest.raises(ValueError, match="num_landmarks=30"):
+        timm_vix.load_delta(build(64, 20), tmp_path / "delta.safetensors")
+    at_once = vit()
+    at_once.set_input_size(64)
+    timm_vix.convert(at_once, "nystrom", num_landmarks=30)
+    timm_vix.load_delta(at_once, tmp_path / "delta.safetensors")
+
+
 def test_a_converted_model_keeps_its_task(tmp_path) -> None:
     model = vit()
     timm_vix.convert(model, "linformer", layers="last-2", num_proj_tokens=4)

@@ -472,3 +472,14 @@ def test_converted_deit_recognises_photographs_without_training(batch, softmax_l
     with torch.inference_mode():
         logits = converted("vix_nystrom_tiny", deit)(batch[0])
     assert (logits.argmax(1) == batch[1]).float().mean() > 0.5
+
+
+def test_a_mapping_of_layers_leaves_out_the_keywords_of_the_names_own_mixer():
+    model = timm.create_model("vix_nystrom_cifar", layers={0: "performer", 1: {"mixer": "linformer"}}, depth=3)
+    kinds = [type(block.attn.core).__name__ for block in model.blocks if hasattr(block.attn, "core")]
+    assert kinds[:2] == ["PerformerAttention", "LinformerAttention"]
+    model = timm.create_model("vix_nystrom_cifar", layers={0: "performer", 1: "nystrom"}, depth=3)
+    assert (
+        model.blocks[1].attn.core.num_landmarks
+        == timm.create_model("vix_nystrom_cifar").blocks[0].attn.core.num_landmarks
+    )

@@ -368,7 +368,7 @@ def test_tokens_merge_where_that_is_wanted(merging_plan: Path, weights: Path, im
 
 
 @torch.no_grad()
-def test_a_plan_is_accepted_everywhere(merging_plan: Path, weights: Path, images: torch.Tensor) -> None:
+def test_a_plan_is_accepted_everywhere(merging_plan: Path, weights: Path, images: torch.Tensor, tmp_path: Path) -> None:
     content = json.loads(merging_plan.read_text())
     by_hand, by_file, loaded = build(weights), build(weights), build(weights)
     timm_vix.convert(by_hand, "softmax", layers=content["layers"] or "all", merge=content["merge"])
@@ -384,6 +384,8 @@ def test_a_plan_is_accepted_everywhere(merging_plan: Path, weights: Path, images
     for model in (by_file, loaded, named):
         assert torch.equal(model(images), expected)
     assert named.pretrained_cfg["architecture"] == "vix_from_timm"
+    timm.models.save_for_hf(named, tmp_path / "named", safe_serialization=True)  # which holds no file's name
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'named'}", pretrained=True).eval()(images), expected)
 
 
 def test_a_plan_for_other_circumstances_is_told(merging_plan: Path, weights: Path, tmp_path: Path, caplog) -> None:

@@ -3,11 +3,13 @@
 import re
 
 import pytest
+import timm
 import torch
-from conftest import distance, rounding, small
+from conftest import distance, lively, rounding, small
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool1d
 
+import timm_vix
 from timm_vix._checks import InputError
 from timm_vix.mixers import MIXERS
 
@@ -22,6 +24,7 @@ TAKEN = {
     "linformer": {},
     "linformer-headwise": {"sharing": "headwise"},
     "linformer-none": {"sharing": "none"},
+    "linformer-none-locality": {"sharing": "none", "locality": 0.05},
     "pool": {},
     "relu": {"conv_residual": False},
     "glu": {},
@@ -259,6 +262,21 @@ def test_half_precision_and_an_image_of_nothing(name, dtype):
     assert distance(y[read], expected[read]) < 10 * torch.finfo(dtype).eps
     added[0] = torch.finfo(dtype).min
     assert module(x.to(dtype), attn_mask=added).isfinite().all()
+
+
+@pytest.mark.parametrize("mixer", ["nystrom", "linformer"])
+@torch.no_grad()
+def test_a_cell_that_is_masked_has_no_direction_in_float16(mixer):
+    """The host's table of sines and cosines is of half precision, too."""
+    size = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=5)
+    model = lively(timm.create_model("eva02_tiny_patch14_224", **size).eval())
+    timm_vix.convert(model, mixer, **{"num_landmarks" if mixer == "nystrom" else "num_proj_tokens": 6})
+    read = torch.ones(1, 1, 1, 36, dtype=torch.bool)
+    read[..., 1:21] = False  # the first of three rows of cells, and most of the second
+    x = torch.randn(2, 3, 56, 40)
+    expected = model.forward_features(x, attn_mask=read)[:, read[0, 0, 0]]
+    found = model.half().forward_features(x.half(), attn_mask=read)[:, read[0, 0, 0]]
+    assert distance(found, expected) < 0.02
 
 
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "softmax"])

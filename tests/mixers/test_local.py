@@ -96,9 +96,12 @@ def test_what_is_added_to_softmax_leaves_it_fused():
     assert distance(y, module.double()(x.double())) < rounding(torch.float32)
 
 
-@pytest.mark.parametrize("mixer, rope", ROTARY)
-def test_locality_is_the_mechanism_on_wider_heads(mixer, rope):
-    module = small(mixer, rope, locality=0.05, reg_tokens=1).double().blocks[0].attn
+@pytest.mark.parametrize(
+    "mixer, rope, more",
+    [*((mixer, rope, {}) for mixer in LOCAL for rope in (None, "axial")), ("linformer", None, {"sharing": "none"})],
+)
+def test_locality_is_the_mechanism_on_wider_heads(mixer, rope, more):
+    module = small(mixer, rope, locality=0.05, reg_tokens=1, **more).double().blocks[0].attn
     here = TokenLayout(module.num_prefix_tokens, module.grid)
     x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64)
     q, k, v = module.project(x, 0, 3)
@@ -124,7 +127,7 @@ def test_locality_is_the_mechanism_on_wider_heads(mixer, rope):
     else:
         expected = core(*wide, here, here, *([x] if core.needs_tokens else []))
     assert distance(module(x), module.merge(expected[..., :16], x)) < 1e-6
-    plain = small(mixer, rope, reg_tokens=1).double().blocks[0].attn
+    plain = small(mixer, rope, reg_tokens=1, **more).double().blocks[0].attn
     assert distance(module(x), plain(x)) > 1e-3
 
 

@@ -36,7 +36,7 @@ from .sites import attention_sites, class_name, source_of
 
 NAME = "vix_from_timm"
 # what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
-NOTED = {"source", "source_kwargs", "mixer", "layers", "merge", "scale_logits", "norms"}
+NOTED = {"source", "source_kwargs", "mixer", "layers", "merge", "scale_logits", "norms", "conversion"}
 
 
 @dataclass(frozen=True)

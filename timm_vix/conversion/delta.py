@@ -23,7 +23,7 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line, write_whole
 from ..mixers._mechanism import MechanismHost
-from ..mixers._slot import MixerSlot
+from ..mixers._slot import GridModule, MixerSlot
 from ..mixers.atrous import check_dilations
 from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
 from .merging import MergingBlocks
@@ -183,7 +183,8 @@ def config_of(module: nn.Module) -> dict[str, Any]:
     rope = getattr(module, "rope", None)
     config = {**module.core.config(), "rope": rope and ("1d" if rope.raster else "axial")}
     # as many as there are patches is as good as more
-    patches = math.prod(getattr(module, "key_grid", None) or module.grid)
+    own = module.current_grid(-1) if isinstance(module, GridModule) else module.grid
+    patches = math.prod(getattr(module, "key_grid", None) or own)
     counts = {name: min(config[name], patches) for name in module.core.token_counts if isinstance(config[name], int)}
     return {**config, **counts}
 

@@ -134,7 +134,7 @@ def pool_by(weight: torch.Tensor, x: torch.Tensor, num_prefix_tokens: int) -> to
     if x.dim() == 3:
         return torch.cat([x[:, :P], torch.bmm(weight[:, 0], x[:, P:])], dim=1)
     pooled = torch.matmul(weight, x[:, :, P:])
-    return torch.cat([x[:, :, :P].expand(pooled.shape[0], -1, -1, -1), pooled], dim=2)
+    return torch.cat([x[:, :, :P].expand(pooled.shape[0], pooled.shape[1], -1, -1), pooled], dim=2)
 
 
 def landmark_bias(masked: MaskedPooling, num_prefix_tokens: int, like: torch.Tensor) -> torch.Tensor:

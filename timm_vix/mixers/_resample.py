@@ -59,10 +59,11 @@ def resample_writing(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 def mean_direction(waves: torch.Tensor) -> torch.Tensor:
     """Sums of sines and cosines (.., 2·D) with the lengths of a sine and a cosine."""
-    sine, cosine = waves.chunk(2, dim=-1)
+    # float16 has no number between 0 and the square below
+    sine, cosine = waves.to(torch.promote_types(waves.dtype, torch.float32)).chunk(2, dim=-1)
     # a cell without patches has no direction, and its gradient would be that of a root of 0
     length = torch.sqrt((sine.square() + cosine.square()).clamp(min=1e-12))
-    return torch.cat([sine / length, cosine / length], dim=-1)
+    return torch.cat([sine / length, cosine / length], dim=-1).to(waves.dtype)
 
 
 def table_of_cells(

@@ -86,6 +86,9 @@ class MixerSlot(MechanismHost, GridModule):
         """Take a new patch grid for good."""
         super().set_grid(grid)
         self.core.set_grid(grid)
+        for module in self.replaced:  # which comes back with revert
+            if isinstance(module, GridModule):
+                module.set_grid(grid)
 
     def layout_of(self, x: torch.Tensor, attn_mask: Optional[torch.Tensor], is_causal: bool) -> TokenLayout:
         """The layout of x (B, N, C); raise ValueError for another number of tokens, or a mask that isn't supported."""

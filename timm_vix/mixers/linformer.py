@@ -135,4 +135,5 @@ class LinformerAttention(LandmarkAttention):
             weight = weight.chunk(2)[1 if values else 0]
         if x.dim() == 3:
             return torch.cat([x[:, :P], project_tokens(weight[0], x[:, P:])], dim=1)
-        return torch.cat([x[:, :, :P], torch.matmul(weight, x[:, :, P:])], dim=2)
+        pooled = torch.matmul(weight, x[:, :, P:])  # each head may have its own, of an x for all heads
+        return torch.cat([x[:, :, :P].expand(-1, pooled.shape[1], -1, -1), pooled], dim=2)

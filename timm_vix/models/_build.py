@@ -1,6 +1,6 @@
 """Build a registered model through timm: its row under the user's keywords, one clear error for a bad checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.models import build_model_with_cfg
@@ -8,13 +8,18 @@ from torch import nn
 
 from .._checks import InputError
 from ..conversion.replace import mixer_keywords
+from ..mixers import MIXERS
 from ._register import ModelName
 
 
 def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A row's architecture under the user's keywords: with another mixer, without the keywords of the row's own."""
+    """A row's architecture under the user's keywords: with other mixers, without the keywords of the row's own."""
     chosen = {name: value for name, value in row._asdict().items() if name in ("mixer", "stem", "rope") and value}
     left_out = mixer_keywords(row.mixer) if kwargs.get("mixer", row.mixer) != row.mixer else []
+    if isinstance(layers := kwargs.get("layers"), Mapping):
+        named = [entry.get("mixer") if isinstance(entry, Mapping) else entry for entry in layers.values()]
+        taken = {name for mixer in named if mixer in MIXERS for name in mixer_keywords(mixer)}
+        left_out = [name for name in mixer_keywords(row.mixer) if name not in taken]
     own = {name: value for name, value in row.keywords.items() if name not in left_out}
     return {**sizes.get(row.size, {}), **chosen, **own, **kwargs}
 

@@ -37,15 +37,18 @@ from ..conversion.merge_steps import Merge
 from ..conversion.norms import replace_norms
 from ..conversion.replace import resample_weights, slots_of
 from ..conversion.scaling import ScaleLogits
+from ..conversion.sites import source_of
 from ..mixers._slot import TokenSlot, rename_core_keys
 from .checkpoints import tensors_of
 from .vit import VisionXformer, take_keywords
 
 # far beyond every published model, and small enough to be counted before memory is taken
-LARGEST = {"depth": 1000, "num_classes": 10_000_000}
+LARGEST = {"depth": 1000, "num_classes": 10_000_000, "feature_seed": 2**63 - 1, "redraw_interval": 2**63 - 1}
 LARGEST_OTHERWISE = 65_536
 # what may have become of the layer norms of a saved model
 NORMS = (None, "batch", "folded", "folded_blocks")
+# what ``convert`` may be given in words, and finds out
+FOUND_OUT = ("mixer", "layers", "merge", "scale_logits")
 # sizes of a model, each a positive integer or several
 SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 
@@ -65,8 +68,10 @@ def check_source(source: Any) -> None:
 def check_plain(name: str, value: Any) -> None:
     """Raise ValueError unless a saved argument is a plain value of a sane size."""
     if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple)):
+        for key, part in value.items():
+            check_plain(name, key)
+            check_plain(str(key), part)
+    elif isinstance(value, (list, tuple)):
         for part in value:
             check_plain(name, part)
     elif not isinstance(value, (bool, int, float, str, type(None))):
@@ -191,6 +196,7 @@ def vix_from_timm(
     scale_logits: Optional[ScaleLogits] = None,
     source_kwargs: Optional[dict[str, Any]] = None,
     norms: Optional[str] = None,
+    conversion: Optional[dict[str, Any]] = None,
     **kwargs: Any,
 ) -> nn.Module:
     """timm's ``source`` with a token mixer in some layers, see ``timm_vix.convert``.
@@ -205,6 +211,7 @@ def vix_from_timm(
         source_kwargs: keywords of ``source`` whose names are those of one of these, or of a mixer's keyword.
         norms: of a saved model only: "batch" after ``replace_norms``, "folded" after ``fold_norms``, "folded_blocks"
             after that without the last norm.
+        conversion: of a saved model only: what mixer, layers, merge and scale_logits were found to be.
         **kwargs: the mixer's keywords, and those of ``source``.
 
     Raises:
@@ -215,6 +222,15 @@ def vix_from_timm(
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)
+    saved = isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub")
+    if conversion is not None:
+        if not saved:
+            raise InputError(f"conversion={conversion!r} is for a model that was saved; allowed here is None")
+        mixer, layers, merge, scale_logits = found_out(
+            conversion,
+            dict(mixer=mixer, layers=layers, merge=merge, scale_logits=scale_logits),
+            kwargs.get("pretrained_model_args") or {},
+        )
     keywords |= {
         name: value for name, value in dict(merge=merge, scale_logits=scale_logits).items() if value is not None
     }
@@ -222,7 +238,8 @@ def vix_from_timm(
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     check_choice("norms", norms, NORMS)
     create = partial(build, source, mixer, layers, keywords, source_kwargs or {}, norms)
-    if isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub"):
+    if saved:
+        assert cfg is not None
         classes = kwargs.get("num_classes")
         if norms == "folded" and pretrained and classes not in (None, cfg.get("num_classes")):
             raise InputError(
@@ -230,8 +247,8 @@ def vix_from_timm(
                 f"{cfg.get('num_classes')} classes; allowed is this number, or fold_norms(model, last=False) before "
                 "saving"
             )
-        conversion = {**keywords, **(source_kwargs or {}), "mixer": mixer, "layers": layers}
-        model = build_saved(create, source, conversion, cfg, cache_dir if pretrained else None, pretrained, kwargs)
+        given = {**keywords, **(source_kwargs or {}), "mixer": mixer, "layers": layers}
+        model = build_saved(create, source, given, cfg, cache_dir if pretrained else None, pretrained, kwargs)
     elif norms is not None:
         raise InputError(
             f"norms={norms!r} is for a model that was saved with them; allowed here is None, and then "
@@ -244,7 +261,28 @@ def vix_from_timm(
             overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
             kwargs["pretrained_cfg_overlay"] = dict(source=None, custom_load=False) | given | overlay
         model = create(pretrained=pretrained, cache_dir=cache_dir, **kwargs)
+    # create_model lays what the caller gave over the model's own note; "log", "all" or a file may mean something else
+    # when it is read again
+    arguments = getattr(model, "_model_args", {})
+    if source_of(model) is not None:
+        found = {name: arguments[name] for name in FOUND_OUT if name in arguments}
+        model._model_args = {**arguments, "conversion": found}
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
+
+
+def found_out(conversion: Any, given: dict[str, Any], saved: dict[str, Any]) -> list[Any]:
+    """The values of ``given`` as they were found out when a model was built, unless the caller gives any others.
+
+    Args:
+        conversion: what was found out, by name.
+        saved: what was given then.
+    """
+    if not isinstance(conversion, dict) or not {"mixer", "layers"} <= conversion.keys() <= given.keys():
+        raise InputError(f"conversion={conversion!r}: a saved configuration has {', '.join(given)} here")
+    defaults = inspect.signature(vix_from_timm).parameters
+    if any(value != saved.get(name, defaults[name].default) for name, value in given.items()):
+        return [*given.values()]
+    return [conversion.get(name) for name in given]
 
 
 def build_saved(
