@@ -9,16 +9,18 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import distance
+from conftest import distance, lively
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.layers import Attention
 from timm.models import save_for_hf
 
 import timm_vix
-from timm_vix.conversion.convert import attention_sites
+from timm_vix.conversion.convert import attention_sites, settle
 from timm_vix.conversion.replace import mixer_name
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._mechanism import AttentionMechanism
+from timm_vix.train.hub import write_hub
 
 # 16 landmarks on a 4x4 grid and no ridge: Nyström attention is then softmax attention
 EXACT = dict(num_landmarks=16, ridge=0.0, pinv_iterations=60)
@@ -415,16 +417,46 @@ def test_a_model_that_was_built_by_name_comes_back(keywords, resized, tmp_path):
     assert distance(again(x), model(x)) < 1e-6
     save_for_hf(again, tmp_path / "second", safe_serialization=True)
     assert distance(timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True).eval()(x), model(x)) < 1e-6
-    if "scale_logits" in keywords or "merge" in keywords:  # who loads it may still want it otherwise
-        off = {name: 0 for name in ("scale_logits", "merge") if name in keywords}
-        plain = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True, **off).eval()
-        timm_vix.convert(model, "softmax", **off)
-        assert distance(plain(x), model(x)) < 1e-6 < distance(again(x), model(x))
+    settle(again)
+    write_hub(tmp_path / "settled", again, {}, ModelCard("---\nlicense: mit\n---\n"))
+    assert "conversion" not in (tmp_path / "settled" / "config.json").read_text()
+    settled = timm.create_model(f"local-dir:{tmp_path / 'settled'}", pretrained=True).eval()
+    assert distance(settled(x), model(x)) < 1e-6
+    if resized:  # only our loader resamples matrices
+        return
+    # as Transformers' wrapper builds it, from the configuration alone
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    built = timm.create_model(config["architecture"], **{**config["model_args"], "num_classes": 5}).eval()
+    built.load_state_dict(model.state_dict())
+    assert distance(built(x), model(x)) < 1e-6
 
 
-def test_a_conversion_that_was_found_out_is_not_for_callers():
-    with pytest.raises(ValueError, match="is for a model that was saved; allowed here is None"):
-        timm.create_model("vix_from_timm", conversion={"mixer": "pool", "layers": "all"})
+@pytest.mark.parametrize(
+    "keywords, changed",
+    [
+        (dict(mixer="softmax", scale_logits="log", img_size=64), dict(scale_logits=0)),
+        (dict(mixer="softmax", scale_logits="log", img_size=64), dict(scale_logits=9)),
+        (dict(mixer="softmax", merge=0.5), dict(merge=0)),
+        (dict(mixer="nystrom", num_landmarks=4), dict(num_landmarks=9)),
+        (dict(mixer="nystrom", num_landmarks=4, merge=0), dict(layers="last-1")),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_who_loads_a_model_that_was_built_by_name_may_change_it(keywords, changed, tmp_path):
+    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    cfg = dict(pretrained_cfg_overlay=dict(input_size=(3, 16, 16)))
+    arguments = dict(source="vit_tiny_patch16_224", **{**size, **cfg, **keywords})
+    model = lively(timm.create_model("vix_from_timm", **arguments).eval())
+    x = images(model)
+    save_for_hf(model, tmp_path / "first", safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True, **changed).eval()
+    expected = timm.create_model("vix_from_timm", **{**arguments, **changed}).eval()
+    expected.load_state_dict(model.state_dict())
+    assert distance(loaded(x), expected(x)) < 1e-6 < distance(model(x), expected(x))
+    save_for_hf(loaded, tmp_path / "second", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True).eval()
+    assert distance(again(x), expected(x)) < 1e-6
 
 
 @torch.no_grad()
@@ -532,8 +564,8 @@ def saved(tmp_path_factory):
         (dict(img_size=[60_000, 60_000]), ["far more than the weights"]),
         (dict(depth="four"), ["don't build"]),
         (dict(layers={"0": {"mixer": "nystrom", "num_landmarks": 10**6}}), ["num_landmarks=1000000", "65536"]),
-        (dict(conversion={"mixer": "pool"}), ["conversion=", "mixer, layers, merge, scale_logits"]),
-        (dict(conversion={"mixer": "pool", "layers": "plan.json"}), ["names no file"]),
+        (dict(conversion={"mixer": "pool"}), ["conversion=", "given and found"]),
+        (dict(layers="plan.json"), ["names no file"]),
         (dict(unknown=3), ["unknown"]),
         (dict(checkpoint_path="/etc/passwd"), ["checkpoint_path"]),
     ],

@@ -478,8 +478,9 @@ def test_a_mapping_of_layers_leaves_out_the_keywords_of_the_names_own_mixer():
     model = timm.create_model("vix_nystrom_cifar", layers={0: "performer", 1: {"mixer": "linformer"}}, depth=3)
     kinds = [type(block.attn.core).__name__ for block in model.blocks if hasattr(block.attn, "core")]
     assert kinds[:2] == ["PerformerAttention", "LinformerAttention"]
-    model = timm.create_model("vix_nystrom_cifar", layers={0: "performer", 1: "nystrom"}, depth=3)
-    assert (
-        model.blocks[1].attn.core.num_landmarks
-        == timm.create_model("vix_nystrom_cifar").blocks[0].attn.core.num_landmarks
-    )
+    assert not any(block.attn.core.conv_residual for block in model.blocks[:2])  # of Nyström's row
+    own = timm.create_model("vix_nystrom_cifar", depth=1).blocks[0].attn.core
+    for entry in ("nystrom", {"window_size": 4}):
+        model = timm.create_model("vix_nystrom_cifar", layers={0: "performer", 1: entry}, depth=3)
+        core = model.blocks[1].attn.core
+        assert (core.num_landmarks, core.conv_residual) == (own.num_landmarks, own.conv_residual)

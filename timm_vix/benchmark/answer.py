@@ -88,10 +88,15 @@ def mean_top1(runs: list[list[Record]]) -> dict[str, float]:
     """
     means: dict[str, float] = {}
     for group in runs:
-        name, _, keywords = group[0]["model"].partition(" ")
-        model = f"{name.partition('.')[0]} {keywords}".strip()
+        model = without_tag(group[0]["model"])
         means[model] = max(means.get(model, 0.0), statistics.mean(record["top1"] for record in group))
     return means
+
+
+def without_tag(model: str) -> str:
+    """ "NAME.TAG key=value" without the tag of its weights."""
+    name, _, keywords = model.partition(" ")
+    return f"{name.partition('.')[0]} {keywords}".strip()
 
 
 def fastest_sentence(rows: list[Record]) -> str:
@@ -113,7 +118,10 @@ def answer(rows: list[Record], runs: list[list[Record]]) -> str:
     if not rows or not fastest(rows):
         return accuracy_sentence(runs) if runs else "No model was timed beside softmax attention: none is recommended."
     baseline, winners = rows[0]["baseline"], fastest(rows)
-    known = {model: top1 for model, top1 in mean_top1(runs).items() if model in {row["model"] for row in rows}}
+    top1 = mean_top1(runs)
+    known = {
+        model: top1[own] for model in (baseline, *(row["model"] for row in rows)) if (own := without_tag(model)) in top1
+    }
     if not known:
         text = f"Use {by_size(winners, baseline)}, the fastest here"
         return f"{text}; {accuracy_sentence(runs, 'the most accurate')}" if runs else f"{text}."

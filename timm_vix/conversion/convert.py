@@ -36,7 +36,9 @@ from .sites import attention_sites, class_name, source_of
 
 NAME = "vix_from_timm"
 # what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
-NOTED = {"source", "source_kwargs", "mixer", "layers", "merge", "scale_logits", "norms", "conversion"}
+# what may be given in words, and is found out
+FOUND_OUT = ("mixer", "layers", "merge", "scale_logits")
+NOTED = {"source", "source_kwargs", *FOUND_OUT, "norms", "conversion"}
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,15 @@ def forget_conversion(model: nn.Module) -> None:
         keywords = {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
         own = {name: value for name, value in model._model_args.items() if name not in NOTED | keywords}
         model._model_args = {**own, **model._model_args.get("source_kwargs", {})}
+
+
+def settle(model: nn.Module) -> None:
+    """Note of a model that was built by name what it is, without the words by which that was said."""
+    arguments = getattr(model, "_model_args", {})
+    if conversion := arguments.get("conversion"):
+        keywords = {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
+        own = {name: value for name, value in arguments.items() if name not in {*FOUND_OUT, "conversion"} | keywords}
+        model._model_args = {**own, **{name: value for name, value in conversion["found"].items() if value is not None}}
 
 
 def revert(model: nn.Module) -> None:

@@ -229,13 +229,14 @@ def merge_similar(
 
 def check_pairs(pairs: torch.Tensor, r: int, attn_mask: torch.Tensor) -> None:
     """Raise ValueError if fewer pairs than r are alike under a mask; RuntimeError where a compiled model runs."""
-    what = f"attn_mask of shape {list(attn_mask.shape)}: {r} tokens are to merge, and"
     if torch.compiler.is_compiling():
-        torch._assert_async(pairs >= r, f"{what} fewer have another that the mask treats alike")
+        torch._assert_async(
+            pairs >= r, f"attn_mask: {r} tokens are to merge, and fewer have another that it treats alike"
+        )
     elif not pairs.is_meta and int(pairs) < r:
         raise InputError(
-            f"{what} {int(pairs)} have another that the mask treats alike; merge fewer, or with a threshold of "
-            "similarity"
+            f"attn_mask of shape {list(attn_mask.shape)}: {r} tokens are to merge, and {int(pairs)} have another that "
+            "the mask treats alike; merge fewer, or with a threshold of similarity"
         )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line, write_whole
 from .._records import Record
-from ..conversion.convert import NAME
+from ..conversion.convert import NAME, settle
 from ..conversion.delta import load_delta, save_delta
 from ..conversion.replace import ADDING_NOTHING
 from ..models.checkpoints import hosts_of
@@ -107,6 +107,7 @@ def save_transferred(
     student = load_trained(hub)
     if "source" not in get_model_args(student):
         raise InputError(f"{hub} holds {type(student).__name__}, which is no converted model; expected a transfer's")
+    settle(student)
     keywords = in_short(get_model_args(student))
     # the file's own number of classes, or timm leaves its classifier out
     overlay = dict(file=weights, source=None, custom_load=False, num_classes=student.num_classes) if weights else {}

@@ -8,7 +8,6 @@ from torch import nn
 
 from .._checks import InputError
 from ..conversion.replace import mixer_keywords
-from ..mixers import MIXERS
 from ._register import ModelName
 
 
@@ -17,9 +16,9 @@ def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[st
     chosen = {name: value for name, value in row._asdict().items() if name in ("mixer", "stem", "rope") and value}
     left_out = mixer_keywords(row.mixer) if kwargs.get("mixer", row.mixer) != row.mixer else []
     if isinstance(layers := kwargs.get("layers"), Mapping):
-        named = [entry.get("mixer") if isinstance(entry, Mapping) else entry for entry in layers.values()]
-        taken = {name for mixer in named if mixer in MIXERS for name in mixer_keywords(mixer)}
-        left_out = [name for name in mixer_keywords(row.mixer) if name not in taken]
+        default = kwargs.get("mixer", row.mixer)
+        named = [entry.get("mixer", default) if isinstance(entry, Mapping) else entry for entry in layers.values()]
+        left_out = [] if row.mixer in named else mixer_keywords(row.mixer)
     own = {name: value for name, value in row.keywords.items() if name not in left_out}
     return {**sizes.get(row.size, {}), **chosen, **own, **kwargs}
 

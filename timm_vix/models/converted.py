@@ -30,7 +30,7 @@ from torch import nn
 from .._checks import InputError, check_choice
 from .._files import one_line
 from .._names import check_model
-from ..conversion.convert import NAME, convert
+from ..conversion.convert import FOUND_OUT, NAME, convert
 from ..conversion.folding import fold_norms
 from ..conversion.layers import Layers
 from ..conversion.merge_steps import Merge
@@ -47,8 +47,6 @@ LARGEST = {"depth": 1000, "num_classes": 10_000_000, "feature_seed": 2**63 - 1, 
 LARGEST_OTHERWISE = 65_536
 # what may have become of the layer norms of a saved model
 NORMS = (None, "batch", "folded", "folded_blocks")
-# what ``convert`` may be given in words, and finds out
-FOUND_OUT = ("mixer", "layers", "merge", "scale_logits")
 # sizes of a model, each a positive integer or several
 SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 
@@ -211,7 +209,7 @@ def vix_from_timm(
         source_kwargs: keywords of ``source`` whose names are those of one of these, or of a mixer's keyword.
         norms: of a saved model only: "batch" after ``replace_norms``, "folded" after ``fold_norms``, "folded_blocks"
             after that without the last norm.
-        conversion: of a saved model only: what mixer, layers, merge and scale_logits were found to be.
+        conversion: of a saved model: what was given, and what that was found to be; see ``found_out``.
         **kwargs: the mixer's keywords, and those of ``source``.
 
     Raises:
@@ -222,15 +220,9 @@ def vix_from_timm(
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)
-    saved = isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub")
-    if conversion is not None:
-        if not saved:
-            raise InputError(f"conversion={conversion!r} is for a model that was saved; allowed here is None")
-        mixer, layers, merge, scale_logits = found_out(
-            conversion,
-            dict(mixer=mixer, layers=layers, merge=merge, scale_logits=scale_logits),
-            kwargs.get("pretrained_model_args") or {},
-        )
+    words = dict(mixer=mixer, layers=layers, keywords=dict(keywords), merge=merge, scale_logits=scale_logits)
+    if conversion:
+        mixer, layers, keywords, merge, scale_logits = found_out(conversion, words)
     keywords |= {
         name: value for name, value in dict(merge=merge, scale_logits=scale_logits).items() if value is not None
     }
@@ -238,8 +230,7 @@ def vix_from_timm(
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     check_choice("norms", norms, NORMS)
     create = partial(build, source, mixer, layers, keywords, source_kwargs or {}, norms)
-    if saved:
-        assert cfg is not None
+    if isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub"):
         classes = kwargs.get("num_classes")
         if norms == "folded" and pretrained and classes not in (None, cfg.get("num_classes")):
             raise InputError(
@@ -261,28 +252,40 @@ def vix_from_timm(
             overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
             kwargs["pretrained_cfg_overlay"] = dict(source=None, custom_load=False) | given | overlay
         model = create(pretrained=pretrained, cache_dir=cache_dir, **kwargs)
-    # create_model lays what the caller gave over the model's own note; "log", "all" or a file may mean something else
-    # when it is read again
-    arguments = getattr(model, "_model_args", {})
+    # create_model lays what the caller gave over the model's own note, where "log", "all" or a file may mean something
+    # else when they are read again; a former ``conversion``, too, so it is written anew in place
+    conversion = {} if conversion is None else conversion
+    conversion.clear()
     if source_of(model) is not None:
-        found = {name: arguments[name] for name in FOUND_OUT if name in arguments}
-        model._model_args = {**arguments, "conversion": found}
+        conversion.update(given=words, found={name: model._model_args.get(name) for name in FOUND_OUT})
+        model._model_args = {**model._model_args, "conversion": conversion}
+    elif getattr(model, "pretrained_cfg", None):
+        # softmax as it was: under the source's own name the keywords of this one would be unknown
+        model.pretrained_cfg = {**model.pretrained_cfg, "architecture": NAME}
+        own = dict(source=source, mixer=mixer, layers=layers)
+        model._model_args = {**getattr(model, "_model_args", {}), **own}
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
 
 
-def found_out(conversion: Any, given: dict[str, Any], saved: dict[str, Any]) -> list[Any]:
-    """The values of ``given`` as they were found out when a model was built, unless the caller gives any others.
+def found_out(conversion: Any, words: dict[str, Any]) -> list[Any]:
+    """Mixer, layers, keywords, merge and scale_logits, as they were found out where they are those of the saved model.
 
     Args:
-        conversion: what was found out, by name.
-        saved: what was given then.
+        conversion: "given", the words with which the model was built, and "found", what they were found to be. Layers
+            that were found hold the keywords of their mixers.
+        words: with which it is to be built now; the caller may have changed some.
     """
-    if not isinstance(conversion, dict) or not {"mixer", "layers"} <= conversion.keys() <= given.keys():
-        raise InputError(f"conversion={conversion!r}: a saved configuration has {', '.join(given)} here")
-    defaults = inspect.signature(vix_from_timm).parameters
-    if any(value != saved.get(name, defaults[name].default) for name, value in given.items()):
-        return [*given.values()]
-    return [conversion.get(name) for name in given]
+    given, found = (conversion.get(part) if isinstance(conversion, dict) else None for part in ("given", "found"))
+    if not isinstance(given, dict) or not isinstance(found, dict) or found.keys() != {*FOUND_OUT}:
+        raise InputError(f"conversion={conversion!r}: a saved configuration has given and found here")
+    # timm saves what was given, and of the rest what was found
+    same = {name: value in (given.get(name), found.get(name)) for name, value in words.items()}
+    merge, scale_logits = (found[name] if same[name] else words[name] for name in ("merge", "scale_logits"))
+    if same["mixer"] and same["layers"] and same["keywords"]:
+        return [found["mixer"], found["layers"], {}, merge, scale_logits]
+    # the mapping that was found holds keywords of its own, which would hide those of the caller
+    mixer, layers, keywords = (given[name] if same[name] else words[name] for name in ("mixer", "layers", "keywords"))
+    return [mixer, layers, dict(keywords), merge, scale_logits]
 
 
 def build_saved(

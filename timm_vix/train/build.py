@@ -80,7 +80,7 @@ def construction(model: nn.Module, data_config: dict[str, Any]) -> dict[str, Any
     """
     found = dict(
         architecture=(getattr(model, "pretrained_cfg", None) or {}).get("architecture"),
-        keywords=get_model_args(model),
+        keywords={name: value for name, value in get_model_args(model).items() if name != "conversion"},
         images=data_config,
     )
     # a class, such as a norm layer, has a name that stays, and an address that doesn't

@@ -11,6 +11,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .._files import one_line
+from ..conversion.convert import settle
 
 LOAD = """```python
 import timm{package}
@@ -34,6 +35,7 @@ def write_hub(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         names = dict(label_names=label_names) if label_names else None
+        settle(model)  # no file of a plan is named
         save_for_hf(model, partial, names, safe_serialization=True, data_config=data_config)
         note_classes_once(partial / "config.json")
         card.save(partial / "README.md")

@@ -129,9 +129,10 @@ class Latency:
             # a table of two hours, left by a kill, still lacks something
             wanted.sort(key=lambda work: work.to_json() not in costs)
             costs = {work.to_json(): cost for work, cost in zip(wanted, self.measure_blocks(wanted))}
+            self.known.pop(plan_to_json(Plan()), None)  # nor is the whole model's, to which these are added
+            self.time_model(Plan())
             for what, cost in costs.items():
                 self.table.add(self.run, what, **cost._asdict())
-            self.known.pop(plan_to_json(Plan()), None)  # nor is the whole model's, to which these are added
         model = self.time_model(Plan()).milliseconds
         gflops = count_gflops(self.model, self.images[:1])
         return Costs(self.model, costs, Cost(model, gflops))
