@@ -30,6 +30,7 @@ COLUMNS: Columns = dict(
     ms=float, softmax_ms=float, ratio=float, ratio_low=float, ratio_high=float, peak_memory_mib=float,
     device=str, threads=int, torch=str, timm=str,
 )  # fmt: skip
+KEY = ("mixer", "tokens", "mode", "dtype", "options", "device", "threads")
 
 
 def layer(mixer: str, side: int, options: dict) -> torch.nn.Module:
@@ -96,11 +97,16 @@ def row(args: argparse.Namespace) -> dict:
         ratio_low=round(ratios[len(ratios) // 4], 3),
         ratio_high=round(ratios[-1 - len(ratios) // 4], 3),
         peak_memory_mib=round(float(memory), 1),
-        device=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        device=device_of(args),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         timm=timm.__version__,
     )
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device as a row has it."""
+    return torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
 
 
 def main() -> None:
@@ -126,7 +132,7 @@ def main() -> None:
     done = set()
     if args.out.exists():
         records, _ = read_records(args.out, COLUMNS, exact=True)
-        done = {key_of(record, ("mixer", "tokens", "mode", "dtype", "options")) for record in records}
+        done = {key_of(record, KEY) for record in records}
     wanted = [
         (mixer, tokens, mode, dtype)
         for dtype in args.dtype
@@ -135,7 +141,7 @@ def main() -> None:
         for mixer in args.mixers
     ]
     for i, (mixer, tokens, mode, dtype) in enumerate(wanted):
-        if (mixer, tokens, mode, dtype, " ".join(args.options) or None) in done:
+        if (mixer, tokens, mode, dtype, " ".join(args.options) or None, device_of(args), args.threads) in done:
             continue
         one = argparse.Namespace(**vars(args))
         one.only, one.tokens, one.mode, one.dtype = mixer, [tokens], [mode], [dtype]

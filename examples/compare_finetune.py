@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from timm_vix._checks import InputError
 from timm_vix._names import parse_model
 from timm_vix.cli import in_one_line
 from timm_vix.measure.job import measure_in_process
@@ -77,11 +78,15 @@ def run_all(given: argparse.Namespace) -> None:
     if given.models or saved:
         models = [*(given.models or ()), *(name for name, _, _ in saved)]
     for model in models:
-        if any(row["model"] == model and int(row["epoch"]) == settings["epochs"] for row in rows):
+        size, epochs = settings["img_size"], settings["epochs"]
+        trained = [int(row["epoch"]) for row in rows if (row["model"], int(row["img_size"])) == (model, size)]
+        if trained and max(trained) == epochs:
             print(f"{model}: already in {path}")
             continue
+        if trained:
+            raise InputError(f"{path} has {model} after {max(trained)} epochs; another --results keeps {epochs} apart")
         print(f"{model}:")
-        out = Path(given.runs) / given.table / model.replace(" ", "_")
+        out = Path(given.runs) / given.table / f"{model}_{size}px_{epochs}epochs".replace(" ", "_")
         resume = (out / "checkpoint.pt").exists()
         if model in folders:  # which have weights and keywords
             start = dict(model=f"local-dir:{folders[model]}", pretrained=True, model_kwargs=None, checkpoint=None)
@@ -89,7 +94,7 @@ def run_all(given: argparse.Namespace) -> None:
             name, keywords = parse_model(model)
             start = dict(model=name, train_only=keywords.pop("train_only", None))
             start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
-        net, history = finetune(**{**settings, **start}, out=str(out), resume=resume)
+        net, history = finetune(**{**settings, **start}, out=str(out), resume=resume, overwrite=not resume)
         extra = step_cost(model, net, history[-1]) if given.table.startswith("parts_") else {}
         rows += [dict(model=model, dataset=given.table, **row, **extra) for row in history]
         write_history(path, rows)  # as a whole, so that a model's rows are all there or none

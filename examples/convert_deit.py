@@ -179,7 +179,7 @@ def measure_all(given: argparse.Namespace) -> None:
         jobs.append((f"plan ({given.plan.stem})", "none", lambda: converted(layers=str(given.plan))))
     rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
     # with --again no accuracy is wanted
-    reference = labels if given.again else predict(baseline, images, "softmax")
+    reference = labels if given.again and not given.deltas else predict(baseline, images, "softmax")
     accuracy = 100 * float((reference == labels).float().mean())
     if accuracy < 50:
         raise InputError(f"{SOURCE} itself is right on {accuracy:.1f} % of {given.images}: other labels")
@@ -189,6 +189,7 @@ def measure_all(given: argparse.Namespace) -> None:
             write_delta(folder, given.deltas / name, given.weights, images, labels, reference)
     for name, training, build in jobs:
         known = [r for r in rows if (r["model"], r["training"], int(r["img_size"])) == (name, training, size)]
+        known = [r for r in known if int(r["images"]) == len(images)]
         if bool(known) != given.again:
             continue
         model = build()

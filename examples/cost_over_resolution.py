@@ -12,6 +12,8 @@ import itertools
 import sys
 from pathlib import Path
 
+import timm
+
 import timm_vix
 from timm_vix.benchmark import cost
 from timm_vix.cli import in_one_line
@@ -44,7 +46,9 @@ def main() -> int:
         # on a CPU one step of softmax takes a minute at 2,048 px
         slow = given.device == "cpu" and img_size > 1024
         options += ["--rounds", "1", "--seconds", "0"] if slow else ["--rounds", given.rounds]
-        models = [f"vix_{mixer}_{size}" for mixer in given.mixers]
+        models = [name for mixer in given.mixers if timm.is_model(name := f"vix_{mixer}_{size}")]
+        if not models:
+            continue
         part = sweep.parse_args([*models, *options, "--out", given.out])
         try:  # here and not in a process that a kill of this one would leave running
             in_one_line(cost.main)(part)

@@ -88,15 +88,16 @@ def measure_all(given: argparse.Namespace) -> None:
         jobs: list[tuple[str, str, Callable[[], nn.Module]]] = [("softmax", "none", softmax)]
         jobs += [(name, "none", lambda o=options: converted(**o)) for name, options in CONVERSIONS.items()]
         jobs += [(n, "transfer", lambda f=folder: loaded(f)) for n, folder in given.transferred]
-        known = {(row["model"], row["training"], int(row["img_size"])) for row in rows}
-        jobs = [job for job in jobs if (job[0], job[1], size) not in known]
+        paths = [path for path, _ in find_unlabelled(given.images)[: given.count]]
+        known = {(row["model"], row["training"], int(row["img_size"]), int(row["images"])) for row in rows}
+        jobs = [job for job in jobs if (job[0], job[1], size, len(paths)) not in known]
         if not jobs:
             continue
         baseline = softmax()
         config = resolve_input_data_config(baseline, dict(img_size=size))
         transform = create_transform(**{**config, "crop_pct": 1.0, "crop_mode": "squash"})
         images = []
-        for path, _ in find_unlabelled(given.images)[: given.count]:
+        for path in paths:
             with Image.open(path) as image:
                 images.append(transform(image.convert("RGB")))
         wanted = all_tokens(baseline, images, f"softmax, {size} px")

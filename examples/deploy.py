@@ -25,7 +25,7 @@ from timm_vix.cli import in_one_line
 from timm_vix.deploy.check import accuracy, latency, read_calibration
 from timm_vix.deploy.export import build, export_model
 from timm_vix.deploy.formats import SUFFIXES
-from timm_vix.train.listing import labelled_folder, spread
+from timm_vix.train.listing import find_unlabelled, labelled_folder, read_labels, spread
 
 SOURCE = "deit_tiny_patch16_224"
 MODELS = {
@@ -75,11 +75,13 @@ RUNTIMES = dict(onnx="onnxruntime", openvino="openvino")
 def jobs(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of the table, without what is measured."""
     machine = dict(threads=given.threads, device_name=device_name("cpu"))
+    images = min(given.limit, len(read_labels(given.images, 1000)[0]))
+    calibration = min(given.calibrate_images, len(find_unlabelled(given.calibrate)))
     for model in given.models:
         for to in given.formats:
             for dtype in FORMATS[to]:
-                calibrated = given.calibrate_images if dtype == "int8" else None
-                job = dict(model=model, format=to, dtype=dtype, img_size=224, images=given.limit)
+                calibrated = calibration if dtype == "int8" else None
+                job = dict(model=model, format=to, dtype=dtype, img_size=224, images=images)
                 yield {**job, "calibration_images": calibrated, **machine}
 
 
@@ -94,6 +96,8 @@ def measure(
         try:
             run, found = export_model(model, config, to, dtype, out, calibration, threads=job["threads"])
         except InputError as error:
+            if isinstance(error.__cause__, ImportError):  # a library is missing: no result
+                raise
             return dict(error=str(error))
         items, classes = labelled_folder(given.images, model)
         scores = accuracy(dict(eager=model, file=run), spread(items, given.limit), classes, config)

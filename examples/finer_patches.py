@@ -124,7 +124,8 @@ def measure_costs(row: Row, device: str, rounds: int) -> Row:
 def settings_of(row: Row, given: argparse.Namespace, device: str) -> FinetuneSettings:
     """The settings of a training, which goes on where it has a checkpoint; ``epochs`` isn't looked at."""
     name, keywords = parse_model(model_text(row, softmax=True))
-    names = ("source", "mixer", "keywords", "img_size", "patch_size", "train_images", "budget", "limit", "seed")
+    names = ("source", "mixer", "keywords", "img_size", "patch_size", "train_images", "val_images", "batch_size")
+    names += ("dtype", "budget", "limit", "seed")
     text = " ".join(f"{name}={row[name]}" for name in names if row[name] is not None)
     out = Path(given.runs) / re.sub(r"[^\w.=-]+", "_", text)
     resume = (out / "checkpoint.pt").exists()

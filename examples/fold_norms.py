@@ -13,6 +13,7 @@ continues. int8 is ONNX Runtime's, see ``timm-vix export``.
 import argparse
 import copy
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,7 +66,7 @@ def train(student: nn.Module, teacher: nn.Module, schedule: HandoverSchedule, co
     scheduler = CosineLRScheduler(optimizer, schedule.steps, warmup_t=schedule.steps // 20, t_in_epochs=False)
     position: dict[str, Any] = dict(step=0, seconds=0.0)
     settings = dict(steps=schedule.steps, lr=run.lr, batch_size=run.batch_size, images=images.digest(), fade=run.fade)
-    name = f"{schedule.steps}{'_faded' * run.fade}.pt"
+    name = f"{schedule.steps}_lr={run.lr:g}_batch={run.batch_size}{'_faded' * run.fade}.pt"
     checkpoint = Checkpoint(run.runs / name, settings, student, optimizer, position)
     if checkpoint.path.exists():
         checkpoint.restore(checkpoint.read())
@@ -99,11 +100,12 @@ def folded(teacher: nn.Module, config: dict[str, Any], steps: int, run: Any) -> 
     return student.requires_grad_(False), seconds
 
 
-def rows_of(model: nn.Module, teacher: nn.Module, config: dict[str, Any], jobs: list[dict], run: Any) -> list[dict]:
-    """Accuracy and time of one model in each format."""
+def rows_of(
+    model: nn.Module, teacher: nn.Module, config: dict[str, Any], jobs: list[dict], run: Any
+) -> Iterator[dict[str, Any]]:
+    """Accuracy and time of one model in each format, as they come."""
     items, classes = labelled_folder(run.images, teacher)
     calibration = read_calibration(run.data_dir, 100, config)
-    found = []
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs:
             runner, size = model, sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
@@ -121,8 +123,7 @@ def rows_of(model: nn.Module, teacher: nn.Module, config: dict[str, Any], jobs: 
                 (times,) = latency(runner, [teacher], torch.randn(batch, *config["input_size"]), run.rounds)
                 row[f"ms_{batch}"] = round(times["latency_p50_ms"], 2)
                 row[f"faster_{batch}"] = round(times["speedup"], 3)
-            found.append(row)
-    return found
+            yield row
 
 
 def run_all(run: argparse.Namespace) -> None:
@@ -139,7 +140,8 @@ def run_all(run: argparse.Namespace) -> None:
     done = {key_of(row, KEY) for row in known}
     given = SimpleNamespace(source=SOURCE, source_kwargs=None, weights=run.weights, img_size=None, device="cpu")
     teacher, config = build_teacher(given)
-    shared = dict(images=run.count, device_name=device_name("cpu"), threads=run.threads)
+    images = len(spread(labelled_folder(run.images, teacher)[0], run.count))
+    shared = dict(images=images, device_name=device_name("cpu"), threads=run.threads)
     trained = [dict(norms="layer", steps=0, lr=None, batch_size=None)]
     trained += [
         dict(

@@ -136,7 +136,7 @@ def run_folder(runs: str, row: dict[str, Any]) -> Path:
 
 def rounded(step: dict[str, Any], name: str, digits: int) -> Any:
     """A measured number, or nothing where there is none: a device without a memory count, a failed measurement."""
-    return "" if step.get(name) is None else round(step[name], digits)
+    return None if step.get(name) is None else round(step[name], digits)
 
 
 def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -144,6 +144,7 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
     settings = RECIPES[recipe][0]
     system, epochs, patch_size = key["system"], key["epochs"], key["patch_size"]
     out = run_folder(given.runs, key)
+    resume = (out / "checkpoint.pt").exists()
     _, history = finetune(
         system,
         model_kwargs=patched(system, patch_size),
@@ -158,7 +159,8 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
         workers=given.workers,
         amp=given.amp,
         out=str(out),
-        resume=(out / "checkpoint.pt").exists(),
+        resume=resume,
+        overwrite=not resume,
         license="apache-2.0",
         tract=given.tract,
         **{"batch_size": SYSTEMS[system][1], **settings},
@@ -225,6 +227,10 @@ def run_all(given: argparse.Namespace) -> None:
     path = Path(given.results)
     if not given.data_dir and not given.cards:
         raise InputError("neither --data-dir nor --cards was given; expected one of them or both")
+    if given.ship and (not given.data_dir or len(given.recipes) > 1):
+        raise InputError(
+            "--ship measures and stores one model of each system: expected --data-dir and one of --recipes"
+        )
     device = find_device(given.device)
     # what the end needs is looked at before hours of training
     rows, damaged = read_rows(path) if path.exists() and header_of(path) else ([], 0)

@@ -373,6 +373,18 @@ def test_damaged_rows_are_left_out_and_missing_numbers_are_told(tmp_path):
     (card,) = write_cards(path, lambda row: tmp_path, tmp_path / "cards")
     assert card.name == "hybrid_pin_cifar-patch4-modern-10epochs-seed1.md"
     assert "| training | not measured, peak memory of a step not measured |" in card.read_text()
+    append_record(tmp_path / "half.csv", COLUMNS, good)
+    append_record(tmp_path / "half.csv", COLUMNS, good | dict(dtype="bfloat16"))
+    names = [path.name for path in write_cards(tmp_path / "half.csv", lambda row: tmp_path, tmp_path / "cards")]
+    assert names == [f"hybrid_pin_cifar-patch4-modern-10epochs{half}.md" for half in ("", "-bfloat16")]
+
+
+@pytest.mark.parametrize("more", [["--recipes", "modern", "paper"], ["--cards", "cards"]])
+def test_one_model_of_a_system_is_shipped(more, run, images, tmp_path):
+    data = ["--data-dir", images] if "--recipes" in more else []
+    code, _, errors = run("reproduce_vix", *data, *more, "--ship", tmp_path / "ship", "--results", tmp_path / "r.csv")
+    assert code == 2 and "one model of each system: expected --data-dir and one of --recipes" in errors
+    assert not (tmp_path / "ship").exists()
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def models(size: str, batch_size: str = "1", dtype: str = "float32") -> dict[Key
         Key(row["model"], row["attention"] == "fused", int(row["img_size"]), row["mode"]): row
         for row in read("cost_cpu.csv")
         if (row["dtype"], row["batch_size"]) == (dtype, batch_size) and row["baseline"] == f"vit_{size}_patch16_224"
+        if row["compile"] == "off"
         if dtype == "float32" or "bf16" in row["device_name"]
     }
 

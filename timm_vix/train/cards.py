@@ -123,6 +123,7 @@ def write_cards(results: Path, checkpoint_of: Callable[[Record], Path], folder: 
     for row in read_rows(results)[0]:
         if (checkpoint_of(row) / "model.safetensors").is_file():
             run = f"patch{row['patch_size']}-{row['recipe']}-{row['epochs']}epochs{seed_suffix(row['seed'])}"
+            run += "" if row["dtype"] == "float32" else f"-{row['dtype']}"
             paths.append(folder / f"{row['system']}-{run}.md")
             write_whole(paths[-1], f"{card(row)}\n".encode())
     return paths
