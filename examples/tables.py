@@ -20,8 +20,10 @@ from result_tables import (
     cost,
     dense,
     deployment,
+    finer,
     mechanisms,
     norms,
+    segmentation,
     training,
 )
 
@@ -50,6 +52,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "operations": cost.model_operations,
     "systems": cost.systems,
     "caltech101": training.caltech101,
+    "finer patches": finer.finer,
+    "segmentation": segmentation.camvid,
     "caltech101, three epochs": training.compared_caltech101,
     "cifar10": lambda: training.finetuned("cifar10"),
     "claims": lambda: training.finetuned("claims"),

@@ -4,7 +4,7 @@ from . import Row, markdown, measured, number_list, read, values
 from .cost import speed
 from .training import mean_top1
 
-BUDGETS = ("epochs", "minutes")
+BUDGETS = {"epochs": "equal epochs", "minutes": "equal time"}
 
 
 def finer() -> str:
@@ -13,18 +13,19 @@ def finer() -> str:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in sorted(rows, key=lambda row: -int(row["patch_size"])):
         groups.setdefault((row["patch_size"], row["mixer"], row["keywords"]), []).append(row)
+    budgets = [name for name in BUDGETS if any(row["budget"] == name and row["top1"] for row in rows)]
     body = []
     for (patch, mixer, keywords), mine in groups.items():
         line = [f"{mixer}, {keywords.replace(' ', ', ')}" if keywords else mixer, patch, f"{int(mine[0]['tokens']):,}"]
-        for budget in BUDGETS:
+        for budget in budgets:
             line += accuracy(mine, budget, longest(rows, patch, budget))
         line.append(f"{float(mine[0]['train_ms_an_image']):,.0f} ms")
         line += [speed_of(mine[0], mode) for mode in ("train", "infer")]
         memory = mine[0]["peak_memory_mib"]
         body.append([*line, f"{float(memory):,.0f} MiB" if memory else ""])
     head = ["attention", "patch", "tokens"]
-    for budget in ("equal epochs", "equal time"):
-        head += [f"{budget}: {what}" for what in ("top-1 %", "epochs", "minutes")]
+    for budget in budgets:
+        head += [f"{BUDGETS[budget]}: {what}" for what in ("top-1 %", "epochs", "minutes")]
     head += ["a step, an image", "training, times as fast", "inference, times as fast", "memory of a step"]
     return markdown(head, body, f"{images(rows)}{measured(rows)}")
 
