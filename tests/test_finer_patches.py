@@ -83,7 +83,7 @@ def interrupt_at(step, finer, monkeypatch):
 def test_patches_and_positions_are_resampled(finer, weights, tmp_path):
     """Least squares: the finer kernel answers a small patch as the trained one answers that patch enlarged."""
     row = dict(source=SOURCE, mixer="softmax", keywords=None, img_size=64, patch_size=8)
-    row |= dict(train_images=1, budget="epochs", limit=1.0, seed=0)
+    row |= dict(train_images=1, val_images=1, batch_size=8, dtype="float32", budget="epochs", limit=1.0, seed=0)
     given = dict(weights=str(weights), data_dir=None, runs=str(tmp_path), img_size=64, batch_size=8, seed=0, threads=1)
     settings = finer.settings_of(row, finer.argparse.Namespace(**given), "cpu")
     net, _ = finer.build_model(settings, torch.float32, 3)

@@ -478,10 +478,11 @@ def test_models_of_a_table_and_saved_ones_have_rows_beside_each_other(run, image
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["vix_softmax_cifar depth=1", "fitted, all layers"]
     # the saved model came with its weights and keywords, the head apart
-    net = timm.create_model(
-        f"local-dir:{tmp_path / 'runs' / 'cifar10' / 'fitted,_all_layers' / 'hub'}", pretrained=True
-    )
+    hub = tmp_path / "runs" / "cifar10" / "fitted,_all_layers_32px_1epochs" / "hub"
+    net = timm.create_model(f"local-dir:{hub}", pretrained=True)
     assert type(net.blocks[0].attn.core).__name__ == "LinformerAttention"
     code, told, _ = run(*command, "--saved", saved)
     assert code == 0
     assert "already in" in told
+    code, _, errors = run(*command, "--saved", saved, "--epochs", 2)
+    assert code == 2 and "has fitted, all layers after 1 epochs; another --results keeps 2 apart" in errors
