@@ -16,7 +16,7 @@ from timm.layers import Attention
 from timm.models import save_for_hf
 
 import timm_vix
-from timm_vix.conversion.convert import attention_sites, settle
+from timm_vix.conversion.convert import attention_sites
 from timm_vix.conversion.replace import mixer_name
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._mechanism import AttentionMechanism
@@ -392,6 +392,13 @@ def test_by_name_it_is_the_same_model(deit):
     assert named.pretrained_cfg["architecture"] == model.pretrained_cfg["architecture"] == "vix_from_timm"
 
 
+def by_name(**keywords):
+    """A small conversion by name of a source that was trained at 16 px, with 5 tokens."""
+    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    size["pretrained_cfg_overlay"] = dict(input_size=(3, 16, 16))
+    return timm.create_model("vix_from_timm", source="vit_tiny_patch16_224", **{**size, **keywords}).eval()
+
+
 @pytest.mark.parametrize(
     "keywords, resized",
     [
@@ -405,10 +412,7 @@ def test_by_name_it_is_the_same_model(deit):
 @torch.no_grad()
 def test_a_model_that_was_built_by_name_comes_back(keywords, resized, tmp_path):
     """timm lays what the caller gave over what the model notes of itself, and that may mean something else later."""
-    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    cfg = dict(pretrained_cfg_overlay=dict(input_size=(3, 16, 16)))
-    arguments = dict(source="vit_tiny_patch16_224", **{**size, **cfg, **keywords})
-    model = timm.create_model("vix_from_timm", **arguments).eval()
+    model = by_name(**keywords)
     if resized:
         model.set_input_size(resized)
     x = images(model)
@@ -417,7 +421,6 @@ def test_a_model_that_was_built_by_name_comes_back(keywords, resized, tmp_path):
     assert distance(again(x), model(x)) < 1e-6
     save_for_hf(again, tmp_path / "second", safe_serialization=True)
     assert distance(timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True).eval()(x), model(x)) < 1e-6
-    settle(again)
     write_hub(tmp_path / "settled", again, {}, ModelCard("---\nlicense: mit\n---\n"))
     assert "conversion" not in (tmp_path / "settled" / "config.json").read_text()
     settled = timm.create_model(f"local-dir:{tmp_path / 'settled'}", pretrained=True).eval()
@@ -444,14 +447,11 @@ def test_a_model_that_was_built_by_name_comes_back(keywords, resized, tmp_path):
 )
 @torch.no_grad()
 def test_who_loads_a_model_that_was_built_by_name_may_change_it(keywords, changed, tmp_path):
-    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    cfg = dict(pretrained_cfg_overlay=dict(input_size=(3, 16, 16)))
-    arguments = dict(source="vit_tiny_patch16_224", **{**size, **cfg, **keywords})
-    model = lively(timm.create_model("vix_from_timm", **arguments).eval())
+    model = lively(by_name(**keywords))
     x = images(model)
     save_for_hf(model, tmp_path / "first", safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True, **changed).eval()
-    expected = timm.create_model("vix_from_timm", **{**arguments, **changed}).eval()
+    expected = by_name(**{**keywords, **changed})
     expected.load_state_dict(model.state_dict())
     assert distance(loaded(x), expected(x)) < 1e-6 < distance(model(x), expected(x))
     save_for_hf(loaded, tmp_path / "second", safe_serialization=True)

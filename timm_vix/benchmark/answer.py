@@ -94,7 +94,7 @@ def mean_top1(runs: list[list[Record]]) -> dict[str, float]:
 
 
 def without_tag(model: str) -> str:
-    """ "NAME.TAG key=value" without the tag of its weights."""
+    """A model's name and keywords, without the tag of its weights."""
     name, _, keywords = model.partition(" ")
     return f"{name.partition('.')[0]} {keywords}".strip()
 

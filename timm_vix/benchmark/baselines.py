@@ -10,14 +10,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .._names import parse_model
-from ..conversion.replace import mixer_keywords
+from ..conversion.convert import NOTED
+from ..conversion.replace import all_keywords
 from ..measure.job import JOB
-from ..mixers import MIXERS
 
 # keywords that the softmax model of the same trunk is not given: of what a conversion does, and those of the mixers;
 # where that is timm's own ViT, what only ours have too
-CONVERSION = {"source", "source_kwargs", "mixer", "layers", "merge", "scale_logits", "norms"}
-NOT_TRUNK = {"stem_mixer", "train_only", *CONVERSION} | {name for mixer in MIXERS for name in mixer_keywords(mixer)}
+NOT_TRUNK = {"stem_mixer", "train_only"} | NOTED | all_keywords()
 OURS_ONLY = {"stem", "rope", "block", "mlp"}
 
 

@@ -13,7 +13,6 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from .._checks import InputError
-from ..mixers import MIXERS
 from ..mixers._attention_slot import AttentionSlot, logit_factor
 from .layers import Layers, layer_mixers
 from .merge_steps import Merge, Step, first_merge, merge_steps, num_merged
@@ -22,6 +21,7 @@ from .plan_file import Plan, load_plan
 from .replace import (
     ADDING_NOTHING,
     AttentionSite,
+    all_keywords,
     build_mixer,
     check_keywords,
     is_softmax,
@@ -35,9 +35,9 @@ from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
 from .sites import attention_sites, class_name, source_of
 
 NAME = "vix_from_timm"
-# what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
 # what may be given in words, and is found out
 FOUND_OUT = ("mixer", "layers", "merge", "scale_logits")
+# what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
 NOTED = {"source", "source_kwargs", *FOUND_OUT, "norms", "conversion"}
 
 
@@ -262,7 +262,7 @@ def note_conversion(
     # a model that was built from its class has no name, and timm can't save it either
     if cfg and cfg.get("architecture"):
         own = dict(getattr(model, "_model_args", {}))
-        names = NOTED | {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
+        names = NOTED | all_keywords()
         source_kwargs = {name: own.pop(name) for name in names & own.keys()}
         noted = {"source": cfg["architecture"], "mixer": mixer, "layers": layers}
         if isinstance(model.blocks, MergingBlocks):
@@ -293,8 +293,7 @@ def forget_conversion(model: nn.Module) -> None:
     source = source_of(model)
     if source is not None:
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": source}
-        keywords = {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
-        own = {name: value for name, value in model._model_args.items() if name not in NOTED | keywords}
+        own = {name: value for name, value in model._model_args.items() if name not in NOTED | all_keywords()}
         model._model_args = {**own, **model._model_args.get("source_kwargs", {})}
 
 
@@ -302,8 +301,8 @@ def settle(model: nn.Module) -> None:
     """Note of a model that was built by name what it is, without the words by which that was said."""
     arguments = getattr(model, "_model_args", {})
     if conversion := arguments.get("conversion"):
-        keywords = {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
-        own = {name: value for name, value in arguments.items() if name not in {*FOUND_OUT, "conversion"} | keywords}
+        words = {*FOUND_OUT, "conversion"} | all_keywords()
+        own = {name: value for name, value in arguments.items() if name not in words}
         model._model_args = {**own, **{name: value for name, value in conversion["found"].items() if value is not None}}
 
 

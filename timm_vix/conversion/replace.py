@@ -53,6 +53,11 @@ def mixer_keywords(mixer: str) -> list[str]:
     return MIXERS[mixer].keywords()
 
 
+def all_keywords() -> set[str]:
+    """The keywords of all mixers."""
+    return {name for mixer in MIXERS for name in mixer_keywords(mixer)}
+
+
 def check_keywords(mixer: str, keywords: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown mixer, or a keyword that it doesn't take."""
     allowed = mixer_keywords(mixer)

@@ -10,7 +10,7 @@ from torch import nn
 from .._checks import InputError
 from .._names import parse_model
 from ..benchmark.baselines import NOT_TRUNK, baseline_of
-from ..conversion.convert import NOTED, revert
+from ..conversion.convert import revert
 from ..conversion.merging import MergingBlocks
 from ..conversion.replace import is_plain_core
 from ..models.checkpoints import hosts_of
@@ -38,7 +38,7 @@ def softmax_beside(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
             revert(reverted)
             return reverted.eval(), True
         except InputError:  # a mixer of tokens, whose attention was not saved
-            trunk = {name: value for name, value in keywords.items() if name not in NOTED | NOT_TRUNK}
+            trunk = {name: value for name, value in keywords.items() if name not in NOT_TRUNK}
             softmax = timm.create_model(keywords["source"], **trunk, **(keywords.get("source_kwargs") or {})).eval()
     else:
         words = [f"{name}={value}".replace(" ", "") for name, value in keywords.items()]

@@ -66,9 +66,8 @@ def cannot_hold(to: str, dtype: str, operator: Optional[str], reason: str) -> In
     """The error for an operator that a format lacks in a dtype; without one, for whatever else went wrong."""
     formats = [name for name in SUFFIXES if name != to]
     dtypes = [name for name in ("float32", "bfloat16", "int8") if name != dtype]
-    what, mixer = ("could not be written", "another mixer")
-    if operator:
-        what, mixer = (f"cannot hold {operator}", "a mixer without this operator")
+    what = f"cannot hold {operator}" if operator else "could not be written"
+    mixer = "a mixer without this operator" if operator else "another mixer"
     return InputError(
         f"to={to} with dtype={dtype} {what}: {reason}. Try --to {' or '.join(formats)}, "
         f"--dtype {' or '.join(dtypes)}, or {mixer}"

@@ -252,19 +252,28 @@ def vix_from_timm(
             overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
             kwargs["pretrained_cfg_overlay"] = dict(source=None, custom_load=False) | given | overlay
         model = create(pretrained=pretrained, cache_dir=cache_dir, **kwargs)
-    # create_model lays what the caller gave over the model's own note, where "log", "all" or a file may mean something
-    # else when they are read again; a former ``conversion``, too, so it is written anew in place
-    conversion = {} if conversion is None else conversion
-    conversion.clear()
     if source_of(model) is not None:
-        conversion.update(given=words, found={name: model._model_args.get(name) for name in FOUND_OUT})
-        model._model_args = {**model._model_args, "conversion": conversion}
+        note_words(model, words, conversion)
     elif getattr(model, "pretrained_cfg", None):
         # softmax as it was: under the source's own name the keywords of this one would be unknown
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": NAME}
         own = dict(source=source, mixer=mixer, layers=layers)
         model._model_args = {**getattr(model, "_model_args", {}), **own}
+        if conversion is not None:
+            conversion.clear()
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
+
+
+def note_words(model: nn.Module, words: dict[str, Any], conversion: Optional[dict[str, Any]]) -> None:
+    """Note with which words a converted model was built, and what they were found to be.
+
+    ``timm.create_model`` lays what the caller gave over the model's own note, where "log", "all" or a file may mean
+    something else when they are read again; a former ``conversion``, too, so that one is written anew in place.
+    """
+    conversion = {} if conversion is None else conversion
+    conversion.clear()
+    conversion.update(given=words, found={name: model._model_args.get(name) for name in FOUND_OUT})
+    model._model_args = {**model._model_args, "conversion": conversion}
 
 
 def found_out(conversion: Any, words: dict[str, Any]) -> list[Any]:

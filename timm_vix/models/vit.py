@@ -21,6 +21,7 @@ from ..conversion.layers import Layers, layer_mixers
 from ..conversion.merge_steps import Merge, first_merge, merge_steps
 from ..conversion.merging import check_merging, set_merging
 from ..conversion.replace import (
+    all_keywords,
     check_keywords,
     layout_of,
     mixer_name,
@@ -210,7 +211,7 @@ def first_convolution(stem: str, parent: str = "patch_embed") -> Optional[str]:
 
 def take_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take the keywords of mixers, of any in ``MIXERS``, out of ``kwargs``."""
-    names = {name for mixer_class in MIXERS.values() for name in mixer_class.keywords()}
+    names = all_keywords()
     return {name: kwargs.pop(name) for name in names & kwargs.keys()}
 
 
