@@ -36,6 +36,7 @@ PACKAGES: list[tuple[str, set[str]]] = [
     ("models/*", MODELS),
     ("measure/*", TOOLS),
     ("train/*", TOOLS),
+    ("planning/*", TOOLS),
     ("benchmark/*", TOOLS),
     ("deploy/*", {*TOOLS, *EXPORTERS}),
     ("cli.py", TOOLS),

@@ -34,10 +34,10 @@ from timm_vix._checks import InputError
 from timm_vix._records import read_records
 from timm_vix.conversion.plan_file import Plan, circumstances, load_plan
 from timm_vix.mixers import MIXERS
-from timm_vix.train import latency
-from timm_vix.train.measurements import COLUMNS, Measurements
-from timm_vix.train.plan import plan_layers
-from timm_vix.train.sensitivity import Sensitivity, plan_to_json
+from timm_vix.planning import latency
+from timm_vix.planning.measurements import COLUMNS, Measurements
+from timm_vix.planning.plan import plan_layers
+from timm_vix.planning.sensitivity import Sensitivity, plan_to_json
 
 RESULTS = Path(__file__).parents[1] / "examples" / "results"
 NAME, SIDE = "deit_tiny_patch16_224", 96
@@ -241,6 +241,9 @@ def test_a_search_that_has_no_time_says_so(
     ):
         plan_layers(**given, budget_gflops=1.01 * least)
     assert not (tmp_path / "plan.json").exists()
+    # what a stopped search needs is measured, and nothing else
+    rows, _ = read_records(tmp_path / "plan.csv", COLUMNS)
+    assert {row["what"] for row in rows if row["agreement"] is not None} == {"{}"}
     assert plan_layers(**given, keep=0.5)["layers"] == {}
     assert "the search ends after minutes=1e-09" in capsys.readouterr().out
     plan = plan_layers(**{**given, "minutes": 15.0}, budget_gflops=1.01 * least)  # the same table
@@ -449,7 +452,7 @@ def test_a_layer_alone_is_measured_as_in_a_whole_pass(name: str, options: dict, 
     mixer = {"mixer": "nystrom", "num_landmarks": 4}
     plans = [(layer, Plan({layer: mixer})) for layer in (0, 1, 3)]
     alone = Sensitivity(model, batches, Measurements(tmp_path / "alone.csv"), "run")
-    alone.measure_single_layers(plans)
+    alone.measure_single_layers(plans, lambda: True)
     whole = Sensitivity(model, batches, Measurements(tmp_path / "whole.csv"), "run")
     for _, plan in plans:
         assert alone.measure(plan) == whole.measure(plan)
@@ -634,7 +637,7 @@ def test_what_stops_a_measurement_leaves_the_model_as_it_was(tmp_path: Path, mon
     monkeypatch.setattr(sensitivity, "predict", interrupted)
     mixer = {"mixer": "linformer", "num_proj_tokens": 4}
     with pytest.raises(KeyboardInterrupt):
-        sensitivity.measure_single_layers([(layer, Plan({layer: mixer})) for layer in range(3)])
+        sensitivity.measure_single_layers([(layer, Plan({layer: mixer})) for layer in range(3)], lambda: True)
     assert list(model.blocks) == blocks
     assert {type(block.attn).__name__ for block in blocks} == {"Attention"}
     assert len((tmp_path / "plan.csv").read_text().splitlines()) == 2
@@ -715,13 +718,26 @@ def test_wrong_calls_are_one_line(
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_a_model_without_classes_has_nothing_to_agree_on(photos: Path, weights: Path, tmp_path: Path) -> None:
+def test_without_classes_the_output_tokens_are_compared(
+    clock, photos: Path, weights: Path, images: torch.Tensor, tmp_path: Path, capsys
+) -> None:
     given = arguments(photos, weights, tmp_path / "plan.json", keep=0.9)
     state = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("head")}
     save_file(state, tmp_path / "headless.safetensors")
     given |= dict(weights=str(tmp_path / "headless.safetensors"), source_kwargs=dict(depth=3, num_classes=0))
-    with pytest.raises(ValueError, match="has no classifier"):
-        plan_layers(**given)
+    plan = plan_layers(**given)
+    assert plan["keep_of"] == "cosine" and plan["layers"] and plan["speedup"] > 1
+    original = build(weights)
+    converted = copy.deepcopy(original)
+    timm_vix.convert(converted, layers={int(layer): entry for layer, entry in plan["layers"].items()})
+    with torch.no_grad():
+        before, after = original.forward_features(images).double(), converted.forward_features(images).double()
+    cosine = (before * after).sum(2) / before.norm(dim=2) / after.norm(dim=2)
+    assert 0.9 <= plan["agreement"] == plan["kept"] == pytest.approx(float(cosine.mean()), abs=1e-5)
+    assert plan["distance"] == pytest.approx(float((after - before).norm() / before.norm()), abs=1e-4)
+    assert (tmp_path / "plan.png").stat().st_size > 0
+    with pytest.raises(InputError, match="labels: source=deit_tiny_patch16_224 has no classifier"):
+        plan_layers(**given, labels=True)
 
 
 def test_a_table_of_another_program_is_left_alone(photos: Path, weights: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command ``timm-vix``: what timm's own scripts leave out.
+"""The command ``timm-vix``: it lists, measures, compares, converts, exports, uploads and serves models.
 
 A subcommand is a module with a docstring, ``add_arguments(parser)`` and ``main(arguments)``, which is imported when it
 is the one that runs.
@@ -20,7 +20,7 @@ COMMANDS = dict(
     cost=("benchmark.cost", "latency, memory and FLOPs of any timm models, beside softmax"),
     advise=("benchmark.advise", "which mechanism is fastest here, and from how many tokens"),
     compare=("benchmark.compare", "train several models by one recipe: accuracy beside cost"),
-    plan=("train.plan", "which layers of a trained ViT to convert, and to what, for a wanted agreement or cost"),
+    plan=("planning.plan", "which layers of a trained ViT to convert, and to what, for a wanted agreement or cost"),
     transfer=("train.transfer", "convert a trained ViT and fit it to what it was, without labels"),
     export=("deploy.export", "write a model as ONNX, OpenVINO or torch file, also in int8, and check what it computes"),
     push=("deploy.push", "check the folder of a run, and upload it to the Hugging Face Hub"),
@@ -41,7 +41,7 @@ def matching_names(pattern: str) -> list[str]:
 
 
 def script_file(path: str) -> str:
-    """A path that can be run."""
+    """The path of a script, for ``argparse``; an error if there is no such file."""
     if not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f"{path!r} is no file; expected a Python script such as timm's validate.py")
     return path

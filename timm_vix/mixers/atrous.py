@@ -166,7 +166,7 @@ class AtrousAttention(AttentionMechanism):
     supports_dropout = False
     needs_tokens = True
     needs_self_attention = True
-    candidates = ({},)
+    candidates = ({}, {"dilations": [1], "window_size": 14})  # the second is exact attention in windows
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""Training: images, fine-tuning, attention transfer and plans."""
+"""Fine-tuning and attention transfer, with the images that they need."""

@@ -1,4 +1,4 @@
-"""Figures of training runs and plans as PNG files.
+"""Figures of training runs as PNG files.
 
 Colours are those of Okabe & Ito, which colour-blind readers tell apart; markers or hatches differ as well, so a
 black-and-white print can be read too.
@@ -83,30 +83,4 @@ def layer_errors(errors: list[list[float]], layers: list[int], title: str) -> An
     axes.set(xlabel="layer", ylabel="relative squared error of the block", yscale=scale, title=title, xticks=layers)
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
-    return figure
-
-
-KEPT = {"predictions": "predictions that stay the same (%)", "top-1": "of softmax's top-1 (%)"}
-
-
-def agreement_over_time(plan: dict[str, Any]) -> Any:
-    """What is kept over the speed, of all models that a plan (``timm-vix plan``) measured whole."""
-    figure, axes = canvas()
-    for marker, colour, size, label, chosen in (
-        ("o", BLUE, 6, "measured", False),
-        ("*", VERMILION, 16, "chosen", True),
-    ):
-        rows = [row for row in plan["curve"] if row["chosen"] == chosen]
-        speeds, kept = [row["speedup"] for row in rows], [100 * row["kept"] for row in rows]
-        axes.plot(speeds, kept, marker, color=colour, markersize=size, label=label)
-    held_out = 100 * plan["held_out_kept"]
-    axes.plot(plan["speedup"], held_out, "D", color=ORANGE, markersize=8, label="chosen, on other images")
-    if plan["keep"]:
-        axes.axhline(100 * plan["keep"], color=BLACK, linestyle="--", linewidth=1, label="wanted")
-    if plan["speedup_wanted"]:
-        axes.axvline(plan["speedup_wanted"], color=BLACK, linestyle="--", linewidth=1, label="wanted")
-    axes.set(xlabel="times as fast as softmax", ylabel=KEPT[plan["keep_of"]])
-    axes.set_title(f"{plan['source']}, {plan['img_size']} px, batch {plan['latency_batch']}, {plan['dtype']}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
     return figure

@@ -1,10 +1,11 @@
 """The search for a plan: which layers to convert and which tokens to merge, one step after another.
 
-From softmax, and from as much merging in all layers alike as the target allows, a search takes steps: another mixer in
-a layer, more merging in a layer, a little more merging in all layers. Each time it takes the step that saves most for
-the squared distance that it adds. Squared distances of single layers add up, roughly: so those of single conversions
-choose a few steps, and these are measured again in place, since conversions interact. After each step the whole model
-is measured, its agreement on all images that choose and its time beside softmax.
+The search is greedy. It starts from the softmax model, and again from the model that merges equally many tokens in all
+layers, as many as the target allows. A step is another mixer in one layer, more merging in one layer, or a little more
+merging in all layers. The search takes the step with the largest ratio of saved cost to added squared distance. The
+squared distances of single layers roughly add up, so they select a short list of steps. The steps of this list are
+measured in the present plan, since conversions interact. After each step the whole model is measured: its agreement on
+all images that choose, and its time, in turn with softmax.
 """
 
 import json
@@ -22,15 +23,16 @@ from .latency import Costs, Latency, Mixer, follows_merging
 from .sensitivity import Sensitivity, plan_from_json, plan_to_json
 from .target import Target, Tried
 
-# a candidate that makes a block less than so much cheaper isn't tried
+# a candidate must save at least this share of a block's cost
 LEAST_SAVING = 0.02
-# candidates that are tried in each layer; steps that are measured again in place; steps that may fail in a row
+# number of candidates for each layer, of steps on the short list, and of failed steps in a row that end a descent
 MOST_CANDIDATES, SHORT_LIST, PATIENCE = 5, 4, 5
-# of the patches: what one step merges in one layer, and in each of all layers; what must be left. The first merging of
-# a layer has a cost of its own, so that few tokens in one layer may not pay where many do.
+# Shares of the patches: merged by a step in one layer; merged in each layer by a step in all layers; left at the end,
+# below which no further step merges. The first merging in a layer has a fixed cost, so merging few tokens there may not
+# save time where merging many does.
 MERGED_IN_ONE, MERGED_IN_EACH, LEAST_LEFT = (0.05, 0.15, 0.4), 0.01, 0.1
-LONGER = 4  # times as long as usual the best plans are timed
-NOTHING = 1e-12  # a squared distance by which a ratio may be divided
+LONGER = 4  # the best plans are timed this many times as long as others
+NOTHING = 1e-12  # the least squared distance in the denominator of a ratio
 
 
 class Search:
@@ -59,10 +61,11 @@ class Search:
         merging: bool,
         target: Target,
         minutes: float,
+        start: float,
     ) -> None:
         self.few, self.chosen, self.latency, self.costs = few, chosen, latency, costs
-        self.target, self.minutes, self.end = target, minutes, time.monotonic() + 60 * minutes
-        self.stopped = False  # by the time
+        self.target, self.minutes, self.end = target, minutes, start + 60 * minutes
+        self.stopped = False  # whether the time is over
         self.depth, self.patches = costs.depth, costs.patches
         self.in_one = sorted({max(1, round(share * self.patches)) for share in MERGED_IN_ONE}) if merging else []
         self.in_each = max(1, round(MERGED_IN_EACH * self.patches)) if merging else 0
@@ -126,7 +129,7 @@ class Search:
         return self.curve[what]
 
     def squared_distance(self, plan: Plan) -> float:
-        """On few images."""
+        """The squared distance of a plan on the few images; 0 for softmax without merging."""
         return self.few.measure(plan).distance ** 2 if plan or plan.merge else 0.0
 
     # ------------------------------------------------------------------ candidates
@@ -144,7 +147,11 @@ class Search:
         if len(mixers) <= MOST_CANDIDATES:
             return mixers
         found: list[dict[str, Any]] = []
-        rest = [(self.squared_distance(Plan(dict.fromkeys(range(self.depth), mixer))), mixer) for mixer in mixers]
+        rest: list[tuple[float, dict[str, Any]]] = []
+        for mixer in mixers:
+            if not self.has_time():
+                return mixers[:MOST_CANDIDATES]
+            rest.append((self.squared_distance(Plan(dict.fromkeys(range(self.depth), mixer))), mixer))
         while len(found) < MOST_CANDIDATES:
             front = pareto([-self.saving(mixer) for _, mixer in rest], [-distance for distance, _ in rest])
             count = min(len(front), MOST_CANDIDATES - len(found))
@@ -154,21 +161,23 @@ class Search:
         return found
 
     def measure_alone(self) -> dict[str, float]:
-        """The squared distance of each candidate, and of a step of merging, in each layer alone."""
+        """The squared distance of each candidate, and of a step of merging, in each layer alone, as time allows."""
         plans = [(layer, Plan({layer: mixer})) for layer in range(self.depth) for mixer in self.mixers]
         if self.in_one:  # in whole passes, since blocks that merge are called together
             plans += [
                 (0, with_merging(Plan(), self.depth, layer, r)) for layer in range(self.depth) for r in self.in_one
             ]
-        self.few.measure_single_layers(plans)
-        return {plan_to_json(plan): self.squared_distance(plan) for _, plan in plans}
+        self.few.measure_single_layers(plans, self.has_time)
+        names = [plan_to_json(plan) for _, plan in plans]
+        return {name: self.few.known[name].distance ** 2 for name in names if name in self.few.known}
 
     def estimate(self, plan: Plan) -> float:
         """The squared distance of a plan, as the sum of those of its parts."""
         total = sum(self.alone.get(plan_to_json(Plan({layer: mixer})), 0.0) for layer, mixer in plan.items())
         for layer, r in enumerate(merges_of(plan, self.depth)):
             if r:
-                alone = [self.alone[plan_to_json(with_merging(Plan(), self.depth, layer, one))] for one in self.in_one]
+                steps = [with_merging(Plan(), self.depth, layer, one) for one in self.in_one]
+                alone = [self.alone.get(plan_to_json(step), 0.0) for step in steps]
                 total += float(np.interp(r, [0, *self.in_one], [0.0, *alone]))
         return total
 

@@ -7,8 +7,8 @@ from typing import Any, Optional, Union
 
 from .._checks import InputError, check_choice
 from ..mixers import MIXERS
-from .settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, one_of, setting
-from .teacher import check_teacher
+from ..train.settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, one_of, setting
+from ..train.teacher import check_teacher
 
 # besides mixers, what a plan may choose
 MERGE = "merge"
@@ -23,7 +23,7 @@ FROM_2 = Range("2 or more, since one half chooses and the other reports", lambda
 class PlanSettings(Settings):
     """The keywords of ``plan_layers``."""
 
-    source: str = setting(MISSING, "timm model, a VisionTransformer or Eva with a classifier")
+    source: str = setting(MISSING, "timm model, a VisionTransformer or Eva")
     data_dir: str = setting(MISSING, "folder of images of any depth")
     mixer: Optional[Union[list, tuple, dict]] = setting(  # noqa: RUF009  (a field, not a shared default)
         None,
@@ -33,8 +33,8 @@ class PlanSettings(Settings):
     )
     keep: Optional[float] = setting(
         None,
-        "the fastest model whose predictions stay the same on this share of the images; None: 0.99, unless there is a "
-        "speedup or a budget",
+        "the fastest model whose predictions stay the same on this share of the images, or without a classifier, whose "
+        "output tokens have this mean cosine to those of the source; None: 0.99, unless there is a speedup or a budget",
         ABOVE_0_TO_1,
     )
     labels: bool = setting(
@@ -64,7 +64,7 @@ class PlanSettings(Settings):
     batch_size: int = setting(25, "images a forward pass, where agreement is measured", ABOVE_0)
     latency_batch: int = setting(1, "images a forward pass, where time is measured", ABOVE_0)
     dtype: str = setting("float32", "of weights and images", one_of("float32", "bfloat16"))
-    minutes: float = setting(15.0, "after which the search ends with what it has found", ABOVE_0)
+    minutes: float = setting(15.0, "after which no further plan is measured, and the best so far is taken", ABOVE_0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0)
     out: str = setting("plan.json", "the plan, .json; figure and table have the same name with .png and .csv")

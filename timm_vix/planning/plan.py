@@ -1,18 +1,19 @@
-"""Make a trained ViT faster here: which layers to convert, to what, and which tokens to merge. Labels may be given.
+"""Plan the conversion of a trained ViT for this machine: which layers get which mixer, and where tokens merge.
 
-    1. a block is timed on this machine with every candidate, in turn with softmax (``latency.py``);
-    2. of the candidates that are faster, those that change the output least are tried in each layer alone, as is some
-       merging of tokens (``sensitivity.py``);
-    3. step by step conversions are added, and whole models measured: what they keep and how fast they are
+    1. A block is timed on this machine with every candidate, in turn with softmax (``latency.py``).
+    2. Of the faster candidates, those that change the output least are tried in each layer alone, as is token merging
+       (``sensitivity.py``).
+    3. Conversions are added step by step, and whole models are measured: what they keep and how fast they are
        (``search.py``).
 
-One half of the images chooses. What the chosen plan keeps on the other half is what to expect on images of this kind:
-it was the best of many on the first. Every measurement is a row of a table, so a stopped run is continued by the same
-command.
+Labels are optional. One half of the images chooses the plan. On that half it is the best of many plans, so expect on
+new images what it keeps on the other half. Every measurement is a row of a table, so the same command continues a
+stopped run.
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,26 +28,28 @@ from .._records import check_writable
 from ..conversion.delta import fingerprint, mechanisms_of
 from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
 from ..conversion.sites import attention_sites
-from .images import Images, normaliser, transforms
+from ..train.images import Images, normaliser, transforms
+from ..train.listing import find_unlabelled, labelled_folder, spread
+from ..train.plots import write_figure
+from ..train.settings import add_settings, documented, given_settings
+from ..train.teacher import build_teacher
+from .figure import agreement_over_time
 from .latency import Latency
-from .listing import find_unlabelled, labelled_folder, spread
 from .measurements import Measurements
 from .plan_settings import MERGE, PlanSettings
-from .plots import agreement_over_time, write_figure
 from .search import Search
 from .sensitivity import Sensitivity, plan_to_json
-from .settings import add_settings, documented, given_settings
 from .target import Target
-from .teacher import build_teacher
 
 FEW = 20  # images, of those that choose, on which single steps are measured
 
 
 @documented(PlanSettings)
 def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
-    """Choose what to convert and merge; leave ``out``, a figure and the table of all measurements beside it.
+    """Choose which layers of a trained ViT to convert, to which mixers, and where tokens merge.
 
-    A stopped run is continued by the same call: nothing that is in the table is measured again.
+    It writes the plan to ``out``, and beside it a figure and a table of all measurements. The same call continues a
+    stopped run: it doesn't repeat the measurements in the table.
 
     Args:
         {settings}
@@ -65,6 +68,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         >>> plan = plan_layers("deit_tiny_patch16_224", "photos", keep=0.99, pretrained=True, out="plan.json")
         >>> timm_vix.convert(model, layers="plan.json")
     """
+    start = time.monotonic()
     run = PlanSettings(*arguments, **keywords)
     path = Path(run.out)
     check_writable(path)
@@ -105,9 +109,18 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         merging,
         target,
         run.minutes,
+        start,
     )
-    plan = search.choose()
-    result = dict(
+    result = content_of(run, search, search.choose(), held_out)
+    write_whole(path, f"{json.dumps(result, indent=1)}\n".encode())
+    write_figure(path.with_suffix(".png"), agreement_over_time, result)
+    return result
+
+
+def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitivity) -> dict[str, Any]:
+    """The content of a plan's file, with what the plan keeps on the images that are held out."""
+    model = held_out.model
+    return dict(
         format=FORMAT,
         source=run.source,
         architecture=architecture(model),
@@ -117,39 +130,37 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         latency_batch=run.latency_batch,
         keep=run.keep,
-        keep_of="top-1" if run.labels else "predictions",
+        keep_of="top-1" if run.labels else "predictions" if model.num_classes else "cosine",
         speedup_wanted=run.speedup,
         budget_gflops=run.budget_gflops,
-        images=len(pixels[::2]),
-        held_out_images=len(pixels[1::2]),
+        images=search.chosen.num_images,
+        held_out_images=held_out.num_images,
         **search.curve[plan_to_json(plan)]._asdict(),
         held_out_agreement=held_out.measure(plan).agreement,
         held_out_distance=held_out.measure(plan).distance,
         held_out_kept=held_out.measure(plan).kept,
-        softmax_gflops=round(costs.whole.gflops, 9),
-        softmax_milliseconds=costs.whole.milliseconds,
+        softmax_gflops=round(search.costs.whole.gflops, 9),
+        softmax_milliseconds=search.costs.whole.milliseconds,
         layers={str(layer): plan[layer] for layer in sorted(plan)},
         merge=plan.merge,
         curve=rows_of(search, plan),
         device=run.device,
         **versions(),
     )
-    write_whole(path, f"{json.dumps(result, indent=1)}\n".encode())
-    write_figure(path.with_suffix(".png"), agreement_over_time, result)
-    return result
 
 
 def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
     """The source, frozen, and timm's data configuration for it.
 
     Raises:
-        ValueError: for a model whose attention is not softmax, or can't be converted, or that has no classifier.
+        ValueError: for a model whose attention is not softmax, or can't be converted, and for labels without a
+            classifier.
     """
     model, config = build_teacher(run)
     if any(name != "softmax" for name, _ in mechanisms_of(model).values()):
         raise InputError(f"source={run.source} has mixers already; a plan starts from a softmax model")
-    if not model.num_classes:
-        raise InputError(f"source={run.source} has no classifier, so there are no predictions that could agree")
+    if run.labels and not model.num_classes:
+        raise InputError(f"labels: source={run.source} has no classifier whose top-1 could be kept; leave them out")
     attention_sites(model)
     return model.to(getattr(torch, run.dtype)), config
 
@@ -233,11 +244,12 @@ def main(arguments: argparse.Namespace) -> None:
     result = plan_layers(**given)
     print(f"\n{table_of(result)}\n")
     agreement = [f"{result[name]:.4f}" for name in ("agreement", "held_out_agreement")]
+    compared = "mean cosine of the output tokens" if result["keep_of"] == "cosine" else "agreement"
     if given.get("labels"):
         agreement[0] += f" and {100 * result['kept']:.1f} % of softmax's top-1"
         agreement[1] += f" and {100 * result['held_out_kept']:.1f} %"
     print(
         f"{given.get('out', PlanSettings.out)}: {result['speedup']:.2f} times as fast as softmax; "
-        f"agreement {agreement[0]} on the {result['images']} images that chose it, "
+        f"{compared} {agreement[0]} on the {result['images']} images that chose it, "
         f"{agreement[1]} on {result['held_out_images']} others"
     )

@@ -5,16 +5,19 @@
     GFLOPs    = floating-point operations of one image, counted in a real forward pass
     kept      = top-1 / top-1 before, where there are labels; else the agreement
 
+Without a classifier the output tokens (images, N, C) are Z, and the agreement is their mean cosine.
+
 Each plan is measured once. The conversion of a single layer starts from stored outputs of the blocks below it, which it
 doesn't change.
 """
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -118,14 +121,21 @@ class Sensitivity:
         self.model, self.batches, self.table, self.run, self.labels = model, batches, table, run, labels
         found = table.of_run(run, *Measurement._fields)
         self.known = {what: Measurement(**figures) for what, figures in found.items()}
-        self.original: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.original: list[tuple[torch.Tensor, Optional[torch.Tensor]]] = []
+        self.num_images = sum(len(images) for images in batches)
 
-    def measure_single_layers(self, plans: list[tuple[int, Plan]]) -> None:
-        """Measure plans that change nothing below the layer beside them, from the lowest layer to the highest."""
+    def measure_single_layers(self, plans: list[tuple[int, Plan]], has_time: Callable[[], bool]) -> None:
+        """Measure plans that change nothing below the layer beside them, from the lowest layer to the highest.
+
+        Args:
+            has_time: asked before each of them; those that remain when it says no aren't measured.
+        """
         missing = [(first, plan) for first, plan in plans if plan_to_json(plan) not in self.known]
         tokens: list[torch.Tensor] = []
         layer = 0
         for first, plan in tqdm(sorted(missing, key=lambda pair: pair[0]), "layers", leave=False, disable=None):
+            if not has_time():
+                return
             while layer < first:
                 tokens = self.run_block(layer, tokens)
                 layer += 1
@@ -144,42 +154,49 @@ class Sensitivity:
             return self.known[what]
         if not self.original:
             self.original = [self.predict(images) for images in self.batches]
-        squared_error, squared_norm, stored, predicted = 0.0, 0.0, StoredTokens(), []
+        squared_error, squared_norm, stored = 0.0, 0.0, StoredTokens()
+        predicted: list[torch.Tensor] = []
+        agreed: list[torch.Tensor] = []  # of each image, from 0 to 1
+        unchanged = not (plan or plan.merge)
         with temporarily_converted(self.model, plan):
             gflops = count_gflops(self.model, self.batches[0][:1])
             with replace_blocks(self.model, list(range(layer)), stored):
-                for i, (images, (features, _)) in enumerate(zip(self.batches, self.original)):
+                for i, (images, (features, classes)) in enumerate(zip(self.batches, self.original)):
                     if tokens:
                         stored.tokens = tokens[i]
-                    new_features, new_classes = self.predict(images)
-                    predicted.append(new_classes)
+                    new_features, new_classes = (features, classes) if unchanged else self.predict(images)
+                    if classes is None or new_classes is None:
+                        agreed.append(F.cosine_similarity(new_features, features, dim=2).double().mean(1))
+                    else:
+                        agreed.append((new_classes == classes).double())
+                        predicted.append(new_classes)
                     squared_error += float((new_features - features).square().sum())
                     squared_norm += float(features.square().sum())
-        agreement, kept = self.compare(torch.cat(predicted))
+        agreement = float(torch.cat(agreed).mean())
+        kept = agreement if self.labels is None else self.top1_kept(torch.cat(predicted), self.labels)
         distance = (squared_error / squared_norm) ** 0.5
         measured = Measurement(round(agreement, 6), round(distance, 6), round(gflops, 9), round(kept, 6))
         self.table.add(self.run, what, **measured._asdict())
         self.known[what] = measured
         return measured
 
-    def compare(self, predicted: torch.Tensor) -> tuple[float, float]:
-        """The agreement of predicted classes (images,) with the original's, and what is kept."""
-        original = torch.cat([classes for _, classes in self.original])
-        agreement = float((predicted == original).double().mean())
-        if self.labels is None:
-            return agreement, agreement
-        labels = self.labels.to(original.device)
+    def top1_kept(self, predicted: torch.Tensor, labels: torch.Tensor) -> float:
+        """The top-1 of predicted classes (images,) as a share of the original's."""
+        original = torch.cat([classes for _, classes in self.original if classes is not None])
+        labels = labels.to(original.device)
         right = int((original == labels).sum())
         if right == 0:
             raise InputError(
                 f"labels: the source is right on none of {len(labels)} images, which are {self.part}; expected classes "
                 "as it numbers them, and images of many classes in each half"
             )
-        return agreement, int((predicted == labels).sum()) / right
+        return int((predicted == labels).sum()) / right
 
-    def predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input of the classifier, (B, C), and the most likely class, (B,)."""
+    def predict(self, images: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Input of the classifier, (B, C), and the most likely class, (B,); or tokens (B, N, C) and no class."""
         tokens = self.model.forward_features(images)
+        if not self.model.num_classes:
+            return tokens.float(), None
         return self.model.forward_head(tokens, pre_logits=True).float(), self.model.forward_head(tokens).argmax(-1)
 
     @torch.inference_mode()

@@ -33,11 +33,11 @@ from .measurements import Measurements
 from .sensitivity import count_gflops, plan_to_json, temporarily_converted
 
 Mixer = Optional[dict[str, Any]]  # "mixer" and its keywords; None: softmax
-# of the patches, from the whole grid down
+# shares of the patches that are left, at which blocks are timed
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
-# of the patches, that a block merges whose time is measured
+# share of the patches that a block merges when the cost of merging is timed
 MERGED = 0.04
-# times as long as whole models the blocks are timed, all in turn
+# blocks are timed this many times as long as whole models, all blocks in turn
 BLOCKS = 8
 
 
@@ -125,11 +125,12 @@ class Latency:
         found = self.table.of_run(self.run, *Cost._fields)
         costs = {what: Cost(**figures) for what, figures in found.items()}
         if any(work.to_json() not in costs for work in wanted):
-            # all of them again, since the machine was another one an hour ago; what is missing is written last, so that
-            # a table of two hours, left by a kill, still lacks something
+            # All blocks are timed again, since the speed of a machine changes with its load. Rows that were missing are
+            # written last, so that a table that a kill left incomplete still lacks one, and all are timed again.
             wanted.sort(key=lambda work: work.to_json() not in costs)
             costs = {work.to_json(): cost for work, cost in zip(wanted, self.measure_blocks(wanted))}
-            self.known.pop(plan_to_json(Plan()), None)  # nor is the whole model's, to which these are added
+            # the whole model too, to whose time those of the blocks are added
+            self.known.pop(plan_to_json(Plan()), None)
             self.time_model(Plan())
             for what, cost in costs.items():
                 self.table.add(self.run, what, **cost._asdict())

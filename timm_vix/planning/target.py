@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
     @property
     def cost(self) -> str:
-        """What is to be saved."""
+        """The cost that the search reduces, "milliseconds" or "gflops"."""
         return "milliseconds" if self.gflops is None else "gflops"
 
     def allows(self, tried: Tried) -> bool:
