@@ -356,6 +356,24 @@ def test_positions_of_a_group_are_the_mean_direction():
             torch.testing.assert_close(table[0, head, group], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positions_of_a_large_group_in_half_precision(dtype):
+    angles = 0.3 * torch.rand(1000, 4)
+    table = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
+    groups = Groups(torch.zeros(1, 1000, dtype=torch.int64), torch.tensor([[1000.0]]))
+    sine, cosine = table.double().sum(0).chunk(2)
+    expected = torch.cat([sine, cosine]) / torch.cat([torch.hypot(sine, cosine)] * 2)
+    assert (merge_table(table, groups)[0, 0, 0].double() - expected).abs().max() < torch.finfo(dtype).eps
+
+
+def test_a_group_without_a_direction_has_a_gradient():
+    table = torch.tensor([[0.0, 1.0], [0.0, -1.0]], requires_grad=True)
+    merged = merge_table(table, Groups(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[2.0]])))
+    assert merged.tolist() == [[[[0.0, 0.0]]]]
+    (gradient,) = torch.autograd.grad(merged.sum(), table)
+    assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("kind", ["class", "eva", "rope_mixed"])
 @pytest.mark.parametrize("merge", [MERGE, 4, 0.4, {"threshold": 0.5}], ids=str)
 def test_saved_reloaded_and_reverted(kind, merge, tmp_path):
@@ -453,6 +471,55 @@ def test_merging_stays_until_it_is_taken_away():
     assert "merge" not in getattr(model, "_model_args", {})
 
 
+@pytest.mark.parametrize("kind", ["class", "eva"])
+def test_merging_alone_is_that_of_softmax(kind, tmp_path):
+    model, named, x = host(kind), merging(kind), images()
+    timm_vix.convert(model, merge=MERGE)
+    assert torch.equal(model(x), named(x))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
+
+
+def test_merging_alone_leaves_the_mixers_as_they_are(tmp_path):
+    model, x = host(), images()
+    timm_vix.convert(model, "linformer", [0, 1], num_proj_tokens=4)
+    lively(model)
+    before, learned = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    for keywords in (dict(merge=[0, 3, 5, 2]), dict(scale_logits=9)):
+        timm_vix.convert(model, **keywords)
+        assert all(torch.equal(value, learned[name]) for name, value in model.state_dict().items())
+    assert distance(model(x), before) > 1e-4
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
+    timm_vix.convert(model, merge=0, scale_logits=0)
+    assert torch.equal(model(x), before)
+
+
+def test_a_model_by_name_may_only_merge(tmp_path):
+    source = dict(source=HOSTS["class"][0], img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    model, x = timm.create_model("vix_from_timm", merge=0.4, **source).eval(), images()
+    assert model.blocks.steps == merge_steps(0.4, 4)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded(x), model(x)) and loaded.blocks.steps == model.blocks.steps
+
+
+def test_what_is_set_on_a_block_of_a_pass_is_set_on_the_block():
+    model = merging()
+    for block in model.blocks:
+        block.attn, block.note = torch.nn.Identity(), "set"
+    assert all(type(b.attn) is torch.nn.Identity and b.note == "set" for b in model.blocks.children())
+    for block in model.blocks:
+        del block.note
+    assert not any(hasattr(block, "note") for block in model.blocks)
+
+
+def test_a_block_of_a_pass_can_be_copied():
+    model, tokens = merging(), torch.randn(2, 36, 32)
+    first = next(iter(model.blocks))
+    assert torch.equal(copy.deepcopy(first)(tokens), model.blocks[0](tokens))
+
+
 def test_the_table_tells_what_merges():
     model = host()
     conversion = timm_vix.convert(model, "nystrom", {0: "nystrom"}, merge=[0, 3, 40, 40], num_landmarks=35)
@@ -522,6 +589,19 @@ def test_the_first_blocks_merge_as_they_did():
         timm_vix.convert(pruned, "performer")  # takes over how the model merges
         timm_vix.convert(pruned, "softmax")
         assert distance(pruned.forward_intermediates(x, indices=[1], intermediates_only=True)[0], features) < 1e-5
+
+
+@pytest.mark.parametrize("merge", [MERGE, 0.4, 2], ids=str)
+def test_a_pruned_model_that_was_created_with_merging_is_converted(merge):
+    size = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    model, x = timm.create_model("vix_softmax_cifar", merge=merge, **size).eval(), images()
+    model.prune_intermediate_layers([1])
+    features = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+    timm_vix.convert(model, "performer")
+    timm_vix.convert(model, "softmax")
+    assert torch.equal(model.forward_intermediates(x, indices=[1], intermediates_only=True)[0], features)
+    with pytest.raises(InputError, match="merge=0: the model was created with merge="):
+        timm_vix.convert(model, merge=0)
 
 
 def test_threshold_merges_what_is_alike():

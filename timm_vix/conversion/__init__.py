@@ -1,1 +1,1 @@
-"""Another attention for a trained model, and training only a part of one."""
+"""Conversion of trained models: other attention mechanisms, token merging, batch norms, training of a part only."""

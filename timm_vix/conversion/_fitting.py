@@ -26,7 +26,7 @@ class LayerFit(NamedTuple):
 def fit_in_one_pass(model: nn.Module, fits: list[LayerFit], images: torch.Tensor) -> None:
     """Pass images through a model once, in eval mode; each layer's input is what the replacements before it give.
 
-    Fitted to the inputs of the trained model instead, replacements keep far less of its function together.
+    Replacements that are each fitted to a layer's input in the original model lose far more accuracy together.
 
     Raises:
         ValueError: for images that aren't finite, or are none.

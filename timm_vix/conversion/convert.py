@@ -35,10 +35,10 @@ from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
 from .sites import attention_sites, class_name, source_of
 
 NAME = "vix_from_timm"
-# what may be given in words, and is found out
-FOUND_OUT = ("mixer", "layers", "merge", "scale_logits")
-# what a conversion notes among the arguments of a model; the source's own arguments of these names are in source_kwargs
-NOTED = {"source", "source_kwargs", *FOUND_OUT, "norms", "conversion"}
+# arguments with short forms, such as "all", "log" or a file: the resolved values are recorded as well
+RESOLVED = ("mixer", "layers", "merge", "scale_logits")
+# what a conversion records in ``_model_args``; arguments of the source with one of these names are in source_kwargs
+RECORDED = {"source", "source_kwargs", *RESOLVED, "norms", "conversion"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Conversion:
 
 def convert(
     model: nn.Module,
-    mixer: str = "nystrom",
+    mixer: Optional[str] = None,
     layers: Layers = "all",
     merge: Optional[Merge] = None,
     scale_logits: Optional[ScaleLogits] = None,
@@ -105,22 +105,22 @@ def convert(
     Args:
         model: timm ``VisionTransformer``, ``Eva`` (EVA-02, DINOv3, rope-vit, Perception Encoder) or ``NaFlexVit``, with
             mixers that take padded sequences; padding changes nothing. Landmarks are pooled in the sequence's order.
-        mixer: a name in ``MIXERS``; "softmax" gives a converted layer its own attention back.
+        mixer: a name in ``MIXERS``; "softmax" gives a converted layer its own attention back. None: "nystrom", or with
+            only ``merge`` or ``scale_logits`` the attention that each layer has. A layer that is given a mixer gets a
+            new one, without what an earlier one has learned.
         layers: "all"; "first-n" or "last-n"; "every-n": each n-th, from the n-th on, so that the first stay; indices
             from 0; a mapping from index to a mixer, or to a dict with "mixer" and keywords; or a plan of ``timm-vix
             plan``, its file or what ``load_plan`` makes of it. Other layers stay as they are, converted ones too.
-        merge: fewer tokens from layer to layer, by merging the most similar ones (``timm_vix/mixers/_merging.py``):
-            how many each layer merges, as a number or a list with one for each layer; or the share of the patch tokens
-            to end with, a float between 0 and 1; or ``{"threshold": t}``, every pair whose keys have a cosine of at
-            least t, which takes one image at a time. No layer merges more than half of its patch tokens, whatever is
-            asked for, and prefix tokens never merge. Layers after a merge must have "softmax" or "performer". None:
-            as it is or as the plan says, at first no merging; 0 takes merging away. Features, masks, pooling and hooks
-            of blocks see the whole grid. With a mask, only tokens merge that it treats alike; the causal flag is
-            refused.
-        scale_logits: "log" multiplies the logits of all layers by log N / log N_train where the model sees more tokens
-            than it was trained with, by the size in its ``pretrained_cfg`` and its patches; where it sees fewer the
-            factor is 1. An integer is N_train itself, which a model with resampled patches needs. None: as it is, at
-            first no scaling; 0 takes it away.
+        merge: token merging (Bolya et al. 2023, ``timm_vix/mixers/_merging.py``). An integer is the number of patch
+            tokens that each layer merges; a list has one number for each layer; a float in (0, 1) is the share of patch
+            tokens left after the last layer; ``{"threshold": t}`` merges all pairs whose keys have a cosine of at least
+            t, with a batch of 1. A layer merges at most half of its patch tokens, and never prefix tokens. Layers after
+            the first merge need "softmax" or "performer". None keeps the present setting, or takes that of a plan; 0
+            disables merging. Features, pooling, masks and hooks of blocks see all N tokens. With an ``attn_mask``, only
+            tokens that it treats alike merge. ``is_causal=True`` raises ValueError.
+        scale_logits: "log" multiplies the logits of all layers by max(1, log N / log N_train), with N_train from the
+            image size in ``pretrained_cfg`` and the patch size. An integer is N_train itself, which a model with
+            resampled patches needs. None keeps the present setting; 0 disables the scaling.
         **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
             them.
 
@@ -134,9 +134,11 @@ def convert(
     Example:
         >>> model = timm.create_model("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=True, img_size=518)
         >>> print(timm_vix.convert(model, "nystrom", layers="last-6", num_landmarks=64).table())
-        >>> timm_vix.convert(model, "softmax", merge=60)
+        >>> timm_vix.convert(model, merge=60)
         >>> timm_vix.convert(model, layers="plan.json")
     """
+    keeps_mixers = mixer is None and layers == "all" and not keywords and (merge, scale_logits) != (None, None)
+    mixer = noted_mixer(model) if keeps_mixers else mixer or "nystrom"
     check_keywords(mixer, {})
     sites = attention_sites(model, sequences=True)
     layout = layout_of(model)
@@ -145,13 +147,13 @@ def convert(
     if merge is None and isinstance(layers, Plan):
         merge = layers.merge
     check_sequence_options(model, merge, scale_logits)
-    only_merges = isinstance(layers, Plan) and not layers
-    wanted = {} if only_merges else layer_mixers(layers, len(sites), mixer, keywords)
+    keeps_mixers = keeps_mixers or (isinstance(layers, Plan) and not layers)
+    wanted = {} if keeps_mixers else layer_mixers(layers, len(sites), mixer, keywords)
     trained = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
     if merge is None:
         merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
     steps = merge_steps(merge, len(sites))
-    built = getattr(model, "merge", None)
+    built = merge_of_name(model)
     if built is not None and steps != merge_steps(built, len(sites)):
         raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another one there")
     former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
@@ -183,6 +185,17 @@ def convert(
     )
 
 
+def noted_mixer(model: nn.Module) -> str:
+    """The mixer that a conversion has noted; "softmax" for a model that isn't converted."""
+    return getattr(model, "_model_args", {}).get("mixer") or "softmax" if source_of(model) else "softmax"
+
+
+def merge_of_name(model: nn.Module) -> Optional[Merge]:
+    """How a model merges by the name it was created with, in the layers that it has now; None if it doesn't."""
+    built = getattr(model, "merge", None)
+    return model.blocks.merge if built is not None and isinstance(model.blocks, MergingBlocks) else built
+
+
 def check_sequence_options(model: nn.Module, merge: Optional[Merge], scale_logits: Optional[ScaleLogits]) -> None:
     """Raise ValueError for what needs to know how many tokens an image has, where padding is among them."""
     for name, value in dict(merge=merge, scale_logits=scale_logits).items():
@@ -199,7 +212,7 @@ def planned_attention(
     """What is to stand at a place of attention: a mixer, or the attention itself unless a slot has something to do.
 
     Raises:
-        ValueError: for what the mixer can't honour.
+        ValueError: for what the mixer does not support.
     """
     if name == "softmax":
         host = site.attn.config() if isinstance(site.attn, AttentionSlot) else ADDING_NOTHING
@@ -230,6 +243,7 @@ def merges_of(steps: list[Step], patches: int) -> list[Optional[int]]:
 
 
 def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLayer:
+    """The row of a report for one place of attention, where ``former`` stood before the conversion."""
     module = getattr(site.parent, site.name)
     inherited = {id(p) for p in site.attn.parameters()}
     new_parameters = sum(p.numel() for p in module.parameters() if id(p) not in inherited)
@@ -262,7 +276,7 @@ def note_conversion(
     # a model that was built from its class has no name, and timm can't save it either
     if cfg and cfg.get("architecture"):
         own = dict(getattr(model, "_model_args", {}))
-        names = NOTED | all_keywords()
+        names = RECORDED | all_keywords()
         source_kwargs = {name: own.pop(name) for name in names & own.keys()}
         noted = {"source": cfg["architecture"], "mixer": mixer, "layers": layers}
         if isinstance(model.blocks, MergingBlocks):
@@ -293,16 +307,16 @@ def forget_conversion(model: nn.Module) -> None:
     source = source_of(model)
     if source is not None:
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": source}
-        own = {name: value for name, value in model._model_args.items() if name not in NOTED | all_keywords()}
+        own = {name: value for name, value in model._model_args.items() if name not in RECORDED | all_keywords()}
         model._model_args = {**own, **model._model_args.get("source_kwargs", {})}
 
 
-def settle(model: nn.Module) -> None:
-    """Note of a model that was built by name what it is, without the words by which that was said."""
+def record_resolved_arguments(model: nn.Module) -> None:
+    """Replace the arguments with which a model was created by name by their resolved values, in ``_model_args``."""
     arguments = getattr(model, "_model_args", {})
     if conversion := arguments.get("conversion"):
-        words = {*FOUND_OUT, "conversion"} | all_keywords()
-        own = {name: value for name, value in arguments.items() if name not in words}
+        dropped = {*RESOLVED, "conversion"} | all_keywords()
+        own = {name: value for name, value in arguments.items() if name not in dropped}
         model._model_args = {**own, **{name: value for name, value in conversion["found"].items() if value is not None}}
 
 

@@ -116,7 +116,7 @@ def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
     if saved.first_format:
         present = {name: before for before, name in former.items()}
         frozen = {present.get(name, name): tensor for name, tensor in frozen.items()}
-    other = f"{path} is a delta of another model: "
+    other = f"{path} does not fit this model: "
     if found := difference(saved, model, frozen):
         raise InputError(f"{other}{found}")
     # LeViT's classifiers are linear layers after a normalisation
@@ -133,7 +133,8 @@ def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
 
     misfits = [name for name, tensor in tensors.items() if not fits(name, tensor)]
     if misfits or len(classes) > 1 or 0 in classes:
-        raise InputError(f"{other}{one_line(', '.join(misfits or ['classifiers']))} are of another shape, or not here")
+        listed = one_line(", ".join(misfits or ["classifiers"]))
+        raise InputError(f"{other}{listed} have another shape, or do not exist here")
     if classes and classes != {model.num_classes}:
         frozen_names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         model.reset_classifier(*classes)
@@ -225,17 +226,17 @@ def dtype_of(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def difference(saved: Description, model: nn.Module, frozen: dict[str, torch.Tensor]) -> str:
-    """In what a model with these frozen weights is not the one that is described, for an error; empty if in nothing."""
+    """How a model with these frozen weights differs from the description, for an error; empty if it does not."""
     if saved.architecture != architecture(model):
-        return f"of {saved.architecture}; this one is {architecture(model)}"
+        return f"it was saved from {saved.architecture}; this model is {architecture(model)}"
     if saved.pooling not in (None, pooling(model)):
-        return f"it pools by global_pool={saved.pooling!r}; this one by {pooling(model)!r}"
+        return f"it was saved with global_pool={saved.pooling!r}; this model has {pooling(model)!r}"
     mechanisms = mechanisms_of(model)
     for path in sorted({*saved.mechanisms, *mechanisms}):
         theirs, ours = completed(saved.mechanisms.get(path)), completed(mechanisms.get(path))
         if theirs != ours:
             theirs_in_words, ours_in_words = in_words(theirs, ours), in_words(ours, theirs)
-            return f"its mixers differ: {path} is {theirs_in_words} in the file and {ours_in_words} here"
+            return f"the mixers differ: {path} is {theirs_in_words} in the file and {ours_in_words} here"
     finest = min(saved.backbone, key=list(DTYPES).index)
     coarser = max(finest, dtype_of(frozen), key=list(DTYPES).index)
     if saved.backbone.get(coarser) != fingerprint(frozen, DTYPES[coarser]):

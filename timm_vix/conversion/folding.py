@@ -2,9 +2,9 @@
 
     W (s·x + t) + b = (W diag(s)) x + (b + W t)
 
-s and t are those of the patches. A prefix token has s_p and t_p of its own, so what the linear layer is given instead
-is (s_p/s)·x + (t_p - t)/s: of a norm P·C numbers stay, and nothing without prefix tokens. The residual connection
-carries x past the norm and is untouched.
+s and t are scale and shift of the patches. A prefix token has its own s_p and t_p, so it enters the folded layer as
+(s_p/s)·x + (t_p - t)/s. For this a folded norm keeps a weight and a bias for each channel of each prefix token, 2·P·C
+parameters; without prefix tokens it keeps none. The residual connection bypasses the norm and doesn't change.
 """
 
 from collections import Counter
@@ -99,8 +99,8 @@ def plan(model: nn.Module, site: NormSite) -> Optional[Folding]:
     norm = site.norm
     if isinstance(norm, Handover) and isinstance(norm.new, TokenBatchNorm):
         raise InputError(
-            f"{site.path} is still handed over, at step {norm.schedule.taken} of {norm.schedule.steps}; expected "
-            "finish(model) before, after the last step"
+            f"{site.path} is a Handover at step {norm.schedule.taken} of {norm.schedule.steps}; expected finish(model) "
+            "after the last step, before fold_norms(model)"
         )
     if not isinstance(norm, TokenBatchNorm):
         return None

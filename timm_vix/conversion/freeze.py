@@ -87,7 +87,8 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
         raise InputError(f"part={part!r}: {type(model).__name__} {lacks[part]}; allowed here: {allowed}")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-    for module in model.modules():  # attention that a mixer of tokens replaced comes back with ``revert``
+    # ``revert`` restores the attention that a mixer without queries, keys and values replaced
+    for module in model.modules():
         if isinstance(module, TokenSlot):
             for attn in module.replaced:
                 attn.requires_grad_(part == "attention")

@@ -1,4 +1,4 @@
-"""Hand over from a module to the one that shall replace it, in small steps, while the model trains.
+"""Progressive replacement of a module: in training its output moves from the old module's to the new one's.
 
     y = a·old(x) + (1 - a)·new(x)                      a: 1 before the first step, 0 after the last
 
@@ -90,7 +90,7 @@ class HandoverSchedule:
 
 
 class Handover(nn.Module):
-    """``old`` and ``new`` side by side, see ``handover``."""
+    """The weighted sum of the outputs of ``old`` and ``new``, see ``handover``."""
 
     def __init__(self, old: nn.Module, new: nn.Module, schedule: HandoverSchedule) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ class Handover(nn.Module):
 def handover(old: nn.Module, new: nn.Module, schedule: HandoverSchedule) -> Handover:
     """A module that gives ``a·old(x) + (1 - a)·new(x)``, with the share a of ``schedule``.
 
-    Both train in the meantime. Once the schedule has ended the old module is no longer computed, and ``finish`` takes
-    it away.
+    Both are trained until the schedule ends. From then on the old module is no longer computed, and ``finish`` removes
+    it.
 
     Args:
         old, new: modules that take the same arguments and give one tensor each, of the same shape.
@@ -130,13 +130,13 @@ def handover(old: nn.Module, new: nn.Module, schedule: HandoverSchedule) -> Hand
 
 
 def finish(model: nn.Module) -> None:
-    """Put the new module in the place of each hand-over that has ended, in place.
+    """Replace each ``Handover`` whose schedule has ended by its new module, in place.
 
     Args:
         model: not wrapped for several devices; wrap it anew afterwards.
 
     Raises:
-        ValueError: for a model without hand-overs, or with one that hasn't ended; the model is then as it was.
+        ValueError: for a model without a ``Handover``, or with a schedule that has not ended; the model is unchanged.
     """
     found = [
         (path, parent, name, child)
@@ -145,12 +145,12 @@ def finish(model: nn.Module) -> None:
         if isinstance(child, Handover)
     ]
     if not found:
-        raise InputError(f"{type(model).__name__} holds no hand-over inside; there is nothing to finish")
+        raise InputError(f"{type(model).__name__} contains no Handover; there is nothing to finish")
     for path, _, name, child in found:
         if not child.schedule.ended:
             raise InputError(
                 f"{path}.{name}".lstrip(".") + f" is at step {child.schedule.taken} of {child.schedule.steps} of its "
-                "hand-over; it can be finished after the last"
+                "schedule; call finish(model) after the last step"
             )
     for _, parent, name, child in reversed(found):  # the innermost first
         setattr(parent, name, child.new)

@@ -1,11 +1,13 @@
-"""Blocks of a trained ViT that merge similar tokens after their attention, and hand on the whole grid all the same.
+"""Blocks of a ViT that merge similar tokens between attention and MLP, and still return the whole patch grid.
 
-Between blocks each group's value is copied to all of its tokens, and the next block takes one of each group. So a host
-that reads features, pools or normalises sees the whole grid, and means over it are weighted by the counts. Which tokens
-are a group belongs to one forward pass, which begins with iterating over the blocks. Nothing of it is kept on modules,
-so calls from several threads don't interfere, and gradient checkpointing, which calls a block again, gets the same
-groups. Blocks are called as modules, so their hooks run and see the whole grid. Without hooks between blocks, groups
-are passed on without being copied.
+Between blocks the value of each group of merged tokens is copied to all of its tokens, and the next block takes one
+token of each group. So a host that returns features, pools or normalises sees the whole grid, and means over the grid
+are weighted by the counts. Groups belong to one forward pass, which begins when the host iterates over the blocks. They
+are not stored on modules. So calls from several threads don't interfere, and gradient checkpointing, which calls a
+block again, gets the same groups. Blocks are called as modules, so their hooks run and see the whole grid.
+
+Where a ViT calls all blocks at once, ``blocks(x)``, and no block has hooks, groups are passed on without being
+copied. This isn't so in ``Eva``, which loops over its blocks itself, with a mask, or with gradient checkpointing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -120,7 +122,8 @@ def is_watched(block: nn.Module) -> bool:
 class BlockInPass:
     """A block in one forward pass, called as the host calls a block: the whole grid in, the whole grid out.
 
-    Everything else about it is the block's own.
+    Every other attribute is the block's own, and setting one sets it there. ``children()`` of the ``ModuleList`` gives
+    the blocks themselves.
 
     Args:
         blocks: all of them.
@@ -135,7 +138,18 @@ class BlockInPass:
         self.block = blocks[layer]
 
     def __getattr__(self, name: str) -> Any:
+        if name == "block" or name.startswith("__"):  # asked for while it is being copied, before it has a block
+            raise AttributeError(name)
         return getattr(self.block, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("blocks", "layer", "groups", "block"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.block, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.block, name)
 
     def __repr__(self) -> str:
         return repr(self.block)
@@ -196,15 +210,15 @@ def merge_similar(
     """
     M = x.shape[1]
     left = M - num_prefix_tokens
-    if isinstance(step, Mapping) and len(x) > 1:
-        raise InputError(
-            f"merge={step!r} merges as many tokens as an image has alike, and the images of a batch need the same "
-            f"number: expected a batch of 1, got {len(x)}"
-        )
     if isinstance(step, Mapping) and torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
         raise InputError(
             f"merge={step!r}: how many tokens merge is known only when the model runs; a model for export takes a "
             "number or a share"
+        )
+    if isinstance(step, Mapping) and len(x) > 1:
+        raise InputError(
+            f"merge={step!r} merges as many tokens as an image has alike, and the images of a batch need the same "
+            f"number: expected a batch of 1, got {len(x)}"
         )
     at_start = groups.place.shape[1] - num_prefix_tokens
     r = left // 2 if isinstance(step, Mapping) else num_merged(step, at_start, left)

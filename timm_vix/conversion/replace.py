@@ -25,7 +25,7 @@ from ..mixers._slot import GridModule, MixerSlot, TokenSlot
 from ..mixers.softmax import SoftmaxAttention
 from ..stems.tokens_to_token import TokensToToken
 
-# attention that the mixers continue: another class, a subclass too, may do something else
+# exact classes whose weights a mixer takes over; a subclass may compute something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
 # keywords with the values at which they add nothing: softmax attention with these is a host's own, and a mixer that was
 # saved before there was one of them had this
@@ -117,7 +117,7 @@ def is_plain_core(core: nn.Module) -> bool:
 
 
 def is_softmax(module: nn.Module) -> bool:
-    """Whether a module is softmax attention that a mixer can continue, to which nothing is added."""
+    """Whether a module is softmax attention that a mixer can replace, to which nothing is added."""
     return is_plain_core(module.core) if type(module) is AttentionSlot else type(module) in REPLACEABLE
 
 
@@ -137,7 +137,7 @@ def build_mixer(
     """A slot with a mixer and the weights of ``attn``, for the tokens of ``model``; neither is changed.
 
     Raises:
-        ValueError: for what the mixer can't honour.
+        ValueError: for what the mixer does not support.
     """
     if getattr(attn, "num_kv_groups", 1) > 1:
         raise InputError(f"grouped queries ({attn.num_heads} heads, {attn.num_kv_heads} of keys) can't be replaced")

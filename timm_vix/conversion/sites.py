@@ -1,4 +1,4 @@
-"""Where a timm ViT has attention that a mixer can continue, and what stood there before a conversion."""
+"""The attention modules of a timm ViT that a mixer can replace, and those from before a conversion."""
 
 from typing import Optional
 
@@ -37,7 +37,7 @@ def attention_sites(model: nn.Module, sequences: bool = False) -> list[list[Atte
         sequences: whether the caller can do without a patch grid, and takes a ``NaFlexVit``.
 
     Raises:
-        ValueError: for a model whose attention can't be continued by a mixer, naming the module and the reason.
+        ValueError: for a model whose attention no mixer can replace, naming the module and the reason.
     """
     if not isinstance(model, HOSTS):
         for path, module in model.named_modules():
@@ -92,9 +92,9 @@ def reason(module: nn.Module) -> str:
     if type(module) in REPLACEABLE:
         return "works on tokens that are not prefix tokens and one patch grid"
     if any("rel_pos" in name or "relative_position" in name for name in names):
-        return "adds a relative position bias to its logits, which no mixer can honour"
+        return "adds a relative position bias to its logits, which no mixer supports"
     if "Diff" in type(module).__name__:
-        return "subtracts one softmax from another, which no mixer can honour"
+        return "subtracts one softmax from another, which no mixer supports"
     if "window_size" in names or "mask_unit" in str(sorted(names)):
         return "works in windows"
     if "in_proj" in names:

@@ -12,6 +12,9 @@ patches. With a mask of the whole grid only tokens merge that read the same ones
 nothing that is hidden becomes part of what isn't, and those that none reads merge first, so that which others merge
 doesn't depend on them; the mask is merged as well.
 
+The result doesn't depend on the rest of the batch. On CUDA sums over groups of three and more tokens have a fixed order
+only with ``torch.use_deterministic_algorithms(True)``.
+
 Shapes: B images, N tokens of the whole grid with P prefix tokens, M tokens that are left, h heads, D head width,
 C channels.
 """
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 
 from ._masks import is_read
 from ._precision import outside_autocast
+from ._resample import mean_direction
 
 
 class Groups(NamedTuple):
@@ -158,12 +162,12 @@ def merge_similar_keys(
 def merge_table(table: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Sine and cosine of each group's mean direction: (N, 2·D), (h, N, 2·D) or (B, h, N, 2·D) -> (B, h, M, 2·D)."""
     B, M = groups.counts.shape
-    table = table.reshape((1,) * (4 - table.ndim) + table.shape)
-    table = table.expand(B, -1, -1, -1)
-    sums = add_rows(table.transpose(1, 2).flatten(2), groups.place, M)
-    sine, cosine = sums.reshape(B, M, table.shape[1], table.shape[3]).transpose(1, 2).chunk(2, dim=3)
-    length = torch.sqrt(sine.square() + cosine.square()).clamp(min=1e-6)
-    return torch.cat([sine / length, cosine / length], dim=3)
+    # in half precision a sum of 256 numbers near 1 takes no further one
+    waves = table.to(torch.promote_types(table.dtype, torch.float32))
+    waves = waves.reshape((1,) * (4 - table.ndim) + table.shape).expand(B, -1, -1, -1)
+    sums = add_rows(waves.transpose(1, 2).flatten(2), groups.place, M)
+    sums = sums.reshape(B, M, waves.shape[1], waves.shape[3]).transpose(1, 2)
+    return mean_direction(sums).to(table.dtype)
 
 
 def merge_mask(mask: Optional[torch.Tensor], groups: Groups) -> torch.Tensor:

@@ -30,7 +30,7 @@ from torch import nn
 from .._checks import InputError, check_choice
 from .._files import one_line
 from .._names import check_model
-from ..conversion.convert import FOUND_OUT, NAME, convert
+from ..conversion.convert import NAME, RESOLVED, convert
 from ..conversion.folding import fold_norms
 from ..conversion.layers import Layers
 from ..conversion.merge_steps import Merge
@@ -153,7 +153,7 @@ def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[s
 
 def build(
     source: str,
-    mixer: str,
+    mixer: Optional[str],
     layers: Layers,
     keywords: dict[str, Any],
     source_kwargs: dict[str, Any],
@@ -188,7 +188,7 @@ def features_of(model: nn.Module, **wrapping: Any) -> nn.Module:
 def vix_from_timm(
     pretrained: bool = False,
     source: str = "deit_tiny_patch16_224",
-    mixer: str = "nystrom",
+    mixer: Optional[str] = None,
     layers: Layers = "all",
     merge: Optional[Merge] = None,
     scale_logits: Optional[ScaleLogits] = None,
@@ -202,14 +202,15 @@ def vix_from_timm(
     Args:
         pretrained: load the weights of ``source``, or those of the folder or repository that the name came from.
         source: a timm model with a tag if wanted, a ``VisionTransformer`` or ``Eva``.
-        mixer: a name in ``timm_vix.mixers.MIXERS``.
+        mixer: a name in ``timm_vix.mixers.MIXERS``; None: "nystrom", or the source's own attention where only ``merge``
+            or ``scale_logits`` is given.
         layers: "all", "first-n", "last-n", "every-n", indices, a mapping from index to mixer, or the file of a plan.
         merge: how many tokens merge in each layer, or another form that ``convert`` takes.
         scale_logits: "log", or the number of tokens with which the source was trained, see ``convert``.
-        source_kwargs: keywords of ``source`` whose names are those of one of these, or of a mixer's keyword.
-        norms: of a saved model only: "batch" after ``replace_norms``, "folded" after ``fold_norms``, "folded_blocks"
-            after that without the last norm.
-        conversion: of a saved model: what was given, and what that was found to be; see ``found_out``.
+        source_kwargs: arguments of ``source`` whose names collide with those of this function or of a mixer's keyword.
+        norms: only for a saved model: "batch" after ``replace_norms``; "folded" after ``fold_norms``; "folded_blocks"
+            after ``fold_norms(model, last=False)``.
+        conversion: only for a saved model: its arguments as given and as resolved, see ``record_arguments``.
         **kwargs: the mixer's keywords, and those of ``source``.
 
     Raises:
@@ -220,9 +221,9 @@ def vix_from_timm(
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)
-    words = dict(mixer=mixer, layers=layers, keywords=dict(keywords), merge=merge, scale_logits=scale_logits)
+    arguments = dict(mixer=mixer, layers=layers, keywords=dict(keywords), merge=merge, scale_logits=scale_logits)
     if conversion:
-        mixer, layers, keywords, merge, scale_logits = found_out(conversion, words)
+        mixer, layers, keywords, merge, scale_logits = resolved_arguments(conversion, arguments)
     keywords |= {
         name: value for name, value in dict(merge=merge, scale_logits=scale_logits).items() if value is not None
     }
@@ -253,47 +254,48 @@ def vix_from_timm(
             kwargs["pretrained_cfg_overlay"] = dict(source=None, custom_load=False) | given | overlay
         model = create(pretrained=pretrained, cache_dir=cache_dir, **kwargs)
     if source_of(model) is not None:
-        note_words(model, words, conversion)
+        record_arguments(model, arguments, conversion)
     elif getattr(model, "pretrained_cfg", None):
         # softmax as it was: under the source's own name the keywords of this one would be unknown
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": NAME}
-        own = dict(source=source, mixer=mixer, layers=layers)
+        own = dict(source=source, mixer="softmax", layers="all")
         model._model_args = {**getattr(model, "_model_args", {}), **own}
         if conversion is not None:
             conversion.clear()
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
 
 
-def note_words(model: nn.Module, words: dict[str, Any], conversion: Optional[dict[str, Any]]) -> None:
-    """Note with which words a converted model was built, and what they were found to be.
+def record_arguments(model: nn.Module, arguments: dict[str, Any], conversion: Optional[dict[str, Any]]) -> None:
+    """Record the arguments with which a converted model was created, as given and as resolved, in ``_model_args``.
 
-    ``timm.create_model`` lays what the caller gave over the model's own note, where "log", "all" or a file may mean
-    something else when they are read again; a former ``conversion``, too, so that one is written anew in place.
+    ``timm.create_model`` overwrites the recorded values by those that the caller gave. "log", "all" or a file may mean
+    something else when the model is loaded again, so the resolved values are kept in ``conversion``. An earlier
+    ``conversion`` would overwrite them too, and is therefore changed in place.
     """
     conversion = {} if conversion is None else conversion
     conversion.clear()
-    conversion.update(given=words, found={name: model._model_args.get(name) for name in FOUND_OUT})
+    conversion.update(given=arguments, found={name: model._model_args.get(name) for name in RESOLVED})
     model._model_args = {**model._model_args, "conversion": conversion}
 
 
-def found_out(conversion: Any, words: dict[str, Any]) -> list[Any]:
-    """Mixer, layers, keywords, merge and scale_logits, as they were found out where they are those of the saved model.
+def resolved_arguments(conversion: Any, arguments: dict[str, Any]) -> list[Any]:
+    """Mixer, layers, keywords, merge and scale_logits: the saved model's resolved values of unchanged arguments.
 
     Args:
-        conversion: "given", the words with which the model was built, and "found", what they were found to be. Layers
-            that were found hold the keywords of their mixers.
-        words: with which it is to be built now; the caller may have changed some.
+        conversion: what ``record_arguments`` recorded: "given", the arguments with which the model was created, and
+            "found", their resolved values. Resolved layers hold the keywords of their mixers.
+        arguments: those of the present call; the caller may have changed some.
     """
     given, found = (conversion.get(part) if isinstance(conversion, dict) else None for part in ("given", "found"))
-    if not isinstance(given, dict) or not isinstance(found, dict) or found.keys() != {*FOUND_OUT}:
+    if not isinstance(given, dict) or not isinstance(found, dict) or found.keys() != {*RESOLVED}:
         raise InputError(f"conversion={conversion!r}: a saved configuration has given and found here")
-    # timm saves what was given, and of the rest what was found
-    same = {name: value in (given.get(name), found.get(name)) for name, value in words.items()}
-    merge, scale_logits = (found[name] if same[name] else words[name] for name in ("merge", "scale_logits"))
+    # timm saves the arguments that were given, and the resolved values of the others
+    same = {name: value in (given.get(name), found.get(name)) for name, value in arguments.items()}
+    merge, scale_logits = (found[name] if same[name] else arguments[name] for name in ("merge", "scale_logits"))
     if same["mixer"] and same["layers"] and same["keywords"]:
         return [found["mixer"], found["layers"], {}, merge, scale_logits]
-    # the mapping that was found holds keywords of its own, which would hide those of the caller
-    mixer, layers, keywords = (given[name] if same[name] else words[name] for name in ("mixer", "layers", "keywords"))
+    # resolved layers hold keywords, which would take precedence over those of the caller
+    mixer, layers, keywords = ((given if same[name] else arguments)[name] for name in ("mixer", "layers", "keywords"))
     return [mixer, layers, dict(keywords), merge, scale_logits]
 
 
