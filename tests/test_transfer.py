@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import timm_vix
 from timm_vix import cli
+from timm_vix.planning.plan import plan_layers
 from timm_vix.train.losses import BlockMatching, Distillation
-from timm_vix.train.plan import plan_layers
 from timm_vix.train.transfer import transfer
 from timm_vix.train.transfer_results import mixers_in_words
 from timm_vix.train.transfer_settings import parse_layers
@@ -252,6 +252,32 @@ def test_a_mixer_that_is_exact_leaves_the_model_as_it_was(weights, unlabelled, t
     x = torch.randn(2, 3, 48, 48)
     assert distance(student.eval()(x), teacher.eval()(x)) < 0.05
     assert (tmp_path / "exact" / "layers.png").stat().st_size > 0
+
+
+def losses_of(folder):
+    with open(folder / "steps.csv") as file:
+        return [(int(row["stage"]), [float(x) for x in row["losses"][1:-1].split(",")]) for row in csv.DictReader(file)]
+
+
+def test_with_scaled_logits_the_original_is_scaled_too(weights, unlabelled, tmp_path):
+    """With as many landmarks as patches Nyström is softmax: nothing differs if both are scaled."""
+    exact = dict(mixer="nystrom", mixer_kwargs=dict(num_landmarks=49, scale_logits=4), layers=[0, 1])
+    student, _ = transfer(**arguments(weights, unlabelled, tmp_path / "scaled", **exact))
+    assert all(error < 1e-3 for _, values in losses_of(tmp_path / "scaled") for error in values)
+    teacher = timm.create_model(SOURCE, **SMALL).eval()
+    teacher.load_state_dict(load_file(weights))
+    x = torch.randn(2, 3, 48, 48)
+    unscaled = teacher(x)
+    timm_vix.convert(teacher, scale_logits=4)
+    assert distance(student(x), teacher(x)) < 0.05 < distance(unscaled, teacher(x))
+
+
+def test_a_conversion_that_only_merges_has_no_first_stage(weights, unlabelled, tmp_path, capsys):
+    settings = arguments(weights, unlabelled, tmp_path / "merged", mixer="softmax", mixer_kwargs=dict(merge=4))
+    transfer(**settings)
+    assert "stage 1 is left out" in capsys.readouterr().out
+    assert [stage for stage, _ in losses_of(tmp_path / "merged")] == [2] * 4
+    assert losses_of(tmp_path / "merged")[0][1][0] > 0
 
 
 def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):

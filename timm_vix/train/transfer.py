@@ -13,6 +13,9 @@ let ``start`` name the folder of the one before.
 relative error at its end: Fan et al. 2024, "ScaleKD" (arXiv 2411.06786), section 3.3. ``mean_free`` adds the squared
 error without its mean over the tokens (section 3.2 there).
 
+With ``scale_logits`` the original is scaled, too. In stage 1 no tokens merge; a conversion that only merges has no
+stage 1.
+
 The idea of stage 1 is that of Zhang et al. 2024, "LoLCATs" (arXiv 2410.10254, section 3.1), on blocks' outputs.
 """
 
@@ -38,6 +41,7 @@ from .._files import one_line, write_table
 from ..conversion.convert import Conversion, convert
 from ..conversion.delta import fingerprint, mechanisms_of
 from ..conversion.plan_file import load_plan
+from ..conversion.replace import is_softmax
 from ..mixers import MIXERS
 from ..mixers._slot import MixerSlot
 from .build import construction
@@ -57,9 +61,10 @@ FILES = ("checkpoint.pt", "steps.csv", "result.csv", "layers.png")
 
 @documented(TransferSettings)
 def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
-    """Convert ``source`` and fit it to what it was; leave a folder for the Hub, ``hub``, a row and a figure in ``out``.
+    """Convert ``source`` and train it, without labels, to reproduce the outputs of the original.
 
-    Under ``torchrun`` the processes share each batch, and the first of them writes.
+    It writes ``hub``, a folder for the Hub, ``result.csv`` and the figure ``layers.png`` to ``out``. Under ``torchrun``
+    the processes share each batch, and the first process writes.
 
     Args:
         {settings}
@@ -91,6 +96,11 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     teacher, config = build_teacher(run)
     student, report = convert_copy(teacher, run)
     mixers = mixers_of(student, report)
+    if report.trained_tokens:  # the original predicts better with scaled logits as well
+        convert(teacher, scale_logits=report.trained_tokens)
+    if all(is_softmax(mixer) for mixer in mixers.values()) and run.block_steps:
+        print("stage 1 is left out: the blocks alone, without merging, are those of the original")
+        run.block_steps = 0
     images, held_out = prepare_images(run, config)
     start = load_start(student, run.start) if run.start else ""
     settings = dict(settings_of(run, images, dtype, teacher, config), start=start)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .._device import autocast, versions
+from .._device import autocast, device_name, versions
 from ..conversion.convert import Conversion
 from ..mixers import MIXERS
 from .checkpoint import write_history
@@ -69,6 +69,7 @@ def finish(
         feature_distance=figures["feature_distance"],
         seconds=round(position["seconds"]),
         device=run.device,
+        device_name=device_name(run.device),
         dtype=figures["dtype"].removeprefix("torch."),
         threads=torch.get_num_threads(),
         processes=int(os.environ.get("WORLD_SIZE", 1)),
