@@ -159,7 +159,7 @@ def run_all(run: argparse.Namespace) -> None:
             **dict(device_name=device_name(run.device), threads=torch.get_num_threads(), **versions()),
         )
         append_record(run.out, COLUMNS, row)
-        print(", ".join(f"{name}={row[name]}" for name in ("mixer", "miou", "train_s", "step_ms")), flush=True)
+        print(", ".join(f"{name}={row.get(name)}" for name in ("mixer", "miou", "train_s", "step_ms")), flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,7 +1,10 @@
 """A timm ViT with a head for segmentation: how it is built, its rates of learning, its loss, and what it costs."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -19,6 +22,7 @@ from timm_vix._device import autocast
 from timm_vix._files import one_line
 from timm_vix.measure.job import time_interleaved, warm_up
 from timm_vix.measure.memory import PeakMemory, set_malloc
+from timm_vix.measure.process import explain
 from timm_vix.measure.statistics import compare_times
 from timm_vix.train.images import normaliser
 
@@ -55,6 +59,31 @@ class LinearHead(nn.Module):
         return F.interpolate(self.head(torch.cat(features, 1)), x.shape[-2:], mode="bilinear", align_corners=False)
 
 
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Raise InputError if weights are loaded that lack some of the model's, or have others.
+
+    timm leaves out the classifier of a backbone, and then only logs what else is missing and what fits nothing.
+    """
+    logger, found = logging.getLogger("timm.models._builder"), []
+
+    def listen(record: logging.LogRecord) -> bool:
+        keys = re.findall(r"(Missing|Unexpected) keys \((.*?)\)", record.getMessage())
+        found.extend(f"{kind.lower()} are {one_line(names, 80)}" for kind, names in keys)
+        return not keys and record.levelno >= logging.WARNING
+
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(listen)
+    try:
+        yield
+    finally:
+        logger.removeFilter(listen)
+        logger.setLevel(level)
+    if found:
+        raise InputError(f"expected all weights of the model, its classifier aside, and no others: {'; '.join(found)}")
+
+
 def build(run: argparse.Namespace, mixer: str) -> nn.Module:
     """A segmentation model whose ``encoder.model`` is timm's ViT, converted unless ``mixer`` is softmax."""
     height, width = run.img_size
@@ -70,18 +99,19 @@ def build(run: argparse.Namespace, mixer: str) -> nn.Module:
         )
     torch.manual_seed(run.seed)
     try:
-        if run.head == "dpt":
-            weights = "local" if run.weights else None  # any name: the file is in the overlay
-            net = smp.DPT(f"tu-{run.model}", encoder_weights=weights, classes=len(CLASSES), **DPT, **keywords)
-        else:
-            net = LinearHead(TimmViTEncoder(run.model, pretrained=bool(run.weights), **keywords))
+        with whole_weights():
+            if run.head == "dpt":
+                weights = "local" if run.weights else None  # any name: the file is in the overlay
+                net = smp.DPT(f"tu-{run.model}", encoder_weights=weights, classes=len(CLASSES), **DPT, **keywords)
+            else:
+                net = LinearHead(TimmViTEncoder(run.model, pretrained=bool(run.weights), **keywords))
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         raise InputError(f"model={run.model} with weights={run.weights} cannot be built: {one_line(error)}") from error
     backbone = net.encoder.model
     if mixer != "softmax":
         timm_vix.convert(backbone, mixer, **MIXERS[mixer])
     if run.trained_blocks is not None:
-        check_integer("trained_blocks", run.trained_blocks, 0, len(backbone.blocks), "blocks of the model")
+        check_integer("trained_blocks", run.trained_blocks, 0, len(backbone.blocks))
         backbone.requires_grad_(False)
         for block in backbone.blocks[len(backbone.blocks) - run.trained_blocks :]:
             block.requires_grad_(True)
@@ -143,9 +173,16 @@ def calls(run: argparse.Namespace, mixer: str) -> list[Callable[[], None]]:
 
 
 def costs(run: argparse.Namespace, mixer: str) -> dict[str, Any]:
-    """What ``costs_here`` gives in a process of its own, since the memory of a process is that of all it did."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(costs_here, run, mixer).result()
+    """What ``costs_here`` gives in a process of its own, since the memory of a process is that of all it did.
+
+    Nothing if it fails there, as for want of memory: a training isn't lost for that.
+    """
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(costs_here, run, mixer).result()
+    except Exception as error:  # models and devices are other people's; a process that was killed raises, too
+        print(f"the costs of {mixer} could not be measured: {explain(error)}; its row has none", flush=True)
+        return {}
 
 
 def costs_here(run: argparse.Namespace, mixer: str) -> dict[str, Any]:

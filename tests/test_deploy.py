@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import DEIT, PLAIN, distance, rounding, since, small
+from conftest import DEIT, PLAIN, condition, distance, exit_code, lively, load_example, rounding, since, small
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch import nn
 
+import timm_vix
 from timm_vix._checks import InputError
+from timm_vix._records import key_of, read_records
 from timm_vix.deploy import export
 from timm_vix.deploy.check import accuracy, parity, read_calibration
 from timm_vix.deploy.formats import cannot_hold, needs, operator_of
@@ -212,6 +215,19 @@ def test_a_table_of_labels(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "labels.csv").write_text("file,imagenet_class\n1.png,5\n")
     with pytest.raises(InputError, match="line 2: expected FILE,CLASS with a class below 5"):
         labelled_folder(tmp_path, model)
+    for content in ("file,class\nbär.png,4\n".encode("latin-1"), f'file,class\n"{"x" * 2**18}",4\n'.encode()):
+        (tmp_path / "labels.csv").write_bytes(content)
+        with pytest.raises(InputError, match=r"labels.csv cannot be read: .*; expected a CSV file in UTF-8"):
+            labelled_folder(tmp_path, model)
+
+
+def test_names_by_label_are_those_of_the_folders(photos: Path) -> None:
+    """A saved configuration may have them as a mapping, whose labels are text."""
+    model = nn.Identity()
+    model.num_classes, names = 5, [f"class{label}" for label in (3, 0, 4, 1, 2)]
+    model.pretrained_cfg = dict(label_names={str(label): names[label] for label in (4, 0, 3, 1, 2)})
+    items, classes = labelled_folder(photos, model)
+    assert classes == names and all(path.parent.name == names[label] for path, label in items)
 
 
 def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
@@ -233,7 +249,7 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["deit_tinny", "--to", "pt2", "--out", "a.pt2"], "model='deit_tinny' is not registered in timm"),
+        (["deit_tinny", "--to", "pt2", "--out", "a.pt2"], "model=deit_tinny is not there; allowed is hf-hub:"),
         (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2"], "random weights; give --weights FILE or --pretrained"),
         (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2", "--dtype", "int8"], "dtype=int8 needs --calibrate DIR"),
         (["vix_pool_cifar", "--to", "pt2", "--out", "a.pt2", "--calibrate", "x"], "--calibrate is for dtype=int8"),
@@ -329,6 +345,24 @@ def test_a_classifier_of_other_classes_than_the_weights_is_refused(tmp_path: Pat
         export.build(f"local-dir:{tmp_path / 'hub'} num_classes=7")
 
 
+def test_a_folder_is_given_by_its_path_alone(tmp_path: Path) -> None:
+    model = small("pool", depth=1)
+    save_for_hf(model, tmp_path / "my run" / "hub", safe_serialization=True)
+    x = calibration(model, 2)
+    for spec in (tmp_path / "my run" / "hub", tmp_path / "my run", f"{tmp_path / 'my run'} drop_rate=0.1"):
+        loaded, config = export.build(str(spec))
+        assert torch.equal(loaded(x), model(x)) and tuple(config["input_size"]) == (3, 14, 10)
+    with pytest.raises(InputError, match=r"other is not there; allowed is hf-hub:.*, a folder with config.json"):
+        export.build(str(tmp_path / "other"))
+
+
+def test_a_threshold_of_merging_is_refused_by_what_an_export_can_have(tmp_path: Path) -> None:
+    model = small("softmax", depth=1, merge={"threshold": 0.9})
+    with pytest.raises(InputError, match="a model for export takes a number or a share"):
+        export.export_model(model, CONFIG, "pt2", "float32", tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 # what a format can't hold of a mixer
 REFUSED = {("openvino", "fnet"): "operator DFT"}
 
@@ -345,15 +379,58 @@ def test_every_mixer(mixer, rope, options, dtype: str, to: str, tmp_path: Path) 
     out = tmp_path / f"model{export.SUFFIXES[to]}"
     images = calibration(model) if dtype == "int8" else None
     if words := "dtype=bfloat16" if (to, dtype) == ("onnx", "bfloat16") else REFUSED.get((to, mixer)):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=words) as error:
             export.export_model(model, CONFIG, to, dtype, out, images, threads=1)
         assert not list(tmp_path.iterdir())
+        # another dtype is no remedy for what all of them lack
+        assert ("--dtype" in str(error.value)) == ((to, mixer) not in REFUSED)
         return
     run, _ = export.export_model(model, CONFIG, to, dtype, out, images, threads=1)
     for batch in (1, 5):
         x = calibration(model, batch)
         with torch.inference_mode():
             assert distance(run(x), model(x)) < (1e-4 if dtype == "float32" else 0.15)
+
+
+# a model of each family, of another mechanism than softmax where it has one
+FAMILIES: dict[str, dict] = {
+    "ccn_cifar": dict(img_size=(14, 10), patch_size=2, embed_dim=32, depth=1, num_heads=2, num_landmarks=12),
+    "cvn_13": dict(
+        img_size=(20, 12), embed_dims=(16, 16, 32), depths=(1, 1, 1), num_heads=(1, 2, 2), embed_strides=(4, 2, 2)
+    ),
+    "levin_128s": dict(img_size=(80, 48), embed_dim=(32, 64), key_dim=8, num_heads=(2, 4), depth=(1, 1)),
+    "pin_tiny": dict(img_size=(20, 12), patch_size=4, stride=2, base_dims=(16, 16), depth=(1, 1), heads=(1, 2)),
+    "t2t_vin_tiny": dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=1, num_heads=2, num_landmarks=6),
+    "convix_gpsa_tiny": dict(img_size=(48, 48), depth=2, local_up_to_layer=1, embed_dim=8, num_heads=4),
+    "fnet2d_cifar": dict(img_size=(14, 10), embed_dim=16, depth=1),
+}
+
+
+@torch.no_grad()
+def check_export(model: nn.Module, config: dict, out: Path) -> None:
+    """Export as torch's program, and compare with eager mode for a batch that the export didn't see."""
+    run, _ = export.export_model(model, config, "pt2", "float32", out, threads=1)
+    x = torch.randn(5, *config["input_size"])
+    assert distance(run(x), model(x)) < rounding(torch.float32, condition(nn.Module.__call__, model, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str, tmp_path: Path) -> None:
+    model = lively(timm.create_model(name, num_classes=5, **FAMILIES[name]).eval())
+    check_export(model, dict(input_size=(3, *FAMILIES[name]["img_size"])), tmp_path / "model.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keywords", [dict(mixer="nystrom", layers="last-1", num_landmarks=4), dict(merge=0.3)], ids=str
+)
+def test_a_conversion_that_was_saved(keywords: dict, tmp_path: Path) -> None:
+    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    model = lively(timm.create_model("vit_tiny_patch16_224", **size))
+    timm_vix.convert(model, **keywords)
+    save_for_hf(model, tmp_path / "hub", safe_serialization=True)
+    check_export(*export.build(str(tmp_path / "hub")), tmp_path / "model.pt2")
 
 
 @pytest.mark.slow
@@ -365,17 +442,45 @@ def test_one_image_to_calibrate_on_leaves_the_batch_free(tmp_path: Path) -> None
         assert len(run(calibration(model, batch))) == batch
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("to", ["onnx", "pt2"])
-def test_dynamic_size(to: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    model = small("softmax", depth=1, dynamic_img_size=True)
-    out = tmp_path / f"model{export.SUFFIXES[to]}"
+def check_sizes(model: nn.Module, to: str, folder: Path) -> None:
+    """Export for images of any size, and compare with eager mode for some."""
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    out = folder / f"model{export.SUFFIXES[to]}"
     run, _ = export.export_model(model, CONFIG, to, "float32", out, dynamic_size=True, threads=1)
     for size in ((14, 10), (8, 18), (28, 20)):
         x = torch.randn(2, 3, *size)
         with torch.inference_mode():
             assert distance(run(x), model(x)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_dynamic_size(stem: str, to: str, tmp_path: Path) -> None:
+    check_sizes(small("softmax", depth=1, dynamic_img_size=True, stem=stem), to, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_dynamic_size_with_rotary_positions_is_right_or_refused(to: str, tmp_path: Path) -> None:
+    """A program may keep what it saw of the model's own grid, and is no file then."""
+    refused = ""
+    try:
+        check_sizes(small("softmax", "axial", depth=1, dynamic_img_size=True), to, tmp_path)
+    except InputError as error:
+        refused = str(error)
+    assert "this conversion is wrong" not in refused and "\n" not in refused
+    assert not refused or not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_dtype_is_not_blamed_on_the_free_size(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = small("softmax", depth=1, dynamic_img_size=True)
+    with pytest.raises(InputError, match="to=onnx with dtype=bfloat16 cannot hold operator"):
+        export.export_model(model, CONFIG, "onnx", "bfloat16", tmp_path / "m.onnx", dynamic_size=True, threads=1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -407,3 +512,39 @@ def test_int8_keeps_the_accuracy_of_deit(to: str, deit: Path, tmp_path: Path, ph
     scores = accuracy(dict(eager=model, file=run), items[::4], classes, config)
     assert scores["top1"]["file"] > scores["top1"]["eager"] - 2.5  # 250 images: one point is 2.5 of them
     assert scores["agreement"]["file"] > 93
+
+
+@pytest.mark.slow
+def test_the_example_measures_each_file_once(tmp_path: Path, photos: Path, monkeypatch) -> None:
+    """What fails has a row, too, and is tried again when that is asked for."""
+    for library in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(library)
+    example = load_example("deploy")
+    monkeypatch.setattr(example, "MODELS", {"tiny": SPEC})
+    monkeypatch.setattr(example, "FORMATS", {"onnx": ("float32", "bfloat16")})
+    name, *parts = SPEC.split()
+    save_file(timm.create_model(name, **timm_arguments(parts)).state_dict(), tmp_path / "weights.safetensors")
+    (tmp_path / "images").symlink_to(photos / "class3")
+    (tmp_path / "labels.csv").write_text("file,imagenet_class\n0.png,3\n1.png,3\n2.png,3\n")
+
+    def measured(*options: object) -> list[dict]:
+        line = ["--images", tmp_path, "--weights", tmp_path / "weights.safetensors", "--calibrate", photos]
+        line += ["--rounds", 1, "--threads", 1, "--out", tmp_path / "rows.csv", *options]
+        monkeypatch.setattr(sys, "argv", ["deploy.py", *map(str, line)])
+        assert exit_code(example.main) == 0
+        rows, damaged = read_records(tmp_path / "rows.csv", example.COLUMNS, exact=True)
+        assert damaged == 0
+        return rows
+
+    good, failed = measured()
+    assert (good["dtype"], good["images"], good["agreement"], good["error"]) == ("float32", 3, 100.0, None)
+    assert good["top1"] == good["eager_top1"] and good["ms_1"] > 0 and good["compiled_ms_8"] > 0
+    assert good["runtime"].startswith("onnxruntime ")
+    assert "dtype=bfloat16 cannot hold operator" in failed["error"] and failed["ms_1"] is failed["top1"] is None
+    assert measured() == [good, failed]
+    again = measured("--retry-failed")
+    assert again[:2] == [good, failed] and [row["dtype"] for row in again] == ["float32", "bfloat16", "bfloat16"]
+    given = dict(images=tmp_path, calibrate=photos, calibrate_images=400, models=["tiny"], formats=["onnx"], threads=1)
+    for limit, known in ((3, True), (2, False)):
+        jobs = list(example.jobs(argparse.Namespace(**given, limit=limit)))
+        assert [key_of(job, example.KEY) in {key_of(row, example.KEY) for row in again} for job in jobs] == [known] * 2

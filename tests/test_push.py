@@ -11,10 +11,14 @@ import torch
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_input_data_config
 
+import timm_vix
 from timm_vix import cli
-from timm_vix.deploy.push import FILES, LOADING, push
+from timm_vix._checks import InputError
+from timm_vix.deploy.push import FILES, LOADING, check_folder, push
 from timm_vix.train.finetune import finetune
+from timm_vix.train.hub import model_card, write_hub
 
 DIGITS = dict(model_kwargs=dict(depth=1, patch_size=8, num_landmarks=4), epochs=1, device="cpu", threads=1, amp="off")
 
@@ -110,6 +114,46 @@ def test_a_branch_has_its_own_weights(run, login, tmp_path):
     assert torch.allclose(outputs("hf-hub:me/flowers@second", tmp_path), first + 1)
 
 
+def test_a_card_stays_with_its_weights_where_the_connection_drops(run, login, monkeypatch):
+    push(run, "me/flowers")
+    before, card = dict(Hub.files), run / "hub" / "README.md"
+    card.write_text(f"{card.read_text()}\nTrained again.\n")
+
+    def drop(*arguments, **keywords):
+        raise OSError("connection reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_vix.deploy.push.push_to_hf_hub", drop)
+        with pytest.raises(InputError, match="the upload failed, and the same command tries again: connection reset"):
+            push(run, "me/flowers")
+    assert Hub.files == before
+    push(run, "me/flowers")
+    assert "Trained again." in Hub.files["me/flowers/README.md"].decode()
+
+
+def test_a_model_that_takes_one_image_at_a_time_passes_the_checks(tmp_path):
+    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+    model = timm.create_model("vit_tiny_patch16_224", **size)
+    timm_vix.convert(model, "softmax", merge={"threshold": 0.9})
+    card = model_card("# A model\n\n| top-1 | 75.0 % |\n", "mit", True)
+    write_hub(tmp_path / "hub", model, resolve_input_data_config(model), card)
+    checked, _ = check_folder(tmp_path / "hub")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(checked(x), model.eval()(x))
+
+
+def test_a_run_names_no_place_of_its_plan(digits, tmp_path):
+    layers = {"1": {"mixer": "linformer", "num_proj_tokens": 4}}
+    plan = dict(format="timm_vix plan 2", architecture="vit_tiny_patch16_224", depth=2, layers=layers)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    keywords = dict(source="vit_tiny_patch16_224", layers=str(tmp_path / "plan.json"))
+    keywords |= dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    settings = DIGITS | dict(model="vix_from_timm", model_kwargs=keywords, data_dir=str(digits), batch_size=16)
+    finetune(**settings, img_size=32, out=str(tmp_path / "run"))
+    _, card = check_folder(tmp_path / "run" / "hub")
+    assert "'layers': 'plan.json'" in card.text and str(tmp_path) not in card.text
+
+
 def test_weights_in_bfloat16_stay_so(run, login, tmp_path):
     path = run / "hub" / "model.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
@@ -185,6 +229,13 @@ def test_nothing_is_uploaded_of_a_folder_that_fails_a_check(damage, run, login, 
     change, words = DAMAGE[damage]
     change(run / "hub")
     check_refused(["push", str(run), "me/flowers"], words, monkeypatch, capsys)
+
+
+def test_the_weights_of_the_run_are_found_from_inside_its_folder(run, login, monkeypatch, capsys):
+    change, words = DAMAGE["other weights"]
+    change(run / "hub")
+    monkeypatch.chdir(run / "hub")
+    check_refused(["push", ".", "me/flowers"], words, monkeypatch, capsys)
 
 
 def check_refused(arguments, words, monkeypatch, capsys):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import DATA, DEIT, exit_code
 from PIL import Image
+from safetensors.torch import save_file
 
 from timm_vix._checks import InputError
 from timm_vix._records import read_records
@@ -124,7 +126,7 @@ def test_bad_data_is_one_line(spoil, words, folder, start, module, capsys) -> No
     [
         (["--img-size", 32, 60], "img_size=32 60: expected multiples of patch_size=16"),
         (["--img-size", 48, 64], "head=dpt takes patches of 4, 8, 16 or 32 px and sizes that are multiples of 32"),
-        (["--trained-blocks", 7], "trained_blocks=7 exceeds the 6 blocks of the model"),
+        (["--trained-blocks", 7], "trained_blocks=7: expected an integer from 0 to 6"),
         (["--weights", "none.safetensors"], "none.safetensors cannot be built"),
         (["--epochs", 0], "epochs=0.0: expected a finite number of at least 0.01"),
     ],
@@ -134,6 +136,46 @@ def test_bad_arguments_are_one_line(options, words, folder, start, module, capsy
     assert exit_code(module("segment").main) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and words in error
+
+
+WRONG_WEIGHTS = {
+    "a delta": (
+        lambda weights: {"blocks.5.attn.core.token_proj": torch.zeros(4, 8)},
+        ["missing are cls_token", "unexpected are blocks.5.attn.core.token_proj"],
+    ),
+    "other names": (
+        lambda weights: {f"encoder.{name}": value for name, value in weights.items()},
+        ["missing are cls_token", "unexpected are encoder."],
+    ),
+    "a part": (
+        lambda weights: {name: value for name, value in weights.items() if "blocks.5." not in name},
+        ["missing are blocks.5."],
+    ),
+    "more": (
+        lambda weights: weights | {"blocks.6.norm1.bias": torch.zeros(64)},
+        ["unexpected are blocks.6.norm1.bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("change, words", WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+def test_weights_of_something_else_are_one_line(change, words, folder, start, module, capsys) -> None:
+    save_file(change(timm.create_model("test_vit").state_dict()), folder / "wrong.safetensors")
+    start(folder, "--weights", folder / "wrong.safetensors")
+    assert exit_code(module("segment").main) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: model=test_vit with weights=") and not [word for word in words if word not in error]
+    assert not (folder / "runs").exists() and not (folder / "rows.csv").exists()
+
+
+@pytest.mark.parametrize("head", ["dpt", "linear"])
+def test_weights_of_any_classifier_are_those_of_the_backbone(head, folder, start, module) -> None:
+    weights = timm.create_model("test_vit", num_classes=7, img_size=(32, 64)).state_dict()
+    save_file(weights, folder / "right.safetensors")
+    run = start(folder, "--weights", folder / "right.safetensors", "--head", head)
+    found = module("segmenter").build(run, "softmax").encoder.model.state_dict()
+    assert found.keys() == weights.keys() - {"head.weight", "head.bias"}
+    assert all(torch.equal(value, weights[name]) for name, value in found.items())
 
 
 def test_masks_are_augmented_as_their_images_and_batches_are_a_function_of_the_step(folder, module) -> None:
@@ -246,6 +288,26 @@ def test_rows_come_once_and_equal_time_ends_by_the_clock(folder, start, module, 
     assert exit_code(segment.main) == 0
     assert capsys.readouterr().out.count("already in") == 2
     assert len(read_records(folder / "rows.csv", segment.COLUMNS)[0]) == 2
+
+
+def test_a_row_is_kept_where_its_costs_cannot_be_measured(folder, start, module, monkeypatch, capsys) -> None:
+    segment, costs = module("segment"), module("segmenter").costs
+
+    def too_large(run: argparse.Namespace, mixer: str) -> dict:
+        """In the process of the measurement, a batch that no memory holds."""
+        return costs(argparse.Namespace(**vars(run) | dict(batch_size=10**13)), mixer)
+
+    monkeypatch.setattr(segment, "costs", too_large)
+    start(folder, "--mixers", "axial", "--epochs", 0.5)
+    assert exit_code(segment.main) == 0
+    assert "the costs of axial could not be measured: out of memory: " in capsys.readouterr().out
+    (row,), damaged = read_records(folder / "rows.csv", segment.COLUMNS, exact=True)
+    measured = ("step_ms", "faster_training", "peak_memory_mib", "infer_ms", "faster_inference", "rounds")
+    assert damaged == 0 and row["miou"] >= 0 and {row[name] for name in measured} == {None}
+    monkeypatch.setattr(module("result_tables"), "RESULTS", folder)
+    (folder / "rows.csv").rename(folder / "segment_camvid.csv")
+    line = module("result_tables.segmentation").camvid().splitlines()[2]
+    assert line.startswith("| axial | ") and line.endswith(" |  |  |  |  |  |")
 
 
 @pytest.mark.slow

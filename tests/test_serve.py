@@ -116,6 +116,22 @@ def test_two_classes_of_one_name_are_told_apart(tmp_path):
     assert class_names(model) == ["crane (0)", "crane (1)", "egret", "owl"]
 
 
+def test_names_by_label_come_in_the_order_of_labels(tmp_path):
+    """timm also takes a mapping, whose labels are text once it was saved."""
+    model = timm.create_model("vix_nystrom_cifar", **SIZES | dict(num_classes=12))
+    names = {label: f"n{label}" for label in reversed(range(12))}
+    save_for_hf(model, tmp_path, dict(label_names=names), safe_serialization=True)
+    assert class_names(load_trained(str(tmp_path))) == [f"n{label}" for label in range(12)]
+
+
+def test_a_folder_is_given_with_keywords(tmp_path):
+    folder = save(timm.create_model("vix_nystrom_cifar", **SIZES), tmp_path / "my run")
+    classifier = Classifier(f"{folder} img_size=48")
+    assert classifier.size == [48, 48] and classifier.net.patch_embed.img_size == (48, 48)
+    pixels = classifier.prepare(Image.effect_noise((40, 60), 90))
+    assert pixels.shape == (1, 3, 48, 48) and len(classifier.best(pixels, 9)) == 4
+
+
 @pytest.mark.skipif(find_spec("gradio") is None, reason="the page is Gradio's")
 def test_what_cannot_be_served_is_one_line(tmp_path, monkeypatch, capsys):
     softmax = save(timm.create_model("vix_softmax_cifar", **SIZES), tmp_path)
@@ -129,7 +145,7 @@ def test_what_cannot_be_served_is_one_line(tmp_path, monkeypatch, capsys):
             (["vix_nystrom_tine"], ["vix_nystrom_tine is not there", "near names: vix_nystrom_tiny"]),
             ([softmax, "--softmax"], ["no efficient attention that softmax could stand beside"]),
             ([softmax, "--port", taken], [f"port={taken} cannot be had", "--port"]),
-            ([softmax, "--port", "70000"], ["port=70000 exceeds the 65535"]),
+            ([softmax, "--port", "70000"], ["port=70000: expected an integer from 1 to 65535"]),
         ]:
             monkeypatch.setattr(sys, "argv", ["timm-vix", "serve", *arguments])
             with pytest.raises(SystemExit) as stop:

@@ -13,14 +13,14 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_input_data_config, resolve_model_data_config
 
 import timm_vix
 from timm_vix._checks import InputError
 from timm_vix.deploy.classifier import load_trained
 from timm_vix.deploy.push import check_folder
 from timm_vix.deploy.shipping import accuracy_of, save_transferred
-from timm_vix.train.hub import delta_card, write_hub
+from timm_vix.train.hub import delta_card, model_card, write_hub
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 DELTAS = Path(__file__).parents[1] / "examples" / "deltas"
@@ -117,6 +117,30 @@ def test_the_folder_of_a_transfer_may_be_pushed(transferred):
     model, card = check_folder(transferred["attention"])
     assert card.data.license == "other"
     assert torch.equal(model(x := image()), load_trained(str(transferred["attention"]))(x))
+
+
+def test_the_folder_of_a_transfer_names_no_place_of_its_original(digits, tmp_path):
+    timm.models.save_for_hf(timm.create_model(SOURCE, **SIZES), tmp_path / "teacher", safe_serialization=True)
+    timm_vix.transfer(
+        f"local-dir:{tmp_path / 'teacher'}", str(digits), "nystrom", layers="last-1",
+        mixer_kwargs=dict(num_landmarks=4), block_steps=1, distill_steps=0, batch_size=4, device="cpu", amp="off",
+        out=str(tmp_path / "run"),
+    )  # fmt: skip
+    _, card = check_folder(tmp_path / "run" / "hub")
+    assert "# teacher with nystrom attention" in card.text and "- source: teacher\n" in card.text
+    assert str(tmp_path) not in card.text
+
+
+def test_what_merges_by_a_threshold_is_a_delta(weights, tmp_path):
+    """It takes one image at a time."""
+    overlay = dict(file=weights, source=None, num_classes=5)
+    student = timm.create_model(SOURCE, pretrained=True, pretrained_cfg_overlay=overlay, **SIZES).eval()
+    timm_vix.convert(student, "nystrom", layers=[0], num_landmarks=4, merge={"threshold": 0.9})
+    card = model_card("# A model", "other", True)
+    write_hub(tmp_path / "hub", student, resolve_input_data_config(student), card)
+    model, keywords = save_transferred(str(tmp_path / "hub"), tmp_path / "delta.safetensors", weights, torch.float32)
+    assert keywords["merge"] == {"threshold": 0.9}
+    assert torch.equal(model(x := image()[:1]), student(x))
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 import ast
 import difflib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm
@@ -31,8 +32,17 @@ def check_model(name: Any, argument: str = "model") -> None:
         )
 
 
-def parse_model(text: str) -> tuple[str, dict[str, Any]]:
+def registered(name: str) -> str:
+    """The name itself; raise InputError for one that timm does not know, see ``check_model``."""
+    check_model(name)
+    return name
+
+
+def parse_model(text: str, find: Callable[[str], str] = registered) -> tuple[str, dict[str, Any]]:
     """Split ``"NAME key=value ..."`` into a name and its keywords.
+
+    Args:
+        find: returns the name that ``timm.create_model`` is to be given, or raises InputError for a wrong one.
 
     Raises:
         InputError: for a name that timm does not know, or a part without "=".
@@ -42,8 +52,10 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
         ('vix_nystrom_tiny', {'num_landmarks': 64})
     """
     # the name of a folder may have spaces
-    name, *parts = re.split(r"\s+(?=\w+=)", text.strip()) if text.startswith("local-dir:") else text.split() or [""]
-    check_model(name)
+    whole, *rest = re.split(r"\s+(?=\w+=)", text.strip())
+    folder = whole.startswith("local-dir:") or "/" in whole or os.path.isdir(whole)
+    name, *parts = [whole, *rest] if folder else text.split() or [""]
+    name = find(name)
     keywords: dict[str, Any] = {}
     for part in parts:
         key, found, value = part.partition("=")

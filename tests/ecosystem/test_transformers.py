@@ -10,7 +10,7 @@ import torch
 from conftest import distance
 from PIL import Image
 from small_models import CONVERTED, KINDS, SIZE, build
-from timm.data import resolve_model_data_config
+from timm.data import resolve_input_data_config, resolve_model_data_config
 
 from timm_vix.train.hub import model_card, write_hub
 
@@ -87,8 +87,22 @@ def test_a_pipeline_classifies_a_picture(kind, tmp_path):
     classifier = transformers.AutoModelForImageClassification.from_pretrained(tmp_path, **saved(model, tmp_path)).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     pipeline = transformers.pipeline("image-classification", model=classifier, image_processor=processor)
+    check_answers(pipeline, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["nystrom", CONVERTED])
+def test_a_pipeline_takes_the_folder_of_a_run_by_its_path(kind, tmp_path):
+    model = build(kind)
+    card, names = model_card("# A model", "apache-2.0", True), [f"label {i}" for i in range(5)]
+    write_hub(tmp_path / "hub", model, resolve_input_data_config(model), card, names)
+    check_answers(transformers.pipeline("image-classification", model=str(tmp_path / "hub")), tmp_path / "hub")
+
+
+def check_answers(pipeline, folder: Path) -> None:
+    """The shares of the five classes of a picture are those of timm's model of a folder."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
-    of_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    of_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(of_timm))
     expected = of_timm(transform(picture)[None]).softmax(1)[0]
     found = {answer["label"]: answer["score"] for answer in pipeline(picture, top_k=5)}

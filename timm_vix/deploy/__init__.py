@@ -1,1 +1,1 @@
-"""What brings a trained model to people and devices."""
+"""Export, quantisation, serving and upload of trained models."""

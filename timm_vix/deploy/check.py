@@ -1,10 +1,11 @@
-"""What an exported model computes and how fast, beside the model in eager mode."""
+"""What a saved or exported model computes and how fast, beside the model in eager mode."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .._checks import InputError
@@ -29,6 +30,17 @@ def read_calibration(folder: Path, count: int, config: dict[str, Any]) -> torch.
     """
     data = open_images(spread(find_unlabelled(folder), count), [str(folder)], config)
     return normaliser(config, "cpu")(torch.stack([data[None, i][0] for i in range(len(data))]))
+
+
+def known_images(size: tuple[int, ...], count: int = 2) -> torch.Tensor:
+    """Random images of a size (channels, height, width), the same ones at every call: (count, *size)."""
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def one_by_one(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The outputs of a model that is called with one image at a time, as a threshold of merging wants it."""
+    return torch.cat([model(image) for image in images.split(1)])
 
 
 def open_images(items: Items, classes: list[str], config: dict[str, Any], lazy: bool = False) -> Images:

@@ -7,25 +7,29 @@ from typing import Any, Optional, Union
 import timm
 import torch
 from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_input_data_config
 from torch import nn
 
 from .._checks import InputError
 from .._files import one_line
-from .._names import near_names
+from .._names import near_names, parse_model
+from ..train.listing import label_names
 from ..train.teacher import check_classes
 
 PLACES = "hf-hub:USER/NAME, a folder with config.json and model.safetensors, or a model of timm with weights"
 
 
-def address_of(model: str) -> str:
+def address_of(model: str, trained: bool = True) -> str:
     """What ``timm.create_model`` is given for a name, a place on the Hub or a folder; a run's folder has it in ``hub``.
+
+    Args:
+        trained: whether timm must have weights for a name.
 
     Raises:
         InputError: for what is none of them.
     """
     if timm.is_model(model.split(".")[0]):
-        if not timm.is_model_pretrained(model):
+        if trained and not timm.is_model_pretrained(model):
             raise InputError(f"model={model} has no trained weights; allowed is {PLACES}")
         return model
     if model.startswith("hf-hub:"):
@@ -40,18 +44,19 @@ def address_of(model: str) -> str:
     raise InputError(f"model={model} {lacks}" + (f"; near names: {near}" if near != "none" else ""))
 
 
-def load_trained(model: str) -> nn.Module:
+def load_trained(model: str, **keywords: Any) -> nn.Module:
     """A model in eval mode with its trained weights.
 
     Args:
         model: see ``address_of``.
+        **keywords: for ``timm.create_model``.
 
     Raises:
         InputError: for a model that isn't there or can't be loaded, and for weights of other classes than it has.
     """
     address = address_of(model)
     try:
-        net = timm.create_model(address, pretrained=True).eval()
+        net = timm.create_model(address, pretrained=True, **keywords).eval()
     except Exception as error:  # timm, torch, safetensors and the Hub's client raise by kind of damage
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise InputError(f"model={model} cannot be loaded: {reason}") from error
@@ -64,11 +69,11 @@ def class_names(model: nn.Module) -> list[str]:
 
     Classes of one name also have their number: a crane is a bird, and another crane a machine.
     """
-    config = model.pretrained_cfg
-    names = list(config.get("label_names") or [])
+    names = label_names(model)
     numbers = range(model.num_classes)
     if len(names) == model.num_classes:
-        found = [str((config.get("label_descriptions") or {}).get(name, name)) for name in names]
+        described = model.pretrained_cfg.get("label_descriptions") or {}
+        found = [str(described.get(name, name)) for name in names]
     elif names or not (subset := infer_imagenet_subset(model)):
         found = [str(i) for i in numbers]
     else:
@@ -82,21 +87,23 @@ class Classifier:
     """A trained model with its classes and what its pictures go through.
 
     Args:
-        model: see ``address_of``.
+        model: "NAME key=value ...", with a name as for ``address_of``.
 
     Attributes:
         name, net, names: as given; the model; the names of its classes.
+        size: height and width of the images in pixels.
 
     Raises:
         InputError: see ``load_trained``; also for a model of neither grey nor RGB pictures.
     """
 
     def __init__(self, model: str) -> None:
-        self.name, self.net = model, load_trained(model)
+        name, keywords = parse_model(model, find=str)  # as it is, for load_trained
+        self.name, self.net = model, load_trained(name, **keywords)
         if not self.net.num_classes:
             raise InputError(f"model={model} has no classifier")
-        config = resolve_model_data_config(self.net)
-        channels = config["input_size"][0]
+        config = resolve_input_data_config(self.net)
+        channels, *self.size = config["input_size"]
         if channels not in (1, 3):
             raise InputError(f"model={model} takes images of {channels} channels; allowed is 1 (grey) or 3 (RGB)")
         self.names = class_names(self.net)

@@ -1,7 +1,7 @@
 """Write a model to a file for deployment, and check that the file computes what the model does.
 
-MODEL is a name of timm or of this package, a folder (local-dir:FOLDER) or a place of the Hub (hf-hub:USER/NAME),
-with keywords as "NAME key=value ...". A conversion is a name too, also one by a plan:
+MODEL is a name of timm or of this package, the folder of a run or a place of the Hub (hf-hub:USER/NAME), with keywords
+as "NAME key=value ...". A conversion is a name too, also one by a plan:
     "vix_from_timm source=deit_tiny_patch16_224 mixer=softmax layers=plan.json"
 
 Formats: onnx (ONNX Runtime), openvino (.xml with .bin), pt2 (torch.export), aoti (compiled for this processor).
@@ -35,8 +35,10 @@ from ..train.listing import labelled_folder, spread
 from ..train.settings import check_weights
 from ..train.teacher import build_teacher
 from . import quantise
-from .check import BATCHES, accuracy, latency, parity, read_calibration
+from .check import BATCHES, accuracy, known_images, latency, parity, read_calibration
+from .classifier import address_of
 from .formats import (
+    DTYPES,
     OPEN,
     SUFFIXES,
     Runner,
@@ -48,8 +50,6 @@ from .formats import (
     write_openvino,
     write_pt2,
 )
-
-DTYPES = ("float32", "bfloat16", "int8")
 
 
 class WithFloat32(nn.Module):
@@ -73,13 +73,13 @@ def build(
     """A trained model in eval mode, and timm's data configuration for it.
 
     Args:
-        spec: "NAME key=value ...".
+        spec: "NAME key=value ...", with a name or the path of a folder as for ``address_of``.
         weights: A file; else ``pretrained`` asks for timm's, and a folder or a place of the Hub brings its own.
 
     Raises:
         ValueError: for a wrong name, keywords or weights that don't fit, and a model that takes one size only.
     """
-    name, keywords = parse_model(spec)
+    name, keywords = parse_model(spec, lambda name: address_of(name, trained=False))
     check_weights("weights", weights)
     if not weights and not pretrained and ":" not in name:
         raise InputError(f"model={name} would have random weights; give --weights FILE or --pretrained")
@@ -221,8 +221,7 @@ def trials(
     config: dict[str, Any], calibration: Optional[torch.Tensor], dynamic_size: bool, model: nn.Module
 ) -> list[torch.Tensor]:
     """Batches of two sizes on which eager and exported are compared, of another image size too where that is free."""
-    size = tuple(config["input_size"])
-    known = torch.randn(max(BATCHES), *size, generator=torch.Generator().manual_seed(0))
+    known = known_images(config["input_size"], max(BATCHES))
     if calibration is not None:
         known = calibration[torch.arange(max(BATCHES)) % len(calibration)]
     batches = [known[:count] for count in BATCHES]
@@ -272,7 +271,7 @@ def describe_latency(row: dict[str, Any], batch: int, threads: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a name, local-dir:FOLDER or hf-hub:USER/NAME; or 'NAME key=value ...'")
+    add("model", metavar="MODEL", help="a name, a folder or hf-hub:USER/NAME; or 'NAME key=value ...'")
     add("--to", required=True, choices=tuple(SUFFIXES), help="the format")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and matrix products: float32")
     add("--out", required=True, type=Path, help=f"the file; {', '.join(f'{k}: {v}' for k, v in SUFFIXES.items())}")

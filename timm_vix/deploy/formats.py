@@ -23,6 +23,7 @@ from .._checks import InputError
 from .._files import one_line
 
 SUFFIXES = dict(onnx=".onnx", openvino=".xml", pt2=".pt2", aoti=".pt2")
+DTYPES = ("float32", "bfloat16", "int8")
 Runner = Callable[[torch.Tensor], torch.Tensor]
 
 # how exporters and runtimes name what they lack
@@ -34,7 +35,8 @@ OPERATORS = (
     r"decomposition.*?((?:aten|prims)[.:]+\w+)",
     r"((?:aten|prims|quantized_decomposed)(?:\.|::)\w+)",
 )
-# what OpenVINO reads from an ONNX file as another operator: it takes the two halves of complex numbers for an axis more
+# what OpenVINO reads from an ONNX file as another operator, in every dtype: it takes the two halves of complex numbers
+# for an axis more
 MISREAD = ("DFT",)
 
 
@@ -57,21 +59,25 @@ def held_by(to: str, dtype: str, dynamic_size: bool = False) -> Iterator[None]:
     except (InputError, OSError, MemoryError):
         raise
     except Exception as error:  # exporters and runtimes raise as they like
-        if dynamic_size:
+        operator = operator_of(error)
+        if dynamic_size and operator is None:
             raise fixed_size(f"this model with to={to}", one_line(error, 200)) from error
-        raise cannot_hold(to, dtype, operator_of(error), one_line(error, 200)) from error
+        raise cannot_hold(to, dtype, operator, one_line(error, 200)) from error
 
 
-def cannot_hold(to: str, dtype: str, operator: Optional[str], reason: str) -> InputError:
-    """The error for an operator that a format lacks in a dtype; without one, for whatever else went wrong."""
-    formats = [name for name in SUFFIXES if name != to]
-    dtypes = [name for name in ("float32", "bfloat16", "int8") if name != dtype]
+def cannot_hold(to: str, dtype: Optional[str], operator: Optional[str], reason: str) -> InputError:
+    """The error for an operator that a format lacks in a dtype; without one, for whatever else went wrong.
+
+    Args:
+        dtype: None for an operator that the format lacks in all of them.
+    """
     what = f"cannot hold {operator}" if operator else "could not be written"
     mixer = "a mixer without this operator" if operator else "another mixer"
-    return InputError(
-        f"to={to} with dtype={dtype} {what}: {reason}. Try --to {' or '.join(formats)}, "
-        f"--dtype {' or '.join(dtypes)}, or {mixer}"
-    )
+    remedies = [f"--to {' or '.join(name for name in SUFFIXES if name != to)}"]
+    if dtype:
+        to = f"{to} with dtype={dtype}"
+        remedies.append(f"--dtype {' or '.join(name for name in DTYPES if name != dtype)}")
+    return InputError(f"to={to} {what}: {reason}. Try {', '.join(remedies)}, or {mixer}")
 
 
 def fixed_size(what: str, reason: str) -> InputError:
@@ -118,7 +124,7 @@ def read_onnx_as_openvino(path: Path) -> Any:
     misread = sorted({node.op_type for node in onnx.load(path).graph.node} & {*MISREAD})
     if misread:
         reason = "OpenVINO reads it from ONNX with another shape"
-        raise cannot_hold("openvino", "float32", f"operator {', '.join(misread)}", reason)
+        raise cannot_hold("openvino", None, f"operator {', '.join(misread)}", reason)
     return openvino.convert_model(path)
 
 

@@ -12,8 +12,10 @@ this package is imported.
 import argparse
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,6 +30,7 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line
+from .check import known_images, one_by_one
 from .classifier import load_trained
 
 FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
@@ -79,18 +82,18 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
     address = f"{repository}@{revision}" if revision else repository
     card.text = LOADING.sub(f'create_model("hf-hub:{address}", pretrained=True)', card.text)
     api = HfApi(library_name="timm_vix")
+    upload = partial(api.upload_file, repo_id=repository, revision=revision)
+    upload_card = partial(
+        upload, path_or_fileobj=str(card).encode(), path_in_repo="README.md", commit_message="Add model card"
+    )
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        # first, since timm writes a card of its own where there is none
-        api.upload_file(
-            path_or_fileobj=str(card).encode(),
-            path_in_repo="README.md",
-            repo_id=repository,
-            revision=revision,
-            commit_message="Add model card",
-        )
+        # timm writes a card of its own where there is none; one that is there describes the weights that are there
+        has_card = api.file_exists(repository, "README.md", revision=revision)
+        if not has_card:
+            upload_card()
         push_to_hf_hub(
             model,
             repository,
@@ -101,13 +104,13 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
             data_config=resolve_model_data_config(model),
         )
         # the folder's, see note_classes_once in hub.py
-        api.upload_file(
+        upload(
             path_or_fileobj=str(hub / "config.json"),
             path_in_repo="config.json",
-            repo_id=repository,
-            revision=revision,
             commit_message="Name the number of classes once",
         )
+        if has_card:
+            upload_card()
     except CLIENT_ERRORS as error:
         raise InputError(f"repository={repository}: {reason_of(error)}") from error
     return address
@@ -146,14 +149,13 @@ def check_folder(hub: Path) -> tuple[nn.Module, ModelCard]:
     check_config(hub / "config.json", config)
     check_card(hub / "README.md", card)
     model, again = load_trained(str(hub)), load_trained(str(hub))
-    images = torch.randn(2, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        outputs = model(images)
-        if not outputs.isfinite().all():
-            raise InputError(f"{hub}: the model's outputs are not finite")
-        if not torch.equal(outputs, again(images)):
-            raise InputError(f"{hub}: two loads give different outputs, so something of the model is not in its folder")
-        check_run(hub, model, images)
+    images = known_images(model.pretrained_cfg["input_size"])
+    outputs = one_by_one(model, images)
+    if not outputs.isfinite().all():
+        raise InputError(f"{hub}: the model's outputs are not finite")
+    if not torch.equal(outputs, one_by_one(again, images)):
+        raise InputError(f"{hub}: two loads give different outputs, so something of the model is not in its folder")
+    check_run(hub, model, images)
     with safe_open(hub / "model.safetensors", "pt") as file:
         stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  it is no dict
     return (model.bfloat16() if "BF16" in stored else model), card
@@ -193,6 +195,7 @@ def check_card(path: Path, card: ModelCard) -> None:
 
 def check_run(hub: Path, model: nn.Module, images: torch.Tensor) -> None:
     """Raise InputError if the run beside the folder kept other weights than the folder has."""
+    hub = Path(os.path.abspath(hub))  # "." has no name
     best, last = hub.parent / "best.pt", hub.parent / "checkpoint.pt"
     if hub.name != "hub" or not last.is_file():
         return
@@ -204,5 +207,5 @@ def check_run(hub: Path, model: nn.Module, images: torch.Tensor) -> None:
         trained.load_state_dict(weights)
     except Exception as error:  # torch.load raises by kind of damage
         raise InputError(f"{last} cannot be compared with {hub}: {one_line(error)}") from error
-    if not torch.equal(trained(images), model(images)):
+    if not torch.equal(one_by_one(trained, images), one_by_one(model, images)):
         raise InputError(f"{hub} gives other outputs than the weights in {path}; resume the run, which writes it anew")

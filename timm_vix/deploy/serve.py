@@ -42,7 +42,9 @@ WELCOME = "Drop a picture, and the model names what is on it."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="folder of a run or in examples/checkpoints, hf-hub:USER/NAME or a timm model"
+        "model",
+        metavar="MODEL",
+        help="folder of a run or in examples/checkpoints, hf-hub:USER/NAME or a timm model; or 'MODEL key=value ...'",
     )
     parser.add_argument("--softmax", action="store_true", help="show the same model with softmax attention beside it")
     parser.add_argument("--port", type=int, default=7860, help="of this machine, at which the page is; default: 7860")
@@ -71,7 +73,7 @@ def open_page(model: str, softmax: bool = False, port: int = 7860) -> Any:
 
 def check_port(port: int) -> None:
     """Raise InputError for a port that can't be had."""
-    check_integer("port", port, 1, 65535, "that a machine has")
+    check_integer("port", port, 1, 65535)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -168,7 +170,7 @@ def build_page(gradio: Any, answers: Answers) -> tuple[Any, dict[str, Any]]:
             return error
 
     net = answers.classifier.net
-    size = " x ".join(str(side) for side in net.pretrained_cfg["input_size"][1:])
+    size = " x ".join(map(str, answers.classifier.size))
     facts = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters · {size} px · {net.num_classes} classes"
     with gradio.Blocks(title=f"{title_of(net)} · timm_vix", analytics_enabled=False, fill_width=True) as page:
         gradio.Markdown(f"# {title_of(net)}\n{facts} · {torch.get_num_threads()} CPU threads")

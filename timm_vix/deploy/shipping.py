@@ -14,25 +14,26 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line, write_whole
 from .._records import Record
-from ..conversion.convert import NAME, settle
+from ..conversion.convert import NAME, record_resolved_arguments
 from ..conversion.delta import load_delta, save_delta
 from ..conversion.replace import ADDING_NOTHING
 from ..models.checkpoints import hosts_of
 from ..train.cards import card
 from ..train.hub import write_hub
 from ..train.images import Images, normaliser, transforms
-from ..train.listing import list_images
+from ..train.listing import label_names, list_images
+from .check import known_images, one_by_one
 from .classifier import load_trained
 
 
-def label_names(model: nn.Module, folder: Path) -> list[str]:
-    """The names of a trained model's classes.
+def classes_of(model: nn.Module, folder: Path) -> list[str]:
+    """The names of the classes of a trained model in a folder.
 
     Raises:
         InputError: for one without.
     """
-    if names := model.pretrained_cfg.get("label_names"):
-        return list(names)
+    if names := label_names(model):
+        return names
     raise InputError(f"{folder} names no classes; expected the folder of a fine-tuning, whose config.json names them")
 
 
@@ -41,7 +42,7 @@ def accuracy_of(folder: Path, data_dir: str, device: str) -> tuple[float, float]
     """Top-1 and top-5 accuracy on the test images, in percent, of the model in ``folder``."""
     model = load_trained(str(folder)).to(device)
     config = resolve_model_data_config(model)
-    classes = label_names(model, folder)
+    classes = classes_of(model, folder)
     items, _ = list_images(Path(data_dir) / "test", classes)
     resize, _, plain = transforms(config, "none", 0.0)
     images = Images(items, classes, config["input_size"][0], resize, plain, seed=0)
@@ -70,7 +71,7 @@ def ship(hub: Path, folder: Path, row: Record, data_dir: str, device: str = "cpu
         OSError: for a file that can't be written; an earlier folder stays.
     """
     model = load_trained(str(hub))
-    config, names = resolve_model_data_config(model), label_names(model, hub)
+    config, names = resolve_model_data_config(model), classes_of(model, hub)
     del model.pretrained_cfg["label_names"]  # which the configuration has beside it
     model.bfloat16()
     with TemporaryDirectory() as rounded:
@@ -107,7 +108,7 @@ def save_transferred(
     student = load_trained(hub)
     if "source" not in get_model_args(student):
         raise InputError(f"{hub} holds {type(student).__name__}, which is no converted model; expected a transfer's")
-    settle(student)
+    record_resolved_arguments(student)
     keywords = in_short(get_model_args(student))
     # the file's own number of classes, or timm leaves its classifier out
     overlay = dict(file=weights, source=None, custom_load=False, num_classes=student.num_classes) if weights else {}
@@ -129,10 +130,9 @@ def save_transferred(
                 f"{hub} is no delta of these weights of {keywords['source']}: other weights than those of its "
                 f"attention differ; expected the weights it was made of, and a transfer with distill_part=attention"
             ) from error
-        images = torch.randn(2, *student.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            if not torch.equal(original(images), copy.deepcopy(student).float()(images)):
-                raise InputError(f"{hub}: its delta on {keywords['source']} gives other outputs")
+        images = known_images(student.pretrained_cfg["input_size"])
+        if not torch.equal(one_by_one(original, images), one_by_one(copy.deepcopy(student).float(), images)):
+            raise InputError(f"{hub}: its delta on {keywords['source']} gives other outputs")
         write_whole(path, saved.read_bytes())
     return original, keywords
 

@@ -46,9 +46,10 @@ FILES = ("checkpoint.pt", "best.pt", "history.csv", "curve.png", "delta.safetens
 
 @documented(FinetuneSettings)
 def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Train; leave ``history.csv``, ``curve.png``, ``checkpoint.pt`` and a folder for the Hub, ``hub``, in ``out``.
+    """Fine-tune a timm model on labelled images.
 
-    A run is continued by ``resume`` with the same settings; places, device, threads and workers may be others.
+    It writes ``history.csv``, ``curve.png``, ``checkpoint.pt`` and ``hub``, a folder for the Hub, to ``out``. With
+    ``resume=True`` a run continues with the same settings; paths, device, threads and workers may differ.
 
     Args:
         {settings}
@@ -244,7 +245,6 @@ def finish(
         best=run.keep == "best",
         recipe={
             **shown,
-            "model": Path(run.model).name if local else run.model,
             "checkpoint": quoted,
             **{key: row[key] for key in ("device", "threads", "torch", "timm")},
         },

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,7 +12,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .._files import one_line
-from ..conversion.convert import settle
+from ..conversion.convert import record_resolved_arguments
 
 LOAD = """```python
 import timm{package}
@@ -35,7 +36,7 @@ def write_hub(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         names = dict(label_names=label_names) if label_names else None
-        settle(model)  # no file of a plan is named
+        record_resolved_arguments(model)  # no file of a plan is named
         save_for_hf(model, partial, names, safe_serialization=True, data_config=data_config)
         note_classes_once(partial / "config.json")
         card.save(partial / "README.md")
@@ -67,6 +68,15 @@ def model_card(text: str, license: str, ours: bool) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
+def without_folders(value: Any) -> Any:
+    """A setting as a card states it: a folder or plan of this machine by its last name, since its path says nothing."""
+    if isinstance(value, Mapping):
+        return {name: without_folders(part) for name, part in value.items()}
+    if isinstance(value, str) and (value.startswith("local-dir:") or value.endswith(".json")):
+        return Path(os.path.abspath(value.removeprefix("local-dir:"))).name
+    return value
+
+
 def finetuned_card(
     name: str,
     license: str,
@@ -87,7 +97,7 @@ def finetuned_card(
         best: Whether the epoch was chosen by its accuracy on the validation images.
     """
     which = "best on these images" if best else "last epoch, and no epoch was picked"
-    settings = "\n".join(f"- {key}: {value}" for key, value in recipe.items() if value is not None)
+    settings = "\n".join(f"- {key}: {without_folders(value)}" for key, value in recipe.items() if value is not None)
     text = f"""# {name}
 
 `{name}` ({row["parameters"] / 1e6:.2f} M parameters, {row["img_size"]} px), trained from {start} on {data}.
@@ -115,6 +125,7 @@ on nothing from elsewhere. The terms of the training images and of the initial w
 
 def transferred_card(row: dict[str, Any], table: str) -> ModelCard:
     """The card of a model after attention transfer, of the row of result.csv and a table of its layers."""
+    row = without_folders(row)
     facts = "\n".join(f"- {name}: {value}" for name, value in row.items())
     text = f"""# {row["source"]} with {row["mixer"]} attention
 

@@ -6,6 +6,7 @@ Labels and order depend on the names alone, never on the order in which a file s
 import csv
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
@@ -16,6 +17,7 @@ from timm.utils.misc import natural_key
 from torch import nn
 
 from .._checks import InputError
+from .._files import one_line
 from .folders import Items, class_names, is_dataset, labelled_images, open_dataset
 
 Item = TypeVar("Item")
@@ -148,26 +150,38 @@ def labelled_folder(folder: Path, model: nn.Module) -> tuple[Items, list[str]]:
     if (folder / "labels.csv").is_file():
         return read_labels(folder, model.num_classes)
     inner = [folder / name for name in VALIDATION if (folder / name).is_dir()]
-    known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    known = list(known) if known and len(known) == model.num_classes else None
+    names = label_names(model)
+    known = names if names and len(names) == model.num_classes else None
     items, classes = list_images(inner[0] if inner else folder, known)
     if known is None and len(classes) != model.num_classes:
         raise InputError(f"data_dir={folder} has {len(classes)} classes; the model has {model.num_classes}")
     return items, known or classes
 
 
+def label_names(model: nn.Module) -> list[str]:
+    """The names of a model's classes in the order of labels, as its configuration has them; none: no names."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or []
+    if isinstance(names, Mapping):  # by label, which is text in a JSON file
+        return [names[label] for label in sorted(names, key=lambda label: order(str(label)))]
+    return list(names)
+
+
 def read_labels(folder: Path, num_classes: int) -> tuple[Items, list[str]]:
     """``labelled_folder`` of a table."""
     table = folder / "labels.csv"
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{table} cannot be read: {one_line(error)}; expected a CSV file in UTF-8") from error
     items: Items = []
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if number == 1 or not row:
-                continue
-            if len(row) < 2 or not row[1].isdecimal() or int(row[1]) >= num_classes:
-                raise InputError(f"{table}, line {number}: expected FILE,CLASS with a class below {num_classes}")
-            places = [folder / row[0], folder / "images" / row[0]]
-            items.append((next((path for path in places if path.is_file()), places[0]), int(row[1])))
+    for number, row in enumerate(rows, 1):
+        if number == 1 or not row:
+            continue
+        if len(row) < 2 or not row[1].isdecimal() or int(row[1]) >= num_classes:
+            raise InputError(f"{table}, line {number}: expected FILE,CLASS with a class below {num_classes}")
+        places = [folder / row[0], folder / "images" / row[0]]
+        items.append((next((path for path in places if path.is_file()), places[0]), int(row[1])))
     if not items:
         raise InputError(f"{table} names no images; expected lines of FILE,CLASS")
     return items, [str(number) for number in range(num_classes)]
