@@ -12,8 +12,9 @@ is the same for all: warm-up, cosine, label smoothing, crop and flip, mixup. Wit
 and training lasts 40 and 100 epochs; without one, patches are 2 x 2 pixels and there are 2 epochs. Nyström and
 Linformer have the paper's 64 landmarks and projected tokens, but at most a quarter of the tokens: with as many as
 tokens they would approximate nothing. Training is in float32 unless --amp says otherwise. Each row of
-examples/results/reproduce_vix.csv says which it was; weights stay in --runs. With --ship those of the wanted rows also
-go to a folder each, small: in bfloat16, with a card that states the accuracy of the rounded weights.
+examples/results/reproduce_vix.csv says which it was, and reproduce_vix_curves.csv has a row for each of its epochs;
+weights stay in --runs. With --ship those of the wanted rows also go to a folder each, small: in bfloat16, with a card
+that states the accuracy of the rounded weights.
 """
 
 import argparse
@@ -28,12 +29,12 @@ import timm_vix
 from timm_vix._checks import InputError
 from timm_vix._device import find_device, find_dtype
 from timm_vix._files import one_line
-from timm_vix._records import append_record, header_of
+from timm_vix._records import append_record, header_of, read_records
 from timm_vix.cli import in_one_line
 from timm_vix.deploy.shipping import accuracy_of, ship
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import measure_in_process
-from timm_vix.train.cards import COLUMNS, read_rows, seed_suffix, write_cards
+from timm_vix.train.cards import COLUMNS, CURVE, read_rows, seed_suffix, write_cards
 from timm_vix.train.finetune import finetune
 from timm_vix.train.listing import list_images
 
@@ -165,6 +166,7 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
         tract=given.tract,
         **{"batch_size": SYSTEMS[system][1], **settings},
     )
+    add_curve(curves_of(Path(given.results)), key, history)
     best = max(history, key=lambda row: row["top1"])
     top1, top5 = accuracy_of(out / "hub", given.data_dir, device)
     keywords = " ".join(f"{name}={value}".replace(" ", "") for name, value in patched(system, patch_size).items())
@@ -202,6 +204,29 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
     )
 
 
+def curves_of(results: Path) -> Path:
+    """The file that has the epochs of the runs of a results file."""
+    return results.with_stem(f"{results.stem}_curves")
+
+
+def read_curves(path: Path) -> list[dict[str, Any]]:
+    """The rows of that file; none if it isn't there yet.
+
+    Raises:
+        InputError: for a file of other columns.
+    """
+    return read_records(path, CURVE, exact=True)[0] if path.exists() and header_of(path) else []
+
+
+def add_curve(path: Path, key: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Append a row for each epoch of a run that has none; a run that was stopped in between left the first ones."""
+    known = {row["epoch"] for row in read_curves(path) if row.items() >= key.items()}
+    for epoch in (epoch for epoch in history if epoch["epoch"] not in known):
+        row = {name: epoch[name] for name in ("epoch", "threads")}
+        row |= dict(train_loss=round(epoch["train_loss"], 4), held_out_top1=round(epoch["top1"], 2))
+        append_record(path, CURVE, {**key, **row, "seconds": round(epoch["seconds"], 1)})
+
+
 @torch.inference_mode()
 def gigaflops(system: str, patch_size: int) -> float:
     """10^9 floating-point operations of a forward pass of one image."""
@@ -234,6 +259,7 @@ def run_all(given: argparse.Namespace) -> None:
     device = find_device(given.device)
     # what the end needs is looked at before hours of training
     rows, damaged = read_rows(path) if path.exists() and header_of(path) else ([], 0)
+    read_curves(curves_of(path))
     if damaged:
         print(f"{path}: {damaged} damaged lines are ignored")
     if given.data_dir:

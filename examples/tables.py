@@ -2,7 +2,7 @@
 
 python examples/tables.py            # rewrites both between their <!-- table: NAME --> marks
 python examples/tables.py --check    # fails if one of them differs from the results
-python examples/tables.py --figures  # draws examples/results/cost_*.png anew
+python examples/tables.py --figures  # draws the figures of cost and of CIFAR-10 in examples/results anew
 python examples/tables.py --pays     # prints the sentences about speed that the docstrings of mixers and stems hold
 """
 
@@ -20,6 +20,7 @@ from result_tables import (
     cost,
     dense,
     deployment,
+    figures,
     finer,
     mechanisms,
     norms,
@@ -58,7 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10": lambda: training.finetuned("cifar10"),
     "claims": lambda: training.finetuned("claims"),
     "reproduced": training.reproduced,
-    "compared": training.compared,
+    "compared": lambda: training.compared(1),
     "conversions": conversion.conversions,
     "transfers": conversion.transfers,
     "plans": conversion.plans,
@@ -90,22 +91,6 @@ def filled(text: str) -> str:
     return BLOCK.sub(block, text)
 
 
-def figures() -> None:
-    """Speed of inference beside softmax, and memory of training, over resolution; of what the README's table has."""
-    from timm_vix._records import read_records
-    from timm_vix.benchmark.cost import COLUMNS
-    from timm_vix.benchmark.figures import over_tokens, png
-
-    records, _ = read_records(RESULTS / "cost_cpu.csv", COLUMNS)
-    wanted = [r for r in records if (r["dtype"], r["baseline"]) == ("float32", "vit_tiny_patch16_224")]
-    wanted = [r for r in wanted if r["batch_size"] == 1 and not r["error"] and cost.is_shown(r["model"])]
-    timed = [r for r in wanted if r["mode"] == "infer" and r["rounds"] >= cost.LEAST_ROUNDS]
-    trained = [r for r in wanted if r["mode"] == "train"]
-    for name, rows, column in (("speed", timed, "speedup"), ("memory", trained, "peak_memory_mib")):
-        figure, _ = over_tokens(rows, column)
-        (RESULTS / f"cost_{name}.png").write_bytes(png(figure))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
@@ -119,7 +104,7 @@ def main() -> int:
             print(f"{name}\n{textwrap.fill(sentence, 120, break_on_hyphens=False)}\n")
         return 0
     if arguments.figures:
-        figures()
+        figures.draw_all()
     stale = []
     for path in DOCUMENTS:
         before = path.read_text(encoding="utf-8")

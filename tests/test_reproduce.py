@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from timm_vix._files import write_whole
-from timm_vix._records import append_record
+from timm_vix._records import append_record, read_records
 from timm_vix.deploy.shipping import ship
-from timm_vix.train.cards import COLUMNS, read_rows, write_cards
+from timm_vix.train.cards import COLUMNS, CURVE, read_rows, write_cards
 from timm_vix.train.finetune import finetune
 
 ROOT = Path(__file__).parents[1]
@@ -393,6 +393,7 @@ def test_one_model_of_a_system_is_shipped(more, run, images, tmp_path):
         ("arguments", ["neither --data-dir nor --cards"]),
         ("test", ["test does not exist", "expected"]),
         ("results", ["r.csv was written by another version", "it lacks keywords, paper"]),
+        ("curves", ["r_curves.csv was written by another version", "it lacks epochs, patch_size"]),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_training(damage, words, run, images, tmp_path):
@@ -401,8 +402,9 @@ def test_what_cannot_end_well_is_refused_before_training(damage, words, run, ima
     for split in ("train", "test"):
         if (damage, split) != ("test", "test"):
             (data / split).symlink_to(images / split)
-    if damage == "results":
-        results.write_text("system,recipe\nccn_cifar,paper\n")
+    if damage in ("results", "curves"):
+        damaged = results if damage == "results" else tmp_path / "r_curves.csv"
+        damaged.write_text("system,recipe\nccn_cifar,paper\n")
     arguments = ["--device", "cpu", "--runs", tmp_path / "runs", "--results", results]
     code, _, errors = run("reproduce_vix", *arguments, *(["--data-dir", data] if damage != "arguments" else []))
     assert code == 2 and errors.count("\n") == 1 and not [word for word in words if word not in errors]
@@ -442,6 +444,52 @@ def test_another_seed_has_a_run_of_its_own_and_the_speed_of_its_training(run, im
     rows, _ = read_rows(tmp_path / "r.csv")
     assert [row["seed"] for row in rows] == [0, 1]
     assert all(row["images_per_second"] > 0 and row["faster_than_softmax"] is None for row in rows)
+
+
+def test_the_epochs_of_a_run_are_recorded_once(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_vix.measure.job.measure_in_process", lambda job: dict(error="out of memory"))
+    arguments = ["--data-dir", images, "--systems", "vix_fnet_cifar", "--recipes", "modern", "--patch-size", 4]
+    arguments += ["--epochs", 3, "--device", "cpu", "--threads", 1, "--runs", tmp_path / "runs"]
+    arguments += ["--results", tmp_path / "r.csv"]
+    assert run("reproduce_vix", *arguments)[0] == 0
+    with (tmp_path / "runs" / "modern-3-4" / "vix_fnet_cifar" / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    curves = tmp_path / "r_curves.csv"
+    rows, damaged = read_records(curves, CURVE, exact=True)
+    assert damaged == 0 and [row["epoch"] for row in rows] == [1, 2, 3] == [int(row["epoch"]) for row in history]
+    for row, epoch in zip(rows, history):
+        assert row["held_out_top1"] == pytest.approx(float(epoch["top1"]), abs=0.005)
+        assert row["train_loss"] == pytest.approx(float(epoch["train_loss"]), abs=5e-5)
+        assert row["seconds"] == pytest.approx(float(epoch["seconds"]), abs=0.05)
+    # killed after the second epoch was recorded, and before the run had its row
+    curves.write_text("".join(curves.read_text().splitlines(keepends=True)[:3]))
+    (tmp_path / "r.csv").unlink()
+    assert run("reproduce_vix", *arguments)[0] == 0
+    again, _ = read_records(curves, CURVE, exact=True)
+    assert again == rows
+
+
+def test_the_figure_of_training_has_the_hours_of_each_system(monkeypatch):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from result_tables.figures import over_time
+
+    run = dict(recipe="modern", epochs=20, patch_size=4, seed=0, dtype="float32", threads=1, train_loss=1.0)
+    rows = [
+        dict(run, system=system, epoch=epoch, seconds=seconds, held_out_top1=top1)
+        for system, epoch, seconds, top1 in [
+            ("slow_cifar", 2, 7200.0, 45.0),
+            ("slow_cifar", 1, 3600.0, 40.0),
+            ("fast_cifar", 1, 360.0, 50.0),
+            ("fast_cifar", 2, 360.0, 60.0),
+        ]
+    ]
+    rows.append(dict(rows[0], seed=1, seconds=1.0))
+    (axes,) = over_time(rows).axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert list(lines) == ["fast_cifar", "slow_cifar"]  # the best first
+    assert lines["slow_cifar"] == ([1.0, 3.0], [40.0, 45.0])
+    assert lines["fast_cifar"] == (pytest.approx([0.1, 0.2]), [50.0, 60.0])
 
 
 def test_a_file_is_replaced_by_a_file_only_and_the_reason_is_the_systems(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
     return figure, lines
 
 
-def trade_off(runs: list[list[Record]], cost: str) -> Optional[Any]:
+def trade_off(runs: list[list[Record]], cost: str, accuracy: str = "validation top-1 (%)") -> Optional[Any]:
     """Figure of top-1 over one cost: a point for each model, its mean over seeds, with the Pareto front drawn."""
     looks = styles(run_name(group[0]) for group in runs)
     known = [group for group in runs if group[0][cost]]
@@ -152,7 +152,7 @@ def trade_off(runs: list[list[Record]], cost: str) -> Optional[Any]:
     front = pareto(costs, means)
     best = [[values[i] for i in front] for values in (costs, means)]
     axes.plot(*best, color="#7F7F7F", linestyle="--", linewidth=1, zorder=0, label="Pareto front")
-    axes.set(xscale="log", xlabel=AXES[cost], ylabel="validation top-1 (%)")
+    axes.set(xscale="log", xlabel=AXES[cost], ylabel=accuracy)
     plain_numbers(axes.xaxis)
     axes.grid(alpha=0.3, which="both")
     legend_below(figure)

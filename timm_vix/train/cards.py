@@ -35,6 +35,20 @@ COLUMNS: Columns = dict(
     torch=str,
     timm=str,
 )
+# the epochs of each run, in a file beside it; the accuracy is that on the held-out training images
+CURVE: Columns = dict(
+    system=str,
+    recipe=str,
+    epochs=int,
+    patch_size=int,
+    seed=int,
+    dtype=str,
+    epoch=int,
+    train_loss=float,
+    held_out_top1=float,
+    seconds=float,
+    threads=int,
+)
 CIFAR10 = "uoft-cs/cifar10"  # its name on the Hub
 # a system without a number in the paper, a step that could not be measured
 MAY_BE_EMPTY = {"paper", "images_per_second", "faster_than_softmax", "peak_memory_mib"}

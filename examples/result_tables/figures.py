@@ -1,0 +1,75 @@
+"""The figures beside the tables: cost over resolution, and the longer trainings on CIFAR-10."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from timm_vix._records import Record, key_of, read_records
+from timm_vix.benchmark.cost import COLUMNS
+from timm_vix.benchmark.figures import legend_below, over_tokens, png, styles, trade_off
+from timm_vix.train.cards import CURVE, read_rows
+from timm_vix.train.plots import canvas
+
+from . import RESULTS
+from .cost import LEAST_ROUNDS, is_shown
+from .training import is_long
+
+
+def draw_all() -> None:
+    """Write every figure to examples/results."""
+    for name, figure in [*costs(), *trainings()]:
+        (RESULTS / f"{name}.png").write_bytes(png(figure))
+
+
+def costs() -> Iterator[tuple[str, Any]]:
+    """Speed of inference beside softmax, and memory of training, over resolution; of what the README's table has."""
+    records, _ = read_records(RESULTS / "cost_cpu.csv", COLUMNS)
+    wanted = [r for r in records if (r["dtype"], r["baseline"]) == ("float32", "vit_tiny_patch16_224")]
+    wanted = [r for r in wanted if r["batch_size"] == 1 and not r["error"] and is_shown(r["model"])]
+    timed = [r for r in wanted if r["mode"] == "infer" and r["rounds"] >= LEAST_ROUNDS]
+    trained = [r for r in wanted if r["mode"] == "train"]
+    for name, rows, column in (("speed", timed, "speedup"), ("memory", trained, "peak_memory_mib")):
+        yield f"cost_{name}", over_tokens(rows, column)[0]
+
+
+def trainings() -> Iterator[tuple[str, Any]]:
+    """For each patch size of the longer trainings: accuracy over time, over parameters and over operations."""
+    rows = [row for row in read_rows(RESULTS / "reproduce_vix.csv")[0] if is_long(row)]
+    epochs = [row for row in read_records(RESULTS / "reproduce_vix_curves.csv", CURVE)[0] if is_long(row)]
+    for patch_size in sorted({row["patch_size"] for row in rows}, reverse=True):
+        yield f"cifar10_patch{patch_size}_time", over_time([r for r in epochs if r["patch_size"] == patch_size])
+        groups: dict[str, list[Record]] = {}
+        for row in (row for row in rows if row["patch_size"] == patch_size):
+            point = dict(model=row["system"], start="", top1=row["top1"], gflops=row["gflops"])
+            groups.setdefault(row["system"], []).append(point | dict(params_m=row["parameters"] / 1e6))
+        for cost, name in (("params_m", "parameters"), ("gflops", "operations")):
+            yield f"cifar10_patch{patch_size}_{name}", trade_off(list(groups.values()), cost, "test top-1 (%)")
+
+
+def over_time(epochs: list[Record]) -> Any:
+    """Accuracy on the held-out images over the hours of training and validation: a line for each system's first seed.
+
+    Args:
+        epochs: Rows of one patch size, see ``CURVE``.
+    """
+    first = min(row["seed"] for row in epochs)
+    runs: dict[str, list[Record]] = {}
+    for row in sorted(epochs, key=lambda row: key_of(row, ("system", "epoch"))):
+        if row["seed"] == first:
+            runs.setdefault(row["system"], []).append(row)
+    best = sorted(runs, key=lambda system: -runs[system][-1]["held_out_top1"])
+    looks = styles(best)
+    figure, axes = canvas(7.5, 5.6)
+    for system in best:
+        hours, total = [], 0.0
+        for row in runs[system]:
+            total += row["seconds"] / 3600
+            hours.append(total)
+        top1 = [row["held_out_top1"] for row in runs[system]]
+        axes.plot(hours, top1, label=system, markersize=4, linewidth=1.2, **looks[system])
+    threads = max(row["threads"] for row in epochs)
+    axes.set(
+        xlabel=f"hours of training, {threads} CPU thread{'s' * (threads > 1)}", ylabel="top-1 on held-out images (%)"
+    )
+    axes.grid(alpha=0.3)
+    legend_below(figure)
+    return figure
