@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import timm_vix
 from timm_vix._checks import InputError
+from timm_vix._device import device_name
 from timm_vix.cli import in_one_line
 from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import counter
@@ -49,6 +50,9 @@ UNTRAINED: dict[str, dict[str, Any]] = {
     "performer, 256 features": dict(mixer="performer", num_features=256),
     "axial": dict(mixer="axial"),
     "axial, last 6": dict(mixer="axial", layers="last-6"),
+    "axial, strips of 1": dict(mixer="axial", strip_width=1),
+    "axial, strips of 4": dict(mixer="axial", strip_width=4),
+    "axial, columns first": dict(mixer="axial", first="columns"),
     "latent": dict(mixer="latent"),
     "retention": dict(mixer="retention"),
     "retention, last 6": dict(mixer="retention", layers="last-6"),
@@ -123,6 +127,7 @@ def costs(model: nn.Module, baseline: nn.Module, image: torch.Tensor) -> dict[st
         latency_ms=round(milliseconds, 1),
         faster_than_softmax=round(ratio, 2),
         gradient_memory_mib=round(kept_mib(model, image), 1),
+        device_name=device_name("cpu"),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         timm=timm.__version__,

@@ -260,7 +260,7 @@ def test_weights_of_another_mixer_are_told(saved, name, fresh, tmp_path, caplog)
         model = loaded(small(saved).state_dict(), tmp_path, name)
     lines = [record.message for record in caplog.records]
     assert len(lines) == (fresh is not None)
-    assert all("needs fine-tuning" in line and name in line and f"Fresh: {fresh}" in line for line in lines)
+    assert all("needs fine-tuning" in line and name in line and f"Newly initialized: {fresh}" in line for line in lines)
     save_for_hf(model, tmp_path, safe_serialization=True)
     caplog.clear()
     timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
@@ -272,7 +272,7 @@ def test_an_inherited_models_convolution_starts_as_nothing(tmp_path, caplog):
     arguments = dict(key_stride=1, num_landmarks=2)
     with caplog.at_level(logging.WARNING):
         model = loaded(softmax.state_dict(), tmp_path, "cvn_13", conv_residual=True, **arguments)
-    assert "Fresh: stage0.blocks.*.attn.core.conv.weight" in caplog.records[0].message
+    assert "Newly initialized: stage0.blocks.*.attn.core.conv.weight" in caplog.records[0].message
     plain = loaded(softmax.state_dict(), tmp_path, "cvn_13", **arguments)
     x = torch.randn(2, 3, 20, 12)
     assert torch.equal(model(x), plain(x))

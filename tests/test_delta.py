@@ -166,14 +166,14 @@ def test_what_is_no_delta_of_this_model_is_refused(tmp_path) -> None:
     refused = {
         "frozen weights of its deit_tiny_patch16_224 differ": other_weights(),
         "blocks.0.attn is timm's attention in the file and nystrom here": converted(),
-        "of deit_tiny_patch16_224; this one is vix_nystrom_cifar": timm.create_model("vix_nystrom_cifar", depth=1),
+        "from deit_tiny_patch16_224; this model is vix_nystrom_cifar": timm.create_model("vix_nystrom_cifar", depth=1),
         "differ from those": vit(depth=2),
     }
     for words, other in refused.items():
         before = copy.deepcopy(other.state_dict())
         with pytest.raises(ValueError, match=words) as error:
             timm_vix.load_delta(other, path)
-        assert str(path) in str(error.value) and "another model" in str(error.value)
+        assert str(path) in str(error.value) and "does not fit this model" in str(error.value)
         torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
 
 
@@ -206,7 +206,7 @@ def test_a_delta_that_was_tampered_with_is_refused(tmp_path) -> None:
         (qkv, tensors[qkv].to(torch.int32)),
     ):
         save_file({**tensors, name: tensor}, path, metadata)
-        with pytest.raises(ValueError, match="of another shape, or not here"):
+        with pytest.raises(ValueError, match="another shape, or do not exist here"):
             timm_vix.load_delta(model, path)
     for change in (
         {"mechanisms": "{"},

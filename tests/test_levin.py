@@ -131,7 +131,8 @@ def test_an_inherited_models_convolution_starts_as_nothing(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         model = loaded(state, tmp_path, "levin_128s", num_landmarks=2, conv_residual=True)
     (line,) = [record.message for record in caplog.records]
-    assert "Fresh: stages.0.blocks.*.attn.core.conv.weight, stages.1.blocks.*.attn.core.conv.weight." in line
+    told = "stages.0.blocks.*.attn.core.conv.weight, stages.1.blocks.*.attn.core.conv.weight."
+    assert f"Newly initialized: {told}" in line
     plain = loaded(state, tmp_path, "levin_128s", num_landmarks=2)
     x = torch.randn(2, 3, 80, 48)
     assert torch.equal(model(x), plain(x))
@@ -140,7 +141,7 @@ def test_an_inherited_models_convolution_starts_as_nothing(tmp_path, caplog):
 @pytest.mark.parametrize(
     "saved, name, fresh",
     [
-        ("levin_128s", "levip_128s", "Fresh: stages.0.blocks.*.attn.core.features"),
+        ("levin_128s", "levip_128s", "Newly initialized: stages.0.blocks.*.attn.core.features"),
         ("levin_128s", "levin_128s", None),
         ("levip_128s", "levip_128s", None),
     ],

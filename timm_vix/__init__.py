@@ -1,9 +1,10 @@
-"""Vision transformers with efficient attention, as timm models.
+"""Vision transformers with efficient attention as timm models, and conversion of trained softmax ViTs to them.
 
 >>> import timm, timm_vix
 >>> model = timm.create_model("vix_nystrom_tiny", pretrained=True)
 
-What trains and measures is imported when it is asked for, so that names are registered without waiting for it.
+``import timm_vix`` registers the models in timm. ``finetune`` and ``transfer`` are imported on first use, since loading
+the training code takes longer.
 """
 
 import importlib

@@ -12,14 +12,12 @@ class InputError(ValueError):
     """
 
 
-def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None, meaning: str = "") -> None:
-    """Raise InputError unless ``value`` is an integer in [lowest, highest]; ``meaning`` says what highest counts."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{name}={value!r}: expected an integer of at least {lowest}")
-    if value < lowest:
-        raise InputError(f"{name}={value}: expected an integer of at least {lowest}")
-    if highest is not None and value > highest:
-        raise InputError(f"{name}={value} exceeds the {highest} {meaning}")
+def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None) -> None:
+    """Raise InputError unless ``value`` is an integer in [lowest, highest]; None: without an upper bound."""
+    limit = math.inf if highest is None else highest
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= limit:
+        allowed = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise InputError(f"{name}={value!r}: expected an integer {allowed}")
 
 
 def check_number(name: str, value: object, lowest: float) -> None:

@@ -246,7 +246,7 @@ def precision() -> str:
     gpu = "" if "cuda" in devices else " No GPU was measured."
     return (
         f"{measured(rows)} Each model is timed in turn with softmax attention through SDPA. A ratio is the median over "
-        f"the rounds, and *same* means that its 10th to 90th percentile holds 1. Softmax beside itself gave "
+        f"the rounds, and *same* means that its 10th to 90th percentile holds 1. Softmax timed against itself gave "
         f"{min(control):.2f} to {max(control):.2f}.{gpu}"
     )
 

@@ -43,7 +43,7 @@ def keywords(mixer: str) -> str:
 
 
 def mechanisms() -> str:
-    """The table of the mixers that keep much of a trained ViT's function, which a plan tries, and of softmax."""
+    """The table of softmax and of the mixers that a plan tries, which keep much of a trained ViT's accuracy."""
     return table_of([name for name in MIXERS if name == "softmax" or MIXERS[name].candidates])
 
 

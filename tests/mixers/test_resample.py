@@ -3,31 +3,32 @@
 import pytest
 import torch
 
-from timm_vix.mixers._resample import resample_reading, resample_writing
+from timm_vix.mixers._resample import resample_input_weight, resample_output_weight
 
 GRIDS = [((7, 5), (14, 10)), ((7, 5), (4, 9)), ((8, 6), (4, 3)), ((3, 3), (3, 3)), ((1, 5), (6, 1))]
 
 
 @pytest.mark.parametrize("old, new", GRIDS, ids=str)
-def test_reading_keeps_sums(old, new):
+def test_input_weights_keep_their_sums(old, new):
     weight = torch.randn(4, *old, dtype=torch.float64)
-    assert torch.allclose(resample_reading(weight, new).sum((1, 2)), weight.sum((1, 2)))
+    assert torch.allclose(resample_input_weight(weight, new).sum((1, 2)), weight.sum((1, 2)))
 
 
-def test_reading_an_enlarged_image_reads_the_same():
+def test_input_weights_of_an_enlarged_image_give_the_same():
     """Each patch repeated 2 x 3 times, met by the resampled weight, gives what the patches gave."""
     weight, patches = torch.randn(4, 7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
     enlarged = patches.repeat_interleave(2, 0).repeat_interleave(3, 1)
-    assert torch.allclose((resample_reading(weight, (14, 15)) * enlarged).sum((1, 2)), (weight * patches).sum((1, 2)))
+    resampled = resample_input_weight(weight, (14, 15))
+    assert torch.allclose((resampled * enlarged).sum((1, 2)), (weight * patches).sum((1, 2)))
 
 
 @pytest.mark.parametrize("old, new", GRIDS, ids=str)
-def test_writing_keeps_constants_and_planes(old, new):
-    assert torch.allclose(resample_writing(torch.full([2, *old], 3.0), new), torch.full([2, *new], 3.0))
+def test_output_weights_keep_constants_and_planes(old, new):
+    assert torch.allclose(resample_output_weight(torch.full([2, *old], 3.0), new), torch.full([2, *new], 3.0))
 
 
-def test_writing_twice_as_fine_keeps_a_plane_inside():
+def test_output_weights_twice_as_fine_keep_a_plane_inside():
     rows = torch.arange(7.0).reshape(1, 7, 1).expand(1, 7, 5)
-    fine = resample_writing(rows, (14, 10))
+    fine = resample_output_weight(rows, (14, 10))
     expected = (torch.arange(14.0) + 0.5) / 2 - 0.5
     assert torch.allclose(fine[0, 1:-1, 3], expected[1:-1])

@@ -1,1 +1,1 @@
-"""What several models cost and score, beside each other."""
+"""Comparison of several models: what they cost, and what they score."""

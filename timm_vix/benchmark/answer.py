@@ -53,7 +53,7 @@ def is_other(row: Record) -> bool:
 
 
 def is_faster(row: Record) -> bool:
-    """Whether a row shows a mechanism that is faster than softmax attention; few rounds are believed."""
+    """Whether a row shows a mechanism that is faster than softmax attention; with few rounds by the ratio alone."""
     return is_other(row) and row["speedup"] > 1 and row["difference"] not in ("none", "slower")
 
 

@@ -10,13 +10,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .._names import parse_model
-from ..conversion.convert import NOTED
+from ..conversion.convert import RECORDED
 from ..conversion.replace import all_keywords
 from ..measure.job import JOB
 
 # keywords that the softmax model of the same trunk is not given: of what a conversion does, and those of the mixers;
 # where that is timm's own ViT, what only ours have too
-NOT_TRUNK = {"stem_mixer", "train_only"} | NOTED | all_keywords()
+NOT_TRUNK = {"stem_mixer", "train_only"} | RECORDED | all_keywords()
 OURS_ONLY = {"stem", "rope", "block", "mlp"}
 
 

@@ -5,9 +5,9 @@ continues where it was, one that is finished is not repeated. What a model costs
 
 A run is its model, initial weights, seed, images and recipe. The weights are recorded by the name and checksum of their
 file, the images by the name of their folder, their number and a checksum of their names and sizes, so that they may
-move. Rows of an earlier version have names without checksums, and stand for a run with the same names. A run may
-continue with another number of threads or on another device. Its seconds are then those of the epochs on the last of
-these.
+move. A row of an earlier version has names without checksums. It counts as the row of a run with the same names. A run
+may be continued with another number of threads or on another device. Its times are then those of the epochs that ran
+on the last device.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def start_of(weights: Optional[str]) -> str:
 
 
 def checksum_of(*splits: Items) -> str:
-    """Of the names and sizes of images, to tell other images from the same ones at another place."""
+    """A checksum of the names and sizes of images: equal for the same images in another folder."""
     paths = [[path for path, _ in items if isinstance(path, Path)] for items in splits]
     files = [[(path.parts[-2:], path.exists() and path.stat().st_size) for path in split] for split in paths]
     return f"{zlib.crc32(repr(files).encode()):08x}"
@@ -219,6 +219,7 @@ def folder_of(key: dict[str, Any]) -> str:
 def run_one(
     model: str, weights: Optional[str], seed: int, recipe: dict[str, Any], where: dict[str, Any], out: Path
 ) -> dict[str, Any]:
+    """Train one model in a process of its own: the columns of its row, or ``error`` with the reason."""
     name, keywords = parse_model(model)
     start: dict[str, Any] = dict(pretrained=True) if weights == "pretrained" else dict(checkpoint=weights)
     start["train_only"] = keywords.pop("train_only", None)

@@ -167,7 +167,7 @@ def measured(jobs: list[Record], together: bool) -> Iterator[tuple[Record, Recor
 
 
 def round_off(record: Record) -> Record:
-    """Five digits are more than a clock knows."""
+    """Round all floats to five significant digits."""
     return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in record.items()}
 
 

@@ -1,1 +1,1 @@
-"""What one model costs: operations, memory and time."""
+"""Measurement of one model: floating-point operations, memory and latency."""

@@ -17,29 +17,35 @@ aten = torch.ops.aten
 
 
 def transform_flops(shape: tuple[int, ...], dims: list[int], scale: float) -> int:
+    """Operations of Fourier transforms of a tensor over some axes: ``scale`` n log2 n for each n numbers."""
     return round(scale * math.prod(shape) * math.log2(max(1, math.prod(shape[dim] for dim in dims))))
 
 
 # torch's counter hands over shapes instead of tensors
 def complex_transform(x: Any, dim: list[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of a complex transform."""
     return transform_flops(x, dim, 5.0)
 
 
 def transform_of_real(x: Any, dim: list[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of a transform of real numbers; half of those of complex ones."""
     return transform_flops(x, dim, 2.5)
 
 
 def transform_to_real(x: Any, dim: list[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of a transform whose output is real."""
     return transform_flops(out_shape, dim, 2.5)
 
 
 def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of fused attention."""
     return sdpa_flop_count(query, key, value)
 
 
 def attention_backward(
     gradient: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
+    """Operations of the gradients of fused attention."""
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 

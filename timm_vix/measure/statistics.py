@@ -90,8 +90,8 @@ def compare_times(seconds: np.ndarray, baseline: Optional[np.ndarray] = None) ->
 def verdict(rounds: int, low: float, high: float) -> str:
     """Whether a ratio of times with this spread is a difference: "faster", "slower", "none", or "unknown".
 
-    None: the spread, 10th to 90th percentile over the rounds, holds 1. Fewer than five rounds leave it unknown: of
-    three equal ones, all lie on one side of 1 in a quarter of the cases.
+    It is "none" if the spread, from the 10th to the 90th percentile over the rounds, contains 1, and "unknown" with
+    fewer than five rounds: of equally fast models, three ratios lie on the same side of 1 in a quarter of the cases.
     """
     if rounds < 5:
         return "unknown"

@@ -1,16 +1,17 @@
-"""Local enhancement, which any mixer takes by a keyword: a convolution of the values, or a Gaussian bias of the logits.
+"""The keywords that all mixers share: a convolution of the values, and for logits a bias that falls with distance.
 
 ``conv_residual``: Y + a depthwise 5x5 convolution of V over the patch grid, 0 for prefix tokens. Xiong et al. 2021
 (arXiv 2102.03902, section 3.3), there over the sequence.
 
-``locality`` = a: the logit of patches i and j loses a |p_i - p_j|^2, with places p in rows and columns of the keys;
-prefix tokens keep theirs. It is the product of further channels of queries and keys, so there is no bias of N x N, and
-fused kernels stay:
+``locality`` = a subtracts a |p_i - p_j|^2 from the logit of patches i and j, where p is a position in rows and columns
+of the key grid. Logits of prefix tokens don't change. The bias is a product of additional channels of queries and keys,
+so no N x N bias is stored, and fused kernels can be used:
 
     -a |p_i - p_j|^2 = (2 a p_i) p_j + 1 (-a |p_j|^2) + (-a |p_i|^2) 1
 
-These are four channels. Their products cancel, and half precision would lose the difference. So each is split in two,
-the first of eight bits, the second the rest. Eight channels are also what kernels want to be added to a head.
+The right-hand side is a product of four channels. Its terms nearly cancel, so half precision would lose the result.
+Each channel is therefore split into two: one holds the leading eight bits, the other the rest. Eight additional
+channels also keep the width of a head a multiple of eight, for which fused kernels are made.
 
 Shapes: B images, N = P + H·W tokens, h heads, D width of a head's queries and keys, E of its values.
 """

@@ -1,11 +1,12 @@
-"""Masks of keys, (B, 1, 1, N): which tokens the others read, the same ones for all queries and heads.
+"""Masks of keys, (B, 1, 1, N): which tokens are attended to, the same ones for all queries and heads.
 
-A mask is of booleans, True where a token is read, or is added to the logits. What is added there below -1000 masks a
-token: e^-1000 is 0 in every dtype. timm's NaFlex models give 0, and the lowest number of the dtype for padding.
+A mask holds booleans, True where a token is attended to, or numbers that are added to the logits. A number below -1000
+masks its token, since e^-1000 is 0 in every dtype. timm's NaFlex models add 0, and the lowest number of the dtype for
+padding.
 
-Landmarks of a masked sequence are means of the tokens that are read. On a grid of several rows the cells stay where
-they are, and each is the mean of what is left of it. A grid of one row is a sequence, and its tokens move up to fill
-the gaps: its landmarks are those of a sequence without the masked tokens.
+Landmarks of a masked sequence are means of the unmasked tokens. On a grid of several rows the cells stay where they
+are, and each is the mean of its unmasked patches. A grid of one row is a sequence, and its unmasked tokens move up to
+fill the gaps: its landmarks are those of a sequence without the masked tokens.
 
 Shapes: B images, N = P + H·W tokens, m cells over the H·W patches.
 """
@@ -22,9 +23,9 @@ from ._resample import region_averages
 class MaskedPooling(NamedTuple):
     """How landmarks are pooled where tokens are masked.
 
-    ``read`` (B, N): the tokens that are read; ``keys``, ``values`` (B, g, m, H·W): the weights of the patches in each
+    ``read`` (B, N): the unmasked tokens; ``keys``, ``values`` (B, g, m, H·W): the weights of the patches in each
     landmark, g = 1 or the number of heads; ``averages`` (B, 1, m, H·W): weights that average each cell's patches;
-    ``counts`` (B, g, m): for how many tokens each cell stands, 0 for one of which nothing is read.
+    ``counts`` (B, g, m): for how many tokens each cell stands, 0 where all are masked.
     """
 
     read: torch.Tensor
@@ -40,7 +41,7 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 def is_read(added: torch.Tensor) -> torch.Tensor:
-    """Where what is added to logits leaves something of a token to read."""
+    """Whether tokens are attended to, by the numbers that a mask adds to their logits."""
     return added > -1000.0
 
 
@@ -58,7 +59,7 @@ def added_to_logits(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def tokens_read(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """Which tokens are read, (B, N) of booleans, by a mixer that can read a token or not, and nothing in between.
+    """Which tokens are attended to, booleans (B, N), for a mixer that supports no other weights of keys.
 
     Raises:
         ValueError: for a mask with other numbers than 0 and such below -1000, where its values can be looked at.
@@ -72,23 +73,23 @@ def tokens_read(mask: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def check_all_or_nothing(mask: torch.Tensor, read: torch.Tensor) -> None:
-    """Raise ValueError for a mask that adds something else than 0 to the logit of a token that is read."""
+    """Raise ValueError for a mask that adds another number than 0 to the logit of an unmasked token."""
     try:
         other = bool((read & (mask != 0)).any())
     except RuntimeError:  # a tensor of torch.func or of the meta device, whose values can't be looked at
         return
     if other:
         raise InputError(
-            f"attn_mask adds {float(mask[read & (mask != 0)][0]):g} to a logit: this token mixer reads a token or "
+            f"attn_mask adds {float(mask[read & (mask != 0)][0]):g} to a logit: this token mixer attends to a token or "
             f"doesn't; allowed are booleans, or 0 and numbers below -1000. softmax and performer take any numbers"
         )
 
 
 def pieces(read: torch.Tensor, count: int, at_most_one_each: bool, like: torch.Tensor) -> torch.Tensor:
-    """The tokens that are read (B, n) in a row, averaged over equal pieces: (B, count, n), as adaptive pooling does.
+    """The unmasked tokens (B, n) of a sequence, averaged over equal pieces: (B, count, n), as adaptive pooling does.
 
     Args:
-        at_most_one_each: no more pieces than tokens are read; the last rows are 0 then. Otherwise pieces share tokens.
+        at_most_one_each: no more pieces than unmasked tokens; the last rows are 0 then. Otherwise pieces share tokens.
     """
     total = read.sum(1).reshape(-1, 1, 1)
     place = (read.cumsum(1) - 1).unsqueeze(1)
@@ -101,7 +102,7 @@ def pieces(read: torch.Tensor, count: int, at_most_one_each: bool, like: torch.T
 
 
 def share_read(weight: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (.., m, H·W) of patches of which only some are read (B, .., 1, H·W), and how much of them that is.
+    """Weights (.., m, H·W) of the unmasked patches (B, .., 1, H·W), and their share of all weights.
 
     The weights are scaled up to their former absolute sum: means stay means.
     """
@@ -113,7 +114,7 @@ def share_read(weight: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, 
 def cell_averages(
     read: torch.Tensor, grid: Grid, cells: Grid, at_most_one_each: bool, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Averages of the patches that are read (B, H·W) over each cell, (B, m, H·W), and how many a cell has, (B, m)."""
+    """Averages of the unmasked patches (B, H·W) over each cell, (B, m, H·W), and how many a cell has, (B, m)."""
     count = cells[0] * cells[1]
     if grid[0] == 1:
         weight = pieces(read, count, at_most_one_each, like)
@@ -140,7 +141,7 @@ def pool_by(weight: torch.Tensor, x: torch.Tensor, num_prefix_tokens: int) -> to
 def landmark_bias(masked: MaskedPooling, num_prefix_tokens: int, like: torch.Tensor) -> torch.Tensor:
     """Log of the number of tokens that each landmark stands for, (B, g, 1, P + m), in the dtype of ``like``.
 
-    A cell of which nothing is read is masked itself.
+    A cell whose patches are all masked is masked itself.
     """
     counts = masked.counts
     prefix = masked.read[:, :num_prefix_tokens].unsqueeze(1).to(counts.dtype).expand(-1, counts.shape[1], -1)

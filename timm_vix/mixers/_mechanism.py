@@ -1,8 +1,15 @@
-"""What a token mixer is: attention between projected heads, or a mixing of the tokens themselves.
+"""Base classes of token mixers and of the modules around them.
 
-A mechanism is one class in one file, with a line in ``MIXERS``. What a host projects, rotates and merges around it is
-the host's affair: ``_slot.py`` for ViT, Eva and PiT, ``models/`` for CvT and LeViT. Hosts make it by ``build``, which
-adds the keywords that all mechanisms share (``_local.py``); a mechanism knows nothing of these.
+- A *mixer* is what takes the place of softmax attention between the projections. It is a subclass of
+  ``AttentionMechanism``, with queries, keys and values of each head, or of ``TokenMixing``, which maps the tokens
+  themselves. Each mixer is one class in one file, with an entry in ``MIXERS``.
+- A *host* is what a mixer is built into: a timm model, or the module that has the mixer as its sub-module ``core``
+  (``MechanismHost``). It does everything else: projections, rotary positions, merging of heads.
+- A *slot* is the ``MechanismHost`` that takes the place of an attention module in ViT, Eva and PiT (``_slot.py``).
+  The hosts in CvT and LeViT are in ``models/``.
+
+Hosts create a mixer by ``build``. It adds the keywords that all mixers share (``_local.py``), so that a subclass
+doesn't implement them.
 
 Shapes: B images, N tokens, h heads, D width of a head's queries and keys, E of its values, C channels.
 """
@@ -47,7 +54,7 @@ class Mixer(nn.Module):
     ``_local.py``: ``conv_residual``, and ``locality`` where there are queries and keys.
 
     Raises:
-        ValueError: where the mixer can't honour what the host asks for.
+        ValueError: for what the mixer does not support.
     """
 
     # the name in errors and in the documentation of models, and the paper
@@ -77,7 +84,7 @@ class Mixer(nn.Module):
     token_counts: tuple[str, ...] = ()
     # keywords that need queries on the grid of the keys: a host with other queries leaves them out
     one_grid_keywords: tuple[str, ...] = ("conv_residual",)
-    # keywords with which a plan tries the mixer in a trained model; none: the mixer doesn't continue attention
+    # keywords with which a plan tries the mixer in a trained model; empty: a plan doesn't try it
     candidates: tuple[dict[str, Any], ...] = ()
     # where parameters begin that the trained weights around them know nothing of
     trained_init: dict[str, float] = {}
@@ -112,7 +119,7 @@ class Mixer(nn.Module):
             locality: what is subtracted from a logit for each squared step between the two patches; 0: nothing.
 
         Raises:
-            ValueError: for a wrong keyword, naming what is allowed, or what the mixer can't honour.
+            ValueError: for a wrong keyword, naming what is allowed, or for what the mixer does not support.
         """
         one_grid = shape.queries.grid == shape.keys.grid
         conv_residual = keywords.pop("conv_residual", cls.conv_residual and one_grid)
@@ -248,7 +255,7 @@ class TokenMixing(Mixer):
 
 
 class MechanismHost(nn.Module):
-    """A module that projects heads for a mechanism, its sub-module ``core``."""
+    """A module around a mixer, its sub-module ``core``. For attention it projects queries, keys and values."""
 
     supports_mask: torch.jit.Final[bool]
     supports_key_mask: torch.jit.Final[bool]

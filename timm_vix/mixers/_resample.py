@@ -1,8 +1,9 @@
 """Weights that are tied to a patch grid, moved to another grid.
 
-A weight that reads tokens (rows of functionals over the grid) meets new tokens averaged onto the grid that it knows:
-its sums are kept exactly, and averaging stays averaging. A weight that writes tokens is interpolated bilinearly.
-Both are products of one small matrix an axis. A rotary table turns a cell by the mean direction of its patches.
+An input weight is multiplied with the tokens and summed over the grid. It is resampled so that it gives for the new
+tokens what the old weight gives for their averages over the old grid. So its sum stays the same, and a weight that
+averages tokens still averages them. An output weight has a value for each token, and is interpolated bilinearly. The
+rotary angle of a cell is the mean direction of its patches' angles.
 """
 
 from typing import Optional
@@ -28,8 +29,8 @@ def region_averages(cells: Grid, grid: Grid, like: torch.Tensor) -> torch.Tensor
 def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Grid) -> torch.Tensor:
     """Average the patch tokens over a coarser grid, prefix tokens apart: (B, P + H·W, C) -> (B, P + m, C).
 
-    A product of one small matrix an axis: the library's pooling wants channels first, and keeps a copy of all tokens in
-    that order for its gradient, which is several times as slow.
+    It is a product with one small matrix for each axis. torch's pooling takes channels first and keeps a copy of all
+    tokens in that order for its gradient, which is several times as slow.
     """
     if cells == grid:
         return x
@@ -41,8 +42,8 @@ def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Gri
     return torch.cat([x[:, :num_prefix_tokens], pooled], dim=1)
 
 
-def resample_reading(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """(..., H, W) that is summed with tokens over H x W -> (..., *grid)."""
+def resample_input_weight(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Resample a weight that is multiplied with tokens and summed over H x W: (..., H, W) -> (..., *grid)."""
     if weight.shape[-2] == grid[0] and weight.shape[-1] == grid[1]:
         return weight
     # row i of the averages holds the share of each new row in old row i
@@ -50,8 +51,8 @@ def resample_reading(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return rows.transpose(0, 1) @ weight @ columns
 
 
-def resample_writing(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """(n, H, W) that gives a value to each token of H x W -> (n, *grid)."""
+def resample_output_weight(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Resample a weight that has a value for each token of H x W: (n, H, W) -> (n, *grid)."""
     if weight.shape[-2] == grid[0] and weight.shape[-1] == grid[1]:
         return weight
     return F.interpolate(weight.unsqueeze(0), size=list(grid), mode="bilinear", align_corners=False)[0]
@@ -73,7 +74,7 @@ def table_of_cells(
     cells: Optional[Grid],
     weight: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """A host's rotary table (.., H·W, 2·D) for prefix tokens, which are not turned, and patches or cells.
+    """A host's rotary table (.., H·W, 2·D) for prefix tokens, which are not rotated, and patches or cells.
 
     Evenly spaced angles have the cell's centre for their mean direction, whatever the frequencies, as long as the cell
     is shorter than a wave; beyond that an average of the patches is not meaningful.
@@ -89,6 +90,6 @@ def table_of_cells(
         waves = table.reshape(-1, grid[0] * grid[1], width).transpose(1, 2).reshape(-1, width, grid[0], grid[1])
         waves = F.adaptive_avg_pool2d(waves, cells).flatten(2).transpose(1, 2)
         table = mean_direction(waves).reshape(shape)
-    unturned = torch.zeros_like(table[..., :1, :]).repeat_interleave(num_prefix_tokens, dim=-2)
-    unturned[..., width // 2 :] = 1.0
-    return torch.cat([unturned, table], dim=-2)
+    unrotated = torch.zeros_like(table[..., :1, :]).repeat_interleave(num_prefix_tokens, dim=-2)
+    unrotated[..., width // 2 :] = 1.0
+    return torch.cat([unrotated, table], dim=-2)

@@ -2,11 +2,11 @@
 
     angle(token, i) = position · theta^(-i / F)          F frequencies per axis
 
-``axial``: half of a head's channels turn with the row, half with the column (Heo et al. 2024, arXiv 2403.13298, theta
-100). ``1d``: all channels turn with the place in raster order, as in Vision X-formers (Jeevan & Sethi, arXiv
-2107.02239, theta 10000). Prefix tokens are not turned. A pooled token stands at the mean position of its patches: it is
-pooled first and turned afterwards. The other way round, fast channels of different patches cancel, and what is left of
-a key no longer depends on relative position.
+``axial``: half of a head's channels are rotated by the row, half by the column (Heo et al. 2024, arXiv 2403.13298,
+theta 100). ``1d``: all channels are rotated by the position in raster order, as in Vision X-formers (Jeevan & Sethi,
+arXiv 2107.02239, theta 10000). Prefix tokens are not rotated. A pooled token has the mean position of its patches: the
+patches are pooled first, and the result is rotated. In the other order channels of high frequency cancel between
+patches, and the product of a query and a pooled key no longer depends on their relative position alone.
 """
 
 import torch
@@ -22,7 +22,7 @@ THETA = {"axial": 100.0, "1d": 10000.0}
 def rotary_table(
     like: torch.Tensor, grid: Grid, cells: Grid, num_prefix_tokens: int, head_dim: int, theta: float, raster: bool
 ) -> torch.Tensor:
-    """Sine and cosine at the centres of ``cells`` of ``grid``, after P unturned rows: (P + cells, 2·D), as timm's."""
+    """Sine and cosine at the centres of ``cells`` of ``grid``, after P rows of angle 0: (P + cells, 2·D), as timm's."""
     device = like.device
     rows = (torch.arange(cells[0], device=device) + 0.5) * (grid[0] / cells[0]) - 0.5
     columns = (torch.arange(cells[1], device=device) + 0.5) * (grid[1] / cells[1]) - 0.5

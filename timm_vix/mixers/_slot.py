@@ -1,4 +1,4 @@
-"""Where a ViT, Eva or PiT of timm has attention, a slot holds a token mixer instead.
+"""Slots: modules that take the place of attention modules in timm's ViT, Eva and PiT, and hold a token mixer.
 
 A slot projects the tokens to heads, rotates them, calls the mixer and merges the heads, with the modules and parameters
 of the attention that it replaces: the same objects under the same names, so a softmax model's state dict fits. What the
@@ -124,7 +124,7 @@ def rename_core_keys(state_dict: dict[str, Any], prefix: str, core: nn.Module) -
 
 @register_notrace_module
 class TokenSlot(MixerSlot):
-    """A slot for a mixer of tokens: of the attention only the output dropout is left."""
+    """A slot for a mixer without queries, keys and values. It keeps only the attention's output dropout."""
 
     supports_mask: torch.jit.Final[bool]
     supports_key_mask: torch.jit.Final[bool]

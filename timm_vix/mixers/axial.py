@@ -1,7 +1,8 @@
-"""Axial attention with row mass: exact in the token's row and strip of columns, one key per row for the rest.
+"""Axial attention: exact within the token's row and strip of columns, one summary key for each other row.
 
-Softmax attention of the token in row i and column j is a sum over rows. What a row r holds outside of the token's strip
-R of w columns is known if two functions of the query are: the log of the mass l_r(q) and the attended value V_r(q),
+Softmax attention of the token in row i and column j is a sum over rows. Let R be the token's strip of w columns. From
+the tokens of row r outside of R, the sum needs two functions of the query: the log-sum-exp l_r(q) of their logits, and
+their attended value V_r(q),
 
     l_r(q) = log sum_{c not in R} e^(q K_rc^T / sqrt(D)),     dl_r/dq = K_r(q) / sqrt(D),
     K_r(q), V_r(q) = attended key and value of these tokens.
@@ -14,20 +15,21 @@ that column l_r is expanded to first order, and V_r is kept:
     l_r(Q_ij) ~ l_r(Q_rj) + (Q_ij - Q_rj) K^_rj^T / sqrt(D) = Q_ij K^_rj^T / sqrt(D) + S_rj
     Y_ij = softmax(Q_ij [K_P | K_R | K^_j]^T / sqrt(D) + [0 | 0 | S_j]) [V_P | V_R | V^_j]
 
-P are the prefix tokens, K_R the tokens of the strip in all rows, K^_j the rows' attended keys, H of them: a row counts
-for as many tokens as the entropy S of its attention says. Cost in N: N^1.5, N·(W + (w + 1)·H) for an H x W grid. The
-token's own row is exact, since it is expanded at its own query. So a grid of one row gives softmax attention, and so
-does one of w columns or fewer. Prefix tokens attend to all tokens.
+P are the prefix tokens, K_R the keys of the strip in all rows, and K^_j the H attended keys of the rows. The attended
+key of a row counts as e^S tokens, where S is the entropy of the attention along the row.
+Cost in N: N^1.5, N·(W + (w + 1)·H) for an H x W grid. The token's own row is exact, since it is expanded at its own
+query. So a grid of one row gives softmax attention, and so does one of w columns or fewer. Prefix tokens attend to all
+tokens.
 
-The two passes are those of Ho et al. 2019 (arXiv 1912.12180), along rows, then along columns; Fan et al. 2023 (arXiv
-2309.11523) decompose attention so. MonarchAttention (Yaras et al. 2025, arXiv 2505.18698) is a relative, which fits
-such factors in several rounds.
+The two passes, along rows and then along columns, are those of Ho et al. 2019 (arXiv 1912.12180). Fan et al. 2023
+(arXiv 2309.11523) decompose attention in the same way. MonarchAttention (Yaras et al. 2025, arXiv 2505.18698) is
+related, and fits such factors in several rounds.
 
 *Names:* ``strip_width`` = w; ``first="columns"`` exchanges rows and columns, for N·(H + (w + 1)·W).
 
-*Differs:* there the second pass knows nothing of the query, keys and mass of the first; here it is an expansion of
-softmax attention, without parameters, so that trained weights keep most of their function. Dropout acts on the second
-pass. Long sequences have their attention weights computed again for the gradient.
+*Differs:* in the paper the second pass doesn't use queries, keys and normalisers of the first. Here both passes are an
+expansion of softmax attention without parameters, so a model with trained weights keeps most of its accuracy. Dropout
+acts on the second pass. Attention weights of long sequences are computed again for the gradient.
 
 *Pays:* a whole ViT-Ti is 0.74, 1.12, 1.46 and 2.88 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.82, 1.02, 1.38 and 3.29 times in training, in float32 on 2 CPU threads
@@ -120,7 +122,7 @@ def attend_in_grid(
 
 
 class AxialAttention(AttentionMechanism):
-    """Axial attention with row mass.
+    """Axial attention, with one summary key for each row outside of a token's strip.
 
     Args:
         strip_width: columns of the strip in which each token attends exactly.

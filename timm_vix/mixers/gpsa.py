@@ -12,7 +12,7 @@ two softmaxes over one axis each, and A_pos V = A_y V A_x^T is exact without an 
 
 Without trained weights g starts at 1, so that 73 % of the attention is positional, and the first k^2 heads, k =
 floor(sqrt(h)), start at w = alpha (2 c_x, 2 c_y, -1) with their centres c on a k x k grid around the query, as
-published. Beside trained weights g starts at -3, 5 % positional, which leaves most of their function alone.
+published. With trained weights g starts at -3, so that 5 % of the attention is positional, and little accuracy is lost.
 
 *Differs:* there is no bias of the positional logits, as it cancels. Further heads start at w = 0, not at small random
 numbers. Values start as the host has them; the paper's start as the tokens themselves. The paper's class token joins

@@ -19,14 +19,14 @@ for each axis, the coordinate and pairs of cosine and sine of π, 2π, ... times
 ``short_filter_order``: side of the short convolutions; ``skip`` = d. delta rises evenly over the channels from
 ln(100) / 1.5 to ln(100) / 0.3, as published.
 
-*Differs:* the published layer is causal in both axes, and the code turns the image round in every other block or mixes
-four turns; a filter over the whole plane costs the same transform. Its scale is that of a convolution, where the code's
+*Differs:* the published layer is causal in both axes, and the code rotates the image in every other block or mixes four
+rotations; a filter over the whole plane costs the same transform. Its scale is that of a convolution, where the code's
 transforms leave a factor of 1/(2L). A grid of another size has the same filter, at more or fewer offsets, where the
 code needs the grid that it was built for. The code multiplies what every sine gets by w, and the filter starts as
 noise; here weights start as those of Sitzmann et al. 2020 (arXiv 2006.09661, section 3.2), with w in the first layer
 alone, and the filter starts as waves of up to about w radians a reference size. Prefix tokens lie on no grid: they keep
 softmax attention to all tokens, and patches don't see them. Filter, products and transforms are computed in float32 at
-least. Rotary positions are refused: they would turn gates, and so make a patch's output depend on where the patch lies.
+least. Rotary positions raise an error: they would rotate the gates, so a patch's output would depend on its position.
 
 *Pays:* a whole ViT-Ti is 0.46, 0.62, 0.89 and 1.55 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.57, 0.79, 1.00 and 2.46 times in training, in float32 on 2 CPU threads

@@ -1,9 +1,10 @@
-"""Latent attention: exact within a group of patches, and through latents, which groups read and write, for the rest.
+"""Latent attention: exact within a group of patches; patches of other groups are attended to through latents.
 
 The patch grid is cut into groups of s x s patches. Each group g has m latents, pooled from its patches as Nyström's
-landmarks are: Q~_l is the mean query of a cell of the group. What tokens or latents give to a query q is known from
-the log of their mass, log sum_j e^(q K_j^T / sqrt(D) + c_j), and from the attended value. Both are computed at the
-latent's query. The first is expanded from there, q K^T / sqrt(D) + S, where K is the attended key:
+landmarks are: Q~_l is the mean query of a cell of the group. Softmax attention of a query q to some tokens or latents
+needs two functions of q: the log-sum-exp of their logits, log sum_j e^(q K_j^T / sqrt(D) + c_j), and their attended
+value. Both are computed at the latent's query. For another query the first is expanded to first order,
+q K^T / sqrt(D) + S, where K is the attended key, and the second is kept:
 
     read:    p_l = softmax_j∈g(Q~_l K_j^T / sqrt(D))                            latents attend to their group's patches
              K^_l, V^_l = sum_j p_lj (K_j, V_j),         S^_l = -sum_j p_lj log p_lj
@@ -20,12 +21,12 @@ all latents, and write back.
 *Names:* ``group_size`` = s, ``latents_per_group`` = m.
 
 *Differs:* FIT's latents are learned tokens, with projections, residuals and feed-forward layers of their own, and live
-from layer to layer. Here the three attentions are one layer without parameters: queries, keys and values are the
-host's, and latents have the mass of their tokens, so that a ViT's weights keep most of their function. Latents attend
-to those of other groups only, and not to prefix tokens: the patches that read them attend to their own group and to
-prefix tokens themselves, and no token counts twice. Groups are as equal as the grid allows, and the last ones may be
-smaller. A cell without patches has no latent; m is the number of those that a group has. Dropout acts on the last of
-the attentions. Long sequences have attention weights computed again for the gradient.
+from layer to layer. Here the three attentions are one layer without parameters. Queries, keys and values are the
+host's, and the logit of a latent holds the log-sum-exp of its tokens, so that a trained ViT keeps most of its accuracy.
+Latents attend to those of other groups only, and not to prefix tokens: the patches that attend to a latent attend to
+their own group and to prefix tokens themselves, so that no token counts twice. Groups are as equal as the grid allows,
+and the last ones may be smaller. A cell without patches has no latent; m is the number of latents that a group has.
+Dropout acts on the last of the attentions. Attention weights of long sequences are computed again for the gradient.
 
 *Pays:* a whole ViT-Ti is 0.76, 1.14, 1.56 and 3.07 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.83, 1.06, 1.49 and 4.08 times in training, in float32 on 2 CPU threads

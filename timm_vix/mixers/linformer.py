@@ -9,11 +9,11 @@ all heads, "kv" = one matrix for both (the paper's key-value sharing).
 
 *Differs:* with an E shared by the heads the tokens are projected before keys and values are computed, (E X) W + b for E
 (X W + b): the same up to the bias, for k instead of N tokens. E and F live on the patch grid, so they can be resampled
-to any resolution, and start as averages over k equal regions, so that a pretrained model keeps part of its function;
+to any resolution, and start as averages over k equal regions, so that a pretrained model keeps part of its accuracy;
 prefix tokens are attended to as they are. A region stands for N/k patches, so its logit carries log(N/k): without it a
 prefix token would weigh N/k times too much. With ``window_size`` w each patch attends to the tokens of its w x w window
 and to the projected ones for the rest (``_windows.py``): it doubles the cost and keeps most of a pretrained softmax
-model's function without training. With rotary positions the projected keys are rotated by the centres of their regions.
+model's accuracy without training. With rotary positions the projected keys are rotated by the centres of their regions.
 Rotating before the projection would mix keys of different angles, and no product would depend on relative position.
 
 Tokens that a mask of keys hides enter no projection. On a grid of several rows the weights of the others are scaled up
@@ -38,7 +38,7 @@ from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout, cell_grid
 from ._masks import MaskedPooling, cell_averages, pieces, share_read
 from ._mechanism import AttentionShape
-from ._resample import region_averages, resample_reading
+from ._resample import region_averages, resample_input_weight
 
 DEFAULT_PROJ_TOKENS = 49
 
@@ -67,7 +67,7 @@ class LinformerAttention(LandmarkAttention):
     source = "Wang et al. 2020, arXiv 2006.04768"
     token_counts = ("num_proj_tokens",)
     candidates = tuple(dict(num_proj_tokens=k, window_size=w) for k in (16, 25, 49, 64) for w in (0, 4))
-    grid_parameters = {"token_proj": resample_reading}
+    grid_parameters = {"token_proj": resample_input_weight}
     __jit_unused_properties__ = ("counts_passes", "num_proj_tokens")
 
     def __init__(
@@ -115,10 +115,10 @@ class LinformerAttention(LandmarkAttention):
         averages, counts = cell_averages(patches, layout.grid, cells, False, like)
         counts = counts.unsqueeze(1)
         if layout.grid[0] == 1:  # the matrices are resampled for as many tokens as each image has
-            weight = resample_reading(self.token_proj, (1, self.token_proj.shape[3])).flatten(2)
+            weight = resample_input_weight(self.token_proj, (1, self.token_proj.shape[3])).flatten(2)
             weight = torch.matmul(weight, pieces(patches, weight.shape[2], False, weight).unsqueeze(1))
         else:
-            weight = resample_reading(self.token_proj, layout.grid).flatten(2)
+            weight = resample_input_weight(self.token_proj, layout.grid).flatten(2)
             weight, share = share_read(weight, patches.unsqueeze(1).unsqueeze(1))
             counts = share * (float(layout.grid[0] * layout.grid[1]) / float(cells[0] * cells[1]))
             if self.sharing != "kv":
@@ -130,7 +130,7 @@ class LinformerAttention(LandmarkAttention):
 
     def pool_all(self, x: torch.Tensor, layout: TokenLayout, cells: Grid, values: bool) -> torch.Tensor:
         P = layout.num_prefix_tokens
-        weight = resample_reading(self.token_proj, layout.grid).flatten(2)
+        weight = resample_input_weight(self.token_proj, layout.grid).flatten(2)
         if self.sharing != "kv":  # the first half of the matrices is E, the second F
             weight = weight.chunk(2)[1 if values else 0]
         if x.dim() == 3:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .._checks import check_number
 from ._layout import TokenLayout
 from ._mechanism import AttentionShape, TokenMixing
-from ._resample import resample_reading, resample_writing
+from ._resample import resample_input_weight, resample_output_weight
 
 
 class TokenMlp(TokenMixing):
@@ -40,9 +40,9 @@ class TokenMlp(TokenMixing):
     title = "a token MLP"
     source = "Tolstikhin et al. 2021, arXiv 2105.01601"
     grid_parameters = {
-        "read_patches": resample_reading,
-        "write_patches": resample_writing,
-        "patch_bias": resample_writing,
+        "read_patches": resample_input_weight,
+        "write_patches": resample_output_weight,
+        "patch_bias": resample_output_weight,
     }
 
     def __init__(self, shape: AttentionShape, tokens_mlp_ratio: float = 0.5) -> None:
@@ -71,9 +71,9 @@ class TokenMlp(TokenMixing):
                 trunc_normal_(parameter, std=0.02)
 
     def forward(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        read = resample_reading(self.read_patches, layout.grid).flatten(1)
-        write = resample_writing(self.write_patches, layout.grid).flatten(1)
-        bias = resample_writing(self.patch_bias, layout.grid).flatten(1)
+        read = resample_input_weight(self.read_patches, layout.grid).flatten(1)
+        write = resample_output_weight(self.write_patches, layout.grid).flatten(1)
+        bias = resample_output_weight(self.patch_bias, layout.grid).flatten(1)
         if self.read_prefix is not None and self.write_prefix is not None and self.prefix_bias is not None:
             read = torch.cat([self.read_prefix, read], dim=1)
             write = torch.cat([self.write_prefix, write], dim=1)

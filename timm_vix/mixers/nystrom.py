@@ -20,12 +20,12 @@ output depends on the other images of the batch; it takes matrix products only, 
 attentions are fused with the projections where that is cheaper (``_fused.py``). The convolution runs over the grid.
 With as many landmarks as patches Y is softmax attention, and is computed as that. With ``window_size`` w each patch
 attends to the tokens of its w x w window and to the landmarks for the rest (``_windows.py``): it doubles the cost and
-keeps most of a pretrained softmax model's function without training. With rotary positions landmarks are rotated by the
+keeps most of a pretrained softmax model's accuracy without training. With rotary positions landmarks are rotated by the
 centres of their cells.
 
-Tokens that a mask of keys hides enter neither the means nor the exact attention of the landmarks, and c counts those
-that are read. On a grid of several rows cells stay in their places. A sequence, which is a grid of one row, is pooled
-over equal pieces of what is read of it, in its order. So its result is that of the sequence without the masked tokens,
+Tokens that a mask of keys masks enter neither the means nor the exact attention of the landmarks, and c counts only the
+others. On a grid of several rows the cells stay where they are. A sequence, which is a grid of one row, is pooled over
+equal pieces of its unmasked tokens, in their order. So its result is that of the sequence without the masked tokens,
 and so is that of any grid with as many landmarks as patches. NaFlex models have sequences.
 
 *Pays:* one attention layer of ViT-Ti is 0.76, 1.76, 2.4 and 11 times as fast as with softmax through SDPA at 197, 577,

@@ -62,8 +62,9 @@ class PerformerAttention(AttentionMechanism):
     Args:
         num_features: m; None: 64.
         feature_seed: seed of the features.
-        redraw_interval: in training, draw new features after so many forward passes; 0: never. A running average of
-            the weights (timm's ``--model-ema``) averages features too, which leaves them too short: keep it 0 there.
+        redraw_interval: in training, draw new features after this many forward passes; 0: never. Keep it 0 with a
+            moving average of the weights (timm's ``--model-ema``): it averages the features too, and a mean of random
+            features is shorter than each of them.
         learned_features: each head has features of its own, and learns them and their weights.
 
     Raises:
@@ -93,7 +94,7 @@ class PerformerAttention(AttentionMechanism):
         super().__init__(shape)
         num_features = DEFAULT_FEATURES if num_features is None else num_features
         check_integer("num_features", num_features, 1)
-        check_integer("feature_seed", feature_seed, 0, 2**63 - 1, "that a seed may be")
+        check_integer("feature_seed", feature_seed, 0, 2**63 - 1)
         check_integer("redraw_interval", redraw_interval, 0)
         check_choice("learned_features", learned_features, (True, False))
         if learned_features and redraw_interval:

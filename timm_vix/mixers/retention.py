@@ -9,8 +9,8 @@ Fan et al. 2023 (arXiv 2309.11523), section 3. Cost in N: N^1.5, N·(H + W) for 
 with the Manhattan distance of two patches, |i - r| + |j - c|.
 
 *Names:* ``decay_start`` = a, ``decay_range`` = b. Published: a = 2 with b = 4 in the first two stages and b = 6 in the
-others. The default a = 6 is gentle: a patch 14 places away still counts 0.8 and more. Trained softmax attention keeps
-more of its function so.
+others. With the default a = 6 the decay is slow: a patch 14 places away still has a factor of 0.8 or more. So a
+trained softmax model keeps more of its accuracy.
 
 *Differs:* the decay is added to the logits, as in the official code; the paper multiplies the weights by it. The paper
 has no prefix tokens. Here they are keys in the pass down the columns, without decay. A row stands for several tokens

@@ -45,7 +45,7 @@ from torch import nn
 from .._checks import InputError, check_integer
 from ._layout import TokenLayout
 from ._mechanism import AttentionShape, TokenMixing
-from ._resample import resample_writing
+from ._resample import resample_output_weight
 
 
 def filter_matrix(taps: list[float], length: int, like: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class WaveletScattering(TokenMixing):
 
     title = "wavelet scattering"
     source = "Patro & Agneeswaran 2023, arXiv 2311.01310"
-    grid_parameters = {"low_weight": resample_writing}
+    grid_parameters = {"low_weight": resample_output_weight}
 
     def __init__(self, shape: AttentionShape, num_blocks: int = 4) -> None:
         super().__init__(shape)
@@ -175,7 +175,7 @@ class WaveletScattering(TokenMixing):
         P, (H, W) = layout.num_prefix_tokens, layout.grid
         B, _, C = x.shape
         bands = analyse(x[:, P:].reshape(B, H, W, C))
-        low = bands[:, 0, :, 0] * resample_writing(self.low_weight, layout.grid).permute(1, 2, 0)
+        low = bands[:, 0, :, 0] * resample_output_weight(self.low_weight, layout.grid).permute(1, 2, 0)
         high = torch.stack([bands[:, 0, :, 1], bands[:, 1, :, 0], bands[:, 1, :, 1]], dim=1).flatten(0, 1)
         z = to_complex(high)
         high = from_complex(z + self.mix_channels(z), H, W).reshape(B, 3, H, W, C)

@@ -2,8 +2,9 @@
 
     Y = softmax(Q K^T / sqrt(D)) V                     cost in N: quadratic
 
-Vaswani et al. 2017 (arXiv 1706.03762). Where nothing is added to a host's own attention, it stays as it is, to the last
-bit. As that, this one honours masks and the causal flag.
+Vaswani et al. 2017 (arXiv 1706.03762). Where neither keywords, rotary positions nor token merging add to it, a model
+keeps its own attention modules, so its outputs are bit-identical. Like those, this mixer supports ``attn_mask`` and
+``is_causal``.
 
 With ``merge_keys`` the most similar patch keys of each head become one, their mean, and so do their values:
 

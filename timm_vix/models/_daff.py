@@ -101,5 +101,5 @@ def replace_mlps(blocks: nn.Module, kind: str, layout: TokenLayout, patch_drop_r
     for parent, name in places:
         mlp = getattr(parent, name)
         if type(mlp) is not Mlp:
-            raise InputError(f"mlp={kind!r}: a block has {type(mlp).__name__}; only timm's Mlp can be continued")
+            raise InputError(f"mlp={kind!r}: a block has {type(mlp).__name__}; only timm's Mlp can be replaced")
         setattr(parent, name, DepthwiseFeedForward(mlp, layout))

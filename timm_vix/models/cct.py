@@ -5,12 +5,10 @@ attention-weighted mean of the last tokens. Jeevan & Sethi 2022 (arXiv 2107.0223
 attention (CCP) into it; CCT is the softmax control. ``7`` and ``14`` are CCT-7/7x2 and CCT-14/7x2 for 224 px. ``cifar``
 is the paper's model of four layers, in which each pixel of a 32 px image is a token.
 
-``cifar`` departs from the official code where that is defective: the residual stream is not replaced by its normalised
-self, landmarks are pooled over the image and not over rows of the raster, the residual convolution is a depthwise 5x5
-over the image and not over 33 tokens of the raster, no value depends on other images of the batch, and the position
-embedding starts at timm's scale. The MLP ratio is 4, with which the paper's models were trained: the code's misspelt 1
-had no effect. The code's stochastic depth of 0.1 is a keyword, ``drop_path_rate=0.1``: the models have none by default,
-and the reproduction leaves it out.
+*Differs:* ``vit.py`` lists what ``cifar`` corrects in the official code. Here also the residual connections add to the
+tokens before normalisation, where the code adds to the normalised tokens. The MLP ratio is 4, with which the paper's
+models were trained: the 1 in the code is a misspelt argument without effect. The stochastic depth of 0.1 in the code is
+a keyword, ``drop_path_rate=0.1``. It is off by default, and in the reproduction.
 """
 
 from typing import Any

@@ -110,9 +110,12 @@ def new_keys(state_dict: dict[str, Any], model: nn.Module) -> set[str]:
 
 
 def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give a checkpoint the keys of our model, and return what ``complete_checkpoint`` needs to know about it.
+    """Rename the keys of a checkpoint to those of the model, and drop those that only softmax attention has.
 
-    Layers are paired for parallel blocks, and what only softmax attention has is left out.
+    Layers are paired for parallel blocks.
+
+    Returns:
+        The state dict, and further keyword arguments of ``complete_checkpoint``.
     """
     positions: set[str] = set()
     if any(key.endswith(".attn.qk.weight") for key in state_dict):
@@ -174,8 +177,8 @@ def complete_checkpoint(
     mixers = any(not isinstance(module.core, SoftmaxAttention) for module in hosts_of(model).values())
     if new or (not ours and (dropped or paired or (mixers and not cfg.get("source")))):
         _logger.warning(
-            f"{cfg.get('architecture', 'model')}: weights of a softmax ViT loaded, the model needs fine-tuning. "
-            f"Fresh: {summary(new)}. Left out: {summary(dropped)}."
+            f"{cfg.get('architecture', 'model')}: loaded the weights of a softmax ViT, so the model needs fine-tuning. "
+            f"Newly initialized: {summary(new)}. Unused: {summary(dropped)}."
         )
     return state_dict
 

@@ -64,7 +64,7 @@ class ConvitXformer(ConVit):
         keywords = take_keywords(kwargs)
         check_sizes(img_size, patch_size, False)
         check_integer("depth", depth, 2)
-        check_integer("local_up_to_layer", local_up_to_layer, 1, depth - 1, "blocks before the last")
+        check_integer("local_up_to_layer", local_up_to_layer, 1, depth - 1)
         super().__init__(
             img_size=to_2tuple(img_size),
             patch_size=patch_size,

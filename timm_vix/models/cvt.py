@@ -6,12 +6,12 @@ Sethi 2022 (arXiv 2107.02239) put Nyström (CvN) and Performer (CvP) attention i
 ``13`` is CvT-13 for 224 px; the names of its parameters are those of the published weights.
 
 ``cifar`` is the paper's model: 128 channels and every pixel of a 32 px image a token in all stages, of 1, 1 and 2
-layers, and the mean of the tokens classified. Its code drops the convolutional projection and ignores the arguments
-that ask for it; ``projection="conv"`` brings it back (in CvN with ``key_stride=1``, or ``conv_residual=False``: the
-residual convolution wants as many values as queries). It departs from that code where that is defective: landmarks are
-pooled over the image and not over rows of the raster, the residual convolution is a depthwise 5x5 over the image and
-not over 33 tokens of the raster, no value depends on other images of the batch, any image size can be built, and there
-is a last normalisation.
+layers, and the mean of the tokens classified. The paper's code lacks the convolutional projection and ignores the
+arguments for it. ``projection="conv"`` adds it (in CvN with ``key_stride=1`` or ``conv_residual=False``, since the
+residual convolution needs as many values as queries).
+
+*Differs:* ``vit.py`` lists what ``cifar`` corrects in the official code. Here also any image size can be built, and
+there is a last normalisation.
 """
 
 from typing import Any, Optional, Union

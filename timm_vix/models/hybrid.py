@@ -2,13 +2,11 @@
 
 Jeevan & Sethi 2022, "Resource-efficient Hybrid X-formers for Vision" (arXiv 2107.02239): ViL, ViP, ViN are its
 Linformer, Performer and Nyströmformer, ViT the softmax control. Sizes and ``_rope`` as in ``vix.py``. The stem at patch
-16 is that of Xiao et al. 2021 (arXiv 2106.14881); at ``cifar`` it is the paper's three 3x3 convolutions, with
-normalisation and GELU between them, which the official code lacks, so that its stem is one linear convolution
-(``stem="conv_linear"``: without). Behind the stem ``cifar`` departs from that code as in ``vix.py``: Nyström's
-landmarks are pooled over the image, and its residual convolution is a depthwise 5x5 there and not over 33 tokens of the
-raster; nothing is padded; Linformer's keys are turned after they are projected, and its matrices are resampled for
-another image size; position embedding and class token start at timm's scale; and but for the stem's normalisation in
-training no value depends on other images of the batch.
+16 is that of Xiao et al. 2021 (arXiv 2106.14881).
+
+*Differs:* the stem of ``cifar`` is the paper's three 3x3 convolutions with normalisation and GELU between them. The
+official code lacks these, so its stem is one linear convolution (``stem="conv_linear"``). ``vit.py`` lists what else
+``cifar`` corrects in that code.
 """
 
 from timm.models import generate_default_cfgs

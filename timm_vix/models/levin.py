@@ -8,11 +8,10 @@ token has a query; the keys are all tokens. A mechanism with queries and keys on
 leaves LeViT's own softmax attention there.
 
 ``cifar`` is the paper's model: one stage of four layers of 128 channels with 4 heads, every pixel of a 32 px image a
-token, and the mean of the tokens classified. It departs from the official code, which has no normalisation anywhere, so
-that its stem is one linear convolution: stem and layers are normalised as LeViT's are, by batch. But for that, no value
-depends on other images of the batch, as there by the start of Nyström's inverse and by Performer's largest key.
-Landmarks are pooled over the image and not over rows of the raster, and the residual convolution is a depthwise 5x5
-over the image and not over 33 tokens of the raster.
+token, and the mean of the tokens classified.
+
+*Differs:* ``vit.py`` lists what ``cifar`` corrects in the official code. Here also stem and layers have batch
+normalisation, as in LeViT. The code has no normalisation, so its stem is one linear convolution.
 """
 
 from typing import Any, Optional, Union
@@ -71,7 +70,7 @@ class ProjectedAttention(MechanismHost):
 
 @register_notrace_module
 class ProjectedDownsampling(MechanismHost):
-    """Likewise for the attention between stages."""
+    """LeViT's downsampling attention between stages, with another mechanism between its projections."""
 
     def __init__(self, attn: AttentionDownsample, mixer: str, keywords: dict[str, Any]) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ attention into it (PiN) and, with a convolutional stem, call it Hybrid PiN; here
 
 The paper gives no configuration of its PiN and its repository no code. ``cifar`` is as near as PiT comes to the paper's
 other models: four layers, MLP ratio 2, heads of 32 channels, every pixel a token of the first stage; 64, 128 and 256
-channels. Attention and stem are those of ``vix.py`` and ``hybrid.py``, with what they correct.
+channels. Attention and stem are those of ``vix.py`` and ``hybrid.py``; ``vit.py`` lists what they correct.
 """
 
 from collections import OrderedDict

@@ -3,6 +3,20 @@
 Sizes: ViT-Ti, -S and -B are from Touvron et al. 2021 (arXiv 2012.12877, table 1) and Dosovitskiy et al. 2021 (arXiv
 2010.11929, table 1); ``cifar`` is the configuration of Jeevan & Sethi 2022 (arXiv 2107.02239): every pixel of a 32 px
 image is a token.
+
+*Differs:* the ``cifar`` models, those of ``cct.py``, ``cvt.py``, ``levin.py`` and ``pin.py`` too, correct the
+following in the official code of Jeevan & Sethi, as far as they have the part in question.
+
+- No value depends on other images of the batch, as in the code by the start of Nyström's inverse and by Performer's
+  largest key. The exception is batch normalisation, in the stems and in LeViT.
+- The position embedding and the class token start at timm's scale. Rotary positions don't rotate the class token.
+- Nyström: landmarks are pooled over the image, not over rows of the raster, and rotated by the centres of their cells.
+  Nothing is padded. The residual convolution (``conv_residual``, off in other sizes) is a depthwise 5x5 over the image,
+  not over 33 tokens of the raster.
+- Linformer: its matrices are resampled for another image size. Values are projected, where the code takes the keys
+  again. Keys are rotated after they are projected.
+- Performer: features can be drawn anew in training (``redraw_interval``). The code has a class for this, and never uses
+  it. The default is off here, too.
 """
 
 from collections.abc import Callable, Mapping

@@ -4,13 +4,7 @@ Jeevan & Sethi 2022, "Resource-efficient Hybrid X-formers for Vision" (arXiv 210
 ``base`` are ViT-Ti/S/B with patch 16; ``cifar`` is the paper's model, in which each pixel of a 32 px image is a token.
 ``_rope`` names have 2-D axial rotary positions instead of the learned embedding (``rope="1d"``: the paper's).
 
-``cifar`` departs from the official code where that is defective. No value depends on other images of the batch,
-position embedding and class token start at timm's scale, rotary positions leave the class token alone. Nyström:
-landmarks are pooled over the image and not over rows of the raster, and turned by the centres of their cells; nothing
-is padded; the residual convolution (``conv_residual``, off in other sizes) is a depthwise 5x5 over the image and not
-over 33 tokens of the raster. Linformer: its matrices are resampled for another image size, values are not the keys
-again, and keys are turned after they are projected. Performer: features can be drawn anew in training
-(``redraw_interval``), for which the code has a class that it never uses; by default they are not here either.
+*Differs:* ``vit.py`` lists what ``cifar`` corrects in the official code.
 """
 
 from timm.models import generate_default_cfgs
@@ -18,7 +12,7 @@ from timm.models import generate_default_cfgs
 from ._register import ModelName, register_names
 from .vit import LINFORMER, NYSTROM, PERFORMER, create_vision_xformer, default_cfgs_for, describe_vit
 
-# without token mixing only patches know the image; everything else, an idle class token too, is as in a ViT
+# Without token mixing the class token is the same for every image, so the patches are pooled. The rest is as in a ViT.
 PATCHES = dict(global_pool="avg", fc_norm=False)
 
 # name, mixer, stem, size, rotary positions, keywords

@@ -1,4 +1,4 @@
-"""Patch embeddings by name."""
+"""Patch embeddings (stems) by name, in ``STEMS``."""
 
 from timm.layers import PatchEmbed
 

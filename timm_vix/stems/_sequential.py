@@ -1,4 +1,4 @@
-"""What stems of several layers share: the patch sizes that they know, and that theirs stays."""
+"""The base class of stems of several layers. It checks the patch size, which a built stem cannot change."""
 
 from typing import Any, Optional, Union
 
