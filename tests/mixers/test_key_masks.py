@@ -25,6 +25,10 @@ TAKEN = {
     "linformer-headwise": {"sharing": "headwise"},
     "linformer-none": {"sharing": "none"},
     "linformer-none-locality": {"sharing": "none", "locality": 0.05},
+    "axial": {},
+    "axial-columns": {"first": "columns", "strip_width": 1},
+    "axial-locality": {"locality": 0.05},
+    "gpsa": {},
     "pool": {},
     "relu": {"conv_residual": False},
     "glu": {},
@@ -65,7 +69,7 @@ def test_forms_of_a_mask(name):
         assert distance(all_images, module(image.unsqueeze(0), attn_mask=mask[2:])[0]) < rounding(torch.float64)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pool", "relu", "glu")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pool", "relu", "glu", "axial", "gpsa")]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -215,6 +219,80 @@ def test_a_sequence_is_projected_as_if_it_were_shorter():
         assert distance(y, module.merge(heads_out, image.unsqueeze(0))[0]) < rounding(torch.float64)
 
 
+@pytest.mark.parametrize("name", ["axial", "axial-columns"])
+def test_axial_attention_is_the_formula_with_the_keys_that_are_left(name):
+    """A loop over queries and rows. Where a row's own query is masked, the mean of its other queries stands in."""
+    module = slot_of(name)
+    x, mask = masked_tokens(module)
+    P, (height, width), w = module.num_prefix_tokens, module.grid, module.core.strip_width
+    columns_first = module.core.first == "columns"
+    lines, places = (width, height) if columns_first else (height, width)
+
+    def token(line: int, place: int) -> int:
+        return P + (place * width + line if columns_first else line * width + place)
+
+    q, k, v = heads(module, x)
+    y = torch.zeros_like(v)
+    for image in range(3):
+        read = mask[image, 0, 0]
+        for head in range(2):
+            Q, K, V = q[image, head] / 4, k[image, head], v[image, head]
+            y[image, head, :P] = (Q[:P] @ K[read].T).softmax(1) @ V[read]
+            for line in range(lines):
+                for place in range(places):
+                    strip = range(place // w * w, min(place // w * w + w, places))
+                    near = [t for t in range(P) if read[t]]
+                    near += [token(r, c) for r in range(lines) for c in strip if read[token(r, c)]]
+                    logits, values = [Q[token(line, place)] @ K[near].T], [V[near]]
+                    for r in range(lines):
+                        there = [token(r, c) for c in range(places) if read[token(r, c)]]
+                        far = [token(r, c) for c in range(places) if c not in strip and read[token(r, c)]]
+                        if far:
+                            asks = Q[token(r, place)] if read[token(r, place)] else Q[there].mean(0)
+                            p = (asks @ K[far].T).softmax(0)
+                            logits.append((Q[token(line, place)] @ (p @ K[far]) - (p * p.log()).sum()).reshape(1))
+                            values.append((p @ V[far]).unsqueeze(0))
+                    y[image, head, token(line, place)] = torch.cat(logits).softmax(0) @ torch.cat(values)
+    assert distance(module(x, attn_mask=mask), module.merge(y, x)) < rounding(torch.float64)
+
+
+def test_axial_attention_in_one_strip_is_softmax_with_any_number_added():
+    """As is a row's own part: numbers that are added to logits count as in softmax attention."""
+    module = slot_of("axial", strip_width=5)
+    x, added = torch.randn(2, 37, 32, dtype=torch.float64), torch.randn(2, 1, 1, 37, dtype=torch.float64)
+    q, k, v = heads(module, x)
+    expected = module.merge((q @ k.transpose(2, 3) / 4 + added).softmax(3) @ v, x)
+    assert distance(module(x, attn_mask=added), expected) < rounding(torch.float64)
+    row = slot_of("axial", **ROW)
+    x, added = torch.randn(2, row.num_tokens, 32, dtype=torch.float64), torch.randn(1, 1, 1, row.num_tokens).double()
+    q, k, v = heads(row, x)
+    expected = row.merge((q @ k.transpose(2, 3) / 4 + added).softmax(3) @ v, x)
+    assert distance(row(x, attn_mask=added), expected) < rounding(torch.float64)
+
+
+def test_positional_attention_is_among_the_patches_that_are_left():
+    module = slot_of("gpsa")
+    x, mask = masked_tokens(module)
+    P, (height, width) = module.num_prefix_tokens, module.grid
+    q, k, v = heads(module, x)
+    gate = module.core.gating_param.detach().sigmoid()
+    y = torch.zeros_like(v)
+    for image in range(3):
+        read = mask[image, 0, 0]
+        for head in range(2):
+            content = (q[image, head] @ k[image, head, read].T / 4).softmax(1) @ v[image, head, read]
+            y[image, head, :P] = content[:P]
+            w = module.core.pos_proj.detach()[head]
+            left = [token for token in range(height * width) if read[P + token]]
+            for token in range(height * width):
+                down = torch.tensor([t // width - token // width for t in left], dtype=torch.float64)
+                across = torch.tensor([t % width - token % width for t in left], dtype=torch.float64)
+                A = (w[0] * across + w[1] * down + w[2] * (across**2 + down**2)).softmax(0)
+                places = A @ v[image, head, [P + t for t in left]]
+                y[image, head, P + token] = (1 - gate[head]) * content[P + token] + gate[head] * places
+    assert distance(module(x, attn_mask=mask), module.merge(y, x)) < rounding(torch.float64)
+
+
 def test_pooling_is_over_the_neighbours_that_are_read():
     module = slot_of("pool")
     x, mask = masked_tokens(module)
@@ -304,7 +382,7 @@ def test_keywords_with_which_masks_are_refused(mixer, keywords):
         small(mixer, **keywords).blocks[0].attn(torch.randn(2, 36, 32), torch.ones(2, 1, 1, 36, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("name", ["nystrom", "linformer", "pool", "relu"])
+@pytest.mark.parametrize("name", ["nystrom", "linformer", "pool", "relu", "gpsa"])
 def test_numbers_in_between_are_refused(name):
     module = slot_of(name)
     x, mask = masked_tokens(module)
@@ -314,7 +392,7 @@ def test_numbers_in_between_are_refused(name):
         module(x, attn_mask=added)
 
 
-@pytest.mark.parametrize("name", ["performer", "nystrom", "linformer"])
+@pytest.mark.parametrize("name", ["performer", "nystrom", "linformer", "axial"])
 def test_models_hand_masks_on(name):
     """timm's ViT gives its blocks the mask that it is called with."""
     mixer = name.partition("-")[0]

@@ -194,11 +194,21 @@ def widened(shape: AttentionShape) -> AttentionShape:
     return shape._replace(head_dim=shape.head_dim + CHANNELS, value_dim=shape.value_dim + CHANNELS * same)
 
 
-def with_prefix_rows(y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, P: int) -> torch.Tensor:
-    """Outputs of all tokens, (B, h, N, E), from y of the N - P patches: the P prefix tokens attend to all exactly."""
+def with_prefix_rows(
+    y: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    P: int,
+    attn_mask: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Outputs of all tokens, (B, h, N, E), from y of the N - P patches: the P prefix tokens attend to all exactly.
+
+    ``attn_mask`` (B, 1, 1, N) is added to their logits.
+    """
     if P == 0:
         return y
-    return torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v), y], dim=2)
+    return torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v, attn_mask=attn_mask), y], dim=2)
 
 
 class AttentionMechanism(Mixer):

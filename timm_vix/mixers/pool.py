@@ -18,11 +18,11 @@ Shapes: B images, N = P + H·W tokens, h heads, E width of a head's values.
 from typing import Optional
 
 import torch
-from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
+from torch.nn.functional import avg_pool2d
 
 from ._layout import TokenLayout
 from ._masks import added_to_logits, tokens_read
-from ._mechanism import AttentionMechanism
+from ._mechanism import AttentionMechanism, with_prefix_rows
 
 
 class Pooling(AttentionMechanism):
@@ -58,6 +58,4 @@ class Pooling(AttentionMechanism):
             attn_mask = added_to_logits(attn_mask, q.dtype)
         pooled = means - image
         y = pooled.reshape(B, h, E, height * width).transpose(2, 3)
-        if P > 0:
-            y = torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v, attn_mask=attn_mask), y], dim=2)
-        return y
+        return with_prefix_rows(y, q, k, v, P, attn_mask)
