@@ -15,8 +15,9 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import timm_vix
 from timm_vix._checks import InputError
+from timm_vix.conversion.merge_block import attend_groups, merge_similar
 from timm_vix.conversion.merge_steps import merge_steps, num_merged
-from timm_vix.conversion.merging import MergingBlocks, attend_groups, merge_similar
+from timm_vix.conversion.merging import MergingBlocks
 from timm_vix.mixers._merging import Groups, kinds_of, merge_mask, merge_table, single_groups
 
 HOSTS = {

@@ -1,7 +1,7 @@
 """Checks of arguments: one clear error that names what was given and what is allowed."""
 
 import math
-from typing import Optional
+from typing import Optional, TypeGuard
 
 
 class InputError(ValueError):
@@ -12,10 +12,15 @@ class InputError(ValueError):
     """
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None) -> None:
     """Raise InputError unless ``value`` is an integer in [lowest, highest]; None: without an upper bound."""
     limit = math.inf if highest is None else highest
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= limit:
+    if not is_integer(value) or not lowest <= value <= limit:
         allowed = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise InputError(f"{name}={value!r}: expected an integer {allowed}")
 

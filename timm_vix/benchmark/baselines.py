@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .._names import parse_model
-from ..conversion.convert import RECORDED
+from ..conversion.record import RECORDED
 from ..conversion.replace import all_keywords
 from ..measure.job import JOB
 

@@ -1,12 +1,11 @@
 """Give a trained timm ViT another attention in some or all of its layers, in place, and take it back.
 
-The mixers share the weights of the attention that they replace. A converted model notes its source, mixers and keywords
-among timm's arguments, under the name ``vix_from_timm``, so that ``save_for_hf`` and ``push_to_hf_hub`` keep them.
+The mixers share the weights of the attention that they replace. What was converted is recorded for ``save_for_hf`` and
+``push_to_hf_hub``, see ``record.py``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Optional
 
 from timm.models.naflexvit import NaFlexVit
@@ -18,27 +17,18 @@ from .layers import Layers, layer_mixers
 from .merge_steps import Merge, Step, first_merge, merge_steps, num_merged
 from .merging import MergingBlocks, check_merging, set_merging
 from .plan_file import Plan, load_plan
+from .record import record_conversion, recorded_mixer
 from .replace import (
     ADDING_NOTHING,
     AttentionSite,
-    all_keywords,
     build_mixer,
     check_keywords,
     is_softmax,
     layout_of,
-    mixer_name,
-    no_decay_names,
-    update_hooks,
     warn_of_unseen_patches,
 )
 from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
-from .sites import attention_sites, class_name, source_of
-
-NAME = "vix_from_timm"
-# arguments with short forms, such as "all", "log" or a file: the resolved values are recorded as well
-RESOLVED = ("mixer", "layers", "merge", "scale_logits")
-# what a conversion records in ``_model_args``; arguments of the source with one of these names are in source_kwargs
-RECORDED = {"source", "source_kwargs", *RESOLVED, "norms", "conversion"}
+from .sites import attention_sites, class_name
 
 
 @dataclass(frozen=True)
@@ -138,7 +128,7 @@ def convert(
         >>> timm_vix.convert(model, layers="plan.json")
     """
     keeps_mixers = mixer is None and layers == "all" and not keywords and (merge, scale_logits) != (None, None)
-    mixer = noted_mixer(model) if keeps_mixers else mixer or "nystrom"
+    mixer = recorded_mixer(model) if keeps_mixers else mixer or "nystrom"
     check_keywords(mixer, {})
     sites = attention_sites(model, sequences=True)
     layout = layout_of(model)
@@ -175,7 +165,7 @@ def convert(
         if isinstance(planned[site.path], AttentionSlot):
             planned[site.path].trained_tokens = trained
     set_merging(model, merge, steps)
-    note_conversion(model, sites, mixer)
+    record_conversion(model, sites, mixer)
     warn_of_unseen_patches(model)
     rows = [layer_row(index, site, former[site.path]) for index, block in enumerate(sites) for site in block]
     patches = layout.grid[0] * layout.grid[1]
@@ -183,11 +173,6 @@ def convert(
     return Conversion(
         [replace(row, merged=merged[row.layer]) for row in rows], layout.num_prefix_tokens + patches, trained
     )
-
-
-def noted_mixer(model: nn.Module) -> str:
-    """The mixer that a conversion has noted; "softmax" for a model that isn't converted."""
-    return getattr(model, "_model_args", {}).get("mixer") or "softmax" if source_of(model) else "softmax"
 
 
 def merge_of_name(model: nn.Module) -> Optional[Merge]:
@@ -252,74 +237,6 @@ def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLa
     return ConvertedLayer(index, site.path, class_name(former), class_name(module), changed, config, new_parameters)
 
 
-def note_conversion(
-    model: nn.Module, sites: list[list[AttentionSite]], mixer: str, norms: Optional[str] = None
-) -> None:
-    """Note source, layers and keywords where timm looks when it saves a model; nothing if it is timm's own again.
-
-    Args:
-        norms: what became of the layer norms, see ``note_norms``; None: as noted before.
-    """
-    norms = norms or getattr(model, "_model_args", {}).get("norms")
-    layers = {}
-    for index, block in enumerate(sites):
-        module = getattr(block[0].parent, block[0].name)
-        if module is not block[0].attn:
-            layers[str(index)] = {"mixer": mixer_name(module), **module.config()}
-    forget_conversion(model)
-    update_hooks(model)
-    if not layers and norms is None:
-        return
-    if layers:
-        model.no_weight_decay = partial(no_weight_decay, model)
-    cfg = getattr(model, "pretrained_cfg", None)
-    # a model that was built from its class has no name, and timm can't save it either
-    if cfg and cfg.get("architecture"):
-        own = dict(getattr(model, "_model_args", {}))
-        names = RECORDED | all_keywords()
-        source_kwargs = {name: own.pop(name) for name in names & own.keys()}
-        noted = {"source": cfg["architecture"], "mixer": mixer, "layers": layers}
-        if isinstance(model.blocks, MergingBlocks):
-            noted["merge"] = model.blocks.merge
-        if number := scaled_for(model):
-            noted["scale_logits"] = number
-        if norms is not None:
-            noted["norms"] = norms
-        model.pretrained_cfg = {**cfg, "architecture": NAME}
-        model._model_args = {**own, **noted, **({"source_kwargs": source_kwargs} if source_kwargs else {})}
-
-
-def note_norms(model: nn.Module, norms: str) -> None:
-    """Note that layer norms were replaced, "batch", or folded, "folded" or without the last "folded_blocks"."""
-    arguments = getattr(model, "_model_args", {}) if source_of(model) is not None else {}
-    sites = attention_sites(model, sequences=True) if arguments.get("layers") else []
-    note_conversion(model, sites, arguments.get("mixer", "softmax"), norms)
-
-
-def no_weight_decay(model: nn.Module) -> set[str]:
-    """The parameters that weight decay spares: the host's and the mixers'."""
-    return set(type(model).no_weight_decay(model)) | no_decay_names(model)
-
-
-def forget_conversion(model: nn.Module) -> None:
-    """Undo ``note_conversion``."""
-    model.__dict__.pop("no_weight_decay", None)
-    source = source_of(model)
-    if source is not None:
-        model.pretrained_cfg = {**model.pretrained_cfg, "architecture": source}
-        own = {name: value for name, value in model._model_args.items() if name not in RECORDED | all_keywords()}
-        model._model_args = {**own, **model._model_args.get("source_kwargs", {})}
-
-
-def record_resolved_arguments(model: nn.Module) -> None:
-    """Replace the arguments with which a model was created by name by their resolved values, in ``_model_args``."""
-    arguments = getattr(model, "_model_args", {})
-    if conversion := arguments.get("conversion"):
-        dropped = {*RESOLVED, "conversion"} | all_keywords()
-        own = {name: value for name, value in arguments.items() if name not in dropped}
-        model._model_args = {**own, **{name: value for name, value in conversion["found"].items() if value is not None}}
-
-
 def revert(model: nn.Module) -> None:
     """Give a converted model its own attention back, in place, with the weights as they are now.
 
@@ -334,4 +251,4 @@ def revert(model: nn.Module) -> None:
         setattr(site.parent, site.name, site.attn)
     if getattr(model, "merge", None) is None:
         set_merging(model, None, [])
-    note_conversion(model, sites, "softmax")
+    record_conversion(model, sites, "softmax")

@@ -21,9 +21,9 @@ from .._checks import InputError
 from ..mixers._attention_slot import AttentionSlot, has_hooks, is_plain_linear
 from ..mixers._landmark_slot import LandmarkSlot
 from ..mixers._layout import TokenLayout
-from .convert import note_norms
 from .handover import Handover
 from .norms import NormSite, TokenBatchNorm, norm_sites
+from .record import record_norms
 from .replace import HOOKS
 
 ATTENTION = (Attention, AttentionRope, EvaAttention, AttentionSlot, LandmarkSlot)
@@ -87,7 +87,7 @@ def fold_norms(model: nn.Module, last: bool = True) -> None:
                 raise InputError(f"{folding.site.path} can't be folded: weights that read it are used elsewhere, too")
     for folding in found:
         fold(folding)
-    note_norms(model, "folded" if any(folding.site.reader is None for folding in found) else "folded_blocks")
+    record_norms(model, "folded" if any(folding.site.reader is None for folding in found) else "folded_blocks")
 
 
 def plan(model: nn.Module, site: NormSite) -> Optional[Folding]:

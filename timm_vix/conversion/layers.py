@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
-from .._checks import InputError
+from .._checks import InputError, is_integer
 from .replace import check_keywords, mixer_keywords
 
 Layers = Union[str, Sequence[int], Mapping[Any, Any]]
@@ -38,7 +38,7 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any
     for key, value in chosen.items():
         # a mapping that went through a JSON file has text for its keys
         index = int(key) if isinstance(key, str) and key.isdecimal() else key
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < depth:
+        if not is_integer(index) or not 0 <= index < depth:
             raise InputError(f"layers: {key!r} is no layer; the model has {depth}, from 0 to {depth - 1}")
         own = dict(value) if isinstance(value, Mapping) else {"mixer": value}
         name = own.pop("mixer", mixer)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
-from .._checks import InputError
+from .._checks import InputError, is_integer
 from ..mixers._merging import num_left
 
 Merge = Union[int, float, Sequence[int], Mapping[str, float]]
@@ -38,7 +38,7 @@ def merge_steps(merge: Merge, depth: int) -> list[Step]:
     else:
         numbers = [merge] * depth
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        if not is_integer(number) or number < 0:
             raise InputError(f"merge={merge!r}: {FORMS}")
     return list(numbers)
 

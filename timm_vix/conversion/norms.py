@@ -26,9 +26,9 @@ from torch import nn
 from .._checks import InputError
 from ..mixers._attention_slot import has_hooks
 from ._fitting import LayerFit, fit_in_one_pass
-from .convert import note_norms
 from .handover import HandoverSchedule, handover
 from .merging import class_of
+from .record import record_norms
 from .replace import HOOKS
 
 BLOCKS = (Block, EvaBlock, ParallelThingsBlock, ParallelScalingBlock)
@@ -226,7 +226,7 @@ def replace_norms(
         old = site.norm
         put = new[site.path].train(old.training)
         setattr(site.parent, site.name, put if schedule is None else handover(old, put, schedule))
-    note_norms(model, "batch")
+    record_norms(model, "batch")
     return residuals
 
 

@@ -15,7 +15,7 @@ from typing import Union
 from timm.layers import to_2tuple
 from torch import nn
 
-from .._checks import InputError
+from .._checks import InputError, is_integer
 from ..mixers._attention_slot import AttentionSlot
 from .replace import slots_of
 
@@ -47,7 +47,7 @@ def trained_tokens(model: nn.Module, scale_logits: ScaleLogits) -> int:
         (height, width), (rows, columns) = size[-2:], to_2tuple(model.patch_embed.patch_size)
         return model.num_prefix_tokens + (height // rows) * (width // columns)
     number = scale_logits
-    if isinstance(number, bool) or not isinstance(number, int) or (number != 0 and number < 2):
+    if not is_integer(number) or (number != 0 and number < 2):
         raise InputError(f"scale_logits={scale_logits!r}: {FORMS}")
     return number
 

@@ -14,8 +14,8 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line, write_whole
 from .._records import Record
-from ..conversion.convert import NAME, record_resolved_arguments
 from ..conversion.delta import load_delta, save_delta
+from ..conversion.record import NAME, record_resolved_arguments
 from ..conversion.replace import ADDING_NOTHING
 from ..models.checkpoints import hosts_of
 from ..train.cards import card

@@ -27,14 +27,15 @@ from timm.models.eva import checkpoint_filter_fn as eva_checkpoint_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .._checks import InputError, check_choice
+from .._checks import InputError, check_choice, is_integer
 from .._files import one_line
 from .._names import check_model
-from ..conversion.convert import NAME, RESOLVED, convert
+from ..conversion.convert import convert
 from ..conversion.folding import fold_norms
 from ..conversion.layers import Layers
 from ..conversion.merge_steps import Merge
 from ..conversion.norms import replace_norms
+from ..conversion.record import NAME, record_arguments, resolved_arguments
 from ..conversion.replace import resample_weights, slots_of
 from ..conversion.scaling import ScaleLogits
 from ..conversion.sites import source_of
@@ -81,7 +82,7 @@ def check_plain(name: str, value: Any) -> None:
 def check_saved_size(name: str, value: Any, lowest: int = 1) -> None:
     """Raise ValueError unless a saved size is an integer of at least ``lowest``, or a list of such integers."""
     parts = value if isinstance(value, (list, tuple)) and value else [value]
-    if any(isinstance(part, bool) or not isinstance(part, int) or part < lowest for part in parts):
+    if any(not is_integer(part) or part < lowest for part in parts):
         raise InputError(f"{name}={value!r}: a saved configuration may have integers of at least {lowest} here")
 
 
@@ -263,40 +264,6 @@ def vix_from_timm(
         if conversion is not None:
             conversion.clear()
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
-
-
-def record_arguments(model: nn.Module, arguments: dict[str, Any], conversion: Optional[dict[str, Any]]) -> None:
-    """Record the arguments with which a converted model was created, as given and as resolved, in ``_model_args``.
-
-    ``timm.create_model`` overwrites the recorded values by those that the caller gave. "log", "all" or a file may mean
-    something else when the model is loaded again, so the resolved values are kept in ``conversion``. An earlier
-    ``conversion`` would overwrite them too, and is therefore changed in place.
-    """
-    conversion = {} if conversion is None else conversion
-    conversion.clear()
-    conversion.update(given=arguments, found={name: model._model_args.get(name) for name in RESOLVED})
-    model._model_args = {**model._model_args, "conversion": conversion}
-
-
-def resolved_arguments(conversion: Any, arguments: dict[str, Any]) -> list[Any]:
-    """Mixer, layers, keywords, merge and scale_logits: the saved model's resolved values of unchanged arguments.
-
-    Args:
-        conversion: what ``record_arguments`` recorded: "given", the arguments with which the model was created, and
-            "found", their resolved values. Resolved layers hold the keywords of their mixers.
-        arguments: those of the present call; the caller may have changed some.
-    """
-    given, found = (conversion.get(part) if isinstance(conversion, dict) else None for part in ("given", "found"))
-    if not isinstance(given, dict) or not isinstance(found, dict) or found.keys() != {*RESOLVED}:
-        raise InputError(f"conversion={conversion!r}: a saved configuration has given and found here")
-    # timm saves the arguments that were given, and the resolved values of the others
-    same = {name: value in (given.get(name), found.get(name)) for name, value in arguments.items()}
-    merge, scale_logits = (found[name] if same[name] else arguments[name] for name in ("merge", "scale_logits"))
-    if same["mixer"] and same["layers"] and same["keywords"]:
-        return [found["mixer"], found["layers"], {}, merge, scale_logits]
-    # resolved layers hold keywords, which would take precedence over those of the caller
-    mixer, layers, keywords = ((given if same[name] else arguments)[name] for name in ("mixer", "layers", "keywords"))
-    return [mixer, layers, dict(keywords), merge, scale_logits]
 
 
 def build_saved(

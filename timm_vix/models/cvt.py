@@ -23,7 +23,7 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
-from .._checks import InputError, check_choice
+from .._checks import InputError, check_choice, is_integer
 from ..conversion.replace import no_decay_names
 from ..mixers._layout import Grid
 from ._build import build_xformer, overridden
@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def check_three(name: str, values: Any) -> None:
     """Raise ValueError unless ``values`` are three positive integers, one for each stage."""
     valid = isinstance(values, (tuple, list)) and len(values) == 3
-    if not valid or any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
+    if not valid or any(not is_integer(value) or value < 1 for value in values):
         raise InputError(f"{name}={values!r}: expected three positive integers, one for each stage")
 
 

@@ -30,7 +30,7 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTra
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .._checks import InputError, check_choice, check_integer
+from .._checks import InputError, check_choice, check_integer, is_integer
 from ..conversion.layers import Layers, layer_mixers
 from ..conversion.merge_steps import Merge, first_merge, merge_steps
 from ..conversion.merging import check_merging, set_merging
@@ -258,7 +258,7 @@ def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
     """Raise ValueError unless patches tile the image (or the model pads it)."""
     for name, value in (("img_size", img_size), ("patch_size", patch_size)):
         sides = value if isinstance(value, (tuple, list)) else (value, value)
-        if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        if len(sides) != 2 or any(not is_integer(side) or side < 1 for side in sides):
             raise InputError(f"{name}={value!r}: expected a positive integer or a pair of them")
     image, patch = to_2tuple(img_size), to_2tuple(patch_size)
     if not padded and any(i % p for i, p in zip(image, patch)):

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..conversion.merge_block import run_block
 from ..conversion.merge_steps import merge_steps, num_merged
-from ..conversion.merging import run_block
 from ..conversion.plan_file import Plan
 from ..conversion.replace import layout_of
 from ..conversion.sites import attention_sites

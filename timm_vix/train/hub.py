@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .._files import one_line
-from ..conversion.convert import record_resolved_arguments
+from ..conversion.record import record_resolved_arguments
 
 LOAD = """```python
 import timm{package}
