@@ -195,6 +195,14 @@ def test_what_is_said_of_the_tables_holds(tables):
     score = {(row[0], row[1]): float(row[2]) for row in parts}
     assert score["attention", "CIFAR-10"] > score["all", "CIFAR-10"]
     assert score["attention", "Caltech-101"] < score["all", "Caltech-101"]
+    rows = tables.conversion.read("segment_camvid.csv")
+    camvid = {row["mixer"]: {name: float(row[name]) for name in ("miou", "faster_training")} for row in rows}
+    lost = {mixer: camvid["softmax"]["miou"] - row["miou"] for mixer, row in camvid.items()}
+    assert lost["axial"] < 0.5 and lost["axial"] < lost["nystrom"] < 2 < lost["linformer"]
+    assert all(camvid[mixer]["faster_training"] > 2 for mixer in ("axial", "nystrom", "linformer"))
+    for row in tables.conversion.read("deploy.csv"):
+        limit = 1.0 if row["dtype"] == "int8" else 1.3
+        assert float(row["top1"]) >= float(row["eager_top1"]) - limit, row["model"]
 
 
 # Commands, code, names and links
