@@ -183,6 +183,8 @@ def measure_all(given: argparse.Namespace) -> None:
     if given.plan:
         jobs.append((f"plan ({given.plan.stem})", "none", lambda: converted(layers=str(given.plan))))
     rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
+    if rows and "device_name" not in rows[0]:
+        raise InputError(f"{given.out} was written by another version: it lacks device_name; choose another --out")
     # with --again no accuracy is wanted
     reference = labels if given.again and not given.deltas else predict(baseline, images, "softmax")
     accuracy = 100 * float((reference == labels).float().mean())

@@ -181,7 +181,11 @@ def costs(run: argparse.Namespace, mixer: str) -> dict[str, Any]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(costs_here, run, mixer).result()
     except Exception as error:  # models and devices are other people's; a process that was killed raises, too
-        print(f"the costs of {mixer} could not be measured: {explain(error)}; its row has none", flush=True)
+        print(
+            f"the costs of {mixer} could not be measured: {explain(error)}; its row has none. If that row is removed, "
+            "the same command measures them again",
+            flush=True,
+        )
         return {}
 
 

@@ -179,6 +179,7 @@ def test_the_advice_holds(tables):
     # memory: softmax is linear in the number of tokens, too
     used = {mixer: value(mixer, 1024, "train", "peak_memory_mib") for mixer in ("softmax", *attention)}
     assert min(used.values()) > 0.75 * used["softmax"]
+    assert {mixer for mixer in attention if used[mixer] < 0.95 * used["softmax"]} == {"nystrom", "linformer"}
 
 
 def test_what_is_said_of_the_tables_holds(tables):
@@ -196,13 +197,15 @@ def test_what_is_said_of_the_tables_holds(tables):
     assert score["attention", "CIFAR-10"] > score["all", "CIFAR-10"]
     assert score["attention", "Caltech-101"] < score["all", "Caltech-101"]
     rows = tables.conversion.read("segment_camvid.csv")
+    rows = [row for row in rows if row["budget"] == "2 epochs" and row["model"].startswith("deit_tiny")]
     camvid = {row["mixer"]: {name: float(row[name]) for name in ("miou", "faster_training")} for row in rows}
     lost = {mixer: camvid["softmax"]["miou"] - row["miou"] for mixer, row in camvid.items()}
     assert lost["axial"] < 0.5 and lost["axial"] < lost["nystrom"] < 2 < lost["linformer"]
     assert all(camvid[mixer]["faster_training"] > 2 for mixer in ("axial", "nystrom", "linformer"))
-    for row in tables.conversion.read("deploy.csv"):
-        limit = 1.0 if row["dtype"] == "int8" else 1.3
-        assert float(row["top1"]) >= float(row["eager_top1"]) - limit, row["model"]
+    rows = tables.conversion.read("deploy.csv")
+    lost = {(row["model"], row["dtype"], row["format"]): float(row["eager_top1"]) - float(row["top1"]) for row in rows}
+    assert all(points <= 1 for (_, dtype, _), points in lost.items() if dtype == "int8")
+    assert all(points > 1 for (model, dtype, _), points in lost.items() if "merged" in model and dtype == "bfloat16")
 
 
 # Commands, code, names and links

@@ -51,9 +51,9 @@ def parse_model(text: str, find: Callable[[str], str] = registered) -> tuple[str
         >>> parse_model("vix_nystrom_tiny num_landmarks=64")
         ('vix_nystrom_tiny', {'num_landmarks': 64})
     """
-    # the name of a folder may have spaces
-    whole, *rest = re.split(r"\s+(?=\w+=)", text.strip())
-    folder = whole.startswith("local-dir:") or "/" in whole or os.path.isdir(whole)
+    # the name of a folder may have spaces, and "="
+    whole, *rest = [text.strip()] if os.path.isdir(text.strip()) else re.split(r"\s+(?=\w+=)", text.strip())
+    folder = whole.startswith("local-dir:") or os.path.isdir(whole)
     name, *parts = [whole, *rest] if folder else text.split() or [""]
     name = find(name)
     keywords: dict[str, Any] = {}

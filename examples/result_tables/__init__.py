@@ -25,7 +25,10 @@ def markdown(head: list[str], body: list[list[str]], below: str = "") -> str:
 def measured(rows: Iterable[Row]) -> str:
     """On what the rows were measured: device, threads, dtype and versions, as far as their file records them."""
     rows = list(rows)
-    devices = values(rows, "device_name") or values(rows, "device")
+    devices = values(rows, "device_name")
+    if devices and not all(row.get("device_name") for row in rows):
+        devices.append("a processor that was not recorded")
+    devices = devices or values(rows, "device")
     facts = [", ".join(devices)] * bool(devices)
     facts += [f"{number} CPU thread{'s' * (number != '1')}" for number in values(rows, "threads")]
     facts += values(rows, "dtype")

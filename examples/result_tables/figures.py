@@ -1,5 +1,6 @@
 """The figures beside the tables: cost over resolution, and the longer trainings on CIFAR-10."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from .training import is_long
 
 def draw_all() -> None:
     """Write every figure to examples/results."""
-    for name, figure in [*costs(), *trainings()]:
+    for name, figure in itertools.chain(costs(), trainings()):
         (RESULTS / f"{name}.png").write_bytes(png(figure))
 
 
@@ -34,8 +35,10 @@ def costs() -> Iterator[tuple[str, Any]]:
 def trainings() -> Iterator[tuple[str, Any]]:
     """For each patch size of the longer trainings: accuracy over time, over parameters and over operations."""
     rows = [row for row in read_rows(RESULTS / "reproduce_vix.csv")[0] if is_long(row)]
+    if not rows:
+        return
     epochs = [row for row in read_records(RESULTS / "reproduce_vix_curves.csv", CURVE)[0] if is_long(row)]
-    for patch_size in sorted({row["patch_size"] for row in rows}, reverse=True):
+    for patch_size in sorted({row["patch_size"] for row in epochs}, reverse=True):
         yield f"cifar10_patch{patch_size}_time", over_time([r for r in epochs if r["patch_size"] == patch_size])
         groups: dict[str, list[Record]] = {}
         for row in (row for row in rows if row["patch_size"] == patch_size):
@@ -51,11 +54,11 @@ def over_time(epochs: list[Record]) -> Any:
     Args:
         epochs: Rows of one patch size, see ``CURVE``.
     """
-    first = min(row["seed"] for row in epochs)
     runs: dict[str, list[Record]] = {}
-    for row in sorted(epochs, key=lambda row: key_of(row, ("system", "epoch"))):
-        if row["seed"] == first:
-            runs.setdefault(row["system"], []).append(row)
+    for row in sorted(epochs, key=lambda row: key_of(row, ("system", "seed", "epoch"))):
+        run = runs.setdefault(row["system"], [])
+        if not run or row["seed"] == run[0]["seed"]:
+            run.append(row)
     best = sorted(runs, key=lambda system: -runs[system][-1]["held_out_top1"])
     looks = styles(best)
     figure, axes = canvas(7.5, 5.6)

@@ -32,14 +32,15 @@ def address_of(model: str, trained: bool = True) -> str:
         if trained and not timm.is_model_pretrained(model):
             raise InputError(f"model={model} has no trained weights; allowed is {PLACES}")
         return model
-    if model.startswith("hf-hub:"):
+    if model.startswith(("hf-hub:", "hf_hub:")):
         return model
     folder = Path(model.removeprefix("local-dir:"))
     if (folder / "hub" / "config.json").is_file():
         folder = folder / "hub"
     if (folder / "config.json").is_file():
         return f"local-dir:{folder}"
-    lacks = f"{'holds no config.json' if folder.is_dir() else 'is not there'}; allowed is {PLACES}"
+    places = PLACES if trained else PLACES.removesuffix(" with weights")
+    lacks = f"{'holds no config.json' if folder.is_dir() else 'is not there'}; allowed is {places}"
     near = near_names(model, timm.list_models())
     raise InputError(f"model={model} {lacks}" + (f"; near names: {near}" if near != "none" else ""))
 

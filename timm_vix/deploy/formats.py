@@ -62,14 +62,17 @@ def held_by(to: str, dtype: str, dynamic_size: bool = False) -> Iterator[None]:
         operator = operator_of(error)
         if dynamic_size and operator is None:
             raise fixed_size(f"this model with to={to}", one_line(error, 200)) from error
-        raise cannot_hold(to, dtype, operator, one_line(error, 200)) from error
+        raise cannot_hold(to, dtype, operator, one_line(error, 200), dynamic_size) from error
 
 
-def cannot_hold(to: str, dtype: Optional[str], operator: Optional[str], reason: str) -> InputError:
+def cannot_hold(
+    to: str, dtype: Optional[str], operator: Optional[str], reason: str, dynamic_size: bool = False
+) -> InputError:
     """The error for an operator that a format lacks in a dtype; without one, for whatever else went wrong.
 
     Args:
         dtype: None for an operator that the format lacks in all of them.
+        dynamic_size: whether images of any size were asked for, which may be why.
     """
     what = f"cannot hold {operator}" if operator else "could not be written"
     mixer = "a mixer without this operator" if operator else "another mixer"
@@ -77,6 +80,8 @@ def cannot_hold(to: str, dtype: Optional[str], operator: Optional[str], reason: 
     if dtype:
         to = f"{to} with dtype={dtype}"
         remedies.append(f"--dtype {' or '.join(name for name in DTYPES if name != dtype)}")
+    if dynamic_size:
+        remedies.append("one size, without --dynamic-size")
     return InputError(f"to={to} {what}: {reason}. Try {', '.join(remedies)}, or {mixer}")
 
 

@@ -69,11 +69,15 @@ def model_card(text: str, license: str, ours: bool) -> ModelCard:
 
 
 def without_folders(value: Any) -> Any:
-    """A setting as a card states it: a folder or plan of this machine by its last name, since its path says nothing."""
+    """A setting as a card states it: a folder or plan of this machine by its name, since its path says nothing.
+
+    The folder ``hub`` of a run has the name of the run.
+    """
     if isinstance(value, Mapping):
         return {name: without_folders(part) for name, part in value.items()}
     if isinstance(value, str) and (value.startswith("local-dir:") or value.endswith(".json")):
-        return Path(os.path.abspath(value.removeprefix("local-dir:"))).name
+        path = Path(os.path.abspath(value.removeprefix("local-dir:")))
+        return path.parent.name if path.name == "hub" else path.name
     return value
 
 
