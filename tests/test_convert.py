@@ -442,6 +442,8 @@ def test_a_model_that_was_built_by_name_comes_back(keywords, resized, tmp_path):
         (dict(mixer="softmax", merge=0.5), dict(merge=0)),
         (dict(mixer="nystrom", num_landmarks=4), dict(num_landmarks=9)),
         (dict(mixer="nystrom", num_landmarks=4, merge=0), dict(layers="last-1")),
+        (dict(mixer=None, layers="last-1", scale_logits="log", img_size=64), dict(layers="all")),
+        (dict(mixer=None, layers="last-1", num_landmarks=4, merge=0), dict(num_landmarks=9)),
     ],
     ids=str,
 )
@@ -451,7 +453,7 @@ def test_who_loads_a_model_that_was_built_by_name_may_change_it(keywords, change
     x = images(model)
     save_for_hf(model, tmp_path / "first", safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True, **changed).eval()
-    expected = by_name(**{**keywords, **changed})
+    expected = by_name(**{**keywords, **changed, "mixer": keywords["mixer"] or "nystrom"})
     expected.load_state_dict(model.state_dict())
     assert distance(loaded(x), expected(x)) < 1e-6 < distance(model(x), expected(x))
     save_for_hf(loaded, tmp_path / "second", safe_serialization=True)

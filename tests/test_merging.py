@@ -592,7 +592,7 @@ def test_the_first_blocks_merge_as_they_did():
         assert distance(pruned.forward_intermediates(x, indices=[1], intermediates_only=True)[0], features) < 1e-5
 
 
-@pytest.mark.parametrize("merge", [MERGE, 0.4, 2], ids=str)
+@pytest.mark.parametrize("merge", [MERGE, [0, 0, 0, 4], 0.4, 2], ids=str)
 def test_a_pruned_model_that_was_created_with_merging_is_converted(merge):
     size = dict(img_size=(56, 40), patch_size=8, embed_dim=32, depth=4, num_heads=2)
     model, x = timm.create_model("vix_softmax_cifar", merge=merge, **size).eval(), images()
@@ -601,8 +601,8 @@ def test_a_pruned_model_that_was_created_with_merging_is_converted(merge):
     timm_vix.convert(model, "performer")
     timm_vix.convert(model, "softmax")
     assert torch.equal(model.forward_intermediates(x, indices=[1], intermediates_only=True)[0], features)
-    with pytest.raises(InputError, match="merge=0: the model was created with merge="):
-        timm_vix.convert(model, merge=0)
+    with pytest.raises(InputError, match="merge=3: the model was created with merge="):
+        timm_vix.convert(model, merge=3)
 
 
 def test_threshold_merges_what_is_alike():

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,6 +249,23 @@ def test_a_search_that_has_no_time_says_so(
     assert "the search ends after minutes=1e-09" in capsys.readouterr().out
     plan = plan_layers(**{**given, "minutes": 15.0}, budget_gflops=1.01 * least)  # the same table
     assert plan["gflops"] <= 1.01 * least
+
+
+def test_minutes_count_from_the_start(clock, photos: Path, weights: Path, tmp_path: Path, monkeypatch) -> None:
+    """The timing of blocks takes 20 of 15 minutes: none of seven candidates is tried."""
+    minutes, own = [0.0], latency.Latency.time_blocks
+
+    def slow(self, *given):
+        minutes[0] += 20
+        return own(self, *given)
+
+    monkeypatch.setattr(latency.Latency, "time_blocks", slow)
+    for module in ("plan", "search"):
+        monkeypatch.setattr(f"timm_vix.planning.{module}.time", SimpleNamespace(monotonic=lambda: 60 * minutes[0]))
+    seven = {"linformer": [dict(num_proj_tokens=number) for number in range(2, 9)]}
+    plan = plan_layers(**arguments(photos, weights, tmp_path / "plan.json", mixer=seven, keep=0.5))
+    rows, _ = read_records(tmp_path / "plan.csv", COLUMNS)
+    assert plan["layers"] == {} and {row["what"] for row in rows if row["agreement"] is not None} == {"{}"}
 
 
 def test_every_row_of_the_table_is_true(clock, photos: Path, weights: Path, everything: dict, tmp_path: Path) -> None:

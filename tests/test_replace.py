@@ -84,6 +84,7 @@ def test_config_rebuilds_the_mixer(mixer):
     [
         (("sofmax",), {}, ["'sofmax'", "nystrom", "linformer"]),
         ((3,), {}, ["mixer=3", "nystrom"]),
+        (("",), {}, ["mixer=''", "nystrom"]),
         (("nystrom",), {"num_features": 3}, ["num_features", "num_landmarks", "nystrom"]),
         (("softmax",), {"num_features": 3}, ["num_features", "merge_keys"]),
         (("nystrom",), {"num_landmarks": 0}, ["num_landmarks=0", "at least 1"]),

@@ -272,6 +272,13 @@ def test_with_scaled_logits_the_original_is_scaled_too(weights, unlabelled, tmp_
     assert distance(student(x), teacher(x)) < 0.05 < distance(unscaled, teacher(x))
 
 
+def test_a_conversion_that_only_scales_has_nothing_to_learn(weights, unlabelled, tmp_path):
+    settings = arguments(weights, unlabelled, tmp_path / "run", mixer="softmax", mixer_kwargs=dict(scale_logits=4))
+    with pytest.raises(ValueError, match="mixer='softmax' only scales logits, .* nothing to transfer"):
+        transfer(**settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_conversion_that_only_merges_has_no_first_stage(weights, unlabelled, tmp_path, capsys):
     settings = arguments(weights, unlabelled, tmp_path / "merged", mixer="softmax", mixer_kwargs=dict(merge=4))
     transfer(**settings)

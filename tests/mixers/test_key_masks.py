@@ -342,6 +342,20 @@ def test_half_precision_and_an_image_of_nothing(name, dtype):
     assert module(x.to(dtype), attn_mask=added).isfinite().all()
 
 
+@pytest.mark.parametrize("name", [name for name in TAKEN if "-" not in name])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_where_whole_sides_are_masked(name, dtype):
+    """Patches that are far from all unmasked ones too."""
+    module = slot_of(name, img_size=(28, 60)).float()
+    x, mask = torch.randn(2, module.num_tokens, 32), torch.ones(module.grid, dtype=torch.bool)
+    mask[:, 4:] = False
+    mask = torch.cat([torch.ones(module.num_prefix_tokens, dtype=torch.bool), mask.flatten()])[None, None, None, :]
+    expected = module(x, attn_mask=mask)
+    with torch.autocast("cpu", dtype):
+        found = module(x, attn_mask=mask)
+    assert distance(found, expected) < 10 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("mixer", ["nystrom", "linformer"])
 @torch.no_grad()
 def test_a_cell_that_is_masked_has_no_direction_in_float16(mixer):
@@ -388,7 +402,7 @@ def test_numbers_in_between_are_refused(name):
     x, mask = masked_tokens(module)
     added = torch.zeros(mask.shape, dtype=torch.float64)
     added[0, 0, 0, 3] = -0.5
-    with pytest.raises(InputError, match=r"attn_mask adds -0.5 .*softmax and performer take any numbers"):
+    with pytest.raises(InputError, match=r"attn_mask adds -0.5 .*softmax, performer and axial take any numbers"):
         module(x, attn_mask=added)
 
 

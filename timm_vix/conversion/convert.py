@@ -127,8 +127,10 @@ def convert(
         >>> timm_vix.convert(model, merge=60)
         >>> timm_vix.convert(model, layers="plan.json")
     """
-    keeps_mixers = mixer is None and layers == "all" and not keywords and (merge, scale_logits) != (None, None)
-    mixer = recorded_mixer(model) if keeps_mixers else mixer or "nystrom"
+    named = mixer is not None or not isinstance(layers, str) or layers != "all" or bool(keywords)
+    keeps_mixers = not named and (merge is not None or scale_logits is not None)
+    if mixer is None:
+        mixer = recorded_mixer(model) if keeps_mixers else "nystrom"
     check_keywords(mixer, {})
     sites = attention_sites(model, sequences=True)
     layout = layout_of(model)
@@ -164,7 +166,8 @@ def convert(
         setattr(site.parent, site.name, planned[site.path])
         if isinstance(planned[site.path], AttentionSlot):
             planned[site.path].trained_tokens = trained
-    set_merging(model, merge, steps)
+    if built is None:  # otherwise it merges as before
+        set_merging(model, merge, steps)
     record_conversion(model, sites, mixer)
     warn_of_unseen_patches(model)
     rows = [layer_row(index, site, former[site.path]) for index, block in enumerate(sites) for site in block]

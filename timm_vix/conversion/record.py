@@ -119,6 +119,8 @@ def resolved_arguments(conversion: Any, arguments: dict[str, Any]) -> list[Any]:
         return [found["mixer"], found["layers"], {}, merge, scale_logits]
     # resolved layers hold keywords, which would take precedence over those of the caller
     mixer, layers, keywords = ((given if same[name] else arguments)[name] for name in ("mixer", "layers", "keywords"))
+    if same["mixer"] and mixer is None:  # which of its meanings it had depends on the other arguments
+        mixer = found["mixer"]
     return [mixer, layers, dict(keywords), merge, scale_logits]
 
 

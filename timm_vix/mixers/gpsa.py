@@ -38,6 +38,7 @@ from .._checks import check_number
 from ._layout import TokenLayout
 from ._masks import added_to_logits, tokens_read
 from ._mechanism import AttentionMechanism, AttentionShape
+from ._precision import outside_autocast
 
 
 def place_weights(linear: torch.Tensor, square: torch.Tensor, length: int) -> torch.Tensor:
@@ -90,6 +91,14 @@ class GatedPositionalAttention(AttentionMechanism):
         y = torch.matmul(columns.unsqueeze(1), v)
         return torch.matmul(rows, y.flatten(3)).reshape(v.shape).flatten(2, 3)
 
+    def attend_to_unmasked_places(self, v: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """The same among the patches that ``read`` (B, H, W) keeps, in float32 at least: they may be far away."""
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        weight = read[:, None, :, :, None].to(dtype)
+        shares = self.attend_to_places(weight.expand(-1, v.shape[1], -1, -1, -1))
+        places = self.attend_to_places(v.to(dtype) * weight)
+        return (places / shares.clamp(min=1e-37)).to(v.dtype)
+
     def forward(
         self,
         q: torch.Tensor,
@@ -104,11 +113,12 @@ class GatedPositionalAttention(AttentionMechanism):
         if attn_mask is None:
             places = self.attend_to_places(patches)
         else:
-            dtype = torch.promote_types(v.dtype, torch.float32)
-            read = tokens_read(attn_mask, v.shape[0])[:, P:].unflatten(1, keys.grid)[:, None, :, :, None].to(dtype)
-            shares = self.attend_to_places(read.expand(-1, v.shape[1], -1, -1, -1))
-            places = self.attend_to_places(patches.to(dtype) * read) / shares.clamp(min=1e-30)
-            places = places.to(v.dtype)
+            read = tokens_read(attn_mask, v.shape[0])[:, P:].unflatten(1, keys.grid)
+            if torch.jit.is_scripting():
+                places = self.attend_to_unmasked_places(patches, read)
+            else:
+                with outside_autocast(v.device):
+                    places = self.attend_to_unmasked_places(patches, read)
             attn_mask = added_to_logits(attn_mask, q.dtype)
         rate = self.dropout if self.training else 0.0
         content = scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate)

@@ -57,7 +57,8 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     Returns:
         The content of ``out``: the plan in ``layers`` and ``merge``; ``agreement`` and ``distance`` on the images that
         chose it, ``held_out_agreement`` and ``held_out_distance`` on the others; ``speedup``, beside softmax; and
-        ``curve``, all whole models that were measured.
+        ``curve``, all whole models that were measured. Without a classifier an agreement is the mean cosine of the
+        output tokens.
 
     Raises:
         ValueError: for a wrong argument, a source that can't be converted, images that can't be read or are too few, a
@@ -218,7 +219,8 @@ def rows_of(search: Search, chosen: Plan) -> list[dict[str, Any]]:
 
 def table_of(result: dict[str, Any]) -> str:
     """The curve and the chosen plan as text."""
-    lines = ["layers  merges  times as fast  GFLOPs  agreement  top-1 kept  distance"]
+    agreement, kept = ("cosine", "cosine") if result["keep_of"] == "cosine" else ("agreement", "top-1 kept")
+    lines = [f"layers  merges  times as fast  GFLOPs  {agreement:>9}  {kept:>10}  distance"]
     for row in result["curve"]:
         merges = "yes" if row["plan"].get("merge") else ""
         lines.append(

@@ -45,7 +45,8 @@ class Search:
         mixers: the candidates.
         merging: whether tokens may merge.
         target: what is wanted.
-        minutes: after which no further step is taken.
+        minutes: after which no further plan is measured.
+        start: ``time.monotonic()`` from which the minutes count.
 
     Attributes:
         curve: the measurement of each plan that was tried, by ``plan_to_json``.
@@ -123,7 +124,8 @@ class Search:
             kept, timed = self.chosen.measure(plan), self.latency.time_model(plan)
             self.curve[what] = tried = Tried(**kept._asdict(), **timed._asdict())
             changes = f"{len(plan):3} layers converted, {self.merged(plan):4} tokens merged"
-            figures = f"{tried.speedup:.2f} times as fast, {tried.gflops:.3f} GFLOPs, agreement {tried.agreement:.4f}"
+            figures = f"{tried.speedup:.2f} times as fast, {tried.gflops:.3f} GFLOPs"
+            figures += f", {self.chosen.compared} {tried.agreement:.4f}"
             figures += f", {tried.kept:.4f} of top-1" if self.chosen.labels is not None else ""
             print(f"{changes}: {figures}", flush=True)
         return self.curve[what]

@@ -122,6 +122,7 @@ class Sensitivity:
         found = table.of_run(run, *Measurement._fields)
         self.known = {what: Measurement(**figures) for what, figures in found.items()}
         self.original: list[tuple[torch.Tensor, Optional[torch.Tensor]]] = []
+        self.compared = "agreement" if model.num_classes else "mean cosine"
         self.num_images = sum(len(images) for images in batches)
 
     def measure_single_layers(self, plans: list[tuple[int, Plan]], has_time: Callable[[], bool]) -> None:

@@ -131,10 +131,11 @@ def transferred_card(row: dict[str, Any], table: str) -> ModelCard:
     """The card of a model after attention transfer, of the row of result.csv and a table of its layers."""
     row = without_folders(row)
     facts = "\n".join(f"- {name}: {value}" for name, value in row.items())
+    scaled = " The logits of both are scaled." if "scale_logits=" in row["keywords"] else ""
     text = f"""# {row["source"]} with {row["mixer"]} attention
 
 The attention of `{row["source"]}` was replaced and trained to match the original without labels. On held-out
-images it predicts what the original predicts in {row["agreement"]} % of the cases.
+images it predicts what the original predicts in {row["agreement"]} % of the cases.{scaled}
 
 {LOAD.format(package=", timm_vix")}
 

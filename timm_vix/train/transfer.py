@@ -63,8 +63,8 @@ FILES = ("checkpoint.pt", "steps.csv", "result.csv", "layers.png")
 def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     """Convert ``source`` and train it, without labels, to reproduce the outputs of the original.
 
-    It writes ``hub``, a folder for the Hub, ``result.csv`` and the figure ``layers.png`` to ``out``. Under ``torchrun``
-    the processes share each batch, and the first process writes.
+    It writes ``hub``, a folder for the Hub, ``result.csv`` and, after a first stage, the figure ``layers.png`` to
+    ``out``. Under ``torchrun`` the processes share each batch, and the first process writes.
 
     Args:
         {settings}
@@ -99,7 +99,8 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     if report.trained_tokens:  # the original predicts better with scaled logits as well
         convert(teacher, scale_logits=report.trained_tokens)
     if all(is_softmax(mixer) for mixer in mixers.values()) and run.block_steps:
-        print("stage 1 is left out: the blocks alone, without merging, are those of the original")
+        if rank == 0:
+            print("stage 1 is left out: the blocks alone, without merging, are those of the original")
         run.block_steps = 0
     images, held_out = prepare_images(run, config)
     start = load_start(student, run.start) if run.start else ""
@@ -148,7 +149,8 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
         figures = compare(teacher, student, held_out, normalise, run, dtype)
         finish(run, report, position, student, config, dict(images=images.readable, dtype=str(dtype), **figures))
         share = f"{figures['agreement']} % of {held_out.readable} held-out images"
-        print(f"agrees with {run.source} on {share}; wrote {folder / 'hub'}")
+        scaled = ", with logits scaled likewise," if report.trained_tokens else ""
+        print(f"agrees with {run.source}{scaled} on {share}; wrote {folder / 'hub'}")
     return student, report
 
 
@@ -179,6 +181,8 @@ def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, 
     mixers = mixers_of(student, report)
     if not mixers:
         raise InputError(f"mixer={run.mixer!r}, layers={run.layers!r} leave every layer as it is: nothing to transfer")
+    if all(is_softmax(mixer) for mixer in mixers.values()) and all(row.merged == 0 for row in report.rows):
+        raise InputError(f"mixer={run.mixer!r} only scales logits, as the original's are too: nothing to transfer")
     if not any(True for mixer in mixers.values() for _ in mixer.parameters()):
         raise InputError(f"mixer={run.mixer!r} has no parameters to fit")
     return student, report
