@@ -98,4 +98,10 @@ class RotaryPositions(nn.Module):
 
         Nothing is kept of a grid other than the model's own: it belongs to one call.
         """
-        return self.table if grid == self.grid and cells == self.grid else self.build(grid, cells)
+        if torch.jit.is_scripting():
+            is_own = grid == self.grid and cells == self.grid
+        else:
+            # the comparison would fix a side that is free in an export
+            is_free = any(isinstance(side, torch.SymInt) for side in (*grid, *cells))
+            is_own = not is_free and grid == self.grid and cells == self.grid
+        return self.table if is_own else self.build(grid, cells)
