@@ -26,13 +26,13 @@ import timm_vix
 from timm_vix._checks import InputError
 from timm_vix._device import device_name
 from timm_vix.cli import in_one_line
+from timm_vix.data.folders import read_labels
 from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import time_interleaved
 from timm_vix.measure.statistics import compare_times
 from timm_vix.train.checkpoint import write_history
 from timm_vix.train.hub import delta_card
-from timm_vix.train.listing import read_labels
 from timm_vix.train.settings import check_weights
 
 SOURCE = "deit_tiny_patch16_224"

@@ -25,8 +25,8 @@ from tqdm import tqdm
 import timm_vix
 from timm_vix._device import device_name
 from timm_vix.cli import in_one_line
+from timm_vix.data.folders import find_unlabelled
 from timm_vix.train.checkpoint import write_history
-from timm_vix.train.listing import find_unlabelled
 from timm_vix.train.settings import check_weights
 
 SOURCE = "vit_small_patch14_dinov2"

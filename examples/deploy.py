@@ -22,10 +22,10 @@ from timm_vix._checks import InputError
 from timm_vix._device import device_name, fields_of, versions
 from timm_vix._records import Columns, append_record, check_writable, key_of, read_records
 from timm_vix.cli import in_one_line
+from timm_vix.data.folders import find_unlabelled, labelled_folder, read_labels, spread
 from timm_vix.deploy.check import accuracy, latency, read_calibration
 from timm_vix.deploy.export import build, export_model
 from timm_vix.deploy.formats import SUFFIXES
-from timm_vix.train.listing import find_unlabelled, labelled_folder, read_labels, spread
 
 SOURCE = "deit_tiny_patch16_224"
 MODELS = {

@@ -35,16 +35,16 @@ from timm_vix._names import parse_model
 from timm_vix._records import Columns, append_record, check_writable, header_of, read_records
 from timm_vix.cli import in_one_line
 from timm_vix.conversion.convert import convert
+from timm_vix.data.datasets import Items
+from timm_vix.data.folders import find_images
+from timm_vix.data.images import STEP, normaliser, seed_of
 from timm_vix.measure.job import measure_in_process
 from timm_vix.mixers import MIXERS
 from timm_vix.train.build import build_model
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.finetune import evaluate, optimizer_of, prepare_images, seed_step, start_or_resume
 from timm_vix.train.finetune_settings import FinetuneSettings
-from timm_vix.train.folders import Items
-from timm_vix.train.images import STEP, normaliser, seed_of
 from timm_vix.train.interrupt import deferred_interrupt
-from timm_vix.train.listing import find_images
 from timm_vix.train.loop import Loop
 from timm_vix.train.settings import ABOVE_0, check_ranges
 

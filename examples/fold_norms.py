@@ -28,12 +28,12 @@ from timm_vix._device import device_name, versions
 from timm_vix._records import Columns, append_record, check_writable, key_of, read_records
 from timm_vix.cli import in_one_line
 from timm_vix.conversion.handover import HandoverSchedule, finish
+from timm_vix.data.folders import find_unlabelled, labelled_folder, spread
+from timm_vix.data.images import Images, normaliser, transforms
 from timm_vix.deploy.check import accuracy, latency, read_calibration
 from timm_vix.deploy.export import export_model
 from timm_vix.train.checkpoint import Checkpoint
-from timm_vix.train.images import Images, normaliser, transforms
 from timm_vix.train.interrupt import deferred_interrupt
-from timm_vix.train.listing import find_unlabelled, labelled_folder, spread
 from timm_vix.train.loop import Loop
 from timm_vix.train.losses import Distillation
 from timm_vix.train.teacher import build_teacher

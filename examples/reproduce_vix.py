@@ -31,12 +31,12 @@ from timm_vix._device import find_device, find_dtype
 from timm_vix._files import one_line
 from timm_vix._records import append_record, header_of, read_records
 from timm_vix.cli import in_one_line
+from timm_vix.data.folders import list_images
 from timm_vix.deploy.shipping import accuracy_of, ship
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import measure_in_process
 from timm_vix.train.cards import COLUMNS, CURVE, read_rows, seed_suffix, write_cards
 from timm_vix.train.finetune import finetune
-from timm_vix.train.listing import list_images
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
 # leaderboard or, marked so, from the logs of its repository (the best epoch on the test images), and its batch size.

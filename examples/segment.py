@@ -29,8 +29,8 @@ from timm_vix._device import device_name, find_device, find_dtype, versions
 from timm_vix._files import write_whole
 from timm_vix._records import append_record, check_writable, key_of, read_records
 from timm_vix.cli import in_one_line
+from timm_vix.data.images import STEP, reseed
 from timm_vix.train.checkpoint import Checkpoint
-from timm_vix.train.images import STEP, reseed
 from timm_vix.train.interrupt import deferred_interrupt
 from timm_vix.train.loop import Loop
 

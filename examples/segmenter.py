@@ -20,11 +20,11 @@ import timm_vix
 from timm_vix._checks import InputError, check_integer
 from timm_vix._device import autocast
 from timm_vix._files import one_line
+from timm_vix.data.images import normaliser
 from timm_vix.measure.job import time_interleaved, warm_up
 from timm_vix.measure.memory import PeakMemory, set_malloc
 from timm_vix.measure.process import explain
 from timm_vix.measure.statistics import compare_times
-from timm_vix.train.images import normaliser
 
 try:
     import segmentation_models_pytorch as smp

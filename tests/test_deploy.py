@@ -17,10 +17,10 @@ from torch import nn
 import timm_vix
 from timm_vix._checks import InputError
 from timm_vix._records import key_of, read_records
+from timm_vix.data.folders import labelled_folder
 from timm_vix.deploy import export
 from timm_vix.deploy.check import accuracy, parity, read_calibration
 from timm_vix.deploy.formats import cannot_hold, needs, operator_of
-from timm_vix.train.listing import labelled_folder
 
 SPEC = "vix_axial_cifar img_size=(14,10) patch_size=2 embed_dim=32 depth=1 num_heads=2 num_classes=5"
 CONFIG = dict(

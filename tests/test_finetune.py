@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
 import timm_vix
+from timm_vix.data.folders import find_images
+from timm_vix.data.images import Images, transforms
 from timm_vix.train.build import build_model
 from timm_vix.train.finetune import finetune
 from timm_vix.train.finetune_settings import FinetuneSettings
-from timm_vix.train.images import Images, transforms
-from timm_vix.train.listing import find_images
 from timm_vix.train.settings import add_settings, given_settings
 
 ROOT = Path(__file__).parents[1]

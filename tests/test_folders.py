@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset
 
-from timm_vix.train import folders
+from timm_vix.data import datasets
+from timm_vix.data.datasets import Sample, as_folder
+from timm_vix.data.folders import find_images, find_unlabelled, list_images
+from timm_vix.data.images import Images, open_image
 from timm_vix.train.finetune import finetune
-from timm_vix.train.folders import Sample, as_folder
-from timm_vix.train.images import Images, open_image
-from timm_vix.train.listing import find_images, find_unlabelled, list_images
 
 load_digits = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits
 
@@ -139,14 +139,14 @@ def test_a_data_set_that_is_not_there_is_one_line(name, words, tmp_path):
 
 
 def test_a_stream_cannot_train_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "create_dataset", lambda name, root, split: iter([(PIXELS[0], 0)]))
+    monkeypatch.setattr(datasets, "create_dataset", lambda name, root, split: iter([(PIXELS[0], 0)]))
     with pytest.raises(ValueError, match="data_dir='wds/some' can only be read in order; allowed is a data set that"):
         find_images("wds/some")
 
 
 def test_a_stopped_copy_continues(tmp_path, monkeypatch):
     splits = {"train": [(PIXELS[i % 2], i % 2) for i in range(8)], "validation": [(PIXELS[2], 0), (PIXELS[3], 1)]}
-    monkeypatch.setattr(folders, "create_dataset", lambda name, root, split: splits[split])
+    monkeypatch.setattr(datasets, "create_dataset", lambda name, root, split: splits[split])
     folder = Path(as_folder("tfds/some", str(tmp_path / "root"), tmp_path / "cache"))
     train, _, _ = find_images(str(folder))
     victim, kept = train[3][0], train[4][0].stat().st_mtime_ns
@@ -164,9 +164,9 @@ PIXELS = {label: Image.new("RGB", (4, 4), (40 * label, 0, 0)) for label in range
 @pytest.mark.parametrize("name, found", [("valid", [2, 3]), ("unsupervised", None)])
 def test_splits_by_other_names(name, found, tmp_path, monkeypatch, capsys) -> None:
     splits = {"train": [(PIXELS[i % 2], i % 2) for i in range(10)], name: [(PIXELS[2], 0), (PIXELS[3], 1)]}
-    monkeypatch.setattr(folders, "create_dataset", lambda name, root, split: splits[split])
+    monkeypatch.setattr(datasets, "create_dataset", lambda name, root, split: splits[split])
     folder = Path(as_folder("tfds/some", None, tmp_path))
-    monkeypatch.setattr(folders, "create_dataset", None)
+    monkeypatch.setattr(datasets, "create_dataset", None)
     assert as_folder("tfds/some", None, tmp_path) == str(folder), "it is read once"
     if found is None:
         assert not (folder / "val").exists() and "held out" in capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_what_a_reader_raises_on_the_way_is_one_line(bad, words, tmp_path, monke
             raise bad
         yield bad
 
-    monkeypatch.setattr(folders, "create_dataset", lambda name, root, split: images())
+    monkeypatch.setattr(datasets, "create_dataset", lambda name, root, split: images())
     with pytest.raises(ValueError) as caught:
         as_folder("wds/some", None, tmp_path)
     message = str(caught.value)

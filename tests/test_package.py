@@ -181,7 +181,7 @@ before = set(sys.modules)
 import timm_vix
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 heavy = ("torch._dynamo", "torch._inductor", "torch.onnx", "torch.export", "torch.utils.flop_counter",
-         "timm_vix.train", "timm_vix.benchmark", "timm_vix.measure", "timm_vix.cli")
+         *(f"timm_vix.{part}" for part in ("data", "train", "planning", "benchmark", "measure", "cli")))
 print(sorted(new - set(sys.stdlib_module_names) - {"timm_vix", "einops"}))
 print([name for name in heavy if name in sys.modules and name not in before])
 """

@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 
 import timm_vix
 from timm_vix import cli
-from timm_vix.deploy.beside import softmax_beside
+from timm_vix.deploy.baseline import softmax_baseline
 from timm_vix.deploy.classifier import Classifier, class_names, load_trained
 
 ROOT = Path(timm_vix.__file__).parents[1]
@@ -38,7 +38,7 @@ def test_a_converted_model_stands_beside_what_it_was(tmp_path):
     expected = source(x := torch.randn(2, 3, 32, 32))
     timm_vix.convert(source, "linformer", num_proj_tokens=4)
     model = load_trained(save(source, tmp_path))
-    softmax, counts = softmax_beside(model)
+    softmax, counts = softmax_baseline(model)
     assert counts and torch.allclose(softmax(x), expected, atol=1e-6)
     assert torch.equal(model(x), source(x)) and not torch.allclose(model(x), expected, atol=1e-3)
 
@@ -46,7 +46,7 @@ def test_a_converted_model_stands_beside_what_it_was(tmp_path):
 @pytest.mark.parametrize("name", ["vix_nystrom_cifar", "vix_performer_cifar_rope"])
 def test_our_models_stand_beside_softmax_with_their_weights(name, tmp_path):
     model = load_trained(save(lively(timm.create_model(name, **SIZES)), tmp_path))
-    softmax, counts = softmax_beside(model)
+    softmax, counts = softmax_baseline(model)
     other = timm.create_model(name.replace("nystrom", "softmax").replace("performer", "softmax"), **SIZES).eval()
     own = other.state_dict().keys()
     other.load_state_dict({key: value for key, value in model.state_dict().items() if key in own})
@@ -56,14 +56,14 @@ def test_our_models_stand_beside_softmax_with_their_weights(name, tmp_path):
 
 def test_without_queries_and_keys_only_the_time_of_softmax_counts(tmp_path):
     model = load_trained(save(timm.create_model("vix_fnet_cifar", **SIZES), tmp_path))
-    softmax, counts = softmax_beside(model)
+    softmax, counts = softmax_baseline(model)
     assert not counts and type(softmax.blocks[0].attn).__name__ == "Attention" and softmax.num_classes == 4
 
 
 def test_a_converted_model_without_queries_and_keys_stands_beside_its_source(tmp_path):
     source = timm.create_model("vit_tiny_patch16_224", embed_dim=32, num_heads=2, init_values=0.1, **SIZES)
     timm_vix.convert(source, "fnet", "last-1")
-    softmax, counts = softmax_beside(load_trained(save(source, tmp_path)))
+    softmax, counts = softmax_baseline(load_trained(save(source, tmp_path)))
     assert not counts and {type(block.attn).__name__ for block in softmax.blocks} == {"Attention"}
     assert softmax(torch.zeros(1, 3, 32, 32)).shape == (1, 4) and hasattr(softmax.blocks[0].ls1, "gamma")
 
@@ -73,20 +73,20 @@ def test_fewer_tokens_or_keys_stand_beside_all(keywords, tmp_path):
     source = lively(timm.create_model("vit_tiny_patch16_224", embed_dim=32, num_heads=2, **SIZES).eval())
     expected = source(x := torch.randn(2, 3, 32, 32))
     timm_vix.convert(source, "softmax", **keywords)
-    softmax, counts = softmax_beside(load_trained(save(source, tmp_path)))
+    softmax, counts = softmax_baseline(load_trained(save(source, tmp_path)))
     assert counts and torch.allclose(softmax(x), expected, atol=1e-6)
     assert not torch.allclose(source(x), expected, atol=1e-3)
 
 
 def test_our_models_that_merge_stand_beside_softmax_that_does_not(tmp_path):
     model = load_trained(save(lively(timm.create_model("vix_performer_cifar", merge=3, **SIZES)), tmp_path))
-    softmax, counts = softmax_beside(model)
+    softmax, counts = softmax_baseline(model)
     assert counts and type(softmax.blocks) is torch.nn.Sequential
 
 
 def test_softmax_has_nothing_beside_it(tmp_path):
     for name in ("vix_softmax_cifar", "cvt_cifar"):
-        assert softmax_beside(timm.create_model(name, num_classes=4).eval()) == (None, False)
+        assert softmax_baseline(timm.create_model(name, num_classes=4).eval()) == (None, False)
 
 
 def test_a_photograph_of_an_upright_camera_is_seen_upright(tmp_path):

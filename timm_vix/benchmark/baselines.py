@@ -1,4 +1,4 @@
-"""The softmax control of a model: the same trunk, stem and positions with softmax attention."""
+"""The softmax baseline of a model, by name: the same trunk, stem and positions with softmax attention."""
 
 from typing import Any, Optional
 

@@ -24,11 +24,11 @@ from .._checks import InputError
 from .._device import device_name, find_device, find_dtype, versions
 from .._names import parse_model
 from .._records import Columns, Record, append_record, check_writable, header_of, read_records
+from ..data.datasets import Items, as_folder
+from ..data.folders import find_images
 from ..measure.job import measure_in_process
 from ..measure.process import call_in_process
 from ..train.finetune_settings import FinetuneSettings
-from ..train.folders import Items, as_folder
-from ..train.listing import find_images
 from ..train.settings import check_weights, description
 from .baselines import baseline_of
 from .cost import positive, round_off

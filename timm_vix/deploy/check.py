@@ -9,11 +9,11 @@ from torch import nn
 from tqdm import tqdm
 
 from .._checks import InputError
+from ..data.datasets import Items
+from ..data.folders import find_unlabelled, spread
+from ..data.images import Images, normaliser, transforms
 from ..measure.job import time_interleaved
 from ..measure.statistics import compare_times
-from ..train.folders import Items
-from ..train.images import Images, normaliser, transforms
-from ..train.listing import find_unlabelled, spread
 from .formats import Runner
 
 BATCHES = (1, 3)  # of which parity is checked

@@ -13,7 +13,7 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line
 from .._names import near_names, parse_model
-from ..train.listing import label_names
+from ..data.folders import label_names
 from ..train.teacher import check_classes
 
 PLACES = "hf-hub:USER/NAME, a folder with config.json and model.safetensors, or a model of timm with weights"

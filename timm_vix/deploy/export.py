@@ -31,7 +31,7 @@ from .._checks import InputError, check_choice
 from .._names import parse_model
 from .._records import check_writable
 from ..benchmark.cost import positive
-from ..train.listing import labelled_folder, spread
+from ..data.folders import labelled_folder, spread
 from ..train.settings import check_weights
 from ..train.teacher import build_teacher
 from . import quantise

@@ -23,7 +23,7 @@ from .._checks import InputError, check_integer
 from ..conversion.replace import mixer_name
 from ..measure.job import time_interleaved
 from ..models.checkpoints import hosts_of
-from .beside import softmax_beside
+from .baseline import softmax_baseline
 from .classifier import Classifier
 
 SHOWN = 5  # classes
@@ -94,7 +94,7 @@ class Answers:
         self.softmax: Optional[nn.Module] = None
         self.softmax_counts = False
         if softmax:
-            self.softmax, self.softmax_counts = softmax_beside(classifier.net)
+            self.softmax, self.softmax_counts = softmax_baseline(classifier.net)
             if self.softmax is None:
                 raise InputError(f"model={classifier.name} has no efficient attention that softmax could stand beside")
 

@@ -17,11 +17,11 @@ from .._records import Record
 from ..conversion.delta import load_delta, save_delta
 from ..conversion.record import NAME, record_resolved_arguments
 from ..conversion.replace import ADDING_NOTHING
+from ..data.folders import label_names, list_images
+from ..data.images import Images, normaliser, transforms
 from ..models.checkpoints import hosts_of
 from ..train.cards import card
 from ..train.hub import write_hub
-from ..train.images import Images, normaliser, transforms
-from ..train.listing import label_names, list_images
 from .check import known_images, one_by_one
 from .classifier import load_trained
 

@@ -28,8 +28,8 @@ from .._records import check_writable
 from ..conversion.delta import fingerprint, mechanisms_of
 from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
 from ..conversion.sites import attention_sites
-from ..train.images import Images, normaliser, transforms
-from ..train.listing import find_unlabelled, labelled_folder, spread
+from ..data.folders import find_unlabelled, labelled_folder, spread
+from ..data.images import Images, normaliser, transforms
 from ..train.plots import write_figure
 from ..train.settings import add_settings, documented, given_settings
 from ..train.teacher import build_teacher

@@ -28,14 +28,14 @@ from .._checks import InputError
 from .._device import autocast, find_device, find_dtype
 from ..conversion.delta import save_delta
 from ..conversion.freeze import freeze_except
+from ..data.datasets import Items
+from ..data.folders import find_images
+from ..data.images import STEP, Images, normaliser, reseed, seed_of, transforms
 from .build import build_model, construction
 from .checkpoint import Checkpoint, clear, write_history, write_tensors
 from .finetune_settings import FinetuneSettings
-from .folders import Items
 from .hub import finetuned_card, write_hub
-from .images import STEP, Images, normaliser, reseed, seed_of, transforms
 from .interrupt import deferred_interrupt
-from .listing import find_images
 from .loop import Loop
 from .plots import learning_curve, write_figure
 from .settings import documented

@@ -42,13 +42,13 @@ from ..conversion.convert import Conversion, convert
 from ..conversion.delta import fingerprint, mechanisms_of
 from ..conversion.plan_file import load_plan
 from ..conversion.replace import is_softmax
+from ..data.folders import find_unlabelled
+from ..data.images import Images, Key, normaliser, transforms
 from ..mixers import MIXERS
 from ..mixers._slot import MixerSlot
 from .build import construction
 from .checkpoint import Checkpoint, clear
-from .images import Images, Key, normaliser, transforms
 from .interrupt import deferred_interrupt
-from .listing import find_unlabelled
 from .loop import Loop
 from .losses import BlockMatching, Distillation
 from .settings import add_settings, documented, given_settings

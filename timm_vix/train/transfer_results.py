@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from .._device import autocast, device_name, versions
 from ..conversion.convert import Conversion
+from ..data.images import Images
 from ..mixers import MIXERS
 from .checkpoint import write_history
 from .hub import transferred_card, write_hub
-from .images import Images
 from .plots import layer_errors, write_figure
 from .transfer_settings import TransferSettings
 

@@ -1,4 +1,4 @@
-"""The softmax model beside an efficient one: the same trunk with softmax attention, and with the weights that fit."""
+"""The softmax baseline of a trained model: the same trunk with softmax attention, and with the weights that fit."""
 
 import copy
 from typing import Optional
@@ -16,8 +16,8 @@ from ..conversion.replace import is_plain_core
 from ..models.checkpoints import hosts_of
 
 
-def softmax_beside(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
-    """The softmax model that a trained model is compared with, in eval mode, and whether its answers mean something.
+def softmax_baseline(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
+    """The softmax baseline of a trained model, in eval mode, and whether its predictions are meaningful.
 
     A converted model is reverted. One of ours is built anew with softmax attention, and takes over the weights; where
     the mechanism has no queries, keys and values, only the time of softmax can be compared.
@@ -26,7 +26,7 @@ def softmax_beside(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
         None instead of a model for one whose attention is softmax over all tokens, or that has none.
 
     Raises:
-        InputError: for a model whose softmax control can't be built.
+        InputError: for a model whose softmax baseline can't be built.
     """
     merges = isinstance(getattr(model, "blocks", None), MergingBlocks)
     if not merges and all(is_plain_core(host.core) for host in hosts_of(model).values()):
@@ -37,7 +37,7 @@ def softmax_beside(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
         try:
             revert(reverted)
             return reverted.eval(), True
-        except InputError:  # a mixer of tokens, whose attention was not saved
+        except InputError:  # a mixer without queries, keys and values: the attention was not saved
             trunk = {name: value for name, value in keywords.items() if name not in NOT_TRUNK}
             softmax = timm.create_model(keywords["source"], **trunk, **(keywords.get("source_kwargs") or {})).eval()
     else:

@@ -18,7 +18,7 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line
-from .folders import Items, class_names, is_dataset, labelled_images, open_dataset
+from .datasets import Items, class_names, is_dataset, labelled_images, open_dataset
 
 Item = TypeVar("Item")
 VALIDATION = ("val", "validation", "test")

@@ -21,7 +21,7 @@ from torchvision.transforms import Compose, RandomCrop
 from tqdm import tqdm
 
 from .._checks import InputError
-from .folders import Items, Sample, Source
+from .datasets import Items, Sample, Source
 
 CACHE_BYTES = 2 << 30  # decoded pixels kept in memory per split; images beyond are decoded again in every epoch
 CHECKED = 1000  # images whose content enters the digest, evenly spread
