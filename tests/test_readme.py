@@ -202,6 +202,15 @@ def test_what_is_said_of_the_tables_holds(tables):
     lost = {mixer: camvid["softmax"]["miou"] - row["miou"] for mixer, row in camvid.items()}
     assert lost["axial"] < 0.5 and lost["axial"] < lost["nystrom"] < 2 < lost["linformer"]
     assert all(camvid[mixer]["faster_training"] > 2 for mixer in ("axial", "nystrom", "linformer"))
+    rows = [row for row in tables.conversion.read("finer_caltech101.csv") if row["top1"] and row["patch_size"] == "8"]
+    finer = {budget: {} for budget in ("epochs", "minutes")}
+    for row in rows:
+        finer[row["budget"]][row["mixer"] + " merged" * bool(row["keywords"].startswith("merge"))] = float(row["top1"])
+    order = ["softmax merged", "softmax", "axial", "nystrom", "linformer", "performer"]
+    assert sorted(finer["epochs"], key=finer["epochs"].get, reverse=True) == order
+    assert max(finer["minutes"], key=finer["minutes"].get) == "softmax merged"
+    behind = {mixer for mixer, top1 in finer["minutes"].items() if top1 < finer["minutes"]["softmax"]}
+    assert behind == {"performer"}
     rows = tables.conversion.read("deploy.csv")
     lost = {(row["model"], row["dtype"], row["format"]): float(row["eager_top1"]) - float(row["top1"]) for row in rows}
     assert all(points <= 1 for (_, dtype, _), points in lost.items() if dtype == "int8")
