@@ -61,6 +61,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reproduced": training.reproduced,
     "compared": lambda: training.compared(1),
     "conversions": conversion.conversions,
+    "merging": conversion.merging,
     "transfers": conversion.transfers,
     "plans": conversion.plans,
     "dense features": dense.dense_features,

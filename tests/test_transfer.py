@@ -457,11 +457,11 @@ def test_several_mixers_are_all_told():
     layers = {0: {"mixer": "linformer", "num_proj_tokens": 4}, 1: "performer", 2: {"mixer": "linformer"}}
     mixer, keywords = mixers_in_words(timm_vix.convert(model, layers=layers, num_features=8))
     assert mixer == "linformer, performer"
-    assert keywords.split("; ")[0] == "num_proj_tokens=[2, 2] sharing=kv window_size=0 conv_residual=False locality=0.0"
+    assert keywords.split("; ")[0] == "num_proj_tokens=[2, 2] sharing=kv window_size=0"
     assert "num_features=8 feature_seed=0 redraw_interval=0 learned_features=False" in keywords
     assert "merge" not in keywords and "scale_logits" not in keywords
     merged = timm_vix.convert(timm.create_model(SOURCE, **SMALL), "performer", merge=2, scale_logits=5)
-    assert mixers_in_words(merged)[1].endswith("locality=0.0; merge=2,2,2; scale_logits=5")
+    assert mixers_in_words(merged)[1].endswith("learned_features=False; merge=2,2,2; scale_logits=5")
 
 
 def test_it_goes_on_at_another_size_and_trains_the_whole_network(weights, unlabelled, tmp_path):

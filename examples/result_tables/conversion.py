@@ -115,6 +115,17 @@ def plans() -> str:
     return markdown([*head, "operations left", "layers converted", "patches that each layer merges"], body)
 
 
+def merging() -> str:
+    """Inference of DeiT-Tiny with merged tokens, beside softmax, for two sizes of images and of batches."""
+    rows = read("cost_merging.csv")
+    body = []
+    for row in sorted(rows, key=lambda row: (int(row["img_size"]), int(row["batch_size"]))):
+        merge = row["model"].partition("merge=")[2]
+        body.append([f"`merge={merge}`", row["img_size"], row["batch_size"], f"{float(row['latency_p50_ms']):.0f} ms"])
+        body[-1].append(speed(row))
+    return markdown(["merging", "px", "images a call", "a call", "times as fast as softmax"], body, measured(rows))
+
+
 def transfers() -> str:
     """What each transfer saw and reached."""
     rows = read("transfer.csv")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from .._device import autocast, device_name, versions
 from ..conversion.convert import Conversion
+from ..conversion.replace import ADDING_NOTHING
 from ..data.images import Images
 from ..mixers import MIXERS
 from .checkpoint import write_history
@@ -89,7 +90,7 @@ def mixers_in_words(report: Conversion) -> tuple[str, str]:
     """
     names = {mixer.__name__: name for name, mixer in MIXERS.items()}
     found = dict.fromkeys(
-        (names[row.after], " ".join(f"{name}={value}" for name, value in row.config.items()))
+        (names[row.after], " ".join(f"{k}={v}" for k, v in row.config.items() if ADDING_NOTHING.get(k) != v))
         for row in report.rows
         if row.changed
     )
