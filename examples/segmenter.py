@@ -1,10 +1,7 @@
 """A timm ViT with a head for segmentation: how it is built, its rates of learning, its loss, and what it costs."""
 
 import argparse
-import contextlib
-import logging
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -25,6 +22,7 @@ from timm_vix.measure.job import time_interleaved, warm_up
 from timm_vix.measure.memory import PeakMemory, set_malloc
 from timm_vix.measure.process import explain
 from timm_vix.measure.statistics import compare_times
+from timm_vix.train.build import keys_that_differ
 
 try:
     import segmentation_models_pytorch as smp
@@ -59,29 +57,14 @@ class LinearHead(nn.Module):
         return F.interpolate(self.head(torch.cat(features, 1)), x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-@contextlib.contextmanager
-def whole_weights() -> Iterator[None]:
-    """Raise InputError if weights are loaded that lack some of the model's, or have others.
+def check_whole(differing: dict[str, str]) -> None:
+    """Raise InputError for weights that lack some of the model's, or have others.
 
-    timm leaves out the classifier of a backbone, and then only logs what else is missing and what fits nothing.
+    timm leaves out the classifier of a backbone, and is not strict with the rest then.
     """
-    logger, found = logging.getLogger("timm.models._builder"), []
-
-    def listen(record: logging.LogRecord) -> bool:
-        keys = re.findall(r"(Missing|Unexpected) keys \((.*?)\)", record.getMessage())
-        found.extend(f"{kind.lower()} are {one_line(names, 80)}" for kind, names in keys)
-        return not keys and record.levelno >= logging.WARNING
-
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addFilter(listen)
-    try:
-        yield
-    finally:
-        logger.removeFilter(listen)
-        logger.setLevel(level)
-    if found:
-        raise InputError(f"expected all weights of the model, its classifier aside, and no others: {'; '.join(found)}")
+    if differing:
+        found = "; ".join(f"{kind.lower()} are {one_line(names, 80)}" for kind, names in differing.items())
+        raise InputError(f"expected all weights of the model, its classifier aside, and no others: {found}")
 
 
 def build(run: argparse.Namespace, mixer: str) -> nn.Module:
@@ -99,12 +82,13 @@ def build(run: argparse.Namespace, mixer: str) -> nn.Module:
         )
     torch.manual_seed(run.seed)
     try:
-        with whole_weights():
+        with keys_that_differ() as differing:
             if run.head == "dpt":
                 weights = "local" if run.weights else None  # any name: the file is in the overlay
                 net = smp.DPT(f"tu-{run.model}", encoder_weights=weights, classes=len(CLASSES), **DPT, **keywords)
             else:
                 net = LinearHead(TimmViTEncoder(run.model, pretrained=bool(run.weights), **keywords))
+        check_whole(differing)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         raise InputError(f"model={run.model} with weights={run.weights} cannot be built: {one_line(error)}") from error
     backbone = net.encoder.model

@@ -1,8 +1,10 @@
 """The model that is fine-tuned, with its initial weights and the configuration of its images."""
 
+import contextlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -14,6 +16,30 @@ from torch import nn
 from .._checks import InputError
 from .._device import autocast
 from .._files import one_line
+
+
+@contextlib.contextmanager
+def keys_that_differ() -> Iterator[dict[str, str]]:
+    """The keys by which weights and model differ, "Missing" and "Unexpected", where timm loads weights inside.
+
+    timm only logs them, which is kept silent here.
+    """
+    notes: dict[str, str] = {}
+    logger, pattern = logging.getLogger("timm.models._builder"), re.compile(r"(Missing|Unexpected) keys \((.*?)\)")
+
+    def listen(record: logging.LogRecord) -> bool:
+        found = pattern.findall(record.getMessage())
+        notes.update(found)
+        return not found and record.levelno >= logging.WARNING
+
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(listen)
+    try:
+        yield notes
+    finally:
+        logger.removeFilter(listen)
+        logger.setLevel(level)
 
 
 def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -28,30 +54,16 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     if run.drop_path:
         extra["drop_path_rate"] = run.drop_path
     weighted = bool(run.pretrained or run.checkpoint)
-    # timm only logs which keys of a file fit no parameter
-    notes: dict[str, str] = {}
-    logger, pattern = logging.getLogger("timm.models._builder"), re.compile(r"(Missing|Unexpected) keys \((.*?)\)")
-
-    def listen(record: logging.LogRecord) -> bool:
-        found = pattern.findall(record.getMessage())
-        notes.update(found)
-        return not found and record.levelno >= logging.WARNING
-
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addFilter(listen)
     try:
         given = resolve_model_input_args(run.model, dict(img_size=run.img_size, in_chans=run.in_chans), **extra)
         given["num_classes"] = num_classes  # instead of those that a saved converted model records
-        # a continued run has its weights in its own checkpoint
-        model = timm.create_model(**given, pretrained=weighted and not run.resume)
+        with keys_that_differ() as notes:
+            # a continued run has its weights in its own checkpoint
+            model = timm.create_model(**given, pretrained=weighted and not run.resume)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         source = f" with checkpoint={run.checkpoint}" if run.checkpoint else ""
         options = f" and model_kwargs={run.model_kwargs}" if run.model_kwargs else ""
         raise InputError(f"model={run.model}{source}{options} cannot be built: {one_line(error)}") from error
-    finally:
-        logger.removeFilter(listen)
-        logger.setLevel(level)
     if run.checkpoint and "Unexpected" in notes:
         keys = one_line(notes["Unexpected"])
         raise InputError(f"checkpoint={run.checkpoint} does not fit model={run.model}, which has no {keys}")
