@@ -32,7 +32,7 @@ from timm_vix._checks import check_choice
 from timm_vix._device import autocast, device_name, find_device, find_dtype
 from timm_vix._files import one_line
 from timm_vix._names import parse_model
-from timm_vix._records import Columns, append_record, check_writable, header_of, read_records
+from timm_vix._records import Columns, append_record, check_writable, earlier_records
 from timm_vix.cli import in_one_line
 from timm_vix.conversion.convert import convert
 from timm_vix.data.datasets import Items
@@ -270,11 +270,9 @@ def run_all(given: argparse.Namespace) -> None:
     device = find_device(given.device)
     torch.set_num_threads(given.threads)
     check_writable(given.out)
-    rows: list[Row] = []
-    if given.out.exists() and header_of(given.out):
-        rows, damaged = read_records(given.out, COLUMNS, exact=True)
-        if damaged:
-            print(f"{given.out}: {damaged} damaged lines are ignored")
+    rows, damaged = earlier_records(given.out, COLUMNS)
+    if damaged:
+        print(f"{given.out}: {damaged} damaged lines are ignored")
     train_items, val_items, classes = find_images(given.data_dir)
     train_items = first_of_each_class(train_items, given.per_class)
     data = Data(train_items, first_of_each_class(val_items, given.val_per_class), classes)

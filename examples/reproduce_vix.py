@@ -29,7 +29,7 @@ import timm_vix
 from timm_vix._checks import InputError
 from timm_vix._device import find_device, find_dtype
 from timm_vix._files import one_line
-from timm_vix._records import append_record, header_of, read_records
+from timm_vix._records import append_record, earlier_records, header_of
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import list_images
 from timm_vix.deploy.shipping import accuracy_of, ship
@@ -209,18 +209,9 @@ def curves_of(results: Path) -> Path:
     return results.with_stem(f"{results.stem}_curves")
 
 
-def read_curves(path: Path) -> list[dict[str, Any]]:
-    """The rows of that file; none if it isn't there yet.
-
-    Raises:
-        InputError: for a file of other columns.
-    """
-    return read_records(path, CURVE, exact=True)[0] if path.exists() and header_of(path) else []
-
-
 def add_curve(path: Path, key: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Append a row for each epoch of a run that has none; a run that was stopped in between left the first ones."""
-    known = {row["epoch"] for row in read_curves(path) if row.items() >= key.items()}
+    known = {row["epoch"] for row in earlier_records(path, CURVE)[0] if row.items() >= key.items()}
     for epoch in (epoch for epoch in history if epoch["epoch"] not in known):
         row = {name: epoch[name] for name in ("epoch", "threads")}
         row |= dict(train_loss=round(epoch["train_loss"], 4), held_out_top1=round(epoch["top1"], 2))
@@ -259,7 +250,7 @@ def run_all(given: argparse.Namespace) -> None:
     device = find_device(given.device)
     # what the end needs is looked at before hours of training
     rows, damaged = read_rows(path) if path.exists() and header_of(path) else ([], 0)
-    read_curves(curves_of(path))
+    earlier_records(curves_of(path), CURVE)
     if damaged:
         print(f"{path}: {damaged} damaged lines are ignored")
     if given.data_dir:

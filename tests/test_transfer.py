@@ -171,8 +171,7 @@ def test_a_run(weights, unlabelled, tmp_path, capsys):
     assert "skipped 1 of" in (printed := capsys.readouterr().out) and "torn.jpg" in printed
     assert [row.layer for row in report.rows if row.changed] == [1, 2]
 
-    with open(tmp_path / "run" / "steps.csv") as file:
-        rows = [(int(r["stage"]), [float(v) for v in r["losses"][1:-1].split(",")]) for r in csv.DictReader(file)]
+    rows = losses_of(tmp_path / "run")
     blocks = torch.tensor([values for stage, values in rows if stage == 1])
     assert blocks.shape == (60, 2) and sum(stage == 2 for stage, _ in rows) == 20
     assert (blocks[-10:].mean(0) < 0.9 * blocks[:5].mean(0)).all(), "each layer comes closer"

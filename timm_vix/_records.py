@@ -92,6 +92,11 @@ def header_of(path: Path) -> list[str]:
         return []
 
 
+def earlier_records(path: Path, columns: Columns) -> tuple[list[Record], int]:
+    """The rows to which others are to be appended, as ``read_records`` gives them; none for a file without a header."""
+    return read_records(path, columns, exact=True) if path.exists() and header_of(path) else ([], 0)
+
+
 def read_records(path: Path, columns: Columns, exact: bool = False) -> tuple[list[Record], int]:
     """The good rows, and the number of damaged lines.
 

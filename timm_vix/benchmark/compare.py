@@ -23,7 +23,7 @@ import torch
 from .._checks import InputError
 from .._device import device_name, find_device, find_dtype, versions
 from .._names import parse_model
-from .._records import Columns, Record, append_record, check_writable, header_of, read_records
+from .._records import Columns, Record, append_record, check_writable, earlier_records
 from ..data.datasets import Items, as_folder
 from ..data.folders import find_images
 from ..measure.job import measure_in_process
@@ -161,7 +161,7 @@ def compare(
     dataset = f"{name[:-1]}, {count} images {checksum})"
     starts = {weights: start_of(weights) for _, weights in models}
     recipe_text = " ".join(f"{key}={value}" for key, value in sorted(recipe.items()))
-    records, damaged = read_records(path, COLUMNS, exact=True) if path.exists() and header_of(path) else ([], 0)
+    records, damaged = earlier_records(path, COLUMNS)
     if damaged:
         print(f"{path}: {damaged} damaged lines are ignored")
     check_writable(path)
