@@ -127,8 +127,8 @@ def convert(
         >>> timm_vix.convert(model, merge=60)
         >>> timm_vix.convert(model, layers="plan.json")
     """
-    named = mixer is not None or not isinstance(layers, str) or layers != "all" or bool(keywords)
-    keeps_mixers = not named and (merge is not None or scale_logits is not None)
+    takes_all = mixer is None and isinstance(layers, str) and layers == "all" and not keywords
+    keeps_mixers = takes_all and (merge is not None or scale_logits is not None)
     if mixer is None:
         mixer = recorded_mixer(model) if keeps_mixers else "nystrom"
     check_keywords(mixer, {})
@@ -149,17 +149,10 @@ def convert(
     if built is not None and steps != merge_steps(built, len(sites)):
         raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another one there")
     former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
-    planned = dict(former)
-    for index, block in enumerate(sites):
-        name, own = wanted.get(index, (None, {}))
-        # tokens stand for several from here on, and the model wasn't built for that; or logits are scaled
-        slot = (built is None and first_merge(steps[: index + 1]) is not None) or trained > 0
-        for site in block:
-            if name is not None:
-                planned[site.path] = planned_attention(model, site, name, own, slot)
-            elif is_softmax(there := former[site.path]):
-                kept = there.config() if isinstance(there, AttentionSlot) else {}
-                planned[site.path] = planned_attention(model, site, "softmax", kept, slot)
+    # tokens stand for several from a merge on, and the model wasn't built for that; or logits are scaled
+    first = first_merge(steps) if built is None else None
+    need_slots = [trained > 0 or (first is not None and layer >= first) for layer in range(len(sites))]
+    planned = planned_sites(model, sites, wanted, need_slots)
     check_merging(list(model.blocks.children()), [[planned[site.path] for site in block] for block in sites], steps)
     check_scaling(planned, trained)
     for site in (site for block in sites for site in block):
@@ -192,6 +185,31 @@ def check_sequence_options(model: nn.Module, merge: Optional[Merge], scale_logit
                 f"{name}={value!r}: {type(model).__name__} takes padded sequences, whose padding would take part; "
                 "allowed is None"
             )
+
+
+def planned_sites(
+    model: nn.Module,
+    sites: list[list[AttentionSite]],
+    wanted: dict[int, tuple[str, dict[str, Any]]],
+    need_slots: list[bool],
+) -> dict[str, nn.Module]:
+    """What is to stand at each place of attention, by path: the mixer that is wanted for its layer, or what is there.
+
+    Args:
+        wanted: name and keywords of a mixer, by layer.
+        need_slots: for each layer, whether softmax attention that stays needs a slot, see ``planned_attention``.
+    """
+    planned = {}
+    for layer, (block, needs_slot) in enumerate(zip(sites, need_slots)):
+        for site in block:
+            there = getattr(site.parent, site.name)
+            planned[site.path] = there
+            if layer in wanted:
+                planned[site.path] = planned_attention(model, site, *wanted[layer], needs_slot)
+            elif is_softmax(there):
+                kept = there.config() if isinstance(there, AttentionSlot) else {}
+                planned[site.path] = planned_attention(model, site, "softmax", kept, needs_slot)
+    return planned
 
 
 def planned_attention(
