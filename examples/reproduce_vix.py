@@ -24,18 +24,18 @@ from typing import Any, Optional
 
 import timm
 import torch
+from reproduction.cards import COLUMNS, CURVE, read_rows, seed_suffix, write_cards
+from reproduction.shipping import accuracy_of, ship
 
 import timm_vix
 from timm_vix._checks import InputError
 from timm_vix._device import find_device, find_dtype
 from timm_vix._files import one_line
-from timm_vix._records import append_record, earlier_records, header_of
+from timm_vix._records import append_record, earlier_records
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import list_images
-from timm_vix.deploy.shipping import accuracy_of, ship
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import measure_in_process
-from timm_vix.train.cards import COLUMNS, CURVE, read_rows, seed_suffix, write_cards
 from timm_vix.train.finetune import finetune
 
 # The order of training, the four best of the paper and its four ViX first: top-1 of the paper on CIFAR-10, from its
@@ -112,7 +112,8 @@ def patched(system: str, patch_size: int) -> dict[str, Any]:
 def extent(recipe: str, given: argparse.Namespace, device: str) -> tuple[int, int]:
     """Epochs and patch size: what was asked for, or what the device can do."""
     _, full, reduced = RECIPES[recipe]
-    return given.epochs or (reduced if device == "cpu" else full), given.patch_size or (2 if device == "cpu" else 1)
+    epochs = (reduced if device == "cpu" else full) if given.epochs is None else given.epochs
+    return epochs, given.patch_size or (2 if device == "cpu" else 1)
 
 
 def recipe_name(recipe: str, strength: Optional[float]) -> str:
@@ -249,7 +250,7 @@ def run_all(given: argparse.Namespace) -> None:
         )
     device = find_device(given.device)
     # what the end needs is looked at before hours of training
-    rows, damaged = read_rows(path) if path.exists() and header_of(path) else ([], 0)
+    rows, damaged = read_rows(path)
     earlier_records(curves_of(path), CURVE)
     if damaged:
         print(f"{path}: {damaged} damaged lines are ignored")

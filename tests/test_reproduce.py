@@ -19,14 +19,17 @@ import torch
 from conftest import DATA, exit_code, load_example
 from huggingface_hub import ModelCard
 from PIL import Image
+from reproduction.cards import COLUMNS, CURVE, read_rows, write_cards
+from reproduction.shipping import accuracy_of, ship
 from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
+from timm_vix._checks import InputError
 from timm_vix._files import write_whole
 from timm_vix._records import append_record, read_records
-from timm_vix.deploy.shipping import ship
-from timm_vix.train.cards import COLUMNS, CURVE, read_rows, write_cards
 from timm_vix.train.finetune import finetune
+from timm_vix.train.hub import write_hub
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = DATA / "cifar10.tar.xz"
@@ -372,7 +375,7 @@ def test_damaged_rows_are_left_out_and_missing_numbers_are_told(tmp_path):
     (tmp_path / "model.safetensors").touch()
     (card,) = write_cards(path, lambda row: tmp_path, tmp_path / "cards")
     assert card.name == "hybrid_pin_cifar-patch4-modern-10epochs-seed1.md"
-    assert "| training | not measured, peak memory of a step not measured |" in card.read_text()
+    assert "| peak memory of a training step | not measured |" in card.read_text()
     append_record(tmp_path / "half.csv", COLUMNS, good)
     append_record(tmp_path / "half.csv", COLUMNS, good | dict(dtype="bfloat16"))
     names = [path.name for path in write_cards(tmp_path / "half.csv", lambda row: tmp_path, tmp_path / "cards")]
@@ -469,10 +472,9 @@ def test_the_epochs_of_a_run_are_recorded_once(run, images, tmp_path, monkeypatc
     assert again == rows
 
 
-def test_the_figure_of_training_has_the_hours_of_each_system(monkeypatch):
+def test_the_figure_of_training_has_the_hours_of_each_system():
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from result_tables.figures import over_time
+    from result_tables.figures import over_time  # needs matplotlib
 
     run = dict(recipe="modern", epochs=20, patch_size=4, seed=0, dtype="float32", threads=1, train_loss=1.0)
     rows = [
@@ -534,3 +536,15 @@ def test_models_of_a_table_and_saved_ones_have_rows_beside_each_other(run, image
     assert "already in" in told
     code, _, errors = run(*command, "--saved", saved, "--epochs", 2)
     assert code == 2 and "has fitted, all layers after 1 epochs; another --results keeps 2 apart" in errors
+
+
+def test_a_folder_without_names_of_classes_is_not_shipped(tmp_path):
+    hub = tmp_path / "hub"
+    write_hub(
+        hub,
+        model := timm.create_model("vix_nystrom_cifar", num_classes=4),
+        resolve_model_data_config(model),
+        ModelCard("---\n---\n"),
+    )
+    with pytest.raises(InputError, match="hub names no classes; expected the folder of a fine-tuning"):
+        accuracy_of(hub, str(tmp_path), "cpu")

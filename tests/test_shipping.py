@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_input_data_config, resolve_model_data_config
 
 import timm_vix
-from timm_vix._checks import InputError
 from timm_vix.deploy.classifier import load_trained
 from timm_vix.deploy.push import check_folder
-from timm_vix.deploy.shipping import accuracy_of, save_transferred
+from timm_vix.deploy.shipping import save_transferred
 from timm_vix.train.hub import delta_card, model_card, write_hub
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
@@ -186,15 +185,3 @@ def test_a_folder_that_is_written_again_is_there_or_the_former_one_is(tmp_path, 
 
 def fail():
     raise OSError("no")
-
-
-def test_a_folder_without_names_of_classes_is_not_shipped(tmp_path):
-    hub = tmp_path / "hub"
-    write_hub(
-        hub,
-        model := timm.create_model("vix_nystrom_cifar", num_classes=4),
-        resolve_model_data_config(model),
-        ModelCard("---\n---\n"),
-    )
-    with pytest.raises(InputError, match="hub names no classes; expected the folder of a fine-tuning"):
-        accuracy_of(hub, str(tmp_path), "cpu")

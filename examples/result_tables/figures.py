@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from reproduction.cards import CURVE, read_rows
+
 from timm_vix._records import Record, key_of, read_records
 from timm_vix.benchmark.cost import COLUMNS
 from timm_vix.benchmark.figures import legend_below, over_tokens, png, styles, trade_off
-from timm_vix.train.cards import CURVE, read_rows
 from timm_vix.train.plots import canvas
 
 from . import RESULTS

@@ -1,4 +1,4 @@
-"""Model cards for the Hub of the models that ``examples/reproduce_vix.py`` trained, written from its results."""
+"""Model cards for the Hub, written from the rows of ``reproduce_vix.csv``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .._files import write_whole
-from .._records import Columns, Record, read_records
+from timm_vix._files import write_whole
+from timm_vix._records import Columns, Record, earlier_records
 
 COLUMNS: Columns = dict(
     system=str,
@@ -55,12 +55,12 @@ MAY_BE_EMPTY = {"paper", "images_per_second", "faster_than_softmax", "peak_memor
 
 
 def read_rows(path: Path) -> tuple[list[Record], int]:
-    """The good rows of a results file, and the number of damaged lines.
+    """The good rows of a results file, none if it isn't there, and the number of damaged lines.
 
     Raises:
         ValueError: for a file that cannot be read, or that has other columns, naming them.
     """
-    records, damaged = read_records(path, COLUMNS, exact=True)
+    records, damaged = earlier_records(path, COLUMNS)
     needed = COLUMNS.keys() - MAY_BE_EMPTY
     good = [record for record in records if all(record[name] is not None for name in needed)]
     return good, damaged + len(records) - len(good)
@@ -101,7 +101,6 @@ def card(row: Record, trained: Optional[Record] = None, stored: str = "float32",
         stored=stored,
         address=f"local-dir:{folder}" if folder else f"hf-hub:USER/{row['system']}",
         paper=paper,
-        speed=with_unit(row["images_per_second"], "images a second"),
         memory=with_unit(row["peak_memory_mib"], "MiB"),
     )
 
