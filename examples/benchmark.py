@@ -20,7 +20,7 @@ import timm
 import torch
 
 import timm_vix  # noqa: F401  registers the names
-from timm_vix._records import Columns, append_record, key_of, read_records
+from timm_vix._records import Columns, append_record, earlier_records, key_of
 from timm_vix.measure.job import timed, warm_up
 from timm_vix.measure.memory import PeakMemory, set_malloc
 from timm_vix.mixers import MIXERS
@@ -129,10 +129,7 @@ def main() -> None:
     if args.memory:
         peak_memory(args)
         return
-    done = set()
-    if args.out.exists():
-        records, _ = read_records(args.out, COLUMNS, exact=True)
-        done = {key_of(record, KEY) for record in records}
+    done = {key_of(record, KEY) for record in earlier_records(args.out, COLUMNS)[0]}
     wanted = [
         (mixer, tokens, mode, dtype)
         for dtype in args.dtype

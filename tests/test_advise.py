@@ -91,6 +91,23 @@ def test_it_measures_here(memory, monkeypatch, capsys, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    "out, line",
+    [([], "interrupted; nothing was kept: --out FILE keeps what is measured"),
+     (["--out", "a.csv"], "interrupted; the same command continues")],
+)  # fmt: skip
+def test_ctrl_c_says_what_is_kept(out, line, tmp_path, monkeypatch, capsys) -> None:
+    def stop(*arguments, **keywords) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(advise, "sweep", stop)
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "advise", "--img-size", "32", "--device", "cpu", *out])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+@pytest.mark.parametrize(
     "arguments, words",
     [
         (["--img-size", "100"], "error: img_size=100 is no multiple of patch_size=16"),

@@ -170,6 +170,28 @@ def test_costs_are_those_of_the_same_threads(digits, tmp_path, trained, monkeypa
     assert [record["latency_p50_ms"] for record in records] == [1, 2, 2, 1]
 
 
+def test_costs_of_other_threads_are_not_averaged_and_runs_given_twice_count_once(
+    digits, tmp_path, trained, monkeypatch, capsys
+) -> None:
+    assert call(monkeypatch, *command(digits, tmp_path, MODEL), "--seeds", "0", "--threads", "1") == 0
+    arguments = [*command(digits, tmp_path, MODEL), "--seeds", "0", "1", "1", "--threads", "2"]
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments) == 0
+    head, line = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    columns = dict(zip(re.split(r" {2,}", head), re.split(r" {2,}", line)))
+    assert columns["seeds"] == "2" and columns["top1"] == "50"
+    assert re.search(r" 2 ", line) and "±" not in line and "1.5" not in line
+
+
+def test_an_indexed_data_set_is_known_by_its_labels() -> None:
+    class Sample:
+        pass
+
+    first, second = ([(Sample(), label) for label in labels] for labels in ((0, 1, 1), (0, 0, 1)))
+    assert compare.checksum_of(first, []) == compare.checksum_of([(Sample(), label) for label in (0, 1, 1)], [])
+    assert compare.checksum_of(first, []) != compare.checksum_of(second, [])
+
+
 def test_costs_are_those_of_this_machine_and_these_versions(digits, tmp_path, trained, monkeypatch) -> None:
     measured: list[dict] = []
     monkeypatch.setattr(compare, "measure_in_process", lambda job: measured.append(job) or dict(params_m=1.0))
@@ -299,6 +321,9 @@ def read(path: Path) -> str:
         ([MODEL, "--checkpoint", "x.pth", "--pretrained"], "both given"),
         ([MODEL, "--checkpoint", "x.pth"], "checkpoint=x.pth is no file"),
         ([MODEL, "--out", "other.csv"], "another version"),
+        ([MODEL, "--lr", "0"], "lr=0"),
+        ([MODEL, "--augment", "much"], "none, light, rand"),
+        ([MODEL, "--seeds", "0", "-1"], "seed=-1"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_trained(

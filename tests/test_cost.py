@@ -91,7 +91,10 @@ def test_the_name_of_a_folder_may_have_spaces(tmp_path):
     "spec, baseline",
     [
         ("vix_from_timm source=eva02_tiny_patch14_224 mixer=nystrom", "eva02_tiny_patch14_224"),
-        ("vix_nystrom_tiny patch_size=8 stem=conv num_landmarks=4", "vit_tiny_patch16_224 patch_size=8"),
+        ("vix_nystrom_tiny patch_size=8 num_landmarks=4", "vit_tiny_patch16_224 patch_size=8"),
+        ("vix_nystrom_tiny patch_size=8 stem=conv", "vix_nystrom_tiny mixer=softmax patch_size=8 stem=conv"),
+        ("vix_performer_tiny.deit_fb_in1k rope=axial mlp=daff", "vix_performer_tiny mixer=softmax rope=axial mlp=daff"),
+        ("vix_nystrom_tiny stem=t2t", "vix_nystrom_tiny mixer=softmax stem=t2t stem_mixer=softmax"),
         ("ccp_7 depth=2 num_features=8", "cct_7 depth=2"),
         ("cvn_13 embed_strides=(2,2,2) conv_residual=True key_stride=1", "cvt_13 embed_strides=(2,2,2) key_stride=1"),
         ("pin_tiny stride=16 num_landmarks=4", "pin_tiny mixer=softmax stride=16"),
@@ -153,6 +156,40 @@ def test_more_rounds_are_measured_and_other_versions_are_named(tmp_path, monkeyp
         assert record["rounds"] == max(measured)
     assert measured == [3, 9]
     assert "1 of 1 rows are there already, 1 of them by other versions" in capsys.readouterr().out
+
+
+def test_a_failure_hides_no_earlier_measurement(tmp_path, monkeypatch) -> None:
+    path, good = (
+        tmp_path / "cost.csv",
+        dict(latency_p50_ms=1.0, latency_p90_ms=1.0, images_per_s=1.0, first_call_ms=1.0),
+    )
+    (job,) = jobs([f"vix_softmax_cifar {SMALL}"])
+    for rounds, found in ((3, good), (9, dict(error="out of memory"))):
+        monkeypatch.setattr(MEASURE, lambda job, found=found: found)
+        sweep([job | dict(rounds=rounds)], path)
+    monkeypatch.setattr(MEASURE, lambda job: pytest.fail("measured twice"))
+    (record,) = sweep([job | dict(rounds=3)], path)
+    assert record["error"] is None and record["latency_p50_ms"] == 1
+
+
+def test_a_model_beside_two_baselines_has_two_lines(tmp_path, monkeypatch) -> None:
+    row = dict(latency_p90_ms=1.0, images_per_s=1.0, first_call_ms=1.0, rounds=3, speedup_low=None)
+    monkeypatch.setattr(MEASURE, lambda job: row | dict(latency_p50_ms=5.0, speedup=1.0 + ("tiny" in job["baseline"])))
+    planned = plan(["vit_small_patch16_224", "vix_nystrom_small"], SETTINGS, None, ["fused"])
+    text = summary(sweep([job | QUICK for job in planned], tmp_path / "cost.csv"))
+    lines = [line for line in text.splitlines() if "vit_small_patch16_224" in line]
+    assert any("vit_small_patch16_224, beside vit_tiny_patch16_224" in line and "2.00" in line for line in lines)
+    assert any("beside" not in line and "1.00" in line for line in lines)
+
+
+def test_why_a_baseline_has_no_time_is_told(tmp_path, monkeypatch, capsys) -> None:
+    row = dict(latency_p50_ms=1.0, latency_p90_ms=1.0, images_per_s=1.0, first_call_ms=1.0)
+    monkeypatch.setattr(MEASURE, lambda job: row | dict(no_baseline="out of memory: 8 GiB"))
+    (job,) = jobs([f"vix_softmax_cifar {SMALL}"])
+    sweep([job], tmp_path / "cost.csv")
+    assert (
+        f"{job['baseline']} could not be timed beside {job['model']}: out of memory: 8 GiB" in capsys.readouterr().out
+    )
 
 
 def test_rows_that_were_timed_together_do_not_stand_for_those_with_memory(tmp_path, monkeypatch) -> None:

@@ -209,7 +209,7 @@ def test_models_that_are_timed_together_have_the_columns_of_one_alone() -> None:
     together = call_in_process(measure_together, jobs)
     alone = measure_in_process(jobs[0])
     assert "num_landmarks=0" in together.pop()["error"]
-    assert set(together[0]) == set(alone) - {"first_call_ms", "peak_memory_mib"}
+    assert set(together[0]) == set(alone) - {"first_call_ms", "peak_memory_mib", "no_baseline"}
     same = ("gflops", "params_m", "checkpoint_mib", "tokens", "rounds", "fused", "device_name", "torch")
     assert {name: together[0][name] for name in same} == {name: alone[name] for name in same}
     assert [row["fused"] for row in together] == [False, True, True]
@@ -226,7 +226,7 @@ def test_models_are_timed_together_without_a_baseline_that_fails() -> None:
 def test_a_model_that_fits_is_measured_alone_where_its_baseline_does_not() -> None:
     row = measure_in_process(job(f"vix_fnet_cifar {SMALL}", f"{SOFTMAX} mlp_ratio=1000000000"))
     assert "error" not in row, row
-    assert row["latency_p50_ms"] > 0 and "speedup" not in row
+    assert row["latency_p50_ms"] > 0 and "speedup" not in row and row["no_baseline"]
 
 
 def test_what_a_baseline_held_that_does_not_fit_is_free_again(monkeypatch) -> None:
@@ -240,7 +240,8 @@ def test_what_a_baseline_held_that_does_not_fit_is_free_again(monkeypatch) -> No
         return np.ones((1, 1))
 
     monkeypatch.setattr(job_module, "time_interleaved", fail)
-    assert time_with_or_without_baseline(lambda: None, dict(JOB, baseline=SOFTMAX, img_size=32)).shape == (1, 1)
+    times, reason = time_with_or_without_baseline(lambda: None, dict(JOB, baseline=SOFTMAX, img_size=32))
+    assert times.shape == (1, 1) and reason.startswith("out of memory")
     assert len(built) == 1
 
 
@@ -271,6 +272,24 @@ def test_a_compiled_model_is_measured_beside_a_compiled_baseline() -> None:
     assert "error" not in row, row
     assert row["gflops"] == expected["gflops"]
     assert row["first_call_ms"] > expected["first_call_ms"] and row["speedup"] > 0
+
+
+def test_a_baseline_has_compiled_before_it_is_timed(monkeypatch) -> None:
+    calls: list[tuple] = []
+
+    def make(model, attention, job, compiled=False):
+        return lambda: calls.append(("baseline", compiled))
+
+    def time(functions, job):
+        calls.append("timed")
+        return np.ones((1, len(functions)))
+
+    monkeypatch.setattr(job_module, "make_call", make)
+    monkeypatch.setattr(job_module, "time_interleaved", time)
+    for setting, before in (("on", [("baseline", True)]), ("off", [])):
+        calls.clear()
+        time_with_or_without_baseline(lambda: None, dict(JOB, baseline=SOFTMAX, img_size=32, compile=setting))
+        assert calls == [*before, "timed"]
 
 
 # --- machines

@@ -16,7 +16,7 @@ from PIL import Image
 
 from timm_vix import cli
 from timm_vix.benchmark import compare, cost
-from timm_vix.benchmark.answer import answer, fastest, mean_top1
+from timm_vix.benchmark.answer import answer, fastest, mean_top1, speedups
 from timm_vix.benchmark.figures import legend, over_tokens, png, png_of_page, series_of, trade_off
 from timm_vix.benchmark.report import report
 from timm_vix.measure.statistics import crossing, crossover, crossover_text, exponent, pareto, verdict
@@ -135,6 +135,19 @@ def test_the_figure_of_accuracy_draws_the_front() -> None:
     markers = {line.get_marker() for line in axes.lines if line.get_marker() not in ("None", "_")}
     assert len(markers) == 3
     assert trade_off([[dict(runs()[0], gflops=None)]], "gflops") is None
+
+
+def test_a_cost_that_one_seed_lacks_is_that_of_the_others() -> None:
+    first, second = runs()[:2]
+    axes = trade_off([[dict(first, latency_p50_ms=None), dict(second, latency_p50_ms=8.0)]], "latency_p50_ms").axes[0]
+    front = next(line for line in axes.lines if line.get_label() == "Pareto front")
+    assert [list(xy) for xy in front.get_xydata()] == [[8.0, 80.5]]
+
+
+def test_a_name_with_a_tag_has_the_accuracy_of_its_model() -> None:
+    rows = [cost_row("vit.augreg", 224, 10.0, 1.0), cost_row("vix_x", 224, 5.0, 2.0)]
+    head, body = speedups(rows, [runs()[:2]])
+    assert head[-1] == "top-1 (%)" and [cells[-1].text for cells in body] == ["80.5", ""]
 
 
 def test_rows_measured_under_other_load_are_drawn_by_their_speedups() -> None:

@@ -5,8 +5,9 @@ import csv
 import errno
 import io
 import os
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 
 def one_line(error: Any, width: int = 300) -> str:
@@ -40,6 +41,11 @@ def write_whole(path: Path, data: Any) -> None:
         kept = "; the previous one is intact" if path.exists() else ""
         room = "; make room, then resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OSError(f"{reason}{kept}{room}") from error
+
+
+def name_and_checksum(path: Union[str, Path]) -> str:
+    """The name of a file and a checksum of its bytes: what identifies weights, wherever they lie."""
+    return f"{Path(path).name} {zlib.crc32(Path(path).read_bytes()):08x}"
 
 
 def write_table(path: Path, header: list[str], rows: list[list[Any]]) -> None:

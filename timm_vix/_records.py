@@ -22,6 +22,22 @@ def key_of(record: Record, names: Iterable[str]) -> tuple:
     return tuple(record[name] for name in names)
 
 
+def grouped(records: Iterable[Record], names: Iterable[str]) -> dict[tuple, list[Record]]:
+    """The records by their values of some columns, in the order in which they come."""
+    names = tuple(names)
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key_of(record, names), []).append(record)
+    return groups
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Lines of cells as a table for the terminal; a line with fewer cells than the first widens no column."""
+    whole = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(map(len, column)) for column in zip(*whole)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
 def line_of(values: Iterable[Any]) -> str:
     """One line of a CSV; a line break in a value becomes a space."""
     text = io.StringIO()

@@ -178,6 +178,7 @@ def speedups(rows: list[Record], runs: list[list[Record]]) -> tuple[list[str], l
             digits = 2 if row["speedup"] < 10 else 1
             cells.append(Cell(f"{row['speedup']:.{digits}f}{few}", row["speedup"], mark))
         if top1:
-            cells.append(Cell(f"{top1[name]:.1f}" if name in top1 else ""))
+            accuracy = top1.get(without_tag(name))
+            cells.append(Cell("" if accuracy is None else f"{accuracy:.1f}"))
         body.append(cells)
     return ["model", *(f"{size:,} px" for size in sizes), *["top-1 (%)"] * bool(top1)], body

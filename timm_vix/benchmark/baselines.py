@@ -5,6 +5,7 @@ from typing import Any, Optional
 import timm
 import torch
 from timm.data import resolve_input_data_config
+from timm.layers import set_fused_attn
 from timm.models import resolve_model_input_args
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -14,9 +15,9 @@ from ..conversion.record import RECORDED
 from ..conversion.replace import all_keywords
 from ..measure.job import JOB
 
-# keywords that the softmax model of the same trunk is not given: of what a conversion does, and those of the mixers;
-# where that is timm's own ViT, what only ours have too
+# keywords that the softmax model of the same trunk is not given: of what a conversion does, and those of the mixers
 NOT_TRUNK = {"stem_mixer", "train_only"} | RECORDED | all_keywords()
+# keywords of a trunk that timm's own ViT doesn't have
 OURS_ONLY = {"stem", "rope", "block", "mlp"}
 
 
@@ -67,9 +68,10 @@ def baseline_of(spec: str, given: Optional[str] = None) -> str:
     twin = keywords.get("source", "deit_tiny_patch16_224") if name == "vix_from_timm" else softmax_of(name)
     if twin is None:
         return JOB["baseline"]
-    foreign = NOT_TRUNK | (OURS_ONLY if twin.startswith("vit_") else set())
+    if name.startswith("vix_") and name != "vix_from_timm" and twin.startswith("vit_") and OURS_ONLY & keywords.keys():
+        twin = f"{name.split('.')[0]} mixer=softmax"
     # as they were written: a tuple's own text has spaces
-    parts = [twin, *(part for part in spec.split()[1:] if part.partition("=")[0] not in foreign)]
+    parts = [twin, *(part for part in spec.split()[1:] if part.partition("=")[0] not in NOT_TRUNK)]
     stem = keywords.get("stem", "t2t" if name.startswith("t2t_") else None)
     if stem == "t2t" and not twin.startswith("vit_"):
         parts.append("stem_mixer=softmax")
@@ -99,6 +101,7 @@ def can_run_fused(baseline: str) -> bool:
     """
     name, keywords = parse_model(baseline)
     keywords.pop("train_only", None)
+    set_fused_attn(True)  # as where it is measured
     try:
         model = timm.create_model(**resolve_model_input_args(name, {}, **keywords), device="meta").eval()
         with torch.inference_mode(), CallsOfAttention() as calls:

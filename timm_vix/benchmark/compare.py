@@ -22,9 +22,10 @@ import torch
 
 from .._checks import InputError
 from .._device import device_name, find_device, find_dtype, versions
+from .._files import name_and_checksum
 from .._names import parse_model
-from .._records import Columns, Record, append_record, check_writable, earlier_records
-from ..data.datasets import Items, as_folder
+from .._records import Columns, Record, aligned, append_record, check_writable, earlier_records, grouped, key_of
+from ..data.datasets import Items, as_folder, is_dataset
 from ..data.folders import find_images
 from ..measure.job import measure_in_process
 from ..measure.process import call_in_process
@@ -69,6 +70,8 @@ COSTS = (
     *("speedup_infer", "speedup_train", "baseline"),
 )
 MEANS = ("top1", "top5", "train_s_per_epoch", "infer_s_per_epoch", *COSTS[:-1])
+# where costs are measured; with other values they can't be averaged
+PLACE = ("device", "device_name", "threads", "torch", "timm")
 # keywords of ``finetune`` that make the recipe, and those that don't change a run
 RECIPE: dict[str, type] = dict(
     img_size=int,
@@ -123,6 +126,8 @@ def costs_of(model: str, num_classes: int, at: dict[str, Any]) -> dict[str, Any]
     for what, result in (("inference", infer), ("training", step)):
         if "error" in result:
             print(f"{model}: its cost in {what} could not be measured: {result['error']}", flush=True)
+        elif result.get("no_baseline"):
+            print(f"{baseline} could not be timed beside {model} in {what}: {result['no_baseline']}", flush=True)
     return dict(
         baseline=baseline,
         params_m=infer.get("params_m"),
@@ -156,7 +161,8 @@ def compare(
         InputError: for data that cannot be used, or a file of another version; before anything is trained.
     """
     train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"], data_root=where["data_root"])
-    name = f"{Path(where['data_dir']).name} ({len(classes)} classes)"
+    data_dir = where["data_dir"]
+    name = f"{data_dir if is_dataset(data_dir) else Path(data_dir).name} ({len(classes)} classes)"
     count, checksum = len(train_items) + len(val_items), checksum_of(train_items, val_items)
     dataset = f"{name[:-1]}, {count} images {checksum})"
     starts = {weights: start_of(weights) for _, weights in models}
@@ -200,13 +206,22 @@ def start_of(weights: Optional[str]) -> str:
     if weights is None or weights == "pretrained":
         return weights or "scratch"
     check_weights("checkpoint", weights)
-    return f"{Path(weights).name} {zlib.crc32(Path(weights).read_bytes()):08x}"
+    return name_and_checksum(weights)
 
 
 def checksum_of(*splits: Items) -> str:
-    """A checksum of the names and sizes of images: equal for the same images in another folder."""
-    paths = [[path for path, _ in items if isinstance(path, Path)] for items in splits]
-    files = [[(path.parts[-2:], path.exists() and path.stat().st_size) for path in split] for split in paths]
+    """A checksum of the names and sizes of images: equal for the same images in another folder.
+
+    Of a data set that timm's readers index, of its labels.
+    """
+
+    def describe(image: Any, label: int) -> Any:
+        """A file by its name and size; an image that a data set reads itself, by its label."""
+        if isinstance(image, Path):
+            return image.parts[-2:], image.exists() and image.stat().st_size
+        return label
+
+    files = [[describe(*item) for item in items] for items in splits]
     return f"{zlib.crc32(repr(files).encode()):08x}"
 
 
@@ -231,17 +246,16 @@ def summary(records: list[Record]) -> str:
     """A table for the terminal: mean and standard deviation over the seeds."""
     head = ["model", "start", "seeds", *MEANS]
     lines = [head]
-    groups: dict[tuple, list[Record]] = {}
-    for record in records:
-        groups.setdefault((record["model"], record["start"]), []).append(record)
-    for (model, start), group in groups.items():
+    for (model, start), group in grouped(records, ("model", "start")).items():
         good = [record for record in group if record["error"] is None]
         if not good:
             lines.append([model, start, f"failed: {group[0]['error']}"[:100]])
             continue
-        lines.append([model, start, str(len(good)), *(mean_text([r[name] for r in good]) for name in MEANS)])
-    widths = [max(len(line[i]) for line in lines if i < len(line) and len(line) > 3) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+        # accuracies are of all runs, costs of those on the machine of the last
+        here = [record for record in good if key_of(record, PLACE) == key_of(good[-1], PLACE)]
+        means = (mean_text([r[name] for r in (good if name in ("top1", "top5") else here)]) for name in MEANS)
+        lines.append([model, start, str(len(good)), *means])
+    return aligned(lines)
 
 
 def mean_text(values: list[Optional[float]]) -> str:
@@ -288,9 +302,13 @@ def main(arguments: argparse.Namespace) -> None:
     where = dict(data_dir=data_dir, val_dir=arguments.val_dir, workers=arguments.workers, device=device)
     where["data_root"] = arguments.data_root
     where["threads"] = arguments.threads or torch.get_num_threads()
+    seeds = list(dict.fromkeys(arguments.seeds))
+    name, _ = parse_model([*arguments.models, *arguments.from_scratch][0])
+    for seed in seeds:  # a wrong value of the recipe shows before anything is trained
+        FinetuneSettings(**recipe, **where, model=name, seed=seed, out=str(arguments.runs), overwrite=True)
     weights = "pretrained" if arguments.pretrained else arguments.checkpoint
     models = [(model, weights) for model in arguments.models] + [(model, None) for model in arguments.from_scratch]
-    records = compare(models, arguments.seeds, recipe, where, arguments.out, arguments.runs)
+    records = compare(list(dict.fromkeys(models)), seeds, recipe, where, arguments.out, arguments.runs)
     print(f"\n{summary(records)}\n\n{arguments.out}: {len(records)} runs of this comparison")
     failed = [record for record in records if record["error"] is not None]
     if len(failed) == len(records):

@@ -18,7 +18,7 @@ import torch
 
 from .._checks import InputError
 from .._device import device_name, find_device, versions
-from .._records import Columns, Record, append_record, check_writable, header_of, key_of, read_records
+from .._records import Columns, Record, aligned, append_record, check_writable, earlier_records, grouped, key_of
 from ..measure.job import JOB, measure_in_process, measure_together
 from ..measure.process import call_in_process
 from .baselines import attention_of, baseline_of
@@ -64,7 +64,7 @@ COLUMNS: Columns = dict(
 )
 NOTE = (
     "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline,\n"
-    "timed in turn, fused where a fused kernel can run it. none: the spread (10th to 90th percentile) holds 1;\n"
+    "timed in turn, fused where a fused kernel can run it. none: 1 is within the spread (10th to 90th percentile);\n"
     "few rounds: fewer than five, of which none is called a difference."
 )
 
@@ -123,6 +123,8 @@ def sweep(
         if job["attention"] == "fused" and job["model"] == job["baseline"] and found.get("fused") is False:
             found = dict(error="attention='fused': no fused kernel took its attention; allowed is 'unfused'")
         record = round_off({**job, **versions(), **found})  # a failure has its machine and versions too
+        if found.get("no_baseline"):
+            print(f"{job['baseline']} could not be timed beside {job['model']}: {found['no_baseline']}", flush=True)
         if epoch_images and record.get("images_per_s"):
             record |= dict(epoch_images=epoch_images, epoch_s=round(epoch_images / record["images_per_s"], 1))
         append_record(path, COLUMNS, record)
@@ -135,13 +137,13 @@ def sweep(
 
 def known_rows(jobs: list[Record], path: Path, retry_failed: bool, together: bool) -> dict[tuple, Record]:
     """The rows of ``path`` that stand for one of the jobs, by their keys."""
-    if not path.exists() or not header_of(path):
-        return {}
-    records, damaged = read_records(path, COLUMNS, exact=True)
+    records, damaged = earlier_records(path, COLUMNS)
     rounds = {key_of(job, KEY): job.get("rounds", JOB["rounds"]) for job in jobs}
     known = {}
     for record in records:
         key, failed = key_of(record, KEY), record["error"] is not None
+        if failed and key in known:
+            continue  # what was measured once stays known
         if not failed and record["latency_p50_ms"] is None:
             damaged += 1
         elif key in rounds:
@@ -150,7 +152,7 @@ def known_rows(jobs: list[Record], path: Path, retry_failed: bool, together: boo
             if not retry_failed if failed else enough:
                 known[key] = record
     if damaged:
-        print(f"{path}: {damaged} damaged lines are ignored, and measured again")
+        print(f"{path}: {damaged} damaged lines are ignored")
     return known
 
 
@@ -195,16 +197,15 @@ def ratio(record: Record) -> str:
 
 def summary(records: list[Record]) -> str:
     """A table for the terminal: one line for each model and setting, batch sizes joined."""
-    groups: dict[tuple, list[Record]] = {}
-    for record in records:
-        names = ("img_size", "mode", "dtype", "compile", "model", "attention")
-        groups.setdefault(tuple(record[name] for name in names), []).append(record)
+    groups = grouped(records, ("img_size", "mode", "dtype", "compile", "model", "attention", "baseline"))
+    several = len({baseline for *_, baseline in groups}) > 1
     head = ["px", "mode", "dtype", "compile", "model"]
     head += ["ms (p90)", "x softmax (spread)", "images/s at best batch", "MiB"]
     lines = [head]
-    for (size, mode, dtype, compiled, model, kind), group in groups.items():
+    for (size, mode, dtype, compiled, model, kind, baseline), group in groups.items():
         good = [record for record in group if record["error"] is None]
         name = model if kind == "fused" else f"{model}, unfused"
+        name += f", beside {baseline}" if several and baseline != model else ""
         start = [str(size), mode, dtype, compiled, name]
         if not good:
             lines.append([*start, f"failed: {group[0]['error']}"[:90]])
@@ -215,9 +216,7 @@ def summary(records: list[Record]) -> str:
         throughput = f"{best['images_per_s']:.4g} at {best['batch_size']}"
         memory = "" if first["peak_memory_mib"] is None else f"{first['peak_memory_mib']:.0f}"
         lines.append([*start, latency, ratio(first).replace(" x softmax", ""), throughput, memory])
-    widths = [max(len(line[i]) for line in lines if i < len(line) and len(line) > 6) for i in range(len(head))]
-    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-    return f"{table}\n\n{NOTE}"
+    return f"{aligned(lines)}\n\n{NOTE}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,7 +227,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", nargs="+", choices=("infer", "train"), default=["infer"], help="forward pass, training step: infer")
     add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of matrix products: float32")
     add("--compile", nargs="+", choices=("off", "on"), default=["off"], help="whether torch.compile is used: off")
-    add("--baseline", metavar="MODEL", help="what is timed beside each model; default: its softmax control")
+    add(
+        "--baseline",
+        metavar="MODEL",
+        help="what is timed beside each model; default: the softmax model "
+        f"of the same trunk for one of ours, {JOB['baseline']} for any other",
+    )
     add(
         "--softmax",
         nargs="*",
@@ -247,7 +251,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's number")
     parser.add_argument("--rounds", type=positive, default=JOB["rounds"], help="least number of paired rounds: 9")
     parser.add_argument(
-        "--seconds", type=float, default=JOB["seconds"], help="for rounds beyond --rounds, for each row: 5"
+        "--seconds",
+        type=float,
+        default=JOB["seconds"],
+        help="that more rounds may fill, if --rounds take less: 5",
     )
     parser.add_argument("--retry-failed", action="store_true", help="measure again what failed")
 

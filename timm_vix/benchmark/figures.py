@@ -137,11 +137,11 @@ def over_tokens(records: list[Record], cost: str) -> tuple[Any, list[dict[str, s
 def trade_off(runs: list[list[Record]], cost: str, accuracy: str = "validation top-1 (%)") -> Optional[Any]:
     """Figure of top-1 over one cost: a point for each model, its mean over seeds, with the Pareto front drawn."""
     looks = styles(run_name(group[0]) for group in runs)
-    known = [group for group in runs if group[0][cost]]
+    known = [group for group in runs if any(record[cost] for record in group)]
     if not known:
         return None
     figure, axes = canvas()
-    costs = [group[0][cost] for group in known]
+    costs = [statistics.mean(record[cost] for record in group if record[cost]) for group in known]
     means = [statistics.mean(record["top1"] for record in group) for group in known]
     for group, x, y in zip(known, costs, means):
         top1 = [record["top1"] for record in group]

@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from .._checks import InputError
 from .._files import write_whole
-from .._records import Record, key_of
+from .._records import Record, grouped, key_of
 from . import compare, cost
 from .answer import Cell, answer, fastest_sentence, speedups
 from .figures import (
@@ -31,7 +31,7 @@ from .figures import (
     series_of,
     trade_off,
 )
-from .tables import PLACE, Tables, grouped, read_tables
+from .tables import PLACE, Tables, read_tables
 
 COST_COLUMNS = (
     *("model", "attention", "img_size", "tokens", "batch_size", "mode", "dtype", "compile", "params_m", "gflops"),

@@ -64,11 +64,3 @@ def is_usable(record: Record, is_compare: bool) -> bool:
     needed = ("dataset", "model", "start", "top1") if is_compare else (*cost.KEY, "baseline", "latency_p50_ms")
     filled = all(record[name] is not None for name in needed) and record["error"] is None
     return filled and all(0 <= value < float("inf") for value in record.values() if isinstance(value, (int, float)))
-
-
-def grouped(records: list[Record], key: tuple[str, ...]) -> dict[tuple, list[Record]]:
-    """The rows by their values of these columns, in the order in which they come."""
-    groups: dict[tuple, list[Record]] = {}
-    for record in records:
-        groups.setdefault(key_of(record, key), []).append(record)
-    return groups

@@ -212,15 +212,23 @@ def count_columns(call: Call, job: dict[str, Any]) -> dict[str, Any]:
 
 def time_beside_baseline(call: Call, job: dict[str, Any]) -> np.ndarray:
     """Seconds in each round: (rounds, 2) of the call and the baseline."""
-    baseline = build(job["baseline"], job)
-    return time_interleaved([call, make_call(baseline, "fused", job, job["compile"] == "on")], job)
+    baseline = make_call(build(job["baseline"], job), "fused", job, job["compile"] == "on")
+    if job["compile"] == "on":
+        baseline()  # a first call that compiles isn't one like the others, however long it takes
+    return time_interleaved([call, baseline], job)
 
 
-def time_with_or_without_baseline(call: Call, job: dict[str, Any]) -> np.ndarray:
-    """``time_beside_baseline``, or where the baseline cannot be built or does not fit, the call alone: (rounds, 1)."""
-    with contextlib.suppress(Exception):  # also the model's own, which it then raises again
-        return time_beside_baseline(call, job)
-    return time_interleaved([call], job)  # what the baseline held is free by now
+def time_with_or_without_baseline(call: Call, job: dict[str, Any]) -> tuple[np.ndarray, Optional[str]]:
+    """``time_beside_baseline``, or where the baseline cannot be built or does not fit, the call alone: (rounds, 1).
+
+    Returns:
+        The seconds, and why there is no baseline.
+    """
+    try:
+        return time_beside_baseline(call, job), None
+    except Exception as error:  # also the model's own, which it then raises again
+        reason = explain(error)
+    return time_interleaved([call], job), reason  # what the baseline held is free by now
 
 
 def time_columns(seconds: np.ndarray, baseline: Optional[np.ndarray], job: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +244,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         job: ``model`` ("NAME key=value ..."), and what of ``JOB`` is to be otherwise.
 
     Returns:
-        Columns of the cost table, and ``fused``: see ``count_columns``.
+        Columns of the cost table, ``fused``, see ``count_columns``, and ``no_baseline``: why there is none, or None.
     """
     job = {**JOB, **job}
     device, spec, attention, compiled = job["device"], job["model"], job["attention"], job["compile"] == "on"
@@ -263,7 +271,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         # built again, so that its weights lie in memory as the baseline's will
         model = build(spec, job)
         call = make_call(model, attention, job)
-    times = time_with_or_without_baseline(call, job)
+    times, row["no_baseline"] = time_with_or_without_baseline(call, job)
     row |= time_columns(times[:, 0], times[:, 1] if times.shape[1] > 1 else None, job)
     return row | dict(device_name=device_name(device), **versions())
 

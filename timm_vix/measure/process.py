@@ -68,7 +68,8 @@ def call_in_process(function: Callable[[Any], Any], argument: Any, interactive: 
             finally:
                 process.kill()
         if code < 0:
-            return dict(error=f"killed by signal {-code}, perhaps out of memory")
+            perhaps = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+            return dict(error=f"killed by signal {-code}{perhaps}")
         errors.seek(0)
         lines = errors.read().splitlines()
         return dict(error=f"exit {code}: {one_line(lines[-1]) if lines else 'no message'}")

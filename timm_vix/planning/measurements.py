@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Optional
 
-from .._records import Columns, Record, append_record, read_records
+from .._records import Columns, append_record, earlier_records
 
 # an empty cell wasn't measured; what is a plan, or a block of it, in JSON
 COLUMNS: Columns = dict(
@@ -23,11 +23,9 @@ class Measurements:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[Record] = []
-        if path.exists() and path.stat().st_size:
-            self.rows, damaged = read_records(path, COLUMNS, exact=True)
-            if damaged:
-                print(f"{path}: {damaged} damaged lines are measured again")
+        self.rows, damaged = earlier_records(path, COLUMNS)
+        if damaged:
+            print(f"{path}: {damaged} damaged lines are measured again")
 
     def of_run(self, run: str, *names: str) -> dict[str, dict[str, Any]]:
         """The named figures of a run, by what was measured; rows that lack one are left out.
