@@ -345,6 +345,50 @@ def test_every_name_takes_another_mixer(name):
         assert {type(m) for m in model.modules() if type(m) in PROJECTED.values()} == {PROJECTED[mixer]}
 
 
+@pytest.mark.parametrize("projection", ["conv", "linear"])
+def test_initialisation_is_cvts(projection):
+    arguments = dict(embed_dims=(64, 64, 64), num_heads=(2, 2, 2), conv_residual=True, key_stride=1)
+    model = small("cvn_13", **arguments, projection=projection)
+    for again in (False, True):
+        torch.manual_seed(0)
+        if again:
+            model.init_weights()
+        else:
+            model = timm.create_model("cvn_13", **{**SHAPE, **arguments, "projection": projection})
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                assert module.weight.std().item() == pytest.approx(0.02, rel=0.2)
+                assert module.bias is None or not module.bias.any()
+            if isinstance(module, torch.nn.Conv2d):  # torch's: uniform within one over the root of the inputs
+                bound = math.prod(module.weight.shape[1:]) ** -0.5
+                assert 0.8 * bound < module.weight.abs().max() <= bound
+        assert model.stage2.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_a_pruned_model_has_no_class_token():
+    model = small("cvt_13")
+    x = torch.randn(2, 3, 20, 12)
+    model.prune_intermediate_layers([1])
+    with pytest.raises(ValueError, match="global_pool='token'"):
+        model.reset_classifier(5, "token")
+    model.reset_classifier(5, "avg")
+    assert distance(model(x), model.head(model.forward_features(x).mean(1))) < 1e-6
+
+
+@pytest.mark.parametrize("mixer, keywords", [("linformer", dict(num_proj_tokens=1)), ("relu", {})])
+def test_weights_on_a_grid_are_resampled_for_another_size(mixer, keywords, tmp_path):
+    arguments = dict(SHAPE, embed_strides=(4, 2, 2), mixer=mixer, **keywords)
+    saved = lively(timm.create_model("cvn_13", **arguments))
+    save_for_hf(saved, tmp_path, safe_serialization=True)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(40, 24)).eval()
+    assert model(torch.randn(2, 3, 40, 24)).isfinite().all()
+    host, larger = saved.stage0.blocks[0].attn, model.stage0.blocks[0].attn
+    for name, resample in host.core.grid_parameters.items():
+        parameter = getattr(host.core, name)
+        assert torch.equal(getattr(larger.core, name), resample(parameter, larger.key_grid)), name
+        assert getattr(larger.core, name).shape != parameter.shape
+
+
 def test_an_unknown_keyword_is_a_type_error():
     with pytest.raises(TypeError, match="num_landmark"):
         small(num_landmark=3)

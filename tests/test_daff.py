@@ -94,6 +94,12 @@ def test_models_with_daff(mixer, block, layout):
         assert distance(torch.jit.script(model)(wide), model(wide)) < rounding(torch.float32)
 
 
+def test_new_linear_layers_start_as_those_of_the_vit():
+    layer = timm.create_model("vix_nystrom_tiny", mlp="daff", depth=1).blocks[0].mlp
+    for linear in (layer.compress, layer.excite):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1) and not linear.bias.any()
+
+
 def test_a_checkpointed_pass_has_the_grid_of_its_images():
     """Gradients of images of two sizes with as many patches, whose backward passes come afterwards."""
     model = small("softmax", mlp="daff", dynamic_img_size=True, pos_embed="none").double()

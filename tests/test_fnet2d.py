@@ -83,6 +83,11 @@ def test_a_wrong_keyword_is_named(kwargs, words):
     assert not [word for word in words if word not in str(error.value)], error.value
 
 
+def test_patches_of_two_sides_have_the_longer_as_reduction():
+    features = timm.create_model("fnet2d_cifar", patch_size=(2, 4), features_only=True, stem="linear")
+    assert features.feature_info.reduction() == [4, 4, 4]
+
+
 def test_an_unknown_keyword_is_a_type_error():
     with pytest.raises(TypeError, match="num_landmark"):
         small(num_landmark=3)

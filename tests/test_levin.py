@@ -164,8 +164,9 @@ def test_a_checkpoint_that_lacks_a_mixers_weight_is_refused(name, key, tmp_path)
 
 
 def test_grey_images_with_levits_own_stem(tmp_path):
-    arguments = dict(img_size=32, stem=None, num_classes=5)
+    arguments = dict(img_size=32, stem="levit", num_classes=5)
     coloured = settled(timm.create_model("levip_cifar", **arguments))
+    assert coloured.stem.conv1.linear.in_channels == 3 and coloured.feature_info[0]["reduction"] == 16
     save_file(coloured.state_dict(), tmp_path / "weights.safetensors")
     overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 5}
     arguments |= dict(in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
@@ -183,7 +184,7 @@ def test_softmax_is_timms_own():
     assert torch.equal(model(x), reference(x))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"mixer": "nystrom"}, {"stem": None}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"mixer": "nystrom"}, {"stem": "levit"}], ids=str)
 @pytest.mark.parametrize("patch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_single_stage_trains_and_comes_back(patch_size, kwargs, tmp_path):
     arguments = dict(img_size=(14, 10), patch_size=patch_size, embed_dim=(32,), num_classes=5, **kwargs)
@@ -220,6 +221,8 @@ def test_the_single_stage_trains_and_comes_back(patch_size, kwargs, tmp_path):
         ({"use_conv": True}, ["use_conv=True", "False"]),
         ({"depth": (2, 2)}, ["depth=(2, 2)", "embed_dim=(128,)", "one for each stage"]),
         ({"depth": 4}, ["depth=4", "positive integers"]),
+        ({"model_name": "levin_128s", "num_heads": (4, 6)}, ["num_heads=(4, 6)", "one for each stage"]),
+        ({"stem": "none"}, ["'none'", "levit", "conv"]),
         ({"embed_dim": 128}, ["embed_dim=128", "positive integers"]),
         ({"embed_dim": (128.0,)}, ["embed_dim=(128.0,)", "positive integers"]),
         ({"patch_size": (2, 2)}, ["patch_size=(2, 2)", "integer"]),

@@ -484,3 +484,88 @@ def test_a_mapping_of_layers_leaves_out_the_keywords_of_the_names_own_mixer():
         model = timm.create_model("vix_nystrom_cifar", layers={0: "performer", 1: entry}, depth=3)
         core = model.blocks[1].attn.core
         assert (core.num_landmarks, core.conv_residual) == (own.num_landmarks, own.conv_residual)
+
+
+FAMILIES = ["vix_nystrom_cifar", "ccn_cifar", "cvt_cifar", "levin_cifar", "levip_128s", "pin_cifar", "fnet2d_cifar"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_classifier_can_be_left_out_and_added(name, tmp_path):
+    few = dict(depth=(1,)) if name == "levin_cifar" else {}
+    patch = dict(embed_strides=(4, 2, 2)) if name == "cvt_cifar" else dict(patch_size=4)
+    patch |= dict(stride=4) if name == "pin_cifar" else {}
+    arguments = few | (dict(img_size=64, depth=(1, 1, 1)) if name == "levip_128s" else patch)
+    whole = lively(timm.create_model(name, num_classes=7, **arguments).eval())
+    save_for_hf(whole, tmp_path / "whole", safe_serialization=True)
+    headless = timm.create_model(f"local-dir:{tmp_path / 'whole'}", pretrained=True, num_classes=0).eval()
+    x = torch.randn(2, *whole.pretrained_cfg["input_size"][:1], *[arguments.get("img_size", 32)] * 2)
+    assert torch.equal(headless.forward_features(x), whole.forward_features(x))
+    save_for_hf(headless, tmp_path / "headless", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'headless'}", pretrained=True, num_classes=3).eval()
+    assert torch.equal(again.forward_features(x), whole.forward_features(x)) and again(x).shape[1] == 3
+
+
+def test_a_checkpoint_without_a_patch_embedding_is_refused(tmp_path):
+    state = timm.create_model("vix_softmax_cifar", depth=1).state_dict()
+    del state["patch_embed.proj.weight"]
+    save_file(state, tmp_path / "weights.safetensors")
+    for classes in (10, 7):
+        with pytest.raises(ValueError, match=r"Missing: patch_embed\.proj\.weight"):
+            converted("vix_softmax_cifar", tmp_path / "weights.safetensors", depth=1, num_classes=classes)
+
+
+def test_the_norm_of_another_pooling_is_explained(deit):
+    with pytest.raises(ValueError, match="With global_pool='avg', fc_norm=False keeps the checkpoint's norm"):
+        converted("vix_nystrom_tiny", deit, global_pool="avg")
+    converted("vix_nystrom_tiny", deit, global_pool="avg", fc_norm=False)
+
+
+def test_a_saved_model_takes_another_mixer(tmp_path):
+    keywords = dict(depth=2, patch_size=4, num_landmarks=9, conv_residual=False)
+    saved = lively(timm.create_model("vix_nystrom_cifar", **keywords).eval())
+    save_for_hf(saved, tmp_path, safe_serialization=True)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, mixer="performer", num_features=16).eval()
+    cores = [type(host.core) for host in hosts_of(model).values()]
+    assert cores == [MIXERS["performer"]] * 2 and model.blocks[0].attn.core.conv is None
+    assert torch.equal(model.blocks[1].attn.qkv.weight, saved.blocks[1].attn.qkv.weight)
+    with pytest.raises(ValueError, match="num_landmarks=4: mixer='performer' takes"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, mixer="performer", num_landmarks=4)
+
+
+@pytest.mark.parametrize(
+    "keywords", [dict(attn_layer="diff"), dict(attn_layer="diff", merge=4, mixer="softmax")], ids=str
+)
+def test_attention_that_no_mixer_can_replace_is_refused(keywords):
+    with pytest.raises(ValueError, match="block 0, a Block with DiffAttention, has no softmax attention"):
+        timm.create_model("vix_nystrom_cifar", patch_size=4, **keywords)
+
+
+def test_weights_that_cannot_be_fetched_are_no_broken_file(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fetch(*arguments, **keywords):
+        raise LocalEntryNotFoundError("outgoing traffic has been disabled")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
+    told = "the weights of vix_nystrom_tiny can't be fetched or read: LocalEntryNotFoundError: outgoing traffic"
+    with pytest.raises(ValueError, match=told):
+        timm.create_model("vix_nystrom_tiny", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["levin_cifar", "fnet2d_cifar"])
+def test_intermediate_maps_are_checkpointed(name):
+    model = lively(timm.create_model(name, patch_size=4).train())
+    blocks = list(model.stages if name == "levin_cifar" else model.blocks)
+    calls = []
+    blocks[0].register_forward_pre_hook(lambda *arguments: calls.append(1))
+    x = torch.randn(4, 3, 32, 32)
+    found = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        calls.clear()
+        model.zero_grad()
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        sum(one.square().sum() for one in maps).backward()
+        assert len(calls) == 1 + enable
+        found.append([p.grad.clone() for p in blocks[0].parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))

@@ -168,6 +168,8 @@ def test_weights_of_pit_load_at_another_grid(tmp_path, caplog):
         ({"img_size": 224.0}, ["img_size=224.0", "positive integer"]),
         ({"patch_size": (16, 16)}, ["patch_size=(16, 16)", "integer"]),
         ({"stride": 0}, ["stride=0", "at least 1"]),
+        ({"depth": (1, 2, 1)}, ["depth=(1, 2, 1)", "one for each stage"]),
+        ({"heads": (2,)}, ["heads=(2,)", "one for each stage"]),
         ({"stem": "conv", "stride": 8}, ["img_size=(20, 12)", "stride=8"]),
         ({"stem": "conv", "stride": 3, "img_size": 12}, ["patch_size=3", "1, 2, 4, 8 or 16"]),
         ({"img_size": 3}, ["img_size=3", "patch_size=4"]),

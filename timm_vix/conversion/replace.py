@@ -23,7 +23,6 @@ from ..mixers._mechanism import AttentionMechanism, AttentionShape, MechanismHos
 from ..mixers._rotary import RotaryPositions
 from ..mixers._slot import GridModule, MixerSlot, TokenSlot
 from ..mixers.softmax import SoftmaxAttention
-from ..stems.tokens_to_token import TokensToToken
 
 # exact classes whose weights a mixer takes over; a subclass may compute something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
@@ -86,13 +85,16 @@ def set_grid(model: nn.Module, grid: Grid) -> None:
 def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
     """Move what a checkpoint has of the mixers' weights on a grid to the grids of ``model``, in place."""
     for path, host in model.named_modules():
-        if not isinstance(host, (MixerSlot, TokensToToken)):
+        if not isinstance(host, MechanismHost):
             continue
+        grid: Any = getattr(
+            host, "key_grid", host.grid
+        )  # where queries and keys have two, the parameters are of the keys'
         for name, resample in host.core.grid_parameters.items():
             key = f"{path}.core.{name}"
             # a tensor with another number of axes is left as it is, and refused later as one of another shape
             if key in state_dict and state_dict[key].ndim == getattr(host.core, name).ndim:
-                state_dict[key] = resample(state_dict[key], host.grid)
+                state_dict[key] = resample(state_dict[key], grid)
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
@@ -308,7 +310,14 @@ def replace_attention(
         merges = first_merge is not None and index >= first_merge
         if is_plain_softmax(mixer, keywords) and rope is None and not merges:
             continue
-        for site in find_attention(block):
+        sites = find_attention(block)
+        if not sites:
+            names = ", ".join(sorted({type(module).__name__ for module in block.modules() if hasattr(module, "qkv")}))
+            raise InputError(
+                f"mixer={mixer!r}: block {index}, a {type(block).__name__} with {names or 'no attention'}, has no "
+                "softmax attention that can be replaced; allowed is attn_layer='' with timm's Block"
+            )
+        for site in sites:
             weight = site.attn.proj.weight
             if rope is not None and layout.grid not in positions:
                 dd = {"device": weight.device, "dtype": weight.dtype}

@@ -8,11 +8,13 @@ from torch import nn
 
 from .._checks import InputError
 from ..conversion.replace import mixer_keywords
+from ..mixers import MIXERS
 from ._register import ModelName
 
 
 def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A row's architecture under the user's keywords: with other mixers, without the keywords of the row's own."""
+    kwargs = without_saved_keywords(row, kwargs)
     chosen = {name: value for name, value in row._asdict().items() if name in ("mixer", "stem", "rope") and value}
     left_out = mixer_keywords(row.mixer) if kwargs.get("mixer", row.mixer) != row.mixer else []
     if isinstance(layers := kwargs.get("layers"), Mapping):
@@ -23,6 +25,16 @@ def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[st
     return {**sizes.get(row.size, {}), **chosen, **own, **kwargs}
 
 
+def without_saved_keywords(row: ModelName, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords, without those of a saved model's mixer where the user asks for another one that lacks them."""
+    saved = kwargs.get("pretrained_model_args") or {}
+    former, mixer = saved.get("mixer", row.mixer), kwargs.get("mixer", row.mixer)
+    if not saved or mixer == former or mixer not in MIXERS:
+        return kwargs
+    stale = set(mixer_keywords(former)) - set(mixer_keywords(mixer))
+    return {k: v for k, v in kwargs.items() if not (k in stale and k in saved and saved[k] == v)}
+
+
 def build_xformer(
     model_class: type[nn.Module],
     name: str,
@@ -31,10 +43,10 @@ def build_xformer(
     filter_fn: Callable,
     feature_cfg: dict[str, Any],
 ) -> Any:
-    """timm's ``build_model_with_cfg``, with one clear error for a file that is no checkpoint.
+    """timm's ``build_model_with_cfg``, with one clear error for weights that can't be fetched or read.
 
     Raises:
-        ValueError: for a checkpoint that can't be read or doesn't fit.
+        ValueError: for these, and for a checkpoint that doesn't fit.
     """
     overlay, cfg = arguments.get("pretrained_cfg_overlay") or {}, arguments.get("pretrained_cfg")
     reading = False
@@ -64,5 +76,6 @@ def build_xformer(
     except Exception as error:
         if not reading or "No pretrained weights exist" in str(error):
             raise
-        source = overlay.get("file") or (cfg.get("file") if isinstance(cfg, dict) else None) or "the checkpoint"
-        raise InputError(f"{source} is no readable checkpoint: {type(error).__name__}: {error}") from error
+        file = overlay.get("file") or (cfg.get("file") if isinstance(cfg, dict) else None)
+        problem = f"{file} is no readable checkpoint" if file else f"the weights of {name} can't be fetched or read"
+        raise InputError(f"{problem}: {type(error).__name__}: {error}") from error

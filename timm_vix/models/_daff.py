@@ -20,7 +20,7 @@ Shapes: B images, N = P + H·W tokens, C channels.
 from typing import Optional
 
 import torch
-from timm.layers import Mlp, register_notrace_module
+from timm.layers import Mlp, register_notrace_module, trunc_normal_
 from torch import nn
 
 from .._checks import InputError, check_choice
@@ -60,6 +60,9 @@ class DepthwiseFeedForward(GridModule):
             hidden = max(1, dim // REDUCTION)
             self.compress = nn.Linear(dim, hidden, **dd)
             self.excite = nn.Linear(hidden, dim, **dd)
+            for layer in (self.compress, self.excite):  # as a ViT's other linear layers
+                trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def new_keys(self) -> set[str]:
         """The state-dict keys that the MLP didn't have."""

@@ -229,17 +229,22 @@ def check_keys(state_dict: dict[str, Any], model: nn.Module, target: dict[str, t
     other_head = model.num_classes != cfg["num_classes"]
     classifiers = cfg["classifier"] if isinstance(cfg["classifier"], (tuple, list)) else (cfg["classifier"],)
     excepted = {f"{head}.{part}" for head in classifiers for part in ("weight", "bias")} if other_head else set()
+    for head in classifiers if other_head else ():
+        own = {key for key in target.keys() | state_dict.keys() if key.startswith(f"{head.partition('.')[0]}.")}
+        if not own & target.keys() or not own & state_dict.keys():  # one of the two has no classifier
+            excepted |= own
     first_conv = getattr(model, "_traits", {}).get("first_conv", cfg.get("first_conv"))
-    excepted.add(f"{first_conv}.weight")
     missing = target.keys() - state_dict.keys() - excepted
     unexpected = state_dict.keys() - target.keys() - excepted
     reshaped = {
         key
-        for key in (target.keys() & state_dict.keys()) - excepted
+        for key in (target.keys() & state_dict.keys()) - excepted - {f"{first_conv}.weight"}
         if tuple(getattr(state_dict[key], "shape", ())) != tuple(target[key].shape)
     }
     if missing or unexpected or reshaped:
+        pooled = {"fc_norm.weight"} & missing and {"norm.weight"} & unexpected
         raise InputError(
             f"the checkpoint doesn't fit {cfg.get('architecture', 'the model')}. Missing: {summary(missing)}. "
             f"Unexpected: {summary(unexpected)}. Of another shape: {summary(reshaped)}."
+            + (" With global_pool='avg', fc_norm=False keeps the checkpoint's norm." if pooled else "")
         )

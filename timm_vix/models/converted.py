@@ -94,6 +94,9 @@ def check_saved(cfg: dict[str, Any], arguments: dict[str, Any], saved: dict[str,
         arguments: with which the model is to be built.
         saved: those of them that the configuration holds.
     """
+    for name in ("device", "dtype"):
+        if name in saved or name in (saved.get("source_kwargs") or {}):
+            raise InputError(f"{name}: a saved configuration may not say where the model is built")
     for name in ("source", "mixer", "layers"):
         if name not in saved:
             raise InputError(f"the saved configuration lacks {name!r} among its model_args, so the model is unknown")
@@ -163,12 +166,17 @@ def build(
 ) -> nn.Module:
     """Create the source with its keywords, and convert it. ``keywords`` are the mixer's, and those of ``convert``."""
     model = create_model(source, **kwargs, **source_kwargs)
-    if layers or norms is None:
-        convert(model, mixer, layers, **keywords)
+    # first the norms: a mixer that reads them otherwise than attention can be put in after they are folded, not before
     if norms is not None:
         replace_norms(model, None)
     if norms in ("folded", "folded_blocks"):
         fold_norms(model, last=norms == "folded")
+    if layers or norms is None:
+        convert(model, mixer, layers, **keywords)
+    elif mixer not in (None, "softmax") or keywords.keys() - {"merge", "scale_logits"}:
+        raise InputError(f"mixer={mixer!r}, {keywords}: no layer of the saved model is converted; layers= names some")
+    elif keywords:
+        convert(model, **keywords)
     return model
 
 
@@ -219,6 +227,8 @@ def vix_from_timm(
             saved model that is broken or not what it says.
     """
     check_source(source)
+    if not isinstance(source_kwargs or {}, dict):
+        raise InputError(f"source_kwargs={source_kwargs!r}: expected a mapping of arguments by name")
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)

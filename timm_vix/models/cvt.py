@@ -141,15 +141,20 @@ class ConvolutionalXformer(nn.Module):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Truncated normal weights of standard deviation 0.02: as CvT's linear layers and class token, here all."""
+        """CvT's initialisation: truncated normal weights of standard deviation 0.02 for linear layers and class token.
+
+        Convolutions keep torch's own.
+        """
         for module in self.modules():
             if needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
-                trunc_normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.stage2.cls_token is not None:
+            trunc_normal_(self.stage2.cls_token, std=0.02)
         for host in hosts_of(self).values():  # Linformer's averages and learned features are no such weights
             if hasattr(host.core, "reset_parameters"):
                 host.core.reset_parameters()
@@ -192,6 +197,7 @@ class ConvolutionalXformer(nn.Module):
         self.num_stages = last + 1
         for i in range(self.num_stages, 3):
             setattr(self, f"stage{i}", nn.Identity())
+            self.num_prefix_tokens = 0  # the class token was in the last stage
         if prune_norm or shorter:
             self.norm = nn.Identity()
         if shorter:

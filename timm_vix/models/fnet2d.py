@@ -25,7 +25,7 @@ from timm.layers import (
     get_device_dtype,
     register_notrace_function,
 )
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 
@@ -100,7 +100,8 @@ class FourierMap(nn.Module):
         self._traits = {"first_conv": first_convolution(stem)}
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(*(Block(embed_dim, mlp_ratio, proj_drop_rate, rate, **dd) for rate in rates))
-        self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [dict(num_chs=embed_dim, reduction=reduction, module=f"blocks.{i}") for i in range(depth)]
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.grad_checkpointing = False
@@ -153,7 +154,7 @@ class FourierMap(nn.Module):
         for i, block in enumerate(self.blocks):
             if i > last and stop_early:
                 break
-            x = block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
             if i in taken:
                 maps.append(x)
         return maps if intermediates_only else (x, maps)

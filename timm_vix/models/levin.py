@@ -19,7 +19,7 @@ from typing import Any, Optional, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import register_notrace_module
-from timm.models import generate_default_cfgs
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
@@ -34,7 +34,9 @@ from ..stems import STEMS
 from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
-from .vit import NYSTROM, StemMixer, check_sizes, first_convolution, projected_keywords, stem_class
+from .vit import NYSTROM, StemMixer, check_sizes, check_stages, first_convolution, projected_keywords, stem_class
+
+LEVITS = "levit"  # the stem that LeViT has itself
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
@@ -118,26 +120,16 @@ def build_core(
 PROJECTED_LAYERS = {Attention: ProjectedAttention, AttentionDownsample: ProjectedDownsampling}
 
 
-def check_stages(embed_dim: Any, depth: Any) -> None:
-    """Raise ValueError unless both are tuples of positive integers, one for each stage."""
-    valid = isinstance(embed_dim, (tuple, list)) and isinstance(depth, (tuple, list))
-    valid = valid and len(embed_dim) == len(depth) > 0
-    if not valid or any(type(number) is not int or number < 1 for number in (*embed_dim, *depth)):
-        raise InputError(
-            f"embed_dim={embed_dim!r}, depth={depth!r}: expected two tuples of positive integers, one for each stage"
-        )
-
-
 def levit_arguments(
     img_size: Union[int, tuple[int, int]],
     patch_size: Optional[int],
     in_chans: int,
-    stem: Optional[str],
+    stem: str,
     stem_mixer: StemMixer,
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """What timm's class is to be built with for a stem of ours, which may have a stride of 1."""
-    if stem is None:
+    if stem == LEVITS:
         if stem_mixer is not None:
             raise InputError(f"stem_mixer={stem_mixer!r}: LeViT's own stem has no mixer inside; allowed is stem='t2t'")
         stride = 8 if kwargs.get("stem_type") == "s8" else 16
@@ -146,12 +138,12 @@ def levit_arguments(
         # timm rounds the grid down and the stem's convolutions round it up
         check_sizes(img_size, stride, False)
         return dict(img_size=img_size, in_chans=in_chans, **kwargs)
-    check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
+    check_choice("stem", stem, (LEVITS, *(name for name in STEMS if name != "hmlp")))
     patch_size = 16 if patch_size is None else patch_size
     check_integer("patch_size", patch_size, 1)
     check_sizes(img_size, patch_size, False)
     dd = {key: kwargs.get(key) for key in ("device", "dtype")}
-    width = kwargs["embed_dim"][0]
+    width = kwargs.get("embed_dim", (192,))[0]  # timm's default
     backbone = stem_class(stem, stem_mixer)(
         img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=width, flatten=False, **dd
     )
@@ -166,7 +158,7 @@ class LevitXformer(Levit):
     Args:
         mixer: a name in ``MIXERS`` of a mechanism with queries, keys and values; "softmax" is timm's own attention,
             unless keywords add to it.
-        stem: None: LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``, None: 16.
+        stem: "levit": LeViT's convolutions; or a name of ``STEMS``, with patches of ``patch_size``, None: 16.
         stem_mixer: for ``stem="t2t"`` the mixer inside it, as in ``VisionXformer``.
         **kwargs: the mixer's keywords and those of timm's class.
 
@@ -181,7 +173,7 @@ class LevitXformer(Levit):
         patch_size: Optional[int] = None,
         in_chans: int = 3,
         mixer: str = "softmax",
-        stem: Optional[str] = None,
+        stem: str = LEVITS,
         stem_mixer: StemMixer = None,
         **kwargs: Any,
     ) -> None:
@@ -189,8 +181,8 @@ class LevitXformer(Levit):
         if kwargs.get("use_conv"):
             raise InputError("use_conv=True: token mixers work on sequences; allowed is False")
         super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, stem_mixer, kwargs))
-        self._traits = {"first_conv": "stem.conv1.linear" if stem is None else first_convolution(stem, "stem")}
-        if stem is not None:
+        self._traits = {"first_conv": "stem.conv1.linear" if stem == LEVITS else first_convolution(stem, "stem")}
+        if stem != LEVITS:
             for info in self.feature_info:
                 info["reduction"] = info["reduction"] // 2 * (16 if patch_size is None else patch_size)
         if not is_plain_softmax(mixer, keywords):
@@ -238,7 +230,7 @@ class LevitXformer(Levit):
         for i, layer in enumerate(self.stages):
             if i > last and stop_early:
                 break
-            x = layer(x)
+            x = checkpoint(layer, x) if self.grad_checkpointing and not torch.jit.is_scripting() else layer(x)
             if i in taken:
                 maps.append(x.transpose(1, 2).reshape(shape))
         return maps if intermediates_only else (x, maps)
@@ -267,10 +259,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LevitXformer) -> dic
 def create_levit(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> LevitXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
     arguments = overridden(row, SIZES, kwargs)
-    if arguments.get("stem") is None and "patch_size" not in kwargs:
+    if arguments.get("stem") == LEVITS and "patch_size" not in kwargs:
         arguments.pop("patch_size", None)  # it was that of another stem
     depth = arguments["depth"]
-    check_stages(arguments["embed_dim"], depth)
+    check_stages(embed_dim=arguments["embed_dim"], depth=depth, num_heads=arguments["num_heads"])
     outputs = tuple(range(depth[0] if len(depth) == 1 else len(depth)))
     feature_cfg = dict(feature_cls="getter", out_indices=arguments.pop("out_indices", outputs))
     model_class = LevitXformerDistilled if arguments.pop("distilled", True) else LevitXformer

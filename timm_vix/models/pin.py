@@ -31,7 +31,7 @@ from ..stems import STEMS
 from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
-from .vit import BLOCKS, NYSTROM, StemMixer, check_sizes, first_convolution, stem_class, take_keywords
+from .vit import BLOCKS, NYSTROM, StemMixer, check_sizes, check_stages, first_convolution, stem_class, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),
@@ -144,6 +144,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
 def create_pooling(row: ModelName, pretrained: bool, kwargs: dict[str, Any]) -> PoolingXformer:
     """Build the model of a registered name: its architecture, overridden by the user's ``kwargs``."""
     arguments = overridden(row, SIZES, kwargs)
+    check_stages(**{name: arguments[name] for name in ("base_dims", "depth", "heads")})
     feature_cfg = dict(feature_cls="hook", out_indices=arguments.pop("out_indices", (0, 1, 2)))
     return build_xformer(PoolingXformer, row.name, pretrained, arguments, checkpoint_filter_fn, feature_cfg)
 

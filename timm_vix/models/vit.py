@@ -265,6 +265,14 @@ def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
         raise InputError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
 
 
+def check_stages(**values: Any) -> None:
+    """Raise ValueError unless each value is a tuple of positive integers, one for each stage."""
+    lengths = {len(numbers) if isinstance(numbers, (tuple, list)) else 0 for numbers in values.values()}
+    if lengths == {0} or len(lengths) > 1 or any(not is_integer(n) or n < 1 for own in values.values() for n in own):
+        given = ", ".join(f"{name}={numbers!r}" for name, numbers in values.items())
+        raise InputError(f"{given}: expected tuples of positive integers, one for each stage")
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> dict[str, Any]:
     """Fit a checkpoint to the model: one of ours as it is, one of a softmax ViT with our own parameters fresh.
 
