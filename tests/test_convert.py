@@ -218,6 +218,15 @@ def test_converting_again_starts_from_the_attention():
     assert model._model_args["layers"] == direct._model_args["layers"]
 
 
+def test_softmax_layers_that_have_a_slot_keep_it():
+    model = vit()
+    timm_vix.convert(model, "softmax", merge=2)
+    slots = [block.attn for block in model.blocks]
+    report = timm_vix.convert(model, "performer", layers=[0])
+    assert [block.attn is slot for block, slot in zip(model.blocks, slots)] == [False, True, True, True]
+    assert [row.changed for row in report.rows] == [True, False, False, False]
+
+
 @pytest.mark.parametrize(
     "kwargs", [{}, {"qkv_fused": False}, {"num_reg_tokens": 2}, {"qk_norm": True}, {"qkv_bias": False}]
 )
@@ -570,6 +579,13 @@ def saved(tmp_path_factory):
         (dict(layers="plan.json"), ["names no file"]),
         (dict(unknown=3), ["unknown"]),
         (dict(checkpoint_path="/etc/passwd"), ["checkpoint_path"]),
+        (dict(device="cpu", embed_dim=65_536), ["device", "may not say where"]),
+        (dict(source_kwargs={"dtype": "float64"}), ["dtype", "may not say where"]),
+        (dict(source_kwargs="depth"), ["source_kwargs='depth'", "by name"]),
+        (
+            dict(conversion={"given": {}, "found": dict.fromkeys(("mixer", "layers", "merge", "scale_logits"))}),
+            ["conversion=", "given and found"],
+        ),
     ],
     ids=str,
 )

@@ -73,6 +73,20 @@ def test_as_many_landmarks_as_patches_are_counted_at_the_present_size(tmp_path) 
     timm_vix.load_delta(at_once, tmp_path / "delta.safetensors")
 
 
+def test_landmarks_of_a_model_of_any_size_count_as_they_are(tmp_path) -> None:
+    def build(num_landmarks: int) -> torch.nn.Module:
+        model = vit(dynamic_img_size=True)
+        timm_vix.convert(model, "nystrom", num_landmarks=num_landmarks)  # at 4x4 patches, and later at any
+        return model
+
+    model = build(30)
+    timm_vix.freeze_except(model, "head")
+    timm_vix.save_delta(model, tmp_path / "delta.safetensors")
+    timm_vix.load_delta(build(30), tmp_path / "delta.safetensors")
+    with pytest.raises(ValueError, match="num_landmarks=30"):
+        timm_vix.load_delta(build(20), tmp_path / "delta.safetensors")
+
+
 def test_a_converted_model_keeps_its_task(tmp_path) -> None:
     model = vit()
     timm_vix.convert(model, "linformer", layers="last-2", num_proj_tokens=4)
@@ -215,6 +229,8 @@ def test_a_delta_that_was_tampered_with_is_refused(tmp_path) -> None:
         {"backbone": "{}"},
         {"backbone": '{"int4": "00"}'},
         {"backbone": "null"},
+        {"backbone": '["float32"]'},
+        {"mechanisms": "[" * 100_000},
         {"format": "timm_vix delta 1"},
     ):
         save_file(tensors, path, metadata | change)

@@ -13,7 +13,7 @@ import timm
 import torch
 from conftest import DEIT, PHOTOGRAPHS, distance, lively, small
 from timm.models import save_for_hf
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -242,6 +242,7 @@ def test_tiny_scales_divide_no_prefix_token():
         ("no_bias", CONVERTED["nystrom"], "folded"),
         ("vix_nystrom", None, "folded"),
         ("eva_unfused", CONVERTED["performer"], "batch"),
+        ("eva_unfused", CONVERTED["nystrom"], "folded"),
         ("vix_parallel", None, "folded_blocks"),
     ],
 )
@@ -273,6 +274,39 @@ def test_converting_after_folding(tmp_path):
     assert torch.equal(model(x), plain)
     save_for_hf(model, tmp_path, safe_serialization=True)
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), plain)
+
+
+def test_norms_of_a_model_without_a_name_leave_its_mixers_weight_decay():
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5).eval()
+    timm_vix.convert(model, "performer", learned_features=True)
+    spared = model.no_weight_decay()
+    timm_vix.replace_norms(model, torch.randn(4, 3, 32, 32))
+    assert model.no_weight_decay() == spared and any(name.endswith("core.features") for name in spared)
+
+
+@torch.no_grad()
+def test_a_gate_can_be_put_in_after_folding_and_comes_back(tmp_path):
+    model, x = host().float(), images().float()
+    timm_vix.replace_norms(model, images())
+    timm_vix.fold_norms(model)
+    timm_vix.convert(model, "atrous", layers=[0], window_size=2)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
+
+
+@torch.no_grad()
+def test_a_saved_model_with_folded_norms_alone_is_converted_as_asked(tmp_path):
+    model, x = host().float(), images().float()
+    timm_vix.replace_norms(model, images())
+    timm_vix.fold_norms(model)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    place = f"local-dir:{tmp_path}"
+    assert torch.equal(timm.create_model(place, pretrained=True).eval()(x), model(x))
+    merged = timm.create_model(place, pretrained=True, merge=3).eval()
+    timm_vix.convert(model, merge=3)
+    assert torch.equal(merged(x), model(x))
+    with pytest.raises(ValueError, match="mixer='nystrom'.*no layer of the saved model is converted"):
+        timm.create_model(place, pretrained=True, mixer="nystrom")
 
 
 @torch.no_grad()

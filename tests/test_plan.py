@@ -532,13 +532,21 @@ def test_blocks_are_timed_together_or_not_at_all(monkeypatch, tmp_path: Path) ->
     assert [latency.Work(mixer).to_json() for mixer in (None, nystrom, performer, linformer)] == rows[-4:]
 
 
-def test_only_what_needs_no_grid_follows_merging() -> None:
-    performer = dict(mixer="performer", num_features=8)
-    assert latency.follows_merging(None) and latency.follows_merging(performer)
-    assert not any(
-        latency.follows_merging(other)
-        for other in (dict(mixer="nystrom"), dict(performer, locality=0.1), dict(performer, conv_residual=True))
-    )
+KEYWORDS = ({}, dict(conv_residual=True), dict(conv_residual=False), dict(locality=0.1))
+
+
+@pytest.mark.parametrize(
+    "mixer, keywords",
+    [(mixer, own) for mixer in MIXERS for own in KEYWORDS if own.keys() <= set(MIXERS[mixer].keywords())],
+)
+def test_what_follows_merging_is_what_convert_lets_follow(mixer: str, keywords: dict) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
+    if latency.follows_merging(dict(keywords, mixer=mixer)):
+        assert timm_vix.convert(model, mixer, [1], merge=[1, 0, 0], **keywords).rows[0].merged == 1
+    else:
+        with pytest.raises(ValueError, match=r"merge: blocks.1 has"):
+            timm_vix.convert(model, mixer, [1], merge=[1, 0, 0], **keywords)
+    assert latency.follows_merging(None)
 
 
 def test_a_killed_run_goes_on(clock, photos: Path, weights: Path, tmp_path: Path) -> None:
@@ -776,6 +784,31 @@ def test_a_published_plan_converts_the_layers_that_it_names(path: Path) -> None:
     assert model.blocks.merge == content["merge"]
 
 
+def test_a_plan_that_only_merges_leaves_mixers_and_takes_no_keywords(weights: Path, tmp_path: Path) -> None:
+    content = dict(format="timm_vix plan 2", architecture="deit_tiny_patch16_224", depth=3, layers={}, merge=[0, 2, 0])
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    model = build(weights)
+    timm_vix.convert(model, "performer", layers=path)  # the file as a path
+    assert model.blocks.steps == [0, 2, 0] and model._model_args["mixer"] == "softmax"
+    with pytest.raises(ValueError, match="num_landmark: the plan converts no layer"):
+        timm_vix.convert(build(weights), "nystrom", layers=str(path), num_landmark=9)
+
+
+def test_a_model_whose_blocks_cannot_merge_is_planned_without_merging(clock, photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    source, path = "vit_small_patch16_18x2_224", tmp_path / "weights.safetensors"
+    save_file(timm.create_model(source, **small).state_dict(), path)
+    settings = dict(source_kwargs=small, weights=str(path), images=8, keep=0.5, device="cpu", threads=1)
+    chosen = plan_layers(source, str(photos), out=str(tmp_path / "plan.json"), **settings)
+    assert chosen["merge"] == 0
+    with pytest.raises(
+        ValueError, match="mixer: merge can't be chosen, since tokens can't merge in blocks of Parallel"
+    ):
+        plan_layers(source, str(photos), mixer=["merge"], out=str(tmp_path / "other.json"), **settings)
+
+
 def test_plans_of_other_models_and_broken_ones_are_refused(weights: Path, tmp_path: Path) -> None:
     good = dict(
         format="timm_vix plan 1",
@@ -792,6 +825,7 @@ def test_plans_of_other_models_and_broken_ones_are_refused(weights: Path, tmp_pa
     assert load_plan(path, converted) == load_plan(path, model)
     broken = {
         "cannot be read as a plan": path.read_text()[:-5],
+        "cannot be read as a plan: maximum recursion": "[" * 100_000,
         "is no plan; expected a file of timm-vix plan": "[1, 2]",
         "expected a file": json.dumps(good | dict(format="other")),
         "is no plan": json.dumps(good | dict(layers=["nystrom"])),

@@ -99,6 +99,12 @@ def test_the_factor_follows_the_size_and_is_never_below_one() -> None:
 
 
 @torch.no_grad()
+def test_a_hybrid_counts_the_patches_of_its_backbone() -> None:
+    model = timm.create_model("vit_small_r26_s32_224", img_size=448, device="meta")
+    report = timm_vix.convert(model, scale_logits="log")
+    assert report.trained_tokens == 7 * 7 + 1
+
+
 def test_saved_loaded_and_reverted(tmp_path) -> None:
     model = host()
     original, images = copy.deepcopy(model), torch.randn(1, 3, 56, 40)

@@ -4,6 +4,7 @@ The mixers share the weights of the attention that they replace. What was conver
 ``push_to_hf_hub``, see ``record.py``.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
@@ -134,12 +135,17 @@ def convert(
     check_keywords(mixer, {})
     sites = attention_sites(model, sequences=True)
     layout = layout_of(model)
+    if isinstance(layers, os.PathLike):
+        layers = os.fspath(layers)
     if isinstance(layers, str) and layers.endswith(".json"):
         layers = load_plan(layers, model)
     if merge is None and isinstance(layers, Plan):
         merge = layers.merge
     check_sequence_options(model, merge, scale_logits)
-    keeps_mixers = keeps_mixers or (isinstance(layers, Plan) and not layers)
+    if isinstance(layers, Plan) and not layers:
+        if keywords:
+            raise InputError(f"{', '.join(keywords)}: the plan converts no layer that could take keywords of a mixer")
+        keeps_mixers, mixer = True, recorded_mixer(model)
     wanted = {} if keeps_mixers else layer_mixers(layers, len(sites), mixer, keywords)
     trained = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
     if merge is None:
@@ -206,7 +212,7 @@ def planned_sites(
             planned[site.path] = there
             if layer in wanted:
                 planned[site.path] = planned_attention(model, site, *wanted[layer], needs_slot)
-            elif is_softmax(there):
+            elif is_softmax(there) and (there is site.attn or not needs_slot):  # else it has its slot already
                 kept = there.config() if isinstance(there, AttentionSlot) else {}
                 planned[site.path] = planned_attention(model, site, "softmax", kept, needs_slot)
     return planned

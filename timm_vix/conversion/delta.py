@@ -183,6 +183,8 @@ def config_of(module: nn.Module) -> dict[str, Any]:
     """All keywords of the mechanism in a module with the values that it uses, and the kind of its rotary positions."""
     rope = getattr(module, "rope", None)
     config = {**module.core.config(), "rope": rope and ("1d" if rope.raster else "axial")}
+    if getattr(module, "dynamic", False):
+        return config
     # as many as there are patches is as good as more
     own = module.current_grid(-1) if isinstance(module, GridModule) else module.grid
     patches = math.prod(getattr(module, "key_grid", None) or own)
@@ -286,10 +288,11 @@ def read_delta(path: Union[str, Path], mechanisms: dict[str, list[Any]]) -> tupl
         saved = Description(*(json.loads(metadata[name]) for name in DESCRIBED))
         forms = [[str(name), dict(config)] for name, config in saved.mechanisms.values()]
         dtypes = set(saved.backbone)
-        if forms != list(saved.mechanisms.values()) or not dtypes or not dtypes <= set(DTYPES):
+        known = isinstance(saved.backbone, dict) and dtypes and dtypes <= set(DTYPES)
+        if forms != list(saved.mechanisms.values()) or not known:
             raise InputError("it describes no model")
         return saved, tensors
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is a damaged delta: its metadata cannot be read: {one_line(error)}") from error
 
 

@@ -155,7 +155,7 @@ def check_pooling(site: NormSite, slot: LandmarkSlot) -> None:
     Means of s·x + t are s times means of x, plus t; other sums aren't.
     """
     core, layout = slot.core, TokenLayout(slot.num_prefix_tokens, slot.grid)
-    if not core.pools_tokens or (slot.qkv is not None and slot.qkv.weight.is_meta):
+    if not core.pools_tokens or slot.proj.weight.is_meta:
         return
     parameter = slot.proj.weight
     ones = torch.ones(1, slot.num_tokens, 1, dtype=parameter.dtype, device=parameter.device)

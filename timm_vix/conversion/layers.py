@@ -15,7 +15,8 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any
     Raises:
         ValueError: for a form, a layer, a mixer or a keyword that isn't there.
     """
-    forms = "expected 'all', 'first-n', 'last-n', 'every-n', a list of indices or a mapping from index to mixer"
+    forms = "expected 'all', 'first-n', 'last-n', 'every-n', a list of indices, a mapping from index to mixer, "
+    forms += "or the .json file of a plan"
     chosen: dict[Any, Any]
     if isinstance(layers, str):
         form, _, count = layers.partition("-")

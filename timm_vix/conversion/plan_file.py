@@ -69,7 +69,7 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a plan: {one_line(error)}") from error
     known = isinstance(content, dict) and content.get("format") in FORMATS
     if not known or not isinstance(content.get("layers"), dict):

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._checks import InputError
 from .merging import MergingBlocks
-from .replace import AttentionSite, all_keywords, mixer_name, no_decay_names, update_hooks
+from .replace import AttentionSite, all_keywords, mixer_name, no_decay_names, slots_of, update_hooks
 from .scaling import scaled_for
 from .sites import attention_sites, source_of
 
@@ -69,7 +69,9 @@ def record_conversion(
 def record_norms(model: nn.Module, norms: str) -> None:
     """Record that layer norms were replaced, "batch", or folded, "folded" or without the last "folded_blocks"."""
     arguments = getattr(model, "_model_args", {}) if source_of(model) is not None else {}
-    sites = attention_sites(model, sequences=True) if arguments.get("layers") else []
+    # a model without a name of timm records no layers, and its mixers have parameters that weight decay spares as well
+    converted = arguments.get("layers") or any(slot.replaced for slot in slots_of(model).values())
+    sites = attention_sites(model, sequences=True) if converted else []
     record_conversion(model, sites, arguments.get("mixer", "softmax"), norms)
 
 
@@ -110,7 +112,11 @@ def resolved_arguments(conversion: Any, arguments: dict[str, Any]) -> list[Any]:
         arguments: those of the present call; the caller may have changed some.
     """
     given, found = (conversion.get(part) if isinstance(conversion, dict) else None for part in ("given", "found"))
-    if not isinstance(given, dict) or not isinstance(found, dict) or found.keys() != {*RESOLVED}:
+    if (
+        not isinstance(given, dict)
+        or not isinstance(found, dict)
+        or not (given.keys() >= arguments.keys() and found.keys() == {*RESOLVED})
+    ):
         raise InputError(f"conversion={conversion!r}: a saved configuration has given and found here")
     # timm saves the arguments that were given, and the resolved values of the others
     same = {name: value in (given.get(name), found.get(name)) for name, value in arguments.items()}

@@ -12,7 +12,6 @@ Merged tokens count as the patches for which they stand.
 
 from typing import Union
 
-from timm.layers import to_2tuple
 from torch import nn
 
 from .._checks import InputError, is_integer
@@ -44,7 +43,7 @@ def trained_tokens(model: nn.Module, scale_logits: ScaleLogits) -> int:
                 f"scale_logits='log': {type(model).__name__} has no pretrained_cfg that tells the size with which it "
                 f"was trained; {FORMS}"
             )
-        (height, width), (rows, columns) = size[-2:], to_2tuple(model.patch_embed.patch_size)
+        (height, width), (rows, columns) = size[-2:], model.patch_embed.feat_ratio(as_scalar=False)
         return model.num_prefix_tokens + (height // rows) * (width // columns)
     number = scale_logits
     if not is_integer(number) or (number != 0 and number < 2):

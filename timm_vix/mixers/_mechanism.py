@@ -146,6 +146,12 @@ class Mixer(nn.Module):
         return core
 
     @classmethod
+    def takes_merged_tokens(cls, **keywords: Any) -> bool:
+        """Whether the mixer that these keywords build may stand where tokens have merged before it."""
+        given = dict(conv_residual=cls.conv_residual, locality=cls.locality) | keywords
+        return cls.supports_key_bias and not (given["conv_residual"] or given["locality"])
+
+    @classmethod
     def keywords(cls) -> list[str]:
         """The keywords of the mixer, e.g. ``["num_landmarks", "pinv_iterations", ...]``."""
         own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "shape")]

@@ -68,10 +68,7 @@ class Work(NamedTuple):
 
 def follows_merging(mixer: Mixer) -> bool:
     """Whether a mixer may stand where tokens have merged."""
-    if mixer is None:
-        return True
-    on_grid = mixer.get("conv_residual") or mixer.get("locality")
-    return MIXERS[mixer["mixer"]].supports_key_bias and not on_grid
+    return mixer is None or MIXERS[mixer["mixer"]].takes_merged_tokens(**mixer)
 
 
 class Latency:

@@ -26,6 +26,7 @@ from .._device import find_device, versions
 from .._files import write_whole
 from .._records import check_writable
 from ..conversion.delta import fingerprint, mechanisms_of
+from ..conversion.merging import BLOCKS, class_of
 from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
 from ..conversion.sites import attention_sites
 from ..data.folders import find_unlabelled, labelled_folder, spread
@@ -77,6 +78,12 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     if run.threads:
         torch.set_num_threads(run.threads)
     model, config = build_softmax_model(run)
+    names, mixers = run.names(), run.candidates()
+    others = sorted({class_of(block).__name__ for block in model.blocks if class_of(block) not in BLOCKS})
+    if MERGE in names and others:
+        if run.mixer is not None:
+            raise InputError(f"mixer: {MERGE} can't be chosen, since tokens can't merge in blocks of {others[0]}")
+        names.remove(MERGE)
     pixels, labels = read_images(run, config, model)
     table = Measurements(path.with_suffix(".csv"))
     normalise = normaliser(config, run.device)
@@ -95,7 +102,6 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     passed = torch.cat(chosen.batches)
     passed = passed[torch.arange(run.latency_batch) % len(passed)]
     latency = Latency(model, passed, table, time_key(run, model))
-    names, mixers = run.names(), run.candidates()
     merging = MERGE in names
     print(f"{run.source}: {len(model.blocks)} layers, {len(mixers)} candidates{' and merging' * merging}", flush=True)
     costs = latency.time_blocks(mixers, merging)
@@ -157,7 +163,7 @@ def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
         ValueError: for a model whose attention is not softmax, or can't be converted, and for labels without a
             classifier.
     """
-    model, config = build_teacher(run)
+    model, config = build_teacher(run.source, run.source_kwargs, run.weights, run.img_size, run.device)
     if any(name != "softmax" for name, _ in mechanisms_of(model).values()):
         raise InputError(f"source={run.source} has mixers already; a plan starts from a softmax model")
     if run.labels and not model.num_classes:

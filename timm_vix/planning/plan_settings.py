@@ -24,7 +24,7 @@ class PlanSettings(Settings):
     """The keywords of ``plan_layers``."""
 
     source: str = setting(MISSING, "timm model, a VisionTransformer or Eva")
-    data_dir: str = setting(MISSING, "folder of images of any depth")
+    data_dir: str = setting(MISSING, "folder of images, also in folders below it")
     mixer: Optional[Union[list, tuple, dict]] = setting(  # noqa: RUF009  (a field, not a shared default)
         None,
         f"what to choose from, of {', '.join(CANDIDATES)} and {MERGE}, the merging of tokens; a mapping from names to "
