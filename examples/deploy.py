@@ -20,7 +20,8 @@ from torch import nn
 
 from timm_vix._checks import InputError
 from timm_vix._device import device_name, fields_of, versions
-from timm_vix._records import Columns, append_record, check_writable, key_of, read_records
+from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
+from timm_vix.benchmark.cost import positive
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import find_unlabelled, labelled_folder, read_labels, spread
 from timm_vix.deploy.check import accuracy, latency, read_calibration
@@ -124,7 +125,7 @@ def measure_all(given: argparse.Namespace) -> None:
     """Measure what has no row yet."""
     torch.set_num_threads(given.threads)
     check_writable(given.out)
-    rows = read_records(given.out, COLUMNS, exact=True)[0] if given.out.exists() else []
+    rows, _ = earlier_records(given.out, COLUMNS)
     known = {key_of(row, KEY) for row in rows if not (row["error"] and given.retry_failed)}
     left = [job for job in jobs(given) if key_of(job, KEY) not in known]
     present = fields_of("/proc/cpuinfo").get("flags", "").split()
@@ -147,12 +148,12 @@ def main() -> None:
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--calibrate", required=True, type=Path, help="folder of images for int8")
-    parser.add_argument("--calibrate-images", type=int, default=400)
+    parser.add_argument("--calibrate-images", type=positive, default=400)
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", default=list(MODELS))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--limit", type=int, default=1000, help="photographs")
-    parser.add_argument("--rounds", type=int, default=25, help="least number of rounds of a latency")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=positive, default=1000, help="photographs")
+    parser.add_argument("--rounds", type=positive, default=25, help="least number of rounds of a latency")
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--retry-failed", action="store_true", help="export again what failed before")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "deploy.csv")
     in_one_line(measure_all)(parser.parse_args())

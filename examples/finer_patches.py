@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from timm_vix._checks import check_choice
 from timm_vix._device import autocast, device_name, find_device, find_dtype
-from timm_vix._files import one_line
+from timm_vix._files import name_and_checksum, one_line
 from timm_vix._names import parse_model
 from timm_vix._records import Columns, append_record, check_writable, earlier_records
 from timm_vix.cli import in_one_line
@@ -168,7 +168,7 @@ def train(run: FinetuneSettings, row: Row, data: Data) -> Row:
     expected = 60_000 * limit / (row["train_ms_an_image"] * batch_size) if by_time else limit * steps
     expected = max(1, round(expected))
     optimizer, scheduler = optimizer_of(net, replace(run, epochs=1), expected)
-    position: Row = dict(step=0, seconds=0.0, loss=0.0, weights=Path(run.checkpoint or "").name)
+    position: Row = dict(step=0, seconds=0.0, loss=0.0, weights=name_and_checksum(run.checkpoint))
     settings = dict(run.recorded(), images=f"{images.digest()}; {val.digest()}", amp=str(dtype))
     settings |= {name: row[name] for name in ("mixer", "keywords", "budget", "limit")}
     checkpoint = Checkpoint(Path(run.out) / "checkpoint.pt", json.loads(json.dumps(settings)), net, optimizer, position)

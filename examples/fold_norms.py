@@ -1,4 +1,4 @@
-"""What it keeps and saves to fold DeiT-Tiny's norms away: top-1 on labelled photographs and time, in float and int8.
+"""What folding DeiT-Tiny's norms keeps and saves: top-1 on labelled photographs and time, in float and int8.
 
     python examples/fold_norms.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors
         --data-dir caltech101/train --steps 0 400
@@ -15,7 +15,6 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +24,8 @@ from torch import nn
 import timm_vix
 from timm_vix._checks import check_integer, check_number
 from timm_vix._device import device_name, versions
-from timm_vix._records import Columns, append_record, check_writable, key_of, read_records
+from timm_vix._files import name_and_checksum
+from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
 from timm_vix.conversion.handover import HandoverSchedule, finish
 from timm_vix.data.folders import find_unlabelled, labelled_folder, spread
@@ -66,6 +66,7 @@ def train(student: nn.Module, teacher: nn.Module, schedule: HandoverSchedule, co
     scheduler = CosineLRScheduler(optimizer, schedule.steps, warmup_t=schedule.steps // 20, t_in_epochs=False)
     position: dict[str, Any] = dict(step=0, seconds=0.0)
     settings = dict(steps=schedule.steps, lr=run.lr, batch_size=run.batch_size, images=images.digest(), fade=run.fade)
+    settings["weights"] = name_and_checksum(run.weights)
     name = f"{schedule.steps}_lr={run.lr:g}_batch={run.batch_size}{'_faded' * run.fade}.pt"
     checkpoint = Checkpoint(run.runs / name, settings, student, optimizer, position)
     if checkpoint.path.exists():
@@ -136,10 +137,9 @@ def run_all(run: argparse.Namespace) -> None:
     torch.set_num_threads(run.threads)
     run.runs.mkdir(parents=True, exist_ok=True)
     check_writable(run.out)
-    known = read_records(run.out, COLUMNS, exact=True)[0] if run.out.exists() else []
+    known, _ = earlier_records(run.out, COLUMNS)
     done = {key_of(row, KEY) for row in known}
-    given = SimpleNamespace(source=SOURCE, source_kwargs=None, weights=run.weights, img_size=None, device="cpu")
-    teacher, config = build_teacher(given)
+    teacher, config = build_teacher(SOURCE, weights=run.weights)
     images = len(spread(labelled_folder(run.images, teacher)[0], run.count))
     shared = dict(images=images, device_name=device_name("cpu"), threads=run.threads)
     trained = [dict(norms="layer", steps=0, lr=None, batch_size=None)]

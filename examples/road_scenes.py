@@ -5,6 +5,7 @@ class indices: 0 to 10, or 11 for pixels without a class, which count neither in
 """
 
 import io
+import zlib
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -87,6 +88,13 @@ class Scenes:
         aspect = size[1] / size[0]
         crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(0.85 * aspect, 1.15 * aspect), antialias=True)
         self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3)])
+
+    def digest(self) -> str:
+        """A checksum of all images and masks."""
+        checksum = 0
+        for part in (part for scene in self.scenes for part in scene):
+            checksum = zlib.crc32(part.contiguous().numpy().data, checksum)
+        return f"{checksum:08x}"
 
     def batches(self, first: int, last: Optional[int]) -> Iterator[Scene]:
         """The batches from step ``first`` to before ``last``: pixels (B, 3, h, w), classes (B, h, w); None: endless."""

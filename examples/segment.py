@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from timm_vix._checks import check_integer, check_number
 from timm_vix._device import device_name, find_device, find_dtype, versions
-from timm_vix._files import write_whole
-from timm_vix._records import append_record, check_writable, key_of, read_records
+from timm_vix._files import name_and_checksum, write_whole
+from timm_vix._records import append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
 from timm_vix.data.images import STEP, reseed
 from timm_vix.train.checkpoint import Checkpoint
@@ -60,7 +60,8 @@ def train(net: nn.Module, scenes: Scenes, settings: dict[str, Any], run: argpars
     """Train, from the last checkpoint if there is one; return the position at the end: steps and seconds."""
     optimizer, objective = optimizer_of(net, run), Objective(net, run)
     position: dict[str, Any] = dict(step=0, seconds=0.0)
-    checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position)
+    identity = dict(settings, weights=name_and_checksum(run.weights) if run.weights else None, scenes=scenes.digest())
+    checkpoint = Checkpoint(folder / "checkpoint.pt", identity, net, optimizer, position)
     if checkpoint.path.exists():
         checkpoint.restore(checkpoint.read())
     total = math.ceil(run.epochs * scenes.per_epoch) if run.seconds is None else None  # None: the time decides
@@ -133,7 +134,7 @@ def run_all(run: argparse.Namespace) -> None:
     check_writable(run.out)
     train_scenes, val_scenes = (read_scenes(run.data_dir / split, run.count) for split in ("train", "val"))
     scenes = Scenes(train_scenes, run.img_size, run.batch_size, run.seed)
-    rows = read_records(run.out, COLUMNS, exact=True)[0] if run.out.exists() else []
+    rows, _ = earlier_records(run.out, COLUMNS)
     known = {key_of(row, SETTINGS) for row in rows}
     for mixer in run.mixers:
         settings = settings_of(run, mixer, len(train_scenes))
@@ -194,6 +195,7 @@ def check_arguments(run: argparse.Namespace) -> None:
     for name in ("batch_size", "patch_size", "rounds", "checkpoint_every", "count", "threads"):
         if getattr(run, name) is not None:
             check_integer(name, getattr(run, name), 1)
+    check_integer("seed", run.seed, 0)
     for name in ("epochs", "seconds"):
         if getattr(run, name) is not None:
             check_number(name, getattr(run, name), 0.01)

@@ -1,4 +1,4 @@
-"""A timm ViT with a head for segmentation: how it is built, its rates of learning, its loss, and what it costs."""
+"""A timm ViT with a head for segmentation: how it is built, its learning rates, its loss, and what it costs."""
 
 import argparse
 from collections.abc import Callable

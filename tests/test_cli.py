@@ -125,6 +125,24 @@ def test_what_is_not_a_defect_is_one_line(error, code, words, monkeypatch, capsy
     assert capsys.readouterr().err == words
 
 
+def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys) -> None:
+    def fail(arguments) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("timm_vix.deploy.export.main", fail)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "export", "x", "--to", "onnx", "--out", "x.onnx")
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_wants_no_more_is_no_error() -> None:
+    command = [sys.executable, "-u", "-m", "timm_vix", "list", "vix_*_cifar"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("name")
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
+
+
 def test_a_defect_shows_its_traceback(monkeypatch) -> None:
     monkeypatch.setattr("timm_vix.benchmark.cost.main", lambda arguments: [].index(3))
     with pytest.raises(ValueError, match="is not in list"):

@@ -212,6 +212,8 @@ def test_a_table_of_labels(tmp_path: Path, photos: Path) -> None:
     model.num_classes = 5
     items, _ = labelled_folder(tmp_path, model)
     assert items == [(tmp_path / "images" / "1.png", 4), (tmp_path / "images" / "0.png", 2)]
+    (tmp_path / "labels.csv").write_text("1.png,4\n0.png,2\n")  # without a header
+    assert labelled_folder(tmp_path, model)[0] == items
     (tmp_path / "labels.csv").write_text("file,imagenet_class\n1.png,5\n")
     with pytest.raises(InputError, match="line 2: expected FILE,CLASS with a class below 5"):
         labelled_folder(tmp_path, model)

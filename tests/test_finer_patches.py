@@ -180,7 +180,6 @@ def test_one_that_fails_leaves_the_others(run, finer, monkeypatch):
 
 
 def test_table_has_both_budgets_in_the_line_of_a_mixer(finer, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
     tables = importlib.import_module("result_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     costs = dict(tokens=785, rounds=5, train_ms_an_image=250.4, peak_memory_mib=1234.5)

@@ -26,9 +26,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from torchvision.transforms import v2
 
 import timm_vix
-from timm_vix.data.folders import find_images
+from timm_vix.data.folders import find_images, hold_out
 from timm_vix.data.images import Images, transforms
 from timm_vix.train.build import build_model
 from timm_vix.train.finetune import finetune
@@ -314,6 +315,27 @@ def test_hold_out_is_a_fifth_of_every_class_and_fixed(digits):
     assert [sum(label == i for _, label in val) for i in range(4)] == [8] * 4
     assert not {path for path, _ in train} & {path for path, _ in val}
     assert find_images(str(digits))[1] == val
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8, 0.95])
+def test_every_class_keeps_an_image_to_learn_from(share):
+    items = [(Path(f"{label}{i}.png"), label) for label, number in enumerate((1, 2, 4, 20)) for i in range(number)]
+    train, val = hold_out(items, share)
+    assert {label for _, label in train} == {0, 1, 2, 3} and {label for _, label in val} == {1, 2, 3}
+    assert sorted(map(str, train + val)) == sorted(map(str, items))
+
+
+def test_a_photograph_that_says_how_it_was_held_is_turned(tmp_path):
+    """As the page that serves the model turns it."""
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8, 0] = 255  # red on the left: below, after a quarter turn anticlockwise
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    plain = v2.Compose([v2.PILToTensor()])
+    images = Images([(tmp_path / "a.png", 0)], ["a"], 3, lambda image: image, plain, seed=0)
+    found = images[None, 0][0]
+    assert found.shape == (3, 16, 8) and (found[0, 8:] == 255).all() and not found[0, :8].any()
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "test", "elsewhere"])

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -10,7 +11,7 @@ import timm
 import torch
 from hub_server import Hub
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from timm.data import resolve_input_data_config
 
 import timm_vix
@@ -98,6 +99,25 @@ def test_what_was_pushed_is_the_function_of_the_run(keep, run, login, tmp_path, 
     (line,) = (line for line in card.text.splitlines() if "create_model" in line)
     assert line == 'model = timm.create_model("hf-hub:me/flowers", pretrained=True)'
     assert LOADING.sub("", card.text) == LOADING.sub("", local.text)
+
+
+def test_a_folder_with_the_name_of_a_model_is_that_folder(run, login, tmp_path, monkeypatch):
+    (run / "hub").rename(tmp_path / "hybrid_vin_cifar")
+    monkeypatch.chdir(tmp_path)
+    push(Path("hybrid_vin_cifar"), "me/flowers")
+    mine = outputs("hf-hub:me/flowers", tmp_path)
+    assert torch.equal(mine, outputs(f"local-dir:{tmp_path / 'hybrid_vin_cifar'}", tmp_path))
+
+
+def test_a_file_of_two_dtypes_is_uploaded_as_it_is(run, login, tmp_path):
+    path = run / "hub" / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"head.weight": weights["head.weight"].bfloat16()}, path)
+    (run / "checkpoint.pt").unlink()  # its weights are others now
+    push(run, "me/flowers")
+    uploaded = load(Hub.files["me/flowers/model.safetensors"])
+    assert all(torch.equal(uploaded[name], tensor) for name, tensor in weights.items() if name != "head.weight")
+    assert torch.equal(uploaded["head.weight"], weights["head.weight"].bfloat16().float())
 
 
 def test_a_branch_has_its_own_weights(run, login, tmp_path):

@@ -32,9 +32,8 @@ def one_thread():
 
 
 @pytest.fixture
-def module(monkeypatch):
+def module():
     """The modules of the example by name."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
     return importlib.import_module
 
 

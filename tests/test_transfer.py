@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,10 +225,11 @@ def command(settings):
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_weights(weights, unlabelled, tmp_path):
-    whole, _ = transfer(**arguments(weights, unlabelled, tmp_path / "whole", threads=1))
+    steps = dict(block_steps=30, distill_steps=30, threads=1)
+    whole, _ = transfer(**arguments(weights, unlabelled, tmp_path / "whole", **steps))
     out = tmp_path / "killed"
-    settings = arguments(weights, unlabelled, out, threads=1)
-    for stop_after in (3, 7):
+    settings = arguments(weights, unlabelled, out, **steps)
+    for stage, stop_after in ((1, 3), (2, 33)):
         process = subprocess.Popen(command(settings), stderr=subprocess.DEVNULL)
         rows = 0
         while process.poll() is None and rows < stop_after:
@@ -235,11 +237,23 @@ def test_killed_at_any_moment_it_resumes_to_the_same_weights(weights, unlabelled
             if (out / "steps.csv").exists():
                 rows = len((out / "steps.csv").read_text().splitlines()) - 1
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
+        position = torch.load(out / "checkpoint.pt", weights_only=True)["position"]
+        assert position["stage"] == stage and 0 < position["step"] < 30
         settings["resume"] = True
     resumed, _ = transfer(**settings)
     for key, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], tensor), key
+
+
+def test_a_held_out_image_that_cannot_be_read_is_named(weights, unlabelled, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, path in enumerate(sorted(unlabelled.glob("*.jpg"))[:12]):
+        shutil.copy(path, folder / f"{index + 1:02}.jpg")
+    (folder / "00.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"every twentieth image is held out.* none of these 1 can be read, .*00\.jpg"):
+        transfer(**arguments(weights, folder, tmp_path / "out"))
 
 
 def test_a_mixer_that_is_exact_leaves_the_model_as_it_was(weights, unlabelled, tmp_path):

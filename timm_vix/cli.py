@@ -16,15 +16,17 @@ from . import __version__, models
 from ._checks import InputError
 from ._names import near_names
 
+# commands that, once stopped, go on when they are called again
+CONTINUING = ("cost", "compare", "plan")
 COMMANDS = dict(
     cost=("benchmark.cost", "latency, memory and FLOPs of any timm models, beside softmax"),
     advise=("benchmark.advise", "which mechanism is fastest here, and from how many tokens"),
     compare=("benchmark.compare", "train several models by one recipe: accuracy beside cost"),
     plan=("planning.plan", "which layers of a trained ViT to convert, and to what, for a wanted agreement or cost"),
-    transfer=("train.transfer", "convert a trained ViT and fit it to what it was, without labels"),
+    transfer=("train.transfer", "convert a trained ViT and distil the original into it, without labels"),
     export=("deploy.export", "write a model as ONNX, OpenVINO or torch file, also in int8, and check what it computes"),
     push=("deploy.push", "check the folder of a run, and upload it to the Hugging Face Hub"),
-    serve=("deploy.serve", "a page in the browser on which a trained model names what is on pictures"),
+    serve=("deploy.serve", "a page in the browser on which a trained model classifies pictures"),
     report=("benchmark.report", "a page and figures from the tables of cost and compare"),
 )
 
@@ -93,20 +95,29 @@ def run_script(arguments: argparse.Namespace) -> None:
     runpy.run_path(arguments.script, run_name="__main__")
 
 
-def in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+def in_one_line(
+    command: Callable[[argparse.Namespace], None], interrupted: str = "interrupted; the same command continues"
+) -> Callable[[argparse.Namespace], None]:
     """The command, with one line for wrong input, for a file that can't be written and for Ctrl-C.
 
-    The exit codes are 2, 2 and 130. Any other exception is a defect, and keeps its traceback.
+    The exit codes are 2, 2 and 130; 1 without a line where the reader of the output, such as ``head``, wants no more.
+    Any other exception is a defect, and keeps its traceback.
+
+    Args:
+        interrupted: the line for Ctrl-C, where the command has none of its own.
     """
 
     def call(arguments: argparse.Namespace) -> None:
         try:
             command(arguments)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python writes at its end
+            sys.exit(1)
         except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
-            print(str(interrupt) or "interrupted; the same command continues", file=sys.stderr)
+            print(str(interrupt) or interrupted, file=sys.stderr)
             sys.exit(130)
 
     return call
@@ -129,7 +140,7 @@ def main() -> None:
         metavar="PATTERN",
         help="e.g. 'vix_nystrom_*'; default: all",
     )
-    command.set_defaults(function=list_models)
+    command.set_defaults(function=in_one_line(list_models, "interrupted"))
 
     command = commands.add_parser("run", help="run one of timm's scripts, unmodified, with our names registered")
     command.add_argument("script", type=script_file, metavar="SCRIPT", help="e.g. validate.py")
@@ -144,7 +155,8 @@ def main() -> None:
             module = importlib.import_module(f".{path}", __package__)
             command.description = module.__doc__
             module.add_arguments(command)
-            command.set_defaults(function=in_one_line(module.main))
+            main_of = in_one_line(module.main) if name in CONTINUING else in_one_line(module.main, "interrupted")
+            command.set_defaults(function=main_of)
 
     arguments = parser.parse_args()
     arguments.function(arguments)

@@ -176,7 +176,7 @@ def read_labels(folder: Path, num_classes: int) -> tuple[Items, list[str]]:
         raise InputError(f"{table} cannot be read: {one_line(error)}; expected a CSV file in UTF-8") from error
     items: Items = []
     for number, row in enumerate(rows, 1):
-        if number == 1 or not row:
+        if not row or (number == 1 and not (len(row) > 1 and row[1].isdecimal())):  # the header, if there is one
             continue
         if len(row) < 2 or not row[1].isdecimal() or int(row[1]) >= num_classes:
             raise InputError(f"{table}, line {number}: expected FILE,CLASS with a class below {num_classes}")
@@ -222,7 +222,7 @@ def hold_out(items: Items, share: float) -> tuple[Items, Items]:
         of_class.setdefault(item[1], []).append(item)
     for label, own in sorted(of_class.items()):
         random.Random(label).shuffle(own)
-        cut = max(1, round(share * len(own))) if len(own) > 1 else 0
+        cut = min(max(1, round(share * len(own))), len(own) - 1)  # a class always keeps one to learn from
         val += own[:cut]
         train += own[cut:]
     if not val:

@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision.transforms import Compose, RandomCrop
@@ -46,7 +46,8 @@ def reseed(*key: int) -> None:
 def transforms(data_config: dict[str, Any], augment: str, flip: float) -> tuple[Any, Any, Any]:
     """Split timm's pipelines into what is done once, for training and for validation; uint8 tensors come out.
 
-    Images are kept at the size that the first step of validation gives, so validation is exactly timm's.
+    Images are kept at the size that the first step of validation gives, so validation is exactly timm's, but for
+    photographs whose EXIF data say that they are turned.
 
     Raises:
         ValueError: for a model that takes neither grey nor RGB images.
@@ -143,7 +144,8 @@ class Images(Dataset):
         """The pixels of an image; None if it can't be read."""
         try:
             with open_image(self.items[index][0]) as image:
-                return index, np.asarray(self.resize(image.convert(self.mode)))
+                # a camera that was held upright stores a picture that lies, and says so
+                return index, np.asarray(self.resize(ImageOps.exif_transpose(image).convert(self.mode)))
         except Exception:  # what a damaged file raises differs between PIL's readers
             return index, None
 

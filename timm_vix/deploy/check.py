@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 
 def read_calibration(folder: Path, count: int, config: dict[str, Any]) -> torch.Tensor:
-    """Up to ``count`` images of a folder of any depth, spread over it and prepared: (images, channels, height, width).
+    """Up to ``count`` images of a folder and of those below it, prepared: (images, channels, height, width).
 
     Raises:
         ValueError: for a folder that isn't there or holds no image that can be read.

@@ -21,7 +21,6 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -86,9 +85,8 @@ def build(
     img_size = keywords.pop("img_size", img_size)
     if dynamic_size:
         keywords["dynamic_img_size"] = True
-    run = SimpleNamespace(source=name, source_kwargs=keywords, weights=weights, img_size=img_size, device="cpu")
     try:
-        model, config = build_teacher(run)
+        model, config = build_teacher(name, keywords, weights, img_size)
     except InputError as error:
         if dynamic_size and "dynamic_img_size" in str(error):
             raise fixed_size(name, "it takes no dynamic_img_size") from error
@@ -279,7 +277,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pretrained", action="store_true", help="timm's weights of the model")
     add("--img-size", type=positive, help="side of the images in pixels; default: the model's own")
     add("--dynamic-size", action="store_true", help="images of any size in whole patches")
-    add("--calibrate", type=Path, metavar="DIR", help="folder of images of any depth on which int8 is calibrated")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="DIR",
+        help="folder of images, or folders below it, to calibrate int8",
+    )
     add("--calibrate-images", type=positive, default=400, help="how many of them, spread over the folder: 400")
     add("--data-dir", type=Path, help="labelled images for top-1: class folders, or labels.csv with FILE,CLASS")
     add("--limit", type=positive, help="how many of these, spread over the folder; default: all")

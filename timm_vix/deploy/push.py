@@ -148,7 +148,7 @@ def check_folder(hub: Path) -> tuple[nn.Module, ModelCard]:
         raise InputError(f"{hub} cannot be read: {one_line(error)}") from error
     check_config(hub / "config.json", config)
     check_card(hub / "README.md", card)
-    model, again = load_trained(str(hub)), load_trained(str(hub))
+    model, again = load_trained(f"local-dir:{hub}"), load_trained(f"local-dir:{hub}")
     images = known_images(model.pretrained_cfg["input_size"])
     outputs = one_by_one(model, images)
     if not outputs.isfinite().all():
@@ -158,7 +158,7 @@ def check_folder(hub: Path) -> tuple[nn.Module, ModelCard]:
     check_run(hub, model, images)
     with safe_open(hub / "model.safetensors", "pt") as file:
         stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  it is no dict
-    return (model.bfloat16() if "BF16" in stored else model), card
+    return (model.bfloat16() if stored & {"BF16", "F16", "F32", "F64"} == {"BF16"} else model), card
 
 
 def entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

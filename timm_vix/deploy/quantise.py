@@ -45,7 +45,7 @@ def quantise_openvino(model: Any, images: torch.Tensor) -> Any:
     with needs("int8"):
         import nncf
 
-    layers = {"MatMul", "Convolution"}
+    layers = {"MatMul", "Convolution", "GroupConvolution"}
     # products of two activations, such as those within attention
     products = [
         node.get_friendly_name()

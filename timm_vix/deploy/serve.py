@@ -172,7 +172,9 @@ def build_page(gradio: Any, answers: Answers) -> tuple[Any, dict[str, Any]]:
     net = answers.classifier.net
     size = " x ".join(map(str, answers.classifier.size))
     facts = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters · {size} px · {net.num_classes} classes"
-    with gradio.Blocks(title=f"{title_of(net)} · timm_vix", analytics_enabled=False, fill_width=True) as page:
+    # pictures that were dropped here are deleted after an hour
+    options: dict[str, Any] = dict(analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600))
+    with gradio.Blocks(title=f"{title_of(net)} · timm_vix", **options) as page:
         gradio.Markdown(f"# {title_of(net)}\n{facts} · {torch.get_num_threads()} CPU threads")
         with gradio.Row():
             with gradio.Column(scale=4):

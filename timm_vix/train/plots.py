@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from .._checks import InputError
 from .._files import write_whole
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 BLACK, BLUE, VERMILION, ORANGE = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]
 
 
-class MatplotlibIsMissing(ValueError):
+class MatplotlibIsMissing(InputError):
     """Nothing can be drawn."""
 
 

@@ -1,7 +1,7 @@
 """The frozen original of a converted model, and how new mixers are initialised from it before training."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import timm
 import torch
@@ -24,31 +24,40 @@ def check_teacher(run: Any) -> None:
         raise InputError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
 
 
-def build_teacher(run: Any) -> tuple[nn.Module, dict[str, Any]]:
+def build_teacher(
+    source: str,
+    source_kwargs: Optional[dict[str, Any]] = None,
+    weights: Optional[str] = None,
+    img_size: Optional[int] = None,
+    device: str = "cpu",
+) -> tuple[nn.Module, dict[str, Any]]:
     """The frozen original in eval mode, and timm's data configuration for it.
 
     Args:
-        run: Settings with source, source_kwargs, weights, img_size and device.
+        source: A name of timm.
+        source_kwargs: Its keywords.
+        weights: A file; None: the weights that timm has for the name.
+        img_size: Side of the images in pixels; None: the source's own.
 
     Raises:
         InputError: for keywords or weights that don't fit the source, or a file of weights that isn't there.
     """
-    check_weights("weights", run.weights)
-    arguments = dict(run.source_kwargs or {})
-    if run.img_size:
-        arguments["img_size"] = run.img_size
-    if run.weights:
+    check_weights("weights", weights)
+    arguments = dict(source_kwargs or {})
+    if img_size:
+        arguments["img_size"] = img_size
+    if weights:
         # the file's own number of classes, or timm leaves its classifier out
         classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
-        arguments["pretrained_cfg_overlay"] = dict(file=run.weights, source=None, custom_load=False, **classes)
+        arguments["pretrained_cfg_overlay"] = dict(file=weights, source=None, custom_load=False, **classes)
     try:
-        teacher = timm.create_model(run.source, pretrained=True, **arguments)
+        teacher = timm.create_model(source, pretrained=True, **arguments)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
-        weights = f" with weights={run.weights}" if run.weights else ""
-        raise InputError(f"source={run.source}{weights} cannot be built: {one_line(error)}") from error
-    check_classes(teacher, f"source={run.source}")
-    size = dict(img_size=run.img_size) if run.img_size else {}
-    return teacher.to(run.device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)
+        given = f" with weights={weights}" if weights else ""
+        raise InputError(f"source={source}{given} cannot be built: {one_line(error)}") from error
+    check_classes(teacher, f"source={source}")
+    size = dict(img_size=img_size) if img_size else {}
+    return teacher.to(device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)
 
 
 def check_classes(model: nn.Module, what: str) -> None:

@@ -42,6 +42,7 @@ from ..conversion.convert import Conversion, convert
 from ..conversion.delta import fingerprint, mechanisms_of
 from ..conversion.plan_file import load_plan
 from ..conversion.replace import is_softmax
+from ..data.datasets import Items
 from ..data.folders import find_unlabelled
 from ..data.images import Images, Key, normaliser, transforms
 from ..mixers import MIXERS
@@ -93,7 +94,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
         run.device = f"cuda:{os.environ['LOCAL_RANK']}"
     dtype = find_dtype(run.amp, run.device)
 
-    teacher, config = build_teacher(run)
+    teacher, config = build_teacher(run.source, run.source_kwargs, run.weights, run.img_size, run.device)
     student, report = convert_copy(teacher, run)
     mixers = mixers_of(student, report)
     if report.trained_tokens:  # the original predicts better with scaled logits as well
@@ -235,10 +236,18 @@ def prepare_images(run: TransferSettings, config: dict[str, Any]) -> tuple[Image
     folders = [run.data_dir] if isinstance(run.data_dir, str) else run.data_dir
     # an image that is in two of the folders counts once
     found = list({os.path.realpath(str(i[0])): i for folder in folders for i in find_unlabelled(Path(folder))}.values())
-    images, held_out = (
-        Images(part, ["image"], config["input_size"][0], resize, transform, run.seed, lazy=True)
-        for part, transform in (([item for i, item in enumerate(found) if i % 20], augmented), (found[::20], evaluated))
-    )
+
+    def part(items: Items, transform: Callable) -> Images:
+        return Images(items, ["image"], config["input_size"][0], resize, transform, run.seed, lazy=True)
+
+    images = part([item for i, item in enumerate(found) if i % 20], augmented)
+    try:
+        held_out = part(found[::20], evaluated)
+    except InputError as error:
+        raise InputError(
+            f"data_dir={run.data_dir}: every twentieth image is held out to measure agreement on, and none of these "
+            f"{len(found[::20])} can be read, such as {found[0][0]}"
+        ) from error
     if len(images) < run.batch_size:
         raise InputError(
             f"data_dir={run.data_dir} has {len(images)} images to learn from, fewer than batch_size={run.batch_size}"

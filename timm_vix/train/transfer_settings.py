@@ -20,9 +20,12 @@ class TransferSettings(Settings):
 
     source: str = setting(MISSING, "timm model, a VisionTransformer or Eva, e.g. deit_tiny_patch16_224")
     data_dir: Union[str, list[str]] = setting(  # noqa: RUF009
-        MISSING, "folder of images of any depth, or several; labels not wanted", may_change=True, nargs="+"
+        MISSING,
+        "folder of images, also in folders below it, or several folders; no labels are needed",
+        may_change=True,
+        nargs="+",
     )
-    mixer: str = setting("nystrom", "of timm_vix.convert")
+    mixer: str = setting("nystrom", "name of a mechanism, as for timm_vix.convert")
     layers: Layers = setting(  # noqa: RUF009  (a field, not a shared default)
         "all", "all, first-6, last-6, every-2, 0,3,5 or the .json file of a plan", parse=parse_layers
     )
@@ -50,9 +53,13 @@ class TransferSettings(Settings):
         1.0, "of the learning rate from each layer to the one below, with distill_part=all", ABOVE_0_TO_1
     )
     pass_through: float = setting(
-        0.0, "weight of the error that a converted block causes behind the rest of the original, in stage 1", FROM_0
+        0.0,
+        "weight, in stage 1, of the error at the end of the original when one block's output is the converted block's",
+        FROM_0,
     )
-    mean_free: float = setting(0.0, "weight of the error of tokens without its mean over them, in both stages", FROM_0)
+    mean_free: float = setting(
+        0.0, "weight of the error of the tokens minus its mean over them, in both stages", FROM_0
+    )
     start: Optional[str] = setting(
         None, "folder of an earlier transfer, whose weights this one starts from", may_change=True
     )
