@@ -27,9 +27,8 @@ MARK = re.compile(r"<!-- table: ([^\n]+) -->\n")
 
 
 @pytest.fixture
-def tables(monkeypatch):
+def tables():
     """examples/tables.py as a module."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
     return importlib.import_module("tables")
 
 

@@ -111,7 +111,7 @@ def plans() -> str:
         body.append([f"[{path.stem}]({path.name})", str(plan["img_size"]), f"{100 * plan['keep']:.0f} %", *kept])
         body[-1] += [f"{plan['speedup']:.2f}", f"{100 * plan['gflops'] / plan['softmax_gflops']:.0f} %"]
         body[-1] += [f"{len(plan['layers'])} of {plan['depth']}", merged]
-    head = ["plan", "px", "to keep of top-1", "kept (images that chose)", "kept (other images)", "times as fast"]
+    head = ["plan", "px", "target", "kept (half that chose)", "kept (other half)", "times as fast"]
     return markdown([*head, "operations left", "layers converted", "patches that each layer merges"], body)
 
 
@@ -123,7 +123,7 @@ def merging() -> str:
         merge = row["model"].partition("merge=")[2]
         body.append([f"`merge={merge}`", row["img_size"], row["batch_size"], f"{float(row['latency_p50_ms']):.0f} ms"])
         body[-1].append(speed(row))
-    return markdown(["merging", "px", "images a call", "a call", "times as fast as softmax"], body, measured(rows))
+    return markdown(["merging", "px", "batch size", "latency", "times as fast as softmax"], body, measured(rows))
 
 
 def transfers() -> str:
@@ -135,7 +135,7 @@ def transfers() -> str:
         found = [f"{float(row['agreement']):.1f}", row["feature_distance"], f"{float(row['seconds']) / 60:.0f}"]
         body.append([f"{row['mixer']}, {row['keywords']}", *settings, row["dtype"], *found])
     head = ["converted", "tokens", "images", "steps of stage 1", "steps of stage 2", "batch", "dtype"]
-    return markdown([*head, "agreement, %", "distance of last tokens", "minutes"], body, measured(rows))
+    return markdown([*head, "agreement, %", "error of last tokens", "minutes"], body, measured(rows))
 
 
 def studies() -> list[str]:

@@ -23,7 +23,7 @@ class Key(NamedTuple):
 
 
 def speed(row: Optional[Row], spread: bool = True) -> str:
-    """How many times as fast as the baseline; "same" where the 10th to 90th percentile of the rounds holds 1."""
+    """How many times as fast as the baseline; "same" where 1 is within the 10th to 90th percentile."""
     if row is None or not row["speedup_low"]:
         return ""
     low, high = float(row["speedup_low"]), float(row["speedup_high"])
@@ -246,7 +246,7 @@ def precision() -> str:
     gpu = "" if "cuda" in devices else " No GPU was measured."
     return (
         f"{measured(rows)} Each model is timed in turn with softmax attention through SDPA. A ratio is the median over "
-        f"the rounds, and *same* means that its 10th to 90th percentile holds 1. Softmax timed against itself gave "
+        f"the rounds, and *same* means that 1 is within its 10th to 90th percentile. Softmax timed against itself gave "
         f"{min(control):.2f} to {max(control):.2f}.{gpu}"
     )
 

@@ -15,8 +15,8 @@ def camvid() -> str:
         costs = [cost(row, "step_ms", "ms"), faster(row, "training"), cost(row, "peak_memory_mib", "MiB")]
         inference = [cost(row, "infer_ms", "ms"), faster(row, "inference")]
         body.append([mixer, backbone, row["budget"], *accuracy, *training, *costs, *inference])
-    head = ["", "backbone", "budget", "mIoU %", "pixels right %", "epochs", "training", "a step", "times as fast"]
-    head += ["memory of a step", "an image", "times as fast"]
+    head = ["", "backbone", "budget", "mIoU %", "pixels right %", "epochs", "training", "step", "faster training"]
+    head += ["peak memory", "inference", "faster inference"]
     return markdown(head, body, measured(rows))
 
 

@@ -26,7 +26,7 @@ def parts() -> str:
             step = f"{float(row['step_ms']):,.0f} ms" if only == "all" else ""
             fast = "" if only == "all" else f"{float(row['faster_than_all']):.2f}"
             body.append([only, images, f"{float(row['top1']):.1f}", trained, memory, step, fast])
-    head = ["what trains", "images", "top-1 %", "parameters (M)", "memory of a step", "a step", "times as fast"]
+    head = ["trained part", "images", "top-1 %", "parameters (M)", "peak memory", "step", "times as fast"]
     return markdown(head, body, measured(row for rows in tables.values() for row in rows))
 
 
@@ -91,13 +91,12 @@ def reproduced() -> str:
         softmax = "" if baseline_of(key[0]) == key[0] else mean_top1(control)
         # the modern recipe's batch is the same for all; nothing is known of a step that could not be measured
         step = next((row for row in mine if row["recipe"] == "modern" and row["peak_memory_mib"]), None)
-        costs = [f"{float(mine[0]['parameters']) / 1e6:.2f}", f"{1e3 * float(mine[0]['gflops']):.0f}", *[""] * 3]
+        costs = [f"{float(mine[0]['parameters']) / 1e6:.2f}", f"{1e3 * float(mine[0]['gflops']):.0f}", *[""] * 2]
         if step:
-            costs[2:] = [f"{float(step['peak_memory_mib']):,.0f} MiB", f"{float(step['images_per_second']):.0f}"]
-            costs.append(f"{float(step['faster_than_softmax']):.2f}")
+            costs[2:] = [f"{float(step['peak_memory_mib']):,.0f} MiB", f"{float(step['faster_than_softmax']):.2f}"]
         body.append([mechanism_of(key[0]), f"`{key[0]}`", *key[1:], mine[0]["paper"], *ours, softmax, *costs])
     head = ["mechanism", "system", "patch", "epochs", "dtype", "paper %", "paper's recipe %", "modern %"]
-    head += ["the softmax model in its place, modern %", "parameters (M)", "MFLOPs", "memory of a step", "images/s"]
+    head += ["the softmax model in its place, modern %", "parameters (M)", "MFLOPs", "peak memory"]
     return markdown([*head, "times as fast"], body, measured({**row, "dtype": ""} for row in rows))
 
 
