@@ -16,7 +16,7 @@ from timm.utils import unwrap_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import timm_vix
-from timm_vix.conversion.delta import fingerprint
+from timm_vix.conversion.identity import fingerprint
 
 
 def train(model: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -6,9 +6,7 @@ if they compute the same function; how their keywords were written, on which dev
 whether they are compiled doesn't count.
 """
 
-import hashlib
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -22,20 +20,16 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line, write_whole
-from ..mixers._mechanism import MechanismHost
-from ..mixers._slot import GridModule, MixerSlot
+from ..mixers._slot import MixerSlot
 from ..mixers.atrous import check_dilations
 from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
-from .merging import MergingBlocks
+from .identity import DTYPES, checksums, dtype_of, fingerprint, mechanisms_of
 from .plan_file import architecture
-from .replace import ADDING_NOTHING, mixer_name
-from .scaling import scaled_for
+from .replace import ADDING_NOTHING
 
 FORMAT = "timm_vix delta 2"
 DESCRIBED = ("architecture", "pooling", "mechanisms", "backbone")  # in the metadata of a file
 ROWS = ("weight", "bias")  # of a classifier: one for each class
-# from the finest to the coarsest
-DTYPES = dict(float64=torch.float64, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 
 # Format 1 named the classes of its time, and held a keyword only where it was given or chosen by the mechanism. The
 # others had these values.
@@ -162,69 +156,10 @@ def pooling(model: nn.Module) -> Optional[str]:
     return get_model_args(model).get("global_pool")
 
 
-def mechanisms_of(model: nn.Module) -> dict[str, list[Any]]:
-    """By the path of each attention that was replaced: name of the mechanism there, and all its keywords.
-
-    Two models may have the same weights and another function. Blocks that merge tokens count as a mechanism.
-    """
-    found = {
-        unwrapped_name(path): [mixer_name(module), json.loads(json.dumps(config_of(module)))]
-        for path, module in model.named_modules()
-        if isinstance(module, MechanismHost)
-    }
-    if isinstance(blocks := getattr(model, "blocks", None), MergingBlocks):
-        found["blocks"] = ["merging", {"merge": json.loads(json.dumps(blocks.merge))}]
-    if number := scaled_for(model):
-        found["logits"] = ["scaling", {"scale_logits": number}]
-    return found
-
-
-def config_of(module: nn.Module) -> dict[str, Any]:
-    """All keywords of the mechanism in a module with the values that it uses, and the kind of its rotary positions."""
-    rope = getattr(module, "rope", None)
-    config = {**module.core.config(), "rope": rope and ("1d" if rope.raster else "axial")}
-    if getattr(module, "dynamic", False):
-        return config
-    # as many as there are patches is as good as more
-    own = module.current_grid(-1) if isinstance(module, GridModule) else module.grid
-    patches = math.prod(getattr(module, "key_grid", None) or own)
-    counts = {name: min(config[name], patches) for name in module.core.token_counts if isinstance(config[name], int)}
-    return {**config, **counts}
-
-
 def backbone(model: nn.Module, delta: Iterable[str]) -> dict[str, torch.Tensor]:
     """The parameters that a delta with these names leaves alone."""
     parameters = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
     return {name: parameter for name, parameter in parameters.items() if name not in delta}
-
-
-def fingerprint(tensors: dict[str, torch.Tensor], dtype: Optional[torch.dtype] = None) -> str:
-    """Sixteen hexadecimal digits that stand for names, shapes, dtypes and every bit of some tensors.
-
-    Args:
-        dtype: that of floating-point tensors; None: their own.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        # a single number may be called contiguous at any stride
-        digest.update(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def checksums(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Fingerprints of weights by dtype: first their own, then the coarser ones to which they could be moved."""
-    names = list(DTYPES)
-    return {name: fingerprint(tensors, DTYPES[name]) for name in names[names.index(dtype_of(tensors)) :]}
-
-
-def dtype_of(tensors: dict[str, torch.Tensor]) -> str:
-    """The coarsest floating-point dtype among some tensors, by its name in ``DTYPES``."""
-    own = {tensor.dtype for tensor in tensors.values()}
-    return max((name for name, dtype in DTYPES.items() if dtype in own), key=list(DTYPES).index, default="float32")
 
 
 def difference(saved: Description, model: nn.Module, frozen: dict[str, torch.Tensor]) -> str:

@@ -39,7 +39,7 @@ from .._checks import InputError
 from .._device import autocast, find_device, find_dtype
 from .._files import one_line, write_table
 from ..conversion.convert import Conversion, convert
-from ..conversion.delta import fingerprint, mechanisms_of
+from ..conversion.identity import fingerprint, mechanisms_of
 from ..conversion.plan_file import load_plan
 from ..conversion.replace import is_softmax
 from ..data.datasets import Items
