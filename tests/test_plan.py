@@ -34,10 +34,11 @@ from timm_vix import cli
 from timm_vix._checks import InputError
 from timm_vix._records import read_records
 from timm_vix.conversion.plan_file import Plan, circumstances, load_plan
+from timm_vix.conversion.scaling import scaled_for
 from timm_vix.mixers import MIXERS
 from timm_vix.planning import latency
 from timm_vix.planning.measurements import COLUMNS, Measurements
-from timm_vix.planning.plan import plan_layers
+from timm_vix.planning.plan import plan_layers, scale_source
 from timm_vix.planning.sensitivity import Sensitivity, plan_to_json
 
 RESULTS = Path(__file__).parents[1] / "examples" / "results"
@@ -118,6 +119,7 @@ def arguments(photos: Path, weights: Path, out: Path, **more) -> dict:
         weights=str(weights),
         img_size=SIDE,
         out=str(out),
+        device="cpu",
         **{"mixer": CANDIDATES, **more},
     )
 
@@ -782,6 +784,53 @@ def test_a_published_plan_converts_the_layers_that_it_names(path: Path) -> None:
     converted = {str(row.layer): row.after for row in rows if row.after not in ("Attention", "SoftmaxAttention")}
     assert converted == {layer: MIXERS[entry["mixer"]].__name__ for layer, entry in content["layers"].items()}
     assert model.blocks.merge == content["merge"]
+
+
+def test_a_plan_scales_the_logits_of_its_source(clock, photos: Path, weights: Path, images, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    given = arguments(photos, weights, path, mixer={"nystrom": [dict(num_landmarks=4)]}, keep=0.3)
+    plan = plan_layers(**given, scale_logits=10)
+    assert plan["scale_logits"] == 10 and plan["layers"]
+    source = build(weights)
+    timm_vix.convert(source, scale_logits=10)
+    by_hand, by_file = copy.deepcopy(source), build(weights)
+    timm_vix.convert(by_hand, layers=plan["layers"])
+    timm_vix.convert(by_file, layers=path)
+    with torch.no_grad():
+        assert torch.equal(by_file(images), by_hand(images))
+        same = (by_hand(images).argmax(1) == source(images).argmax(1)).double().mean()
+    assert plan["agreement"] == pytest.approx(float(same), abs=1e-6)
+    path.write_text(json.dumps(plan | dict(scale_logits="log")))
+    with pytest.raises(ValueError, match="is damaged: scale_logits='log' is no number of tokens"):
+        load_plan(path, source)
+    (tmp_path / "images").symlink_to(photos)
+    files = sorted(path for path in photos.rglob("*.jpg") if path.name != "broken.jpg")
+    pixels, plain = prepared(source, [Image.open(file) for file in files]), build(weights)
+    with torch.no_grad():
+        classes = [net(pixels).argmax(1) for net in (plain, source)]
+    labels = torch.where(torch.arange(len(files)) % 4 < 2, *classes)  # either is right where the other may not be
+    rows = "".join(f"{file.relative_to(photos)},{label}\n" for file, label in zip(files, labels.tolist()))
+    (tmp_path / "labels.csv").write_text(f"file,class\n{rows}")
+    labelled = arguments(tmp_path, weights, tmp_path / "labelled.json", keep=0.1, mixer=given["mixer"])
+    plan = plan_layers(**labelled, scale_logits=10, labels=True)
+    timm_vix.convert(plain, layers=tmp_path / "labelled.json")
+    with torch.no_grad():
+        right = [int((found == labels)[::2].sum()) for found in (plain(pixels).argmax(1), classes[0])]
+    assert plan["kept"] == pytest.approx(right[0] / right[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("better", [False, True])
+@torch.no_grad()
+def test_logits_are_scaled_where_the_labels_say_so(better: bool, weights: Path, capsys) -> None:
+    overlay = dict(file=str(weights), source=None, input_size=(3, 48, 48))
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, depth=3, img_size=SIDE).eval()
+    scaled, pixels = copy.deepcopy(model), torch.randn(12, 3, SIDE, SIDE)
+    timm_vix.convert(scaled, scale_logits="log")
+    classes = [net(pixels).argmax(1) for net in (model, scaled)]
+    assert not torch.equal(*classes)
+    scale_source(model, None, [pixels[:8], pixels[8:]], classes[better])
+    assert torch.equal(model(pixels), (scaled if better else model)(pixels)) and scaled_for(model) == 10 * better
+    assert f"so they {'are scaled' if better else 'stay as they are'}" in capsys.readouterr().out
 
 
 def test_a_plan_that_only_merges_leaves_mixers_and_takes_no_keywords(weights: Path, tmp_path: Path) -> None:

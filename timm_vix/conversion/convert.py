@@ -111,7 +111,7 @@ def convert(
             tokens that it treats alike merge. ``is_causal=True`` raises ValueError.
         scale_logits: "log" multiplies the logits of all layers by max(1, log N / log N_train), with N_train from the
             image size in ``pretrained_cfg`` and the patch size. An integer is N_train itself, which a model with
-            resampled patches needs. None keeps the present setting; 0 disables the scaling.
+            resampled patches needs. None keeps the present setting, or takes that of a plan; 0 disables the scaling.
         **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
             them.
 
@@ -141,6 +141,8 @@ def convert(
         layers = load_plan(layers, model)
     if merge is None and isinstance(layers, Plan):
         merge = layers.merge
+    if scale_logits is None and isinstance(layers, Plan) and layers.scale_logits:
+        scale_logits = layers.scale_logits
     check_sequence_options(model, merge, scale_logits)
     if isinstance(layers, Plan) and not layers:
         if keywords:

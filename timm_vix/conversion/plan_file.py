@@ -9,7 +9,7 @@ from typing import Any, Union
 from timm.layers import to_2tuple
 from torch import nn
 
-from .._checks import InputError
+from .._checks import InputError, is_integer
 from .._device import device_name
 from .._files import one_line
 from .layers import layer_mixers
@@ -27,12 +27,14 @@ logger = logging.getLogger("timm_vix")
 class Plan(dict[int, dict[str, Any]]):
     """For each layer that is converted "mixer" and its keywords, as ``convert`` takes them for ``layers``.
 
-    ``merge``: how tokens merge, as ``convert`` takes it; 0: they don't.
+    ``merge``: how tokens merge, as ``convert`` takes it; 0: they don't. ``scale_logits``: the tokens with which the
+    model was trained, where its logits are scaled; 0: they stay as they are.
     """
 
-    def __init__(self, layers: Mapping[int, dict[str, Any]] = {}, merge: Merge = 0) -> None:
+    def __init__(self, layers: Mapping[int, dict[str, Any]] = {}, merge: Merge = 0, scale_logits: int = 0) -> None:
         super().__init__(layers)
         self.merge = merge
+        self.scale_logits = scale_logits
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}, merge={self.merge}" if self.merge else super().__repr__()
@@ -80,8 +82,10 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
             f"{path} is a plan for {content.get('architecture')} with {content.get('depth')} layers; "
             f"this model is {architecture(model)} with {depth}"
         )
-    merge = content.get("merge", 0)
-    if not content["layers"] and merge == 0:
+    merge, scale_logits = content.get("merge", 0), content.get("scale_logits", 0)
+    if not is_integer(scale_logits) or scale_logits < 0 or scale_logits == 1:
+        raise InputError(f"{path} is damaged: scale_logits={scale_logits!r} is no number of tokens")
+    if not content["layers"] and merge == 0 and not scale_logits:
         raise InputError(f"{path} keeps every layer as it is: nothing to convert")
     try:
         merge_steps(merge, depth)
@@ -89,7 +93,8 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from error
     tell_differences(path, content, circumstances(model))
-    return Plan({layer: {"mixer": name, **keywords} for layer, (name, keywords) in layers.items()}, merge)
+    entries = {layer: {"mixer": name, **keywords} for layer, (name, keywords) in layers.items()}
+    return Plan(entries, merge, scale_logits)
 
 
 def tell_differences(path: Union[str, Path], content: dict[str, Any], here: dict[str, Any]) -> None:

@@ -25,9 +25,12 @@ from .._checks import InputError
 from .._device import find_device, versions
 from .._files import write_whole
 from .._records import check_writable
-from ..conversion.delta import fingerprint, mechanisms_of
+from ..conversion.convert import convert, revert
+from ..conversion.identity import fingerprint, mechanisms_of
 from ..conversion.merging import BLOCKS, class_of
 from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
+from ..conversion.replace import layout_of
+from ..conversion.scaling import ScaleLogits, scaled_for, trained_tokens
 from ..conversion.sites import attention_sites
 from ..data.folders import find_unlabelled, labelled_folder, spread
 from ..data.images import Images, normaliser, transforms
@@ -88,13 +91,22 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     table = Measurements(path.with_suffix(".csv"))
     normalise = normaliser(config, run.device)
 
-    def sensitivity(part: str, pixels: torch.Tensor, labels: Optional[torch.Tensor] = None) -> Sensitivity:
-        batches = [normalise(batch).to(getattr(torch, run.dtype)) for batch in pixels.split(run.batch_size)]
-        return Sensitivity(model, batches, table, run_key(model, config, pixels, labels), labels, part)
+    def batches_of(pixels: torch.Tensor) -> list[torch.Tensor]:
+        return [normalise(batch).to(getattr(torch, run.dtype)) for batch in pixels.split(run.batch_size)]
+
+    # of the source as it is, on the half that chooses and the other
+    right = [num_right(model, batches_of(pixels[half::2]), labels[half::2]) if run.labels else None for half in (0, 1)]
+    scale_source(model, run.scale_logits, batches_of(pixels[::2]), labels[::2] if run.labels else None)
+
+    def sensitivity(
+        part: str, pixels: torch.Tensor, labels: Optional[torch.Tensor] = None, right: Optional[int] = None
+    ) -> Sensitivity:
+        run_text = run_key(model, config, pixels, labels)
+        return Sensitivity(model, batches_of(pixels), table, run_text, labels, part, right)
 
     # spread over the folder, both halves
     chosen, held_out = (
-        sensitivity(part, pixels[half::2], labels[half::2] if run.labels else None)
+        sensitivity(part, pixels[half::2], labels[half::2] if run.labels else None, right[half])
         for half, part in enumerate(("the half that chooses", "the half that is held out"))
     )
     for half in (chosen, held_out):
@@ -150,6 +162,7 @@ def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitiv
         softmax_milliseconds=search.costs.whole.milliseconds,
         layers={str(layer): plan[layer] for layer in sorted(plan)},
         merge=plan.merge,
+        scale_logits=scaled_for(model),
         curve=rows_of(search, plan),
         device=run.device,
         **versions(),
@@ -170,6 +183,36 @@ def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
         raise InputError(f"labels: source={run.source} has no classifier whose top-1 could be kept; leave them out")
     attention_sites(model)
     return model.to(getattr(torch, run.dtype)), config
+
+
+@torch.inference_mode()
+def num_right(model: nn.Module, batches: list[torch.Tensor], labels: torch.Tensor) -> int:
+    """Of how many images a model predicts the label."""
+    predicted = torch.cat([model(images).argmax(1).cpu() for images in batches])
+    return int((predicted == labels).sum())
+
+
+def scale_source(
+    model: nn.Module, scale_logits: Optional[ScaleLogits], batches: list[torch.Tensor], labels: Optional[torch.Tensor]
+) -> None:
+    """Scale the logits of the source if that is asked for, or if it predicts the labels of the batches better so."""
+    if scale_logits is not None:
+        if scale_logits != 0:
+            convert(model, scale_logits=scale_logits)
+        return
+    layout = layout_of(model)
+    known = bool((getattr(model, "pretrained_cfg", None) or {}).get("input_size"))
+    number = trained_tokens(model, "log") if known else 0
+    if labels is None or not 0 < number < layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]:
+        return
+    plain = num_right(model, batches, labels)
+    convert(model, scale_logits=number)
+    scaled = num_right(model, batches, labels)
+    if scaled <= plain:
+        revert(model)
+    shares = (f"{100 * right / len(labels):.1f} %" for right in (plain, scaled))
+    found = "the source is right on {} of the images that choose, with scaled logits on {}".format(*shares)
+    print(f"{found}, so they {'are scaled' if scaled > plain else 'stay as they are'}", flush=True)
 
 
 def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,6 +281,8 @@ def table_of(result: dict[str, Any]) -> str:
         lines.append(f"layer {layer}: {', '.join(f'{name}={value}' for name, value in entry.items())}")
     if result["merge"]:
         lines.append(f"merge: {result['merge']}")
+    if result["scale_logits"]:
+        lines.append(f"scale_logits: {result['scale_logits']}")
     nothing = not result["layers"] and not result["merge"]
     return "\n".join([*lines, "no layer is to be converted"] if nothing else lines)
 

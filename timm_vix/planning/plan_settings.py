@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from .._checks import InputError, check_choice
+from ..conversion.scaling import ScaleLogits
 from ..mixers import MIXERS
 from ..train.settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, one_of, setting
 from ..train.teacher import check_teacher
@@ -17,6 +18,11 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
 }
 FROM_1 = Range("1 or more", lambda value: value >= 1)
 FROM_2 = Range("2 or more, since one half chooses and the other reports", lambda value: value >= 2)
+
+
+def parse_scale(text: str) -> ScaleLogits:
+    """``scale_logits`` from a command line: a number, or a word for ``convert`` to read."""
+    return int(text) if text.isdecimal() else text
 
 
 @dataclass
@@ -49,6 +55,13 @@ class PlanSettings(Settings):
         None,
         "instead of keep: the most faithful model of so many GFLOPs an image, a multiply-add counted as two",
         ABOVE_0,
+    )
+    scale_logits: Optional[Union[str, int]] = setting(
+        None,
+        "log, or the number of tokens in training: the logits of the source are scaled, and those of the plan, see "
+        "timm_vix.convert; 0: they stay as they are; None: with labels they are scaled where that is right more often. "
+        "Agreement is that with the scaled source, and keep with labels the share of the top-1 that it has unscaled",
+        parse=parse_scale,
     )
     source_kwargs: Optional[dict[str, Any]] = setting(  # noqa: RUF009
         None, "further keywords of the source, plain values"

@@ -3,7 +3,7 @@
     agreement = share of images whose most likely class stays the same
     distance  = |Z' - Z| / |Z|        Z, Z': input of the classifier, (images, C), before and after
     GFLOPs    = floating-point operations of one image, counted in a real forward pass
-    kept      = top-1 / top-1 before, where there are labels; else the agreement
+    kept      = top-1 / top-1 of the source, where there are labels; else the agreement
 
 Without a classifier the output tokens (images, N, C) are Z, and the agreement is their mean cosine.
 
@@ -103,6 +103,7 @@ class Sensitivity:
         run: text that identifies everything the results depend on besides the plan.
         labels: classes of all images, (images,).
         part: what of a run's images these are, for errors.
+        right: of how many images the source predicts the label; None: as many as ``model``.
 
     Raises:
         ValueError: for labels of which the model predicts none, when something is measured.
@@ -116,8 +117,9 @@ class Sensitivity:
         run: str,
         labels: Optional[torch.Tensor] = None,
         part: str = "all of them",
+        right: Optional[int] = None,
     ) -> None:
-        self.part = part
+        self.part, self.right = part, right
         self.model, self.batches, self.table, self.run, self.labels = model, batches, table, run, labels
         found = table.of_run(run, *Measurement._fields)
         self.known = {what: Measurement(**figures) for what, figures in found.items()}
@@ -185,7 +187,7 @@ class Sensitivity:
         """The top-1 of predicted classes (images,) as a share of the original's."""
         original = torch.cat([classes for _, classes in self.original if classes is not None])
         labels = labels.to(original.device)
-        right = int((original == labels).sum())
+        right = int((original == labels).sum()) if self.right is None else self.right
         if right == 0:
             raise InputError(
                 f"labels: the source is right on none of {len(labels)} images, which are {self.part}; expected classes "
