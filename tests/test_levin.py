@@ -176,6 +176,21 @@ def test_grey_images_with_levits_own_stem(tmp_path):
     assert distance(grey(x), coloured(x.expand(-1, 3, -1, -1))) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "mixer, keywords", [("nystrom", dict(num_landmarks=4, ridge=1e9)), ("linformer", dict(num_proj_tokens=4))]
+)
+def test_windows_over_the_grid_are_softmax_with_wide_values(mixer, keywords):
+    """LeViT's values are wider than its keys."""
+    arguments = dict(SHAPE, img_size=(64, 64), depth=(1,), embed_dim=(32,), num_heads=(2,))
+    model = settled(timm.create_model("levin_128s", mixer=mixer, window_size=4, **keywords, **arguments)).double()
+    attn = model.stages[0].attn
+    assert attn.val_dim > attn.key_dim
+    softmax = settled(timm.create_model("levin_128s", mixer="softmax", locality=1e-9, **arguments)).double()
+    softmax.load_state_dict({k: v for k, v in model.state_dict().items() if k in softmax.state_dict()})
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert distance(model(x), softmax(x)) < 1e-6
+
+
 def test_softmax_is_timms_own():
     reference = settled(timm.create_model("levit_128s", **SHAPE))
     model = timm.create_model("levin_128s", mixer="softmax", **SHAPE).eval()

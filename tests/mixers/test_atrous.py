@@ -107,7 +107,9 @@ def test_a_window_over_the_grid_is_softmax(options, rope, prefix):
 
 
 @pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 0.01), ("autocast", 0.01)], ids=str
+    "dtype, tolerance",
+    [(torch.float32, 1e-4), (torch.float16, 0.01), ("autocast", 0.01), (torch.bfloat16, 0.1)],
+    ids=str,
 )
 @pytest.mark.parametrize("scale", [1.0, 4.0, 7.0])
 def test_branches_are_weighed_by_their_exponentials(scale, dtype, tolerance):

@@ -13,25 +13,19 @@ import timm_vix
 from timm_vix._checks import InputError
 from timm_vix.mixers import MIXERS
 
-TAKEN = {
-    "softmax": {"locality": 0.05},  # without anything added it is timm's own
-    "performer": {},
+# without anything added softmax is timm's own; a convolution reads masked tokens
+DEFAULTS = {"softmax": {"locality": 0.05}, "relu": {"conv_residual": False}}
+TAKEN = {name: DEFAULTS.get(name, {}) for name, mixer in MIXERS.items() if mixer.supports_key_mask}
+TAKEN |= {
     "performer-learned": {"learned_features": True},
     "performer-locality": {"locality": 0.05},
-    "nystrom": {},
     "nystrom-qk_norm": {"qk_norm": True},
     "nystrom-locality": {"locality": 0.05},
-    "linformer": {},
     "linformer-headwise": {"sharing": "headwise"},
     "linformer-none": {"sharing": "none"},
     "linformer-none-locality": {"sharing": "none", "locality": 0.05},
-    "axial": {},
     "axial-columns": {"first": "columns", "strip_width": 1},
     "axial-locality": {"locality": 0.05},
-    "gpsa": {},
-    "pool": {},
-    "relu": {"conv_residual": False},
-    "glu": {},
 }
 ROW = dict(img_size=(2, 40))  # a grid of one row, with 20 patches
 
@@ -78,6 +72,25 @@ def test_scripted(name):
     module = slot_of(name)
     x, mask = masked_tokens(module)
     assert distance(torch.jit.script(module)(x, mask), module(x, mask)) < rounding(torch.float64)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_gradients_with_a_mask(name):
+    module = slot_of(name, img_size=(6, 8))
+    x, mask = masked_tokens(module, batch=2)
+    mask[:, :, :, :2] = True
+    assert torch.autograd.gradcheck(lambda x: module(x, attn_mask=mask), x.requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("rope", ["axial", "1d"])
+@pytest.mark.parametrize("name", ["nystrom", "linformer-none"])
+def test_a_pooled_token_has_the_mean_place_of_what_is_read(name, rope):
+    """In a sequence, which is a grid of one row, the result is that without the masked tokens."""
+    module = slot_of(name, rope=rope, class_token=False, reg_tokens=0, global_pool="avg", **ROW)
+    x = torch.randn(1, 20, 32, dtype=torch.float64)
+    mask = (torch.arange(20) < 12)[None, None, None, :]
+    module.is_sequence = True
+    assert distance(module(x, attn_mask=mask)[:, :12], module(x[:, :12])) < rounding(torch.float64, 10)
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -270,9 +283,13 @@ def test_axial_attention_in_one_strip_is_softmax_with_any_number_added():
     assert distance(row(x, attn_mask=added), expected) < rounding(torch.float64)
 
 
-def test_positional_attention_is_among_the_patches_that_are_left():
-    module = slot_of("gpsa")
+@pytest.mark.parametrize("size", [(14, 10), (6, 60)])
+def test_positional_attention_is_among_the_patches_that_are_left(size):
+    """Also where all that are left are so far away that their weights among all patches would underflow."""
+    module = slot_of("gpsa", img_size=size)
     x, mask = masked_tokens(module)
+    if size[1] > 10:
+        mask[..., module.num_prefix_tokens :] = (torch.arange(3 * 30) % 30 < 3).expand(3, 1, 1, -1)
     P, (height, width) = module.num_prefix_tokens, module.grid
     q, k, v = heads(module, x)
     gate = module.core.gating_param.detach().sigmoid()

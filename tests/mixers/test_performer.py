@@ -5,6 +5,7 @@ import torch
 from conftest import condition, distance, image, rounding, small
 from torch import nn
 
+from timm_vix.mixers import _favor
 from timm_vix.mixers._layout import TokenLayout
 from timm_vix.mixers.performer import favor_attention, orthogonal_features
 
@@ -128,14 +129,15 @@ def test_blocks_change_nothing(block):
         assert distance(blocked, whole) < rounding(torch.float64, 100)
 
 
-def test_a_long_sequence_has_the_same_gradients():
+def test_a_long_sequence_has_the_same_gradients(monkeypatch):
     inputs = [t.requires_grad_() for t in torch.randn(3, 2, 3, 63, 16).unbind()]
     features = orthogonal_features(40, 16, seed=0)
     found = []
     for long in (63, 64):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            y = favor_attention(*inputs, features, block=7, long=long)
+            monkeypatch.setattr(_favor, "LONG", long)
+            y = favor_attention(*inputs, features, block=7)
         # the features of a block of seven
         assert (2 * 3 * 7 * 40 in kept) == (long > 63)
         found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])

@@ -14,6 +14,7 @@ from timm_vix import convert, revert
 from timm_vix._checks import InputError
 from timm_vix.mixers._layout import TokenLayout
 from timm_vix.mixers._mechanism import MechanismHost
+from timm_vix.mixers._merging import merge_similar_keys
 
 
 def timm_twin(module, rope: bool = True) -> AttentionRope:
@@ -138,6 +139,23 @@ def test_merged_keys_are_those_of_a_loop(layout, share, left, rope):
     weight = torch.randn_like(found)
     ours, theirs = (torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (found, expected))
     assert distance(ours, theirs) < rounding(torch.float64)
+
+
+@torch.no_grad()
+def test_places_are_no_part_of_a_keys_likeness():
+    """With locality keys have channels for their place, which don't say which of them are alike."""
+    core = small("softmax", merge_keys=0.5, locality=0.3).double().blocks[0].attn.core
+    layout = TokenLayout(1, (7, 5))
+    q, k, v = torch.randn(3, 1, 2, 36, 16, dtype=torch.float64)
+    wide_q, wide_k, wide_v = core.localise(q, k, v, layout, layout)
+    merged, _, counts = merge_similar_keys(wide_k, wide_v, None, 1, 0.5, 16)
+    plain, _, expected = merge_similar_keys(k, v, None, 1, 0.5, 16)
+    assert distance(merged[..., :16], plain) < rounding(torch.float64) and torch.equal(counts, expected)
+    by_place = merge_similar_keys(wide_k, wide_v, None, 1, 0.5, wide_k.shape[3])[0]
+    assert distance(by_place[..., :16], plain) > 0.1
+    y = (wide_q @ merged.transpose(2, 3) * wide_q.shape[3] ** -0.5 + counts).softmax(3)
+    found = core(wide_q, wide_k, wide_v, layout, layout)
+    assert distance(found, y @ merge_similar_keys(wide_k, wide_v, None, 1, 0.5, 16)[1]) < rounding(torch.float64)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (1, 7)])

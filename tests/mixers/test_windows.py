@@ -29,7 +29,7 @@ def naive(q, k, v, keys, values, grid, cells, P, w):
     """Query by query: prefix tokens, what of each cell lies outside the window, each token inside it."""
     H, W = grid
     share = adaptive_avg_pool2d(torch.eye(H * W, dtype=q.dtype).reshape(H * W, H, W), cells).flatten(1).T  # (cells, HW)
-    y = torch.empty_like(q)
+    y = torch.empty_like(v)
     for i in range(H * W):
         row, column = divmod(i, W)
         window = [r * W + c for r in range(H) for c in range(W) if r // w == row // w and c // w == column // w]
@@ -49,14 +49,14 @@ def naive(q, k, v, keys, values, grid, cells, P, w):
     return y
 
 
-@pytest.mark.parametrize("P", [0, 1, 5])
+@pytest.mark.parametrize("P, E", [(0, 4), (1, 4), (5, 4), (1, 6)])
 @pytest.mark.parametrize(
     "grid, cells, w", [((6, 4), (3, 2), 2), ((7, 5), (3, 2), 3), ((7, 5), (7, 5), 2), ((5, 8), (2, 4), 1)]
 )
-def test_against_a_loop(grid, cells, w, P):
+def test_against_a_loop(grid, cells, w, P, E):
     n, m = grid[0] * grid[1], P + cells[0] * cells[1]
-    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    keys, values = (torch.randn(2, 3, m, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    q, k, v = (torch.randn(2, 3, n, width, dtype=torch.float64, requires_grad=True) for width in (4, 4, E))
+    keys, values = (torch.randn(2, 3, m, width, dtype=torch.float64, requires_grad=True) for width in (4, E))
     y = landmarks_and_windows(q, k, v, keys, values, window_biases(q, P, grid, cells, w), grid, w)
     expected = naive(q, k, v, keys, values, grid, cells, P, w)
     bound = rounding(torch.float32)  # what lies outside a window is counted in float32

@@ -161,7 +161,7 @@ class AttentionSlot(MixerSlot):
         has one; ``cell_weight`` (B, 1, n, H·W) averages it over the patches of each cell that aren't masked.
         """
         if self.rope is not None:
-            return self.rope(layout.grid, cells)
+            return self.rope(layout.grid, cells, cell_weight)
         if rope is not None:
             return table_of_cells(rope, layout.num_prefix_tokens, layout.grid, cells, cell_weight)
         return None

@@ -85,7 +85,6 @@ def sum_in_blocks(
     features: torch.Tensor,
     feature_bias: Optional[torch.Tensor],
     block: int,
-    long: int,
     key_bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """The work of ``favor_attention``, outside of autocast."""
@@ -94,7 +93,9 @@ def sum_in_blocks(
     q, k, v, features = q.to(dtype), k.to(dtype), v.to(dtype), features.to(dtype)
     B, h, N, D = q.shape
     features = features * D**-0.25
-    again = long <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    again = False
+    if not torch.jit.is_scripting():
+        again = LONG <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if key_bias is not None:
         key_bias = added_to_logits(key_bias, dtype)
     c, u = centres(q, k, key_bias)
@@ -137,7 +138,6 @@ def favor_attention(
     v: torch.Tensor,
     features: torch.Tensor,
     block: int = BLOCK,
-    long: int = LONG,
     feature_bias: Optional[torch.Tensor] = None,
     key_bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
@@ -148,7 +148,7 @@ def favor_attention(
     """
     # no autocast is on around a scripted model's own casts
     if torch.jit.is_scripting():
-        return sum_in_blocks(q, k, v, features, feature_bias, block, long, key_bias)
+        return sum_in_blocks(q, k, v, features, feature_bias, block, key_bias)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         with outside_autocast(q.device):
-            return sum_in_blocks(q, k, v, features, feature_bias, block, long, key_bias)
+            return sum_in_blocks(q, k, v, features, feature_bias, block, key_bias)

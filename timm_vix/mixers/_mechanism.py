@@ -108,6 +108,7 @@ class Mixer(nn.Module):
             )
         self.conv_residual = False
         self.locality = 0.0
+        self.key_dim = shape.head_dim  # D without the channels of ``locality``
         self.conv: Optional[nn.Module] = None
 
     @classmethod
@@ -135,6 +136,7 @@ class Mixer(nn.Module):
         core = cls(widened(shape) if locality else shape, **keywords)
         core.conv_residual = bool(conv_residual)
         core.locality = float(locality)
+        core.key_dim = shape.head_dim
         if conv_residual:
             core.conv = DepthwiseResidual(cls.channels_of_values(shape), shape.device, shape.dtype)
             core.supports_mask = False  # neighbours are added, masked or not
@@ -207,14 +209,16 @@ def with_prefix_rows(
     v: torch.Tensor,
     P: int,
     attn_mask: Optional[torch.Tensor] = None,
+    rate: float = 0.0,
 ) -> torch.Tensor:
     """Outputs of all tokens, (B, h, N, E), from y of the N - P patches: the P prefix tokens attend to all exactly.
 
-    ``attn_mask`` (B, 1, 1, N) is added to their logits.
+    ``rate`` of their attention weights is dropped; ``attn_mask`` (B, 1, 1, N) is added to their logits.
     """
     if P == 0:
         return y
-    return torch.cat([scaled_dot_product_attention(q[:, :, :P], k, v, attn_mask=attn_mask), y], dim=2)
+    rows = scaled_dot_product_attention(q[:, :, :P], k, v, attn_mask=attn_mask, dropout_p=rate)
+    return torch.cat([rows, y], dim=2)
 
 
 class AttentionMechanism(Mixer):

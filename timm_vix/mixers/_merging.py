@@ -129,7 +129,7 @@ def merge_tokens(x: torch.Tensor, counts: torch.Tensor, place: torch.Tensor, mer
 
 
 def merge_similar_keys(
-    k: torch.Tensor, v: torch.Tensor, key_bias: Optional[torch.Tensor], num_prefix_tokens: int, share: float
+    k: torch.Tensor, v: torch.Tensor, key_bias: Optional[torch.Tensor], num_prefix_tokens: int, share: float, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
     """In each head the most similar patch keys become one, with their values; a share of at least one half is left.
 
@@ -138,6 +138,7 @@ def merge_similar_keys(
         v: (B, h, N, E).
         key_bias: (B, 1, 1, N), log of how many tokens each key stands for already; None: one each.
         share: of the patch keys, how many are left.
+        width: of a key itself; further channels of k don't count for the similarity.
 
     Returns:
         Keys (B, h, M, D), values (B, h, M, E), and what is added to the logits of the keys, (B, h, 1, M): the log of
@@ -152,7 +153,7 @@ def merge_similar_keys(
     counts = torch.ones([B * h, N], device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))
     if key_bias is not None:
         counts = counts * key_bias.to(counts.dtype).exp().expand(B, h, 1, N).reshape(B * h, N)
-    similarity, partner = propose(rows[:, num_prefix_tokens:, :D].detach())
+    similarity, partner = propose(rows[:, num_prefix_tokens:, : min(width, D)].detach())
     place = match(similarity, partner, num_prefix_tokens, N, r)
     merged = counts.new_zeros([B * h, N - r]).scatter_add_(1, place, counts)
     means = merge_tokens(rows, counts, place, merged).unflatten(0, [B, h])

@@ -9,6 +9,8 @@ patches are pooled first, and the result is rotated. In the other order channels
 patches, and the product of a query and a pooled key no longer depends on their relative position alone.
 """
 
+from typing import Optional
+
 import torch
 from timm.layers import freq_bands, register_notrace_module
 from torch import nn
@@ -19,22 +21,28 @@ from ._layout import Grid
 THETA = {"axial": 100.0, "1d": 10000.0}
 
 
-def rotary_table(
-    like: torch.Tensor, grid: Grid, cells: Grid, num_prefix_tokens: int, head_dim: int, theta: float, raster: bool
-) -> torch.Tensor:
-    """Sine and cosine at the centres of ``cells`` of ``grid``, after P rows of angle 0: (P + cells, 2·D), as timm's."""
-    device = like.device
+def centres(grid: Grid, cells: Grid, device: torch.device) -> list[torch.Tensor]:
+    """Row and column of the centre of each of ``cells`` over a ``grid``, (cells, 1) each, in units of patches."""
     rows = (torch.arange(cells[0], device=device) + 0.5) * (grid[0] / cells[0]) - 0.5
     columns = (torch.arange(cells[1], device=device) + 0.5) * (grid[1] / cells[1]) - 0.5
     row = rows.reshape(-1, 1).expand(cells[0], cells[1]).reshape(-1, 1)
     column = columns.reshape(1, -1).expand(cells[0], cells[1]).reshape(-1, 1)
+    return [row, column]
+
+
+def rotary_table(
+    like: torch.Tensor, row: torch.Tensor, column: torch.Tensor, num_columns: int, num_prefix_tokens: int,
+    head_dim: int, theta: float, raster: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Sine and cosine at places (.., n, 1) of a grid, after P rows of angle 0: (.., P + n, 2·D), as timm's."""
+    device = like.device
     if raster:
-        angles = (row * grid[1] + column) * freq_bands(head_dim // 2, theta, 1, device)
+        angles = (row * num_columns + column) * freq_bands(head_dim // 2, theta, 1, device)
     else:
         bands = freq_bands(head_dim // 4, theta, 1, device)
-        angles = torch.cat([row * bands, column * bands], dim=1)
-    angles = torch.cat([angles.new_zeros(num_prefix_tokens, head_dim // 2), angles]).repeat_interleave(2, dim=1)
-    return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)
+        angles = torch.cat([row * bands, column * bands], dim=-1)
+    angles = torch.nn.functional.pad(angles, [0, 0, num_prefix_tokens, 0]).repeat_interleave(2, dim=-1)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(like.dtype)
 
 
 @register_notrace_module
@@ -90,14 +98,24 @@ class RotaryPositions(nn.Module):
             self.grid = grid
             self.table = self.build(grid, grid)
 
-    def build(self, grid: Grid, cells: Grid) -> torch.Tensor:
-        return rotary_table(self.table, grid, cells, self.num_prefix_tokens, self.head_dim, self.theta, self.raster)
+    def build(self, grid: Grid, cells: Grid, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
+        row, column = centres(grid, cells if weight is None else grid, self.table.device)
+        if weight is not None:
+            share = weight.to(row.dtype)
+            row, column = torch.matmul(share, row), torch.matmul(share, column)
+        P, D = self.num_prefix_tokens, self.head_dim
+        return rotary_table(self.table, row, column, grid[1], P, D, self.theta, self.raster)
 
-    def forward(self, grid: Grid, cells: Grid) -> torch.Tensor:
+    def forward(self, grid: Grid, cells: Grid, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Sine and cosine at the centres of ``cells`` over the tokens' ``grid``: (P + cells, 2·D).
+
+        ``weight`` (B, 1, cells, H·W): of the patches in each cell, where some of them are masked; then the places are
+        the means of these patches, and the result is (B, 1, P + cells, 2·D).
 
         Nothing is kept of a grid other than the model's own: it belongs to one call.
         """
+        if weight is not None:
+            return self.build(grid, cells, weight)
         if torch.jit.is_scripting():
             is_own = grid == self.grid and cells == self.grid
         else:

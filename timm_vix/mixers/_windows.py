@@ -58,7 +58,10 @@ def landmarks_and_windows(
     w: int,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Y of the module's docstring: q, k, v of the patches (B, h, H·W, D), landmarks (B, h, m, D) -> (B, h, H·W, D)."""
+    """Y of the module's docstring: q, k, v of the patches (B, h, H·W, ·), landmarks (B, h, m, ·) -> (B, h, H·W, E).
+
+    Queries and keys are D wide, values E.
+    """
     if torch.jit.is_scripting():
         return attend_to_both(q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
@@ -87,6 +90,6 @@ def attend_to_both(
     far = torch.matmul(q.flatten(1, 2), landmark_keys.flatten(0, 1).transpose(1, 2)).unflatten(1, q.shape[1:3])
     near = torch.matmul(q, k.transpose(2, 3))
     weights = F.dropout((torch.cat([far, near], dim=3) + biases).softmax(3), dropout, dropout > 0.0)
-    y = torch.matmul(weights[..., :m].flatten(1, 2), landmark_values.flatten(0, 1)).reshape(q.shape)
+    y = torch.matmul(weights[..., :m].flatten(1, 2), landmark_values.flatten(0, 1)).unflatten(1, q.shape[1:3])
     y = from_windows(y + torch.matmul(weights[..., m:], v), grid, rows, columns)
-    return y.reshape(B, h, y.shape[1], D)
+    return y.reshape(B, h, y.shape[1], y.shape[2])

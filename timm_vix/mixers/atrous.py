@@ -13,8 +13,9 @@ several dilations, exact attention in windows, fused by gates.
 one softmax, in which a window without a matching key weighs little. Gates start at 1, and what all windows hold, the
 token itself and the prefix, counts once (log n). A window's normaliser is read off its attention: an extra key, the
 mean of the window's keys, has the value 1 in a channel of its own, and its share of the attention gives the sum of
-all exponentials. That share can be below float16's smallest number, so there windows are computed in float32. Windows
-are equal and the fewest of at most w a side, so that little is padded; padding is masked. Prefix tokens
+all exponentials. That share can be below float16's smallest number, so there windows are computed in float32; where a
+logit is more than 85 above its window's mean, it is below float32's, and the window counts for less than it should.
+Windows are equal and the fewest of at most w a side, so that little is padded; padding is masked. Prefix tokens
 attend to all tokens. All branches share queries, keys and values, which are a ViT's.
 
 *Pays:* one attention layer of ViT-Ti is 0.46, 0.71, 1.05 and 3.3 times as fast as with softmax through SDPA at 197,
@@ -62,6 +63,14 @@ def window_bias(inside: torch.Tensor, num_prefix_tokens: int, num_branches: int,
     return bias
 
 
+def mean_logits(queries: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """The logits of one key (.., 1, D), scaled, in float32 at least: (.., L, 1). Weights of branches depend on them."""
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    if queries.dtype == dtype:
+        return torch.matmul(queries, mean.transpose(2, 3))
+    return (queries.to(dtype) * mean.to(dtype)).sum(3, keepdim=True)
+
+
 def join_windows(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -94,7 +103,7 @@ def join_windows(
             scale=scale,
         )
         outs.append(from_windows(y, grid, rows, columns))
-        logits.append(from_windows(torch.matmul(queries, (mean * scale).transpose(2, 3)), grid, rows, columns))
+        logits.append(from_windows(mean_logits(queries, mean * scale), grid, rows, columns))
     y = outs[0]
     if gates is not None:
         # a branch adds up to e^(logit of its mean key) / (that key's share), with the key itself

@@ -30,7 +30,8 @@ related, and fits such factors in several rounds.
 
 *Differs:* in the paper the second pass doesn't use queries, keys and normalisers of the first. Here both passes are an
 expansion of softmax attention without parameters, so a model with trained weights keeps most of its accuracy. Dropout
-acts on the second pass. Attention weights of long sequences are computed again for the gradient.
+acts on the second pass and on the attention of prefix tokens. Attention weights of long sequences are computed again
+for the gradient.
 
 A mask of keys, or any number b_rc that is added to their logits, belongs to l_r: S_rj grows by sum_c p_rjc b_rc. Where
 the token of row r in column j is masked, l_r is expanded at the mean query of the row's other tokens.
@@ -213,4 +214,4 @@ class AxialAttention(AttentionMechanism):
             y = checkpoint_if_long(
                 attend_in_grid, q.shape[2] >= LONG, q, k, v, P, grid, self.strip_width, columns_first, rate, mask
             )
-        return with_prefix_rows(y, q, k, v, P, attn_mask)
+        return with_prefix_rows(y, q, k, v, P, attn_mask, rate)

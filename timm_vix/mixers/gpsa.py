@@ -32,6 +32,7 @@ from typing import Optional
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 from .._checks import check_number
@@ -92,12 +93,24 @@ class GatedPositionalAttention(AttentionMechanism):
         return torch.matmul(rows, y.flatten(3)).reshape(v.shape).flatten(2, 3)
 
     def attend_to_unmasked_places(self, v: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        """The same among the patches that ``read`` (B, H, W) keeps, in float32 at least: they may be far away."""
+        """The same among the patches that ``read`` (B, H·W) keeps, in float32 at least.
+
+        Unmasked patches may be so far away that their weights among all patches would underflow, so this is one softmax
+        over logits of the unmasked ones: products of three channels, without what is the same for all keys.
+        """
+        B, h, H, W, E = v.shape
         dtype = torch.promote_types(v.dtype, torch.float32)
-        weight = read[:, None, :, :, None].to(dtype)
-        shares = self.attend_to_places(weight.expand(-1, v.shape[1], -1, -1, -1))
-        places = self.attend_to_places(v.to(dtype) * weight)
-        return (places / shares.clamp(min=1e-37)).to(v.dtype)
+        across, down, square = self.pos_proj.to(dtype).unsqueeze(2).unbind(1)
+        row = torch.arange(H, device=v.device, dtype=dtype).repeat_interleave(W) - (H - 1) / 2
+        column = torch.arange(W, device=v.device, dtype=dtype).repeat(H) - (W - 1) / 2
+        parts = [across - 2.0 * square * column, down - 2.0 * square * row, square.expand(-1, H * W)]
+        # as wide as the values, as fused kernels want them
+        pad = [0, max(0, E - 3)]
+        queries = F.pad(torch.stack(parts, dim=2), pad).expand(B, -1, -1, -1)
+        keys = F.pad(torch.stack([column, row, row.square() + column.square()], dim=1), pad).expand(B, h, -1, -1)
+        mask = added_to_logits(read[:, None, None, :], dtype)
+        y = scaled_dot_product_attention(queries, keys, v.flatten(2, 3).to(dtype), attn_mask=mask, scale=1.0)
+        return y.to(v.dtype)
 
     def forward(
         self,
@@ -113,7 +126,7 @@ class GatedPositionalAttention(AttentionMechanism):
         if attn_mask is None:
             places = self.attend_to_places(patches)
         else:
-            read = tokens_read(attn_mask, v.shape[0])[:, P:].unflatten(1, keys.grid)
+            read = tokens_read(attn_mask, v.shape[0])[:, P:]
             if torch.jit.is_scripting():
                 places = self.attend_to_unmasked_places(patches, read)
             else:

@@ -7,14 +7,15 @@ Wang et al. 2020 (arXiv 2006.04768), equation 7 and "parameter sharing" in secti
 *Names:* ``num_proj_tokens`` = k; ``sharing``: "none" = an E and an F for each head, "headwise" = one E and one F for
 all heads, "kv" = one matrix for both (the paper's key-value sharing).
 
-*Differs:* with an E shared by the heads the tokens are projected before keys and values are computed, (E X) W + b for E
-(X W + b): the same up to the bias, for k instead of N tokens. E and F live on the patch grid, so they can be resampled
-to any resolution, and start as averages over k equal regions, so that a pretrained model keeps part of its accuracy;
-prefix tokens are attended to as they are. A region stands for N/k patches, so its logit carries log(N/k): without it a
-prefix token would weigh N/k times too much. With ``window_size`` w each patch attends to the tokens of its w x w window
-and to the projected ones for the rest (``_windows.py``): it doubles the cost and keeps most of a pretrained softmax
-model's accuracy without training. With rotary positions the projected keys are rotated by the centres of their regions.
-Rotating before the projection would mix keys of different angles, and no product would depend on relative position.
+*Differs:* with an E shared by the heads a ViT projects the tokens before keys and values are computed, (E X) W + b for
+E (X W + b), which CvT and LeViT compute: the same up to the bias, for k instead of N tokens. E and F live on the patch
+grid, so they can be resampled to any resolution, and start as averages over k equal regions, so that a pretrained model
+keeps part of its accuracy; prefix tokens are attended to as they are. A region stands for N/k patches, so its logit
+carries log(N/k): without it a prefix token would weigh N/k times too much. With ``window_size`` w each patch attends to
+the tokens of its w x w window and to the projected ones for the rest (``_windows.py``): it doubles the cost and keeps
+most of a pretrained softmax model's accuracy without training. With rotary positions the projected keys are rotated by
+the centres of their regions. Rotating before the projection would mix keys of different angles, and no product would
+depend on relative position.
 
 Tokens that a mask of keys hides enter no projection. On a grid of several rows the weights of the others are scaled up
 to the absolute sum that E and F had, and the logit carries the log of N/k times the share that is left. In a sequence,

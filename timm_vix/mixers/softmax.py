@@ -69,5 +69,6 @@ class SoftmaxAttention(AttentionMechanism):
     ) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
         if self.merge_keys < 1:
-            k, v, attn_mask = merge_similar_keys(k, v, attn_mask, keys.num_prefix_tokens, self.merge_keys)
+            # channels of ``locality`` are no part of a key's likeness
+            k, v, attn_mask = merge_similar_keys(k, v, attn_mask, keys.num_prefix_tokens, self.merge_keys, self.key_dim)
         return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)

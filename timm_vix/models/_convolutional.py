@@ -40,10 +40,11 @@ class ConvolutionalProjection(nn.Module):
 
 @register_notrace_module
 class ConvolutionalAttention(MechanismHost):
-    """Attention with CvT's projections, whose logits are scaled by the root of all channels and not of a head's.
+    """Attention with CvT's projections of queries, keys and values.
 
     Args:
-        projection: "conv" or "linear" (no convolution, keys and values on the whole grid).
+        projection: "conv": logits are scaled by the root of all channels, as in CvT, and not by the root of a head's;
+            or "linear": no convolution, keys and values on the whole grid, logits scaled as in a ViT.
         key_stride: stride of the convolutions of keys and values.
     """
 
