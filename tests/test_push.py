@@ -135,18 +135,23 @@ def test_a_branch_has_its_own_weights(run, login, tmp_path):
 
 
 def test_a_card_stays_with_its_weights_where_the_connection_drops(run, login, monkeypatch):
-    push(run, "me/flowers")
-    before, card = dict(Hub.files), run / "hub" / "README.md"
-    card.write_text(f"{card.read_text()}\nTrained again.\n")
-
     def drop(*arguments, **keywords):
         raise OSError("connection reset by peer")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("timm_vix.deploy.push.push_to_hf_hub", drop)
-        with pytest.raises(InputError, match="the upload failed, and the same command tries again: connection reset"):
-            push(run, "me/flowers")
-    assert Hub.files == before
+    def push_and_drop():
+        before = dict(Hub.files)
+        with monkeypatch.context() as patch:
+            patch.setattr("timm_vix.deploy.push.push_to_hf_hub", drop)
+            told = "the upload failed, and the same command tries again: connection reset"
+            with pytest.raises(InputError, match=told):
+                push(run, "me/flowers")
+        assert Hub.files == before
+
+    push_and_drop()  # a new repository has no card either
+    push(run, "me/flowers")
+    card = run / "hub" / "README.md"
+    card.write_text(f"{card.read_text()}\nTrained again.\n")
+    push_and_drop()
     push(run, "me/flowers")
     assert "Trained again." in Hub.files["me/flowers/README.md"].decode()
 

@@ -15,12 +15,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
@@ -82,18 +81,13 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
     address = f"{repository}@{revision}" if revision else repository
     card.text = LOADING.sub(f'create_model("hf-hub:{address}", pretrained=True)', card.text)
     api = HfApi(library_name="timm_vix")
-    upload = partial(api.upload_file, repo_id=repository, revision=revision)
-    upload_card = partial(
-        upload, path_or_fileobj=str(card).encode(), path_in_repo="README.md", commit_message="Add model card"
-    )
+    # beside timm's weights: the folder's configuration, see note_classes_once in hub.py, and its card
+    files = {"config.json": (hub / "config.json").read_bytes(), "README.md": str(card).encode()}
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        # timm writes a card of its own where there is none; one that is there describes the weights that are there
-        has_card = api.file_exists(repository, "README.md", revision=revision)
-        if not has_card:
-            upload_card()
+        # the weights come first, so that no card stands beside others than those that it describes
         push_to_hf_hub(
             model,
             repository,
@@ -103,14 +97,12 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
             model_config=labels,
             data_config=resolve_model_data_config(model),
         )
-        # the folder's, see note_classes_once in hub.py
-        upload(
-            path_or_fileobj=str(hub / "config.json"),
-            path_in_repo="config.json",
-            commit_message="Name the number of classes once",
+        api.create_commit(
+            repository,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message="Add model card and classes",
+            revision=revision,
         )
-        if has_card:
-            upload_card()
     except CLIENT_ERRORS as error:
         raise InputError(f"repository={repository}: {reason_of(error)}") from error
     return address
