@@ -29,7 +29,7 @@ from reproduction.shipping import accuracy_of, ship
 
 import timm_vix
 from timm_vix._checks import InputError
-from timm_vix._device import find_device, find_dtype
+from timm_vix._device import device_name, find_device, find_dtype
 from timm_vix._files import one_line
 from timm_vix._records import append_record, earlier_records
 from timm_vix.cli import in_one_line
@@ -201,6 +201,7 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
         seconds=round(sum(row["seconds"] for row in history), 1),
         seed=given.seed,
         gflops=gigaflops(system, patch_size),
+        device_name=device_name(device),
         **{key: best[key] for key in shared},
     )
 

@@ -474,8 +474,14 @@ def test_the_epochs_of_a_run_are_recorded_once(run, images, tmp_path, monkeypatc
 
 def test_the_figure_of_training_has_the_hours_of_each_system():
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    from result_tables.figures import over_time  # needs matplotlib
+    from result_tables.figures import hours_per_epoch, over_time  # needs matplotlib
 
+    # the slow one was trained while the machine was twice as fast
+    timed = [("slow_cifar", 25.0, 0.5), ("fast_cifar", 62.5, 2.5)]
+    names = ("system", "images_per_second", "faster_than_softmax")
+    hours = hours_per_epoch([dict(zip(names, row)) for row in timed])
+    softmax = (50.0 + 25.0) / 2
+    assert hours == pytest.approx({"slow_cifar": 12.5 / (0.5 * softmax), "fast_cifar": 12.5 / (2.5 * softmax)})
     run = dict(recipe="modern", epochs=20, patch_size=4, seed=0, dtype="float32", threads=1, train_loss=1.0)
     rows = [
         dict(run, system=system, epoch=epoch, seconds=seconds, held_out_top1=top1)
@@ -487,10 +493,10 @@ def test_the_figure_of_training_has_the_hours_of_each_system():
         ]
     ]
     rows.append(dict(rows[0], seed=1, seconds=1.0))
-    (axes,) = over_time(rows).axes
+    (axes,) = over_time(rows, dict(slow_cifar=2.0, fast_cifar=0.1)).axes
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     assert list(lines) == ["fast_cifar", "slow_cifar"]  # the best first
-    assert lines["slow_cifar"] == ([1.0, 3.0], [40.0, 45.0])
+    assert lines["slow_cifar"] == ([2.0, 4.0], [40.0, 45.0])
     assert lines["fast_cifar"] == (pytest.approx([0.1, 0.2]), [50.0, 60.0])
 
 

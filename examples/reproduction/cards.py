@@ -29,6 +29,7 @@ COLUMNS: Columns = dict(
     parameters=int,
     gflops=float,
     device=str,
+    device_name=str,
     dtype=str,
     threads=int,
     batch_size=int,
@@ -50,8 +51,8 @@ CURVE: Columns = dict(
     threads=int,
 )
 CIFAR10 = "uoft-cs/cifar10"  # its name on the Hub
-# a system without a number in the paper, a step that could not be measured
-MAY_BE_EMPTY = {"paper", "images_per_second", "faster_than_softmax", "peak_memory_mib"}
+# a system without a number in the paper, a processor of an earlier version, a step that could not be measured
+MAY_BE_EMPTY = {"paper", "device_name", "images_per_second", "faster_than_softmax", "peak_memory_mib"}
 
 
 def read_rows(path: Path) -> tuple[list[Record], int]:

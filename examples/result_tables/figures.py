@@ -1,6 +1,7 @@
 """The figures beside the tables: cost over resolution, and the longer trainings on CIFAR-10."""
 
 import itertools
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from timm_vix.train.plots import canvas
 from . import RESULTS
 from .cost import LEAST_ROUNDS, is_shown
 from .training import is_long
+
+IMAGES = 45_000  # of an epoch of CIFAR-10: the others are held out
 
 
 def draw_all() -> None:
@@ -40,7 +43,9 @@ def trainings() -> Iterator[tuple[str, Any]]:
         return
     epochs = [row for row in read_records(RESULTS / "reproduce_vix_curves.csv", CURVE)[0] if is_long(row)]
     for patch_size in sorted({row["patch_size"] for row in epochs}, reverse=True):
-        yield f"cifar10_patch{patch_size}_time", over_time([r for r in epochs if r["patch_size"] == patch_size])
+        hours = hours_per_epoch([row for row in rows if row["patch_size"] == patch_size])
+        mine = [row for row in epochs if row["patch_size"] == patch_size and row["system"] in hours]
+        yield f"cifar10_patch{patch_size}_time", over_time(mine, hours)
         groups: dict[str, list[Record]] = {}
         for row in (row for row in rows if row["patch_size"] == patch_size):
             point = dict(model=row["system"], start="", top1=row["top1"], gflops=row["gflops"])
@@ -49,11 +54,22 @@ def trainings() -> Iterator[tuple[str, Any]]:
             yield f"cifar10_patch{patch_size}_{name}", trade_off(list(groups.values()), cost, "test top-1 (%)")
 
 
-def over_time(epochs: list[Record]) -> Any:
-    """Accuracy on the held-out images over the hours of training and validation: a line for each system's first seed.
+def hours_per_epoch(rows: list[Record]) -> dict[str, float]:
+    """The hours of an epoch of each system, by the time of its step in turn with softmax.
+
+    The seconds of the trainings themselves depend on what else the machine did.
+    """
+    timed = [row for row in rows if row["faster_than_softmax"] and row["images_per_second"]]
+    softmax = statistics.median([row["images_per_second"] / row["faster_than_softmax"] for row in timed] or [1.0])
+    return {row["system"]: IMAGES / (softmax * row["faster_than_softmax"]) / 3600 for row in timed}
+
+
+def over_time(epochs: list[Record], hours: dict[str, float]) -> Any:
+    """Accuracy on the held-out images over the hours of training: a line for each system's first seed.
 
     Args:
         epochs: Rows of one patch size, see ``CURVE``.
+        hours: of an epoch of each system.
     """
     runs: dict[str, list[Record]] = {}
     for row in sorted(epochs, key=lambda row: key_of(row, ("system", "seed", "epoch"))):
@@ -64,12 +80,9 @@ def over_time(epochs: list[Record]) -> Any:
     looks = styles(best)
     figure, axes = canvas(7.5, 5.6)
     for system in best:
-        hours, total = [], 0.0
-        for row in runs[system]:
-            total += row["seconds"] / 3600
-            hours.append(total)
+        passed = [row["epoch"] * hours[system] for row in runs[system]]
         top1 = [row["held_out_top1"] for row in runs[system]]
-        axes.plot(hours, top1, label=system, markersize=4, linewidth=1.2, **looks[system])
+        axes.plot(passed, top1, label=system, markersize=4, linewidth=1.2, **looks[system])
     threads = max(row["threads"] for row in epochs)
     axes.set(
         xlabel=f"hours of training, {threads} CPU thread{'s' * (threads > 1)}", ylabel="top-1 on held-out images (%)"
