@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -177,16 +178,27 @@ def in_two_processes(work: Callable[[int], Any], folder: Path) -> dict[int, Any]
     def run(rank: int) -> None:
         torch.set_num_threads(1)
         store = f"file://{folder / 'store'}"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-        results.put((rank, work(rank)))
-        torch.distributed.destroy_process_group()
+        try:
+            torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+            results.put((rank, work(rank), None))
+            torch.distributed.destroy_process_group()
+        except Exception:
+            results.put((rank, None, traceback.format_exc()))
 
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
+    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    found = dict(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
+    found = {}
+    try:
+        for _ in processes:
+            rank, result, error = results.get()  # however slow the machine is; a test's own limit ends it
+            assert error is None, error
+            found[rank] = result
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()  # the other one waits for a rank that failed
     return found
 
 

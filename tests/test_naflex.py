@@ -17,15 +17,12 @@ from timm_vix.mixers import MIXERS
 
 # some with fewer patches than there are landmarks
 GRIDS = [(4, 5), (2, 3), (8, 3), (1, 1)]
-TAKEN = {
-    "softmax": ("softmax", {}),
-    "performer": ("performer", {}),
+COUNTS = {"nystrom": {"num_landmarks": 7}, "linformer": {"num_proj_tokens": 7}}
+TAKEN = {name: (name, COUNTS.get(name, {})) for name, mixer in MIXERS.items() if mixer.takes_sequences}
+TAKEN |= {
     "performer-learned": ("performer", {"learned_features": True}),
-    "nystrom": ("nystrom", {"num_landmarks": 7}),
-    "linformer": ("linformer", {"num_proj_tokens": 7}),
     "linformer-headwise": ("linformer", {"num_proj_tokens": 4, "sharing": "headwise"}),
     "linformer-none": ("linformer", {"num_proj_tokens": 4, "sharing": "none"}),
-    "glu": ("glu", {}),
 }
 HOSTS = {
     "registers": dict(reg_tokens=2),

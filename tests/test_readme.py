@@ -210,6 +210,8 @@ def test_what_is_said_of_the_tables_holds(tables):
     assert max(finer["minutes"], key=finer["minutes"].get) == "softmax merged"
     behind = {mixer for mixer, top1 in finer["minutes"].items() if top1 < finer["minutes"]["softmax"]}
     assert behind == {"performer"}
+    fine = [row for row in tables.conversion.read("finer_caltech101.csv") if row["top1"] and row["patch_size"] == "4"]
+    assert len(fine) == len(order) and all(float(row["top1"]) < 5 for row in fine)
     rows = tables.conversion.read("deploy.csv")
     lost = {(row["model"], row["dtype"], row["format"]): float(row["eager_top1"]) - float(row["top1"]) for row in rows}
     assert all(points <= 1 for (_, dtype, _), points in lost.items() if dtype == "int8")

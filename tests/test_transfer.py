@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import timm_vix
 from timm_vix import cli
 from timm_vix.planning.plan import plan_layers
+from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.losses import BlockMatching, Distillation
 from timm_vix.train.transfer import transfer
 from timm_vix.train.transfer_results import mixers_in_words
@@ -371,21 +371,25 @@ def test_channels_that_image_files_lack_are_refused(channels, unlabelled, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_an_interrupted_transfer_is_saved_and_continues_exactly(weights, unlabelled, tmp_path):
-    steps = dict(threads=1, block_steps=40)  # enough that the signal finds the run on its way
+def test_an_interrupted_transfer_is_saved_and_continues_exactly(weights, unlabelled, tmp_path, monkeypatch):
+    steps = dict(threads=1, block_steps=40)
     whole, _ = transfer(**arguments(weights, unlabelled, tmp_path / "whole", **steps))
     settings = arguments(weights, unlabelled, tmp_path / "run", **steps, checkpoint_every=1)
 
-    def interrupt():
-        while not (tmp_path / "run" / "steps.csv").exists() or "1,2," not in (tmp_path / "run/steps.csv").read_text():
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
+    save, pressed = Checkpoint.save, []
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt, match=r"after \d+ of \d+ steps; saved .*checkpoint.pt; resume continues"):
-        transfer(**settings)
-    thread.join()
+    def save_and_press(checkpoint):
+        """Ctrl-C after the second step of the blocks."""
+        save(checkpoint)
+        if not pressed and (checkpoint.position["stage"], checkpoint.position["step"]) == (1, 2):
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save_and_press)
+        told = r"after 2 of 40 steps; saved .*checkpoint.pt; resume continues"
+        with pytest.raises(KeyboardInterrupt, match=told):
+            transfer(**settings)
     assert not (tmp_path / "run" / "result.csv").exists()
     resumed, _ = transfer(**settings, resume=True)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
