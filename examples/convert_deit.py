@@ -188,7 +188,7 @@ def measure_all(given: argparse.Namespace) -> None:
     # with --again no accuracy is wanted
     reference = labels if given.again and not given.deltas else predict(baseline, images, "softmax")
     accuracy = 100 * float((reference == labels).float().mean())
-    if accuracy < 50:
+    if accuracy < 5:  # a model that is lost at this size is still far above chance
         raise InputError(f"{SOURCE} itself is right on {accuracy:.1f} % of {given.images}: other labels")
     image = images[:1].clone()  # a slice would keep all images for the gradient
     if given.deltas:
