@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +31,7 @@ import timm_vix
 from timm_vix.data.folders import find_images, hold_out
 from timm_vix.data.images import Images, transforms
 from timm_vix.train.build import build_model
-from timm_vix.train.finetune import finetune
+from timm_vix.train.finetune import finetune, seed_step
 from timm_vix.train.finetune_settings import FinetuneSettings
 from timm_vix.train.settings import add_settings, given_settings
 
@@ -132,17 +131,18 @@ def test_killed_run_continues_exactly(digits, finished, tmp_path):
     assert_same_run(out, finished)
 
 
-def test_interrupted_run_is_saved_and_continues_exactly(digits, finished, tmp_path, script):
+def test_interrupted_run_is_saved_and_continues_exactly(digits, finished, tmp_path, script, monkeypatch):
     out = tmp_path / "out"
 
-    def interrupt():
-        wait_for((out / "history.csv").exists)
-        os.kill(os.getpid(), signal.SIGINT)
+    def seed_and_press(run, epoch, step):
+        """Ctrl-C in the third step of the second epoch."""
+        seed_step(run, epoch, step)
+        if (epoch, step) == (1, 2):
+            os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    code, stderr = script(*command(digits, out, **EXACT))
-    thread.join()
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_vix.train.finetune.seed_step", seed_and_press)
+        code, stderr = script(*command(digits, out, **EXACT))
     assert code == 130
     assert "interrupted in epoch 2" in stderr and f"saved {out}/checkpoint.pt" in stderr and "resume" in stderr
     assert stderr.count("\n") == 1

@@ -175,6 +175,12 @@ def test_the_advice_holds(tables):
     nystrom = [conversion.find(rows, "nystrom, 4x4 windows", training, "448") for training in ("none", "transfer")]
     before, after = (float(row["relative"]) for row in nystrom)
     assert after - before > (100 - before) / 2
+    large = {row["model"]: row for row in rows if row["img_size"] == "1024"}
+    top1 = {name: float(row["top1"]) for name, row in large.items()}
+    scaled, moved = top1["softmax, scaled logits"], top1.pop("axial, scaled logits, transferred at 448 px")
+    assert top1["softmax"] < 100 / 3 and moved > max(top1.values())
+    for name in ("softmax, merged to 15 %, scaled logits", "axial, scaled logits"):
+        assert scaled - top1[name] < 4 and 1.8 < float(large[name]["faster_than_softmax"]) < 3
     # memory: softmax is linear in the number of tokens, too
     used = {mixer: value(mixer, 1024, "train", "peak_memory_mib") for mixer in ("softmax", *attention)}
     assert min(used.values()) > 0.75 * used["softmax"]
