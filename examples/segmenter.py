@@ -32,8 +32,10 @@ except ImportError as error:
         "error: segmentation_models_pytorch is not installed; pip install 'timm-vix[ecosystem]' brings it"
     ) from error
 
+# mechanisms with their keywords, and softmax with merged tokens
 MIXERS: dict[str, dict[str, Any]] = {
     "softmax": {},
+    "merged": dict(merge=0.3),
     "nystrom": dict(window_size=4),
     "linformer": dict(window_size=4),
     "axial": {},
@@ -93,7 +95,7 @@ def build(run: argparse.Namespace, mixer: str) -> nn.Module:
         raise InputError(f"model={run.model} with weights={run.weights} cannot be built: {one_line(error)}") from error
     backbone = net.encoder.model
     if mixer != "softmax":
-        timm_vix.convert(backbone, mixer, **MIXERS[mixer])
+        timm_vix.convert(backbone, "softmax" if mixer == "merged" else mixer, **MIXERS[mixer])
     if run.trained_blocks is not None:
         check_integer("trained_blocks", run.trained_blocks, 0, len(backbone.blocks))
         backbone.requires_grad_(False)

@@ -269,10 +269,10 @@ def test_a_killed_training_ends_with_the_same_weights(blocks, folder, start, mod
 def test_rows_come_once_and_equal_time_ends_by_the_clock(folder, start, module, monkeypatch, capsys) -> None:
     segment = module("segment")
     monkeypatch.setattr(segment, "costs", module("segmenter").costs_here)  # without the start of a process
-    start(folder, "--mixers", "softmax", "nystrom", "--seconds", 0.1)
+    start(folder, "--mixers", "softmax", "merged", "--seconds", 0.1)
     assert exit_code(segment.main) == 0
     rows, damaged = read_records(folder / "rows.csv", segment.COLUMNS, exact=True)
-    assert damaged == 0 and [row["mixer"] for row in rows] == ["softmax", "nystrom"]
+    assert damaged == 0 and [row["mixer"] for row in rows] == ["softmax", "merged"]
     for row in rows:
         assert row["train_s"] >= 0.1 and row["epochs"] >= 0.5 and row["budget"] == "0.1 s"
         assert 0 <= row["miou"] <= 100 and 0 <= row["pixel_accuracy"] <= 100
