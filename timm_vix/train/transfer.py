@@ -83,17 +83,8 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     """
     run = TransferSettings(*arguments, **keywords)
     folder = Path(run.out)
-    device = run.device = find_device(run.device)
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = init_distributed_device_so(device=device)["global_rank"] if world > 1 else 0
-    if run.batch_size < world:
-        raise InputError(f"batch_size={run.batch_size}: allowed is at least 1 for each of the {world} processes")
-    if world > 1 and device == "cuda":
-        run.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    rank = join_processes(run)
     dtype = find_dtype(run.amp, run.device)
-
     teacher, config = build_teacher(run.source, run.source_kwargs, run.weights, run.img_size, run.device)
     student, report = convert_copy(teacher, run)
     mixers = mixers_of(student, report)
@@ -153,6 +144,26 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
         scaled = ", with logits scaled likewise," if report.trained_tokens else ""
         print(f"agrees with {run.source}{scaled} on {share}; wrote {folder / 'hub'}")
     return student, report
+
+
+def join_processes(run: TransferSettings) -> int:
+    """Give a run its device and threads, and return its rank among the processes of ``torchrun``; alone: 0.
+
+    Raises:
+        ValueError: for a batch that is smaller than the number of processes.
+    """
+    device = run.device = find_device(run.device)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if run.batch_size < world:
+        raise InputError(f"batch_size={run.batch_size}: allowed is at least 1 for each of the {world} processes")
+    if world == 1:
+        return 0
+    rank = init_distributed_device_so(device=device)["global_rank"]
+    if device == "cuda":
+        run.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return rank
 
 
 def settings_of(
