@@ -7,29 +7,32 @@ import torch
 from conftest import LAYOUTS, distance, small
 
 
-def head_by_loop(q, k, v, P, grid, gamma, locality=0.0):
-    """One head by the formula: q, k, v (N, D) -> (N, D)."""
+def head_by_loop(q, k, v, P, grid, gamma, locality=0.0, added=None):
+    """One head by the formula: q, k, v (N, D) -> (N, D); ``added`` (N) to the logits of the keys."""
     (H, W), scale = grid, q.shape[1] ** -0.5
+    added = torch.zeros(len(q), dtype=q.dtype) if added is None else added
     place = [[P + i * W + j for j in range(W)] for i in range(H)]
-    out = [(k @ q[n] * scale).softmax(0) @ v for n in range(P)]
+    out = [(k @ q[n] * scale + added).softmax(0) @ v for n in range(P)]
+    asks, own = list(q), list(k)
+    for row in place:
+        left = [n for n in row if added[n] > -1000]
+        for n in row:
+            if added[n] <= -1000 and left:
+                asks[n], own[n] = q[left].mean(0), k[left].mean(0)
     row_v = {}
     for i in range(H):
         for j in range(W):
             decay = torch.tensor(
                 [math.log(gamma) * abs(j - c) - locality * (j - c) ** 2 for c in range(W)], dtype=q.dtype
             )
-            row_v[i, j] = (k[place[i]] @ q[place[i][j]] * scale + decay).softmax(0) @ v[place[i]]
+            row_v[i, j] = (k[place[i]] @ asks[place[i][j]] * scale + decay + added[place[i]]).softmax(0) @ v[place[i]]
     for i in range(H):
         for j in range(W):
-            count = sum(gamma ** abs(j - c) * math.exp(-locality * (j - c) ** 2) for c in range(W))
-            weights = [torch.exp(q[place[i][j]] @ k[n] * scale) for n in range(P)]
-            weights += [
-                count
-                * gamma ** abs(i - r)
-                * math.exp(-locality * (i - r) ** 2)
-                * torch.exp(q[place[i][j]] @ k[place[r][j]] * scale)
-                for r in range(H)
-            ]
+            weights = [torch.exp(q[place[i][j]] @ k[n] * scale + added[n]) for n in range(P)]
+            for r in range(H):
+                here = [gamma ** abs(j - c) * math.exp(-locality * (j - c) ** 2 + added[place[r][c]]) for c in range(W)]
+                decay = gamma ** abs(i - r) * math.exp(-locality * (i - r) ** 2)
+                weights.append(sum(here) * decay * torch.exp(q[place[i][j]] @ own[place[r][j]] * scale))
             values = [v[n] for n in range(P)] + [row_v[r, j] for r in range(H)]
             out.append(sum(w * value for w, value in zip(weights, values)) / sum(weights))
     return torch.stack(out)
@@ -56,6 +59,26 @@ def test_equals_a_loop(layout, size, keywords):
     assert distance(module(x), expected) < 1e-12
     weight = torch.randn_like(expected)
     mine, right = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (module(x), expected))
+    assert distance(mine, right) < 1e-12
+
+
+@pytest.mark.parametrize("layout", ["class", "no_prefix"])
+def test_masked_tokens_are_left_out(layout):
+    """Masked ones, others that count more or less, and a whole row."""
+    module = small("retention", img_size=(8, 6), locality=0.1, **LAYOUTS[layout]).double().blocks[0].attn
+    (H, W), P = module.grid, module.num_prefix_tokens
+    x = torch.randn(1, P + H * W, 32, dtype=torch.float64, requires_grad=True)
+    added = torch.randn(P + H * W, dtype=torch.float64)
+    added[P + 1] = added[P + 2 * W : P + 3 * W] = -1e4
+    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    gammas = [1 - 2 ** -(6 + 4 * head / 2) for head in (0, 1)]
+    heads = [head_by_loop(q[0, t], k[0, t], v[0, t], P, (H, W), gammas[t], 0.1, added) for t in (0, 1)]
+    y = torch.stack(heads).unsqueeze(0)
+    expected = y.transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
+    found = module(x, attn_mask=added[None, None, None, :])
+    assert distance(found, expected) < 1e-12
+    weight = torch.randn_like(expected)
+    mine, right = (torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (found, expected))
     assert distance(mine, right) < 1e-12
 
 

@@ -81,7 +81,8 @@ def check_all_or_nothing(mask: torch.Tensor, read: torch.Tensor) -> None:
     if other:
         raise InputError(
             f"attn_mask adds {float(mask[read & (mask != 0)][0]):g} to a logit: this token mixer attends to a token or "
-            "doesn't; allowed are booleans, or 0 and numbers below -1000. softmax, performer and axial take any numbers"
+            "doesn't; allowed are booleans, or 0 and numbers below -1000. softmax, performer, axial and retention take "
+            "any numbers"
         )
 
 
