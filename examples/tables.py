@@ -59,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10": lambda: training.finetuned("cifar10"),
     "claims": lambda: training.finetuned("claims"),
     "reproduced": training.reproduced,
+    "longer trainings": training.longer,
     "compared": lambda: training.compared(1),
     "conversions": conversion.conversions,
     "merging": conversion.merging,

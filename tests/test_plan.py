@@ -48,9 +48,6 @@ CANDIDATES = {
     "nystrom": [dict(num_landmarks=4), dict(num_landmarks=9)],
     "linformer": [dict(num_proj_tokens=4)],
 }
-pytestmark = pytest.mark.skipif(
-    not (DEIT.exists() and PHOTOGRAPHS.exists()), reason="needs the DeiT-Tiny weights and the photographs"
-)
 
 
 def counted_times(calls: list, job: dict) -> np.ndarray:
@@ -82,6 +79,8 @@ def photos(tmp_path_factory) -> Path:
 
 def photographs(first: int, last: int) -> dict[str, bytes]:
     """Some of the archive's JPEG files."""
+    if not PHOTOGRAPHS.exists():
+        pytest.skip("needs the photographs")
     with tarfile.open(PHOTOGRAPHS) as tar:
         members = [member for member in tar.getmembers() if member.name.endswith(".jpg")][first:last]
         return {f"{number:02}.jpg": tar.extractfile(member).read() for number, member in enumerate(members)}
@@ -91,6 +90,8 @@ def photographs(first: int, last: int) -> dict[str, bytes]:
 @torch.no_grad()
 def weights(tmp_path_factory) -> Path:
     """The first three blocks of DeiT-Tiny, which classify an image as the nearest of 40 other photographs."""
+    if not DEIT.exists():
+        pytest.skip("needs the DeiT-Tiny weights")
     path = tmp_path_factory.mktemp("weights") / "three.safetensors"
     state = {k: v for k, v in load_file(DEIT).items() if not k.startswith("blocks.") or int(k.split(".")[1]) < 3}
     model = timm.create_model(NAME, depth=3, img_size=SIDE).eval()

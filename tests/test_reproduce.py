@@ -374,12 +374,12 @@ def test_damaged_rows_are_left_out_and_missing_numbers_are_told(tmp_path):
     assert [row["seed"] for row in read_rows(path)[0]] == [1] and read_rows(path)[1] == 2
     (tmp_path / "model.safetensors").touch()
     (card,) = write_cards(path, lambda row: tmp_path, tmp_path / "cards")
-    assert card.name == "hybrid_pin_cifar-patch4-modern-10epochs-seed1.md"
+    assert card.name == "hybrid_pin_cifar-patch4-modern-20epochs-seed1.md"
     assert "| peak memory of a training step | not measured |" in card.read_text()
     append_record(tmp_path / "half.csv", COLUMNS, good)
     append_record(tmp_path / "half.csv", COLUMNS, good | dict(dtype="bfloat16"))
     names = [path.name for path in write_cards(tmp_path / "half.csv", lambda row: tmp_path, tmp_path / "cards")]
-    assert names == [f"hybrid_pin_cifar-patch4-modern-10epochs{half}.md" for half in ("", "-bfloat16")]
+    assert names == [f"hybrid_pin_cifar-patch4-modern-20epochs{half}.md" for half in ("", "-bfloat16")]
 
 
 @pytest.mark.parametrize("more", [["--recipes", "modern", "paper"], ["--cards", "cards"]])
