@@ -154,8 +154,7 @@ class NystromAttention(LandmarkAttention):
         num_landmarks: cells over which landmarks are pooled; the largest number, at most this and the number of
             patches, that lies evenly over the patch grid is taken (``cell_grid``). None: 49.
         pinv_iterations: Newton steps. Each lifts the weakest direction fourfold at first and squares the error in the
-            end: 8 do for the default landmarks, a few hundred want 10 to 12. The gradient is that of the inverse
-            itself, so fewer steps are for inference.
+            end: 8 do for the default landmarks, a few hundred want 10 to 12, fewer than 8 are for inference alone.
         ridge: r.
         window_size: side of the windows of the patch grid within which attention is exact; 0: none.
 
