@@ -38,7 +38,7 @@ from timm_vix.conversion.scaling import scaled_for
 from timm_vix.mixers import MIXERS
 from timm_vix.planning import latency
 from timm_vix.planning.measurements import COLUMNS, Measurements
-from timm_vix.planning.plan import plan_layers, scale_source
+from timm_vix.planning.plan import num_right, plan_layers, scale_source
 from timm_vix.planning.sensitivity import Sensitivity, plan_to_json
 
 RESULTS = Path(__file__).parents[1] / "examples" / "results"
@@ -829,7 +829,8 @@ def test_logits_are_scaled_where_the_labels_say_so(better: bool, weights: Path, 
     timm_vix.convert(scaled, scale_logits="log")
     classes = [net(pixels).argmax(1) for net in (model, scaled)]
     assert not torch.equal(*classes)
-    scale_source(model, None, [pixels[:8], pixels[8:]], classes[better])
+    batches = [pixels[:8], pixels[8:]]
+    scale_source(model, None, batches, classes[better], num_right(model, batches, classes[better]))
     assert torch.equal(model(pixels), (scaled if better else model)(pixels)) and scaled_for(model) == 10 * better
     assert f"so they {'are scaled' if better else 'stay as they are'}" in capsys.readouterr().out
 

@@ -82,7 +82,8 @@ def reproduced() -> str:
 
     A system with longer trainings has a table of these instead, and one with a few epochs no row of one epoch.
     """
-    rows = [row for row in read("reproduce_vix.csv") if not is_replaced(row, read("reproduce_vix.csv"))]
+    all_rows = read("reproduce_vix.csv")
+    rows = [row for row in all_rows if not is_replaced(row, all_rows)]
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["system"], row["patch_size"], epochs_of(row), row["dtype"]), []).append(row)

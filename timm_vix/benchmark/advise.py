@@ -136,7 +136,7 @@ def main(arguments: argparse.Namespace) -> None:
         try:
             records = sweep(jobs, out, retry_failed=arguments.retry_failed, together=not arguments.memory)
         except KeyboardInterrupt:
-            kept = "" if arguments.out else "; nothing was kept: --out FILE keeps what is measured"
-            raise KeyboardInterrupt(f"interrupted{kept or '; the same command continues'}") from None
+            lost = "nothing was kept: --out FILE keeps what is measured"
+            raise KeyboardInterrupt(f"interrupted; {'the same command continues' if arguments.out else lost}") from None
     print(f"\n{arguments.mode}, batch {arguments.batch_size}, {arguments.dtype}, {jobs[0]['device']}, "
           f"{arguments.depth} blocks of ViT-Ti, patch {arguments.patch_size}\n{advice(records)}")  # fmt: skip

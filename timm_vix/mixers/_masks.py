@@ -45,6 +45,11 @@ def is_read(added: torch.Tensor) -> torch.Tensor:
     return added > -1000.0
 
 
+def mean_of_read(x: torch.Tensor, read: torch.Tensor, dim: int) -> torch.Tensor:
+    """The mean of x along an axis over what is attended to, with an axis of length 1 there; of nothing: zeros."""
+    return ((x * read).sum(dim, keepdim=True) / read.sum(dim, keepdim=True).clamp(min=1)).to(x.dtype)
+
+
 def is_key_mask(mask: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether a mask is one of the keys x (B, N, C), and not of pairs of queries and keys."""
     same = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == 1 and mask.shape[3] == x.shape[1]

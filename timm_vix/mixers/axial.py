@@ -51,7 +51,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from .._checks import check_choice, check_integer
 from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout
-from ._masks import added_to_logits, is_read
+from ._masks import added_to_logits, is_read, mean_of_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 
 # As in ``_windows.py``: copies of queries, keys and values by rows and by columns would be kept besides the weights.
@@ -71,8 +71,7 @@ def attend_along_rows(
     own = (strip.unsqueeze(1) == strip).to(dtype)
     if bias is not None:
         read = is_read(bias).unsqueeze(3)
-        means = (q * read).sum(2, keepdim=True) / read.sum(2, keepdim=True).clamp(min=1)
-        q = torch.where(read, q, means.to(q.dtype))
+        q = torch.where(read, q, mean_of_read(q, read, 2))
     logits = torch.matmul(q, k.transpose(2, 3)).to(dtype)
     # far below every logit, but finite, so that 0 log 0 is 0
     logits = logits - 1e30 * own

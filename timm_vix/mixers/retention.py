@@ -40,7 +40,7 @@ from torch.nn.functional import dropout
 from .._checks import check_number
 from . import _fused
 from ._layout import Grid, TokenLayout
-from ._masks import added_to_logits, is_read
+from ._masks import added_to_logits, is_read, mean_of_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 
 
@@ -85,9 +85,8 @@ def retain_in_grid(
         prefix_bias, bias = mask[..., :P].unsqueeze(3), mask[..., P:].unflatten(3, grid).transpose(2, 3)
         along_row, left = along_row + bias, left + bias  # (B, h, H, W, W)
         read = is_read(bias).transpose(3, 4)
-        number = read.sum(3, keepdim=True).clamp(min=1)
         kept = read | (torch.arange(q.shape[4], device=q.device) >= key_dim)  # channels of ``locality`` tell the place
-        asks, own = [torch.where(kept, t, ((t * read).sum(3, keepdim=True) / number).to(t.dtype)) for t in (q, k)]
+        asks, own = [torch.where(kept, t, mean_of_read(t, read, 3)) for t in (q, k)]
 
     weights = (torch.matmul(asks, k.transpose(3, 4)).to(along_row.dtype) + along_row).softmax(4)
     q, k, v = [t.transpose(2, 3) for t in (q, own, torch.matmul(weights.to(v.dtype), v))]

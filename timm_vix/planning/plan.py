@@ -96,7 +96,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
 
     # of the source as it is, on the half that chooses and the other
     right = [num_right(model, batches_of(pixels[half::2]), labels[half::2]) if run.labels else None for half in (0, 1)]
-    scale_source(model, run.scale_logits, batches_of(pixels[::2]), labels[::2] if run.labels else None)
+    scale_source(model, run.scale_logits, batches_of(pixels[::2]), labels[::2] if run.labels else None, right[0])
 
     def sensitivity(
         part: str, pixels: torch.Tensor, labels: Optional[torch.Tensor] = None, right: Optional[int] = None
@@ -193,9 +193,16 @@ def num_right(model: nn.Module, batches: list[torch.Tensor], labels: torch.Tenso
 
 
 def scale_source(
-    model: nn.Module, scale_logits: Optional[ScaleLogits], batches: list[torch.Tensor], labels: Optional[torch.Tensor]
+    model: nn.Module,
+    scale_logits: Optional[ScaleLogits],
+    batches: list[torch.Tensor],
+    labels: Optional[torch.Tensor],
+    plain: Optional[int],
 ) -> None:
-    """Scale the logits of the source if that is asked for, or if it predicts the labels of the batches better so."""
+    """Scale the logits of the source if that is asked for, or if it predicts the labels of the batches better so.
+
+    ``plain``: of how many images it predicts the label as it is; None without labels.
+    """
     if scale_logits is not None:
         if scale_logits != 0:
             convert(model, scale_logits=scale_logits)
@@ -203,9 +210,8 @@ def scale_source(
     layout = layout_of(model)
     known = bool((getattr(model, "pretrained_cfg", None) or {}).get("input_size"))
     number = trained_tokens(model, "log") if known else 0
-    if labels is None or not 0 < number < layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]:
+    if labels is None or plain is None or not 0 < number < layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]:
         return
-    plain = num_right(model, batches, labels)
     convert(model, scale_logits=number)
     scaled = num_right(model, batches, labels)
     if scaled <= plain:
