@@ -232,14 +232,22 @@ def test_a_sequence_is_projected_as_if_it_were_shorter():
         assert distance(y, module.merge(heads_out, image.unsqueeze(0))[0]) < rounding(torch.float64)
 
 
-@pytest.mark.parametrize("name", ["axial", "axial-columns"])
+@pytest.mark.parametrize("name", ["axial", "axial-columns", "axial-locality"])
 def test_axial_attention_is_the_formula_with_the_keys_that_are_left(name):
-    """A loop over queries and rows. Where a row's own query is masked, the mean of its other queries stands in."""
+    """A loop over queries and rows. Where a row's own query is masked, the mean of its other queries stands in.
+
+    It asks from the masked token's place, which ``locality`` subtracts distances from.
+    """
     module = slot_of(name)
     x, mask = masked_tokens(module)
     P, (height, width), w = module.num_prefix_tokens, module.grid, module.core.strip_width
     columns_first = module.core.first == "columns"
     lines, places = (width, height) if columns_first else (height, width)
+    grid_of = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
+    nearness = -module.core.locality * torch.cdist(grid_of, grid_of).square()  # of patches, added to their logits
+
+    def near_by(i: int, others: list[int]) -> torch.Tensor:
+        return torch.tensor([float(nearness[i - P, j - P]) if j >= P else 0.0 for j in others], dtype=torch.float64)
 
     def token(line: int, place: int) -> int:
         return P + (place * width + line if columns_first else line * width + place)
@@ -256,14 +264,16 @@ def test_axial_attention_is_the_formula_with_the_keys_that_are_left(name):
                     strip = range(place // w * w, min(place // w * w + w, places))
                     near = [t for t in range(P) if read[t]]
                     near += [token(r, c) for r in range(lines) for c in strip if read[token(r, c)]]
-                    logits, values = [Q[token(line, place)] @ K[near].T], [V[near]]
+                    here = token(line, place)
+                    logits, values = [Q[here] @ K[near].T + near_by(here, near)], [V[near]]
                     for r in range(lines):
                         there = [token(r, c) for c in range(places) if read[token(r, c)]]
                         far = [token(r, c) for c in range(places) if c not in strip and read[token(r, c)]]
                         if far:
                             asks = Q[token(r, place)] if read[token(r, place)] else Q[there].mean(0)
-                            p = (asks @ K[far].T).softmax(0)
-                            logits.append((Q[token(line, place)] @ (p @ K[far]) - (p * p.log()).sum()).reshape(1))
+                            p = (asks @ K[far].T + near_by(token(r, place), far)).softmax(0)
+                            attended = Q[here] @ (p @ K[far]) + p @ near_by(here, far)
+                            logits.append((attended - (p * p.log()).sum()).reshape(1))
                             values.append((p @ V[far]).unsqueeze(0))
                     y[image, head, token(line, place)] = torch.cat(logits).softmax(0) @ torch.cat(values)
     assert distance(module(x, attn_mask=mask), module.merge(y, x)) < rounding(torch.float64)

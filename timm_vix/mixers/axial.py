@@ -59,11 +59,11 @@ LONG = 512
 
 
 def attend_along_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip_width: int, bias: Optional[torch.Tensor]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, strip_width: int, key_dim: int, bias: Optional[torch.Tensor]
 ) -> list[torch.Tensor]:
     """K^, (A, H, W, D), V^, (A, H, W, E), and S, (A, H, W), from scaled queries, keys (.., D) and values (.., E).
 
-    ``bias`` (A, H, W) is added to the logits of the keys.
+    ``bias`` (A, H, W) is added to the logits of the keys. Channels from ``key_dim`` on are those of ``locality``.
     """
     # sums and logarithms in float32
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -71,7 +71,8 @@ def attend_along_rows(
     own = (strip.unsqueeze(1) == strip).to(dtype)
     if bias is not None:
         read = is_read(bias).unsqueeze(3)
-        q = torch.where(read, q, mean_of_read(q, read, 2))
+        kept = read | (torch.arange(q.shape[3], device=q.device) >= key_dim)  # channels of ``locality`` tell the place
+        q = torch.where(kept, q, mean_of_read(q, read, 2))
     logits = torch.matmul(q, k.transpose(2, 3)).to(dtype)
     # far below every logit, but finite, so that 0 log 0 is 0
     logits = logits - 1e30 * own
@@ -132,6 +133,7 @@ def attend_in_grid(
     strip_width: int,
     columns_first: bool,
     rate: float,
+    key_dim: int,
     mask: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Attention of the patches: q, k (B, h, N, D), v (B, h, N, E), mask (B, 1, 1, N) of keys -> (B, h, H·W, E)."""
@@ -150,7 +152,7 @@ def attend_in_grid(
         if columns_first:
             row_bias = row_bias.transpose(1, 2)
         biases = [added[:, :P], row_bias.transpose(1, 2)]
-    rows = rows + attend_along_rows(rows[0], rows[1], rows[2], strip_width, row_bias)
+    rows = rows + attend_along_rows(rows[0], rows[1], rows[2], strip_width, key_dim, row_bias)
     columns = [rows.pop(0).transpose(1, 2).contiguous() for _ in range(len(rows))]
     # the last strip may be narrower
     rest = columns[0].shape[1] % strip_width
@@ -208,9 +210,8 @@ class AxialAttention(AttentionMechanism):
         if grid[0 if columns_first else 1] <= self.strip_width:
             return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate)
         if torch.jit.is_scripting():
-            y = attend_in_grid(q, k, v, P, grid, self.strip_width, columns_first, rate, mask)
+            y = attend_in_grid(q, k, v, P, grid, self.strip_width, columns_first, rate, self.key_dim, mask)
         else:
-            y = checkpoint_if_long(
-                attend_in_grid, q.shape[2] >= LONG, q, k, v, P, grid, self.strip_width, columns_first, rate, mask
-            )
+            rest = (self.strip_width, columns_first, rate, self.key_dim, mask)
+            y = checkpoint_if_long(attend_in_grid, q.shape[2] >= LONG, q, k, v, P, grid, *rest)
         return with_prefix_rows(y, q, k, v, P, attn_mask, rate)
