@@ -12,8 +12,7 @@ from timm.utils import ParseKwargs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_vix.mixers._dilated import axis_layout
-from timm_vix.mixers.atrous import check_dilations
+from timm_vix.mixers._dilated import axis_layout, check_dilations
 
 PREFIXES = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
 # branches, largest window, image in patches of 2 px: padding at one, both or no sides, grids smaller than a window or
@@ -39,8 +38,8 @@ def together(i: int, j: int, length: int, dilation: int, window_size: int) -> bo
     return i % dilation == j % dilation and i // dilation // side == j // dilation // side
 
 
-def naive(module, x: torch.Tensor, rope: str | None) -> torch.Tensor:
-    """A token at a time: sums of gated exponentials over the tokens of its windows."""
+def naive(module, x: torch.Tensor, rope: str | None, read: torch.Tensor | None = None) -> torch.Tensor:
+    """A token at a time: sums of gated exponentials over the tokens of its windows, of those that are read (B, N)."""
     B, N, C = x.shape
     h, P, (H, W), n = module.num_heads, module.num_prefix_tokens, module.grid, len(module.core.dilations)
     D = C // h
@@ -65,8 +64,11 @@ def naive(module, x: torch.Tensor, rope: str | None) -> torch.Tensor:
                 shared = together(r, places[j][0], H, dilation, module.core.window_size)
                 if shared and together(c, places[j][1], W, dilation, module.core.window_size):
                     weight[:, :, j] += gates[:, i, :, b]
+        if read is not None:
+            weight = weight * read[:, None]
         weight = weight * (logits - logits.amax(2, keepdim=True)).exp()
-        out.append(torch.einsum("bhn,bhnd->bhd", weight / weight.sum(2, keepdim=True), v).flatten(1))
+        weight = weight / weight.sum(2, keepdim=True).clamp(min=1e-300)  # nothing is left: 0
+        out.append(torch.einsum("bhn,bhnd->bhd", weight, v).flatten(1))
     return torch.stack(out, dim=1) @ module.proj.weight.T + module.proj.bias
 
 
@@ -90,6 +92,22 @@ def test_equals_the_loop(dilations, window_size, img_size, rope, prefix):
             assert mine is None or mine.norm() < bound
         else:
             assert distance(mine, theirs) < bound
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=len)
+@pytest.mark.parametrize("dilations, window_size, img_size", LAYOUTS[:5])
+def test_masked_tokens_are_left_out(dilations, window_size, img_size, prefix):
+    model = small("atrous", dilations=dilations, window_size=window_size, img_size=img_size, **prefix)
+    module = model.double().blocks[0].attn
+    x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    read = torch.rand(2, module.num_tokens) < 0.5
+    read[0, module.num_prefix_tokens : module.num_prefix_tokens + module.grid[1] * 2] = False  # whole windows
+    read[:, -1] = True
+    ours, reference = module(x, attn_mask=read[:, None, None]), naive(module, x, None, read)
+    assert distance(ours, reference) < rounding(torch.float64, 10)
+    weight = torch.randn_like(ours)
+    mine, theirs = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, reference))
+    assert distance(mine, theirs) < rounding(torch.float64, 10)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES, ids=len)

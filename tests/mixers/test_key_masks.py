@@ -24,6 +24,9 @@ TAKEN |= {
     "linformer-headwise": {"sharing": "headwise"},
     "linformer-none": {"sharing": "none"},
     "linformer-none-locality": {"sharing": "none", "locality": 0.05},
+    "nystrom-windows": {"window_size": 2},
+    "linformer-windows": {"window_size": 3},
+    "linformer-none-windows": {"window_size": 3, "sharing": "none"},
     "axial-columns": {"first": "columns", "strip_width": 1},
     "axial-locality": {"locality": 0.05},
 }
@@ -63,7 +66,10 @@ def test_forms_of_a_mask(name):
         assert distance(all_images, module(image.unsqueeze(0), attn_mask=mask[2:])[0]) < rounding(torch.float64)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pool", "relu", "glu", "axial", "gpsa")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("pool", "relu", "glu", "axial", "gpsa", "atrous", "latent", "retention", "nystrom-windows")
+]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -415,11 +421,10 @@ def test_who_takes_masks_is_said_where_another_mask_is_refused(mixer):
 
 @pytest.mark.parametrize(
     "mixer, keywords",
-    [("nystrom", {"window_size": 2}), ("linformer", {"window_size": 2}), ("performer", {"conv_residual": True}),
-     ("relu", {}), ("softmax", {"merge_keys": 0.5})],
-)  # fmt: skip
+    [("performer", {"conv_residual": True}), ("relu", {}), ("softmax", {"merge_keys": 0.5})],
+)
 def test_keywords_with_which_masks_are_refused(mixer, keywords):
-    with pytest.raises(InputError, match="without conv_residual and window_size"):
+    with pytest.raises(InputError, match="merge_keys=1 .* without conv_residual$"):
         small(mixer, **keywords).blocks[0].attn(torch.randn(2, 36, 32), torch.ones(2, 1, 1, 36, dtype=torch.bool))
 
 

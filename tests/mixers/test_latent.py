@@ -44,19 +44,23 @@ def masked(q, k, v, mask, bias):
     return weights @ k, weights @ v, mass - (q * (weights @ k)).sum(1) / q.shape[1] ** 0.5
 
 
-def head(q, k, v, P, pool, owner, group):
-    """One head: q, k, v (N, D) -> (N, D)."""
+def head(q, k, v, P, pool, owner, group, added=None):
+    """One head: q, k, v (N, D) and what is added to the logits of keys (N) -> (N, D)."""
+    added = torch.zeros(len(k), dtype=q.dtype) if added is None else added
+    left = pool * (added[P:] > -1000)
+    exists = left.sum(1) > 0  # latents of cells that are masked are left out
+    pool, owner = (left / left.sum(1, keepdim=True))[exists], [g for g, here in zip(owner, exists) if here]
     latents = pool @ q[P:]
     of_latent = torch.tensor([[a == b for b in group] for a in owner])
     others = torch.tensor([[a != b for b in owner] for a in owner])
     once = -torch.tensor([owner.count(g) for g in owner], dtype=q.dtype).log()
-    latent_k, latent_v, mass = masked(latents, k[P:], v[P:], of_latent, torch.zeros(len(k) - P))
+    latent_k, latent_v, mass = masked(latents, k[P:], v[P:], of_latent, added[P:])
     latent_k, latent_v, mass = masked(latents, latent_k, latent_v, others, mass + once)
     same = torch.tensor([[a == b for b in group] for a in group])
     mask = torch.cat([torch.ones(len(same), P, dtype=torch.bool), same, of_latent.T], dim=1)
     keys, values = torch.cat([k, latent_k]), torch.cat([v, latent_v])
-    _, y, _ = masked(q[P:], keys, values, mask, torch.cat([torch.zeros(len(k)), mass + once]))
-    return torch.cat([(q[:P] @ k.T / q.shape[1] ** 0.5).softmax(1) @ v, y])
+    _, y, _ = masked(q[P:], keys, values, mask, torch.cat([added, mass + once]))
+    return torch.cat([(q[:P] @ k.T / q.shape[1] ** 0.5 + added).softmax(1) @ v, y])
 
 
 CASES = [
@@ -84,6 +88,27 @@ def test_equals_masked_dense_attention(layout, size, group_size, latents, cells)
     assert distance(module(x), expected) < 1e-12
     weight = torch.randn_like(expected)
     mine, right = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (module(x), expected))
+    assert distance(mine, right) < 1e-12
+
+
+@pytest.mark.parametrize("size, group_size, latents, cells", CASES[:3], ids=str)
+@pytest.mark.parametrize("layout", ["class", "no_prefix"])
+def test_masked_tokens_are_left_out(layout, size, group_size, latents, cells):
+    """Masked ones, others that count more or less, and a whole cell; but no group whose patches are all masked."""
+    model = small("latent", img_size=size, group_size=group_size, latents_per_group=latents, **LAYOUTS[layout])
+    module = model.double().blocks[0].attn
+    P = module.num_prefix_tokens
+    x = torch.randn(1, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    pool, owner, group = pooling_matrix(module.grid, group_size, cells)
+    added = torch.randn(module.num_tokens, dtype=torch.float64)
+    added[P:][pool[0] > 0] = added[P + 7] = -1e4
+    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    y = torch.stack([head(q[0, a], k[0, a], v[0, a], P, pool, owner, group, added) for a in (0, 1)]).unsqueeze(0)
+    expected = y.transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
+    found = module(x, attn_mask=added[None, None, None, :])
+    assert distance(found, expected) < 1e-12
+    weight = torch.randn_like(expected)
+    mine, right = (torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (found, expected))
     assert distance(mine, right) < 1e-12
 
 

@@ -8,7 +8,8 @@ from conftest import distance, image, rounding, small
 from torch.nn.functional import adaptive_avg_pool2d
 
 from timm_vix.mixers._dilated import from_windows, to_windows
-from timm_vix.mixers._windows import axes, landmarks_and_windows, window_biases
+from timm_vix.mixers._masks import MaskedPooling, cell_averages
+from timm_vix.mixers._windows import axes, landmarks_and_windows, masked_biases, window_biases
 
 
 @pytest.mark.parametrize("grid, w", [((6, 4), 2), ((7, 5), 3), ((2, 3), 4), ((5, 1), 2)])
@@ -25,23 +26,28 @@ def test_windows_hold_neighbours_and_give_them_back(grid, w):
     assert torch.equal(from_windows(cut, grid, *axes(grid, w)), x)
 
 
-def naive(q, k, v, keys, values, grid, cells, P, w):
-    """Query by query: prefix tokens, what of each cell lies outside the window, each token inside it."""
+def naive(q, k, v, keys, values, grid, cells, P, w, read=None):
+    """Query by query: prefix tokens, what of each cell lies outside the window, each token inside it.
+
+    With ``read`` (P + H·W) masked ones aren't counted.
+    """
     H, W = grid
+    read = torch.ones(P + H * W, dtype=torch.bool) if read is None else read
     share = adaptive_avg_pool2d(torch.eye(H * W, dtype=q.dtype).reshape(H * W, H, W), cells).flatten(1).T  # (cells, HW)
+    share = share * read[P:]
     y = torch.empty_like(v)
     for i in range(H * W):
         row, column = divmod(i, W)
         window = [r * W + c for r in range(H) for c in range(W) if r // w == row // w and c // w == column // w]
         scale = q.shape[-1] ** -0.5
-        logits = [(keys[:, :, j] * q[:, :, i]).sum(-1) * scale for j in range(P)]
-        sources = [values[:, :, j] for j in range(P)]
+        logits = [(keys[:, :, j] * q[:, :, i]).sum(-1) * scale for j in range(P) if read[j]]
+        sources = [values[:, :, j] for j in range(P) if read[j]]
         for j in range(len(share)):
-            left = float(1 - share[j, window].sum()) * H * W / len(share)
+            left = float(share[j].sum() - share[j, window].sum()) * H * W / len(share)
             if left > 1e-6:
                 logits.append((keys[:, :, P + j] * q[:, :, i]).sum(-1) * scale + math.log(left))
                 sources.append(values[:, :, P + j])
-        for j in window:
+        for j in (token for token in window if read[P + token]):
             logits.append((k[:, :, j] * q[:, :, i]).sum(-1) * scale)
             sources.append(v[:, :, j])
         weights = torch.stack(logits, dim=-1).softmax(-1)
@@ -59,12 +65,29 @@ def test_against_a_loop(grid, cells, w, P, E):
     keys, values = (torch.randn(2, 3, m, width, dtype=torch.float64, requires_grad=True) for width in (4, E))
     y = landmarks_and_windows(q, k, v, keys, values, window_biases(q, P, grid, cells, w), grid, w)
     expected = naive(q, k, v, keys, values, grid, cells, P, w)
-    bound = rounding(torch.float32)  # what lies outside a window is counted in float32
+    bound = rounding(torch.float64)
     assert distance(y, expected) < bound
     tensors = (q, k, v, keys, values)
     ours, theirs = (torch.autograd.grad(t.sin().sum(), tensors) for t in (y, expected))
     for mine, reference in zip(ours, theirs, strict=True):
         assert distance(mine, reference) < bound
+
+
+@pytest.mark.parametrize("P", [0, 3])
+@pytest.mark.parametrize("grid, cells, w", [((6, 4), (3, 2), 2), ((7, 5), (3, 2), 3), ((5, 8), (2, 4), 1)])
+def test_with_masked_tokens_against_a_loop(grid, cells, w, P):
+    """Among them a whole cell, and in another image every second token."""
+    n, m = grid[0] * grid[1], P + cells[0] * cells[1]
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64) for _ in range(3))
+    keys, values = (torch.randn(2, 3, m, 4, dtype=torch.float64) for _ in range(2))
+    read = torch.rand(2, P + n) < 0.7
+    read[0, P : P + n // 2], read[1, ::2], read[:, -1] = False, True, True
+    averages, counts = cell_averages(read[:, P:], grid, cells, True, q)
+    pooling = MaskedPooling(read, *[averages.unsqueeze(1)] * 3, counts.unsqueeze(1))
+    y = landmarks_and_windows(q, k, v, keys, values, masked_biases(pooling, q, P, grid, cells, w), grid, w)
+    for i in (0, 1):
+        one = (part[i : i + 1] for part in (q, k, v, keys, values))
+        assert distance(y[i : i + 1], naive(*one, grid, cells, P, w, read[i])) < rounding(torch.float64)
 
 
 @pytest.mark.parametrize("layout", [{"class_token": False, "global_pool": "avg"}, {"reg_tokens": 4}], ids=len)
@@ -79,9 +102,12 @@ def test_a_window_over_the_whole_grid_is_softmax_for_the_patches(mixer, rope, la
     if rope is None:
         softmax.blocks[0].attn.fused_attn = False
     x = torch.randn(2, 35 + model.num_prefix_tokens, 32, dtype=torch.float64)
-    ours, theirs = model.blocks[0].attn(x), softmax.blocks[0].attn(x)
     P = model.num_prefix_tokens
-    assert distance(ours[:, P:], theirs[:, P:]) < rounding(torch.float32)  # and a fit of a billionth is left
+    read = torch.rand(2, 1, 1, P + 35) < 0.6
+    read[..., -1] = True
+    for mask in (None, read):
+        ours, theirs = (each.blocks[0].attn(x, attn_mask=mask) for each in (model, softmax))
+        assert distance(ours[:, P:], theirs[:, P:]) < rounding(torch.float32)  # and a fit of a billionth is left
 
 
 @pytest.mark.parametrize("mixer", ["nystrom", "linformer"])

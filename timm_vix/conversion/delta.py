@@ -20,8 +20,8 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line, write_whole
+from ..mixers._dilated import check_dilations
 from ..mixers._slot import MixerSlot
-from ..mixers.atrous import check_dilations
 from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
 from .identity import DTYPES, checksums, dtype_of, fingerprint, mechanisms_of
 from .plan_file import architecture

@@ -5,12 +5,35 @@ By reshapes alone; a grid that windows or dilation don't divide is padded at the
 Shapes: A images and heads, (A, H·W, D) tokens, (A, G, L, D) in G windows of L tokens.
 """
 
+import ast
+from typing import Any, Union
+
 import torch
 from torch.nn.functional import pad
 
+from .._checks import InputError
 from ._layout import Grid
 
+DEFAULT_DILATIONS = (1, 2, 4)
 Axis = tuple[int, int, int]  # windows along an axis, rows in each, dilation
+
+
+def check_dilations(dilations: Union[int, str, tuple[int, ...], None]) -> list[int]:
+    """The dilations as a list, from a list, a tuple, an integer or a string such as "1,2,4".
+
+    Raises:
+        ValueError: unless they are different positive integers.
+    """
+    values: Any = DEFAULT_DILATIONS if dilations is None else dilations
+    if isinstance(values, str):
+        try:
+            values = ast.literal_eval(values)
+        except (ValueError, SyntaxError):
+            values = ()
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    if not values or len(set(values)) < len(values) or not all(type(d) is int and d > 0 for d in values):
+        raise InputError(f"dilations={dilations!r}: expected different integers of at least 1, such as (1, 2, 4)")
+    return values
 
 
 def axis_layout(length: int, dilation: int, window_size: int) -> Axis:

@@ -21,7 +21,7 @@ from .._checks import InputError, check_integer
 from ._layout import Grid, TokenLayout, count_bias
 from ._masks import MaskedPooling, added_to_logits, landmark_bias, pool_by, tokens_read
 from ._mechanism import AttentionMechanism, AttentionShape
-from ._windows import landmarks_and_windows, window_biases
+from ._windows import landmarks_and_windows, masked_biases, window_biases
 
 
 def attention(
@@ -63,7 +63,7 @@ class LandmarkAttention(AttentionMechanism):
             )
         self.window_size = window_size
         if window_size:
-            self.supports_key_mask = self.takes_sequences = False
+            self.takes_sequences = False
         # pooling is the same for all heads, so it may come before the projections; and for queries, keys and values
         self.pools_tokens = True
         self.pools_once = True
@@ -173,7 +173,10 @@ class LandmarkAttention(AttentionMechanism):
             return attention(q, k_m, v_m, bias, dropout)
         P, grid = keys.num_prefix_tokens, keys.grid
         size = min(self.window_size, max(grid[0], grid[1]))  # more would be padding
-        biases = window_biases(q, P, grid, cells, size)
+        if masked is None:
+            biases = window_biases(q, P, grid, cells, size)
+        else:
+            biases = masked_biases(masked, q, P, grid, cells, size)
         y = landmarks_and_windows(q[:, :, P:], k[:, :, P:], v[:, :, P:], k_m, v_m, biases, grid, size, dropout)
         if P > 0:
             y = torch.cat([attention(q[:, :, :P], k_m, v_m, bias, dropout), y], dim=2)

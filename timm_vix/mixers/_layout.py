@@ -35,8 +35,8 @@ def check_sequence(
         raise InputError(
             f"{given}: this token mixer does not support it. softmax takes any attn_mask and is_causal, with "
             f"merge_keys=1 and without conv_residual; a mask of keys, (B, 1, 1, N) with B={x.shape[0]} or 1 and "
-            f"N={x.shape[1]}, is taken by linformer, performer, nystrom, axial, retention, gpsa, pool, glu and relu "
-            "too, without conv_residual and window_size"
+            f"N={x.shape[1]}, is taken by linformer, performer, nystrom, axial, atrous, latent, retention, gpsa, pool, "
+            "glu and relu too, without conv_residual"
         )
     num_tokens = layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]
     if uses_grid and x.shape[1] != num_tokens:

@@ -86,8 +86,8 @@ def check_all_or_nothing(mask: torch.Tensor, read: torch.Tensor) -> None:
     if other:
         raise InputError(
             f"attn_mask adds {float(mask[read & (mask != 0)][0]):g} to a logit: this token mixer attends to a token or "
-            "doesn't; allowed are booleans, or 0 and numbers below -1000. softmax, performer, axial and retention take "
-            "any numbers"
+            "doesn't; allowed are booleans, or 0 and numbers below -1000. softmax, performer, axial, latent and "
+            "retention take any numbers"
         )
 
 
@@ -151,6 +151,9 @@ def landmark_bias(masked: MaskedPooling, num_prefix_tokens: int, like: torch.Ten
     """
     counts = masked.counts
     prefix = masked.read[:, :num_prefix_tokens].unsqueeze(1).to(counts.dtype).expand(-1, counts.shape[1], -1)
-    counts = torch.cat([prefix, counts], dim=2).unsqueeze(2)
-    floor = lowest(like.dtype)
-    return torch.where(counts > 1e-4, counts.clamp(min=1e-4).log(), floor).to(like.dtype)
+    return log_counts(torch.cat([prefix, counts], dim=2), like).unsqueeze(2)
+
+
+def log_counts(counts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The log of numbers of tokens in the dtype of ``like``; what stands for none is masked."""
+    return torch.where(counts > 1e-4, counts.clamp(min=1e-4).log(), lowest(like.dtype)).to(like.dtype)

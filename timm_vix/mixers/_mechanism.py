@@ -226,8 +226,8 @@ class AttentionMechanism(Mixer):
 
     ``forward(q, k, v, queries, keys)``: q (B, h, Nq, D), k (B, h, Nk, D), v (B, h, Nk, E) and their layouts
     -> (B, h, Nq, E). Queries and keys come normalised and rotated. A mechanism with ``needs_tokens`` gets the tokens
-    that ask, (B, Nq, C), after these, one with ``supports_mask`` gets ``attn_mask`` and ``is_causal``, another one with
-    ``supports_key_mask`` gets ``attn_mask`` (B, 1, 1, Nk).
+    that ask, (B, Nq, C), and ``attn_mask`` after these, one with ``supports_mask`` gets ``attn_mask`` and
+    ``is_causal``, another one with ``supports_key_mask`` gets ``attn_mask`` (B, 1, 1, Nk).
     """
 
     has_logits = True
@@ -302,7 +302,7 @@ class MechanismHost(nn.Module):
         q, k, wide = self.core.localise(q, k, v, queries, keys)
         # TorchScript compiles the branch of the constant alone
         if self.needs_tokens:
-            y = self.core(q, k, wide, queries, keys, tokens)
+            y = self.core(q, k, wide, queries, keys, tokens, attn_mask)
         elif self.supports_mask:
             y = self.core(q, k, wide, queries, keys, attn_mask, is_causal)
         elif self.supports_key_mask:

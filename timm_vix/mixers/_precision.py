@@ -9,3 +9,10 @@ def outside_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast; not for TorchScript, which knows autocast for constant devices only."""
     # the meta device has no autocast to switch off; asking torch which has one would break a compiled graph
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def logits_of_one_key(queries: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The logits of one key (.., 1, D), scaled, in float32 at least: (.., L, 1). Weights of branches depend on them."""
+    if queries.dtype in (torch.float32, torch.float64):
+        return torch.matmul(queries, key.transpose(2, 3))
+    return (queries.float() * key.float()).sum(3, keepdim=True)
