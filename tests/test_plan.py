@@ -250,6 +250,7 @@ def test_a_search_that_has_no_time_says_so(
     assert {row["what"] for row in rows if row["agreement"] is not None} == {"{}"}
     assert plan_layers(**given, keep=0.5)["layers"] == {}
     assert "the search ends after minutes=1e-09" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["stopped"] is True
     plan = plan_layers(**{**given, "minutes": 15.0}, budget_gflops=1.01 * least)  # the same table
     assert plan["gflops"] <= 1.01 * least
 
@@ -416,6 +417,13 @@ def test_a_plan_for_other_circumstances_is_told(merging_plan: Path, weights: Pat
     load_plan(merging_plan, build(weights))
     assert not caplog.records
     content = json.loads(merging_plan.read_text())
+    assert content["minutes"] == 15 and content["stopped"] is False
+    tuned = build(weights)
+    torch.nn.init.zeros_(tuned.head.bias)
+    (tmp_path / "threads.json").write_text(json.dumps(content | dict(threads=99)))
+    load_plan(tmp_path / "threads.json", tuned)
+    said = caplog.records.pop().getMessage()
+    assert f"threads=99 and not {torch.get_num_threads()}" in said and f"weights={content['weights']} and not" in said
     (tmp_path / "other.json").write_text(json.dumps(content | dict(machine="Abacus")))
     model = timm.create_model(NAME, depth=3, img_size=64).bfloat16()
     assert load_plan(tmp_path / "other.json", model).merge == content["merge"]
@@ -687,6 +695,7 @@ def test_the_command(clock, photos: Path, weights: Path, tmp_path: Path, monkeyp
     printed = capsys.readouterr().out
     assert "skipped 1 of 17 images that cannot be read" in printed and "broken.jpg" in printed
     assert "3 layers, " in printed and "<- chosen" in printed
+    assert "top-1 kept" not in printed and "means all of them" not in printed
     content = json.loads((tmp_path / "plan.json").read_text())
     assert printed.count("<- chosen") == 1
     assert len(content["curve"]) > 3 and content["curve"][0]["gflops"] == content["softmax_gflops"]

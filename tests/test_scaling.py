@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from conftest import distance, lively
+from conftest import distance, lively, rounding
 from timm.models import save_for_hf
 
 import timm_vix
@@ -133,6 +133,35 @@ def test_a_model_of_ours_with_softmax_keeps_its_scaling(tmp_path) -> None:
     assert distance(model(images), original(images)) > 1e-5
     save_for_hf(model, tmp_path, safe_serialization=True)
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), model(images))
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "nystrom", "axial"])
+@pytest.mark.parametrize("merge", [None, 4])
+@torch.no_grad()
+def test_models_are_built_by_name_with_scaled_logits(mixer, merge, tmp_path) -> None:
+    """As the model whose queries are so many times as large; also when it is saved, loaded and loses the scaling."""
+    if mixer != "softmax" and merge:
+        pytest.skip("a mixer that needs the grid")
+    name, size = f"vix_{mixer}_cifar", dict(img_size=48, patch_size=8, depth=2, embed_dim=32, num_heads=2, merge=merge)
+    model = lively(timm.create_model(name, scale_logits=17, qkv_bias=True, **size).eval())
+    plain = timm.create_model(name, qkv_bias=True, **size).eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 48, 48)
+    assert distance(model(images), plain(images)) > 1e-5
+    larger = with_larger_queries(plain, math.log(37) / math.log(17))
+    if not merge:  # the likeness of keys is that of the model; with queries alone nothing else changes
+        assert distance(model(images), larger(images)) < rounding(torch.float32)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), model(images))
+    without = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, scale_logits=0).eval()
+    assert torch.equal(without(images), plain(images))
+
+
+def test_a_name_wants_the_number_of_tokens() -> None:
+    with pytest.raises(InputError, match="scale_logits='log': here the number of tokens .* such as 197"):
+        timm.create_model("vix_softmax_cifar", scale_logits="log")
+    with pytest.raises(InputError, match="blocks.0.attn has FourierMixing, whose patches have no logits"):
+        timm.create_model("vix_fnet_cifar", scale_logits=65)
 
 
 @pytest.mark.parametrize("value", ["linear", 1, -3, True, 2.5, [197]])

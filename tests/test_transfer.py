@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_vix
 from timm_vix import cli
+from timm_vix._checks import InputError
 from timm_vix.planning.plan import plan_layers
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.losses import BlockMatching, Distillation
@@ -298,6 +299,18 @@ def test_a_conversion_that_only_merges_has_no_first_stage(weights, unlabelled, t
     assert "stage 1 is left out" in capsys.readouterr().out
     assert [stage for stage, _ in losses_of(tmp_path / "merged")] == [2] * 4
     assert losses_of(tmp_path / "merged")[0][1][0] > 0
+
+
+def test_a_run_that_cannot_be_replaced_stays(weights, unlabelled, tmp_path):
+    """A threshold merges another number of tokens in each image, which a batch can't hold."""
+    settings = arguments(weights, unlabelled, tmp_path / "run", block_steps=1, distill_steps=1)
+    transfer(**settings)
+    left = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert tmp_path / "run/hub/model.safetensors" in left
+    changes = dict(mixer=None, mixer_kwargs=dict(merge={"threshold": 0.9}), overwrite=True)
+    with pytest.raises(InputError, match="the converted model fails on .*threshold.*expected a batch of 1, got 2"):
+        transfer(**{**settings, **changes})
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == left
 
 
 def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):

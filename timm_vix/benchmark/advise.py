@@ -66,7 +66,10 @@ def advice(records: list[Record]) -> str:
     if sized:
         smallest = min(sized, key=lambda record: record["peak_memory_mib"])
         answer += f", smallest {mechanism(smallest)}"
-    lines.append(f"\n{answer}. This is cost only: for what each scores, see `timm-vix compare`.")
+    lines.append(
+        f"\n{answer}. This is cost only. What a trained model keeps, with merged tokens among the choices, says "
+        "`timm-vix plan`; what each mechanism learns, `timm-vix compare`."
+    )
     return "\n".join(lines)
 
 

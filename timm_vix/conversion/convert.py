@@ -102,16 +102,18 @@ def convert(
         layers: "all"; "first-n" or "last-n"; "every-n": each n-th, from the n-th on, so that the first stay; indices
             from 0; a mapping from index to a mixer, or to a dict with "mixer" and keywords; or a plan of ``timm-vix
             plan``, its file or what ``load_plan`` makes of it. Other layers stay as they are, converted ones too.
-        merge: token merging (Bolya et al. 2023, ``timm_vix/mixers/_merging.py``). An integer is the number of patch
-            tokens that each layer merges; a list has one number for each layer; a float in (0, 1) is the share of patch
-            tokens left after the last layer; ``{"threshold": t}`` merges all pairs whose keys have a cosine of at least
-            t, with a batch of 1. A layer merges at most half of its patch tokens, and never prefix tokens. Layers after
-            the first merge need "softmax" or "performer". None keeps the present setting, or takes that of a plan; 0
-            disables merging. Features, pooling, masks and hooks of blocks see all N tokens. With an ``attn_mask``, only
-            tokens that it treats alike merge. ``is_causal=True`` raises ValueError.
-        scale_logits: "log" multiplies the logits of all layers by max(1, log N / log N_train), with N_train from the
-            image size in ``pretrained_cfg`` and the patch size. An integer is N_train itself, which a model with
-            resampled patches needs. None keeps the present setting, or takes that of a plan; 0 disables the scaling.
+        merge: token merging (Bolya et al. 2023, ``timm_vix/mixers/_merging.py``) in all layers, whatever ``layers``
+            says. An integer is the number of patch tokens that each layer merges; a list has one number for each layer;
+            a float in (0, 1) is the share of patch tokens left after the last layer; ``{"threshold": t}`` merges all
+            pairs whose keys have a cosine of at least t, with a batch of 1. A layer merges at most half of its patch
+            tokens, and never prefix tokens. Layers after the first merge need "softmax" or "performer". None keeps the
+            present setting, or takes that of a plan; 0 disables merging. Features, pooling, masks and hooks of blocks
+            see all N tokens. With an ``attn_mask``, only tokens that it treats alike merge. ``is_causal=True`` raises
+            ValueError.
+        scale_logits: "log" multiplies the logits of all layers, whatever ``layers`` says, by max(1, log N / log
+            N_train), with N_train from the image size in ``pretrained_cfg`` and the patch size. An integer is N_train
+            itself, which a model with resampled patches needs. None keeps the present setting, or takes that of a plan;
+            0 disables the scaling.
         **keywords: of the mixer (``timm_vix.mixers.MIXERS[mixer].keywords()``); with a mapping, for those that take
             them.
 
@@ -128,27 +130,14 @@ def convert(
         >>> timm_vix.convert(model, merge=60)
         >>> timm_vix.convert(model, layers="plan.json")
     """
-    takes_all = mixer is None and isinstance(layers, str) and layers == "all" and not keywords
-    keeps_mixers = takes_all and (merge is not None or scale_logits is not None)
-    if mixer is None:
-        mixer = recorded_mixer(model) if keeps_mixers else "nystrom"
-    check_keywords(mixer, {})
     sites = attention_sites(model, sequences=True)
-    layout = layout_of(model)
-    if isinstance(layers, os.PathLike):
-        layers = os.fspath(layers)
-    if isinstance(layers, str) and layers.endswith(".json"):
-        layers = load_plan(layers, model)
-    if merge is None and isinstance(layers, Plan):
-        merge = layers.merge
-    if scale_logits is None and isinstance(layers, Plan) and layers.scale_logits:
-        scale_logits = layers.scale_logits
+    layers = read_layers(layers, model)
+    if isinstance(layers, Plan):
+        merge = layers.merge if merge is None else merge
+        scale_logits = layers.scale_logits or None if scale_logits is None else scale_logits
     check_sequence_options(model, merge, scale_logits)
-    if isinstance(layers, Plan) and not layers:
-        if keywords:
-            raise InputError(f"{', '.join(keywords)}: the plan converts no layer that could take keywords of a mixer")
-        keeps_mixers, mixer = True, recorded_mixer(model)
-    wanted = {} if keeps_mixers else layer_mixers(layers, len(sites), mixer, keywords)
+    keeps_mixers = mixer is None and not keywords and (merge is not None or scale_logits is not None)
+    mixer, wanted = wanted_mixers(model, len(sites), mixer, layers, keywords, keeps_mixers)
     trained = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
     if merge is None:
         merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
@@ -156,13 +145,14 @@ def convert(
     built = merge_of_name(model)
     if built is not None and steps != merge_steps(built, len(sites)):
         raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another one there")
-    former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
     # tokens stand for several from a merge on, and the model wasn't built for that; or logits are scaled
     first = first_merge(steps) if built is None else None
     need_slots = [trained > 0 or (first is not None and layer >= first) for layer in range(len(sites))]
     planned = planned_sites(model, sites, wanted, need_slots)
     check_merging(list(model.blocks.children()), [[planned[site.path] for site in block] for block in sites], steps)
     check_scaling(planned, trained)
+
+    former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
     for site in (site for block in sites for site in block):
         setattr(site.parent, site.name, planned[site.path])
         if isinstance(planned[site.path], AttentionSlot):
@@ -171,12 +161,49 @@ def convert(
         set_merging(model, merge, steps)
     record_conversion(model, sites, mixer)
     warn_of_unseen_patches(model)
-    rows = [layer_row(index, site, former[site.path]) for index, block in enumerate(sites) for site in block]
+    layout = layout_of(model)
     patches = layout.grid[0] * layout.grid[1]
     merged = merges_of(steps, patches)
-    return Conversion(
-        [replace(row, merged=merged[row.layer]) for row in rows], layout.num_prefix_tokens + patches, trained
-    )
+    rows = [
+        replace(layer_row(index, site, former[site.path]), merged=merged[index])
+        for index, block in enumerate(sites)
+        for site in block
+    ]
+    return Conversion(rows, layout.num_prefix_tokens + patches, trained)
+
+
+def read_layers(layers: Any, model: nn.Module) -> Any:
+    """``layers`` of ``convert``, with the plan of a file in its place."""
+    if isinstance(layers, os.PathLike):
+        layers = os.fspath(layers)
+    return load_plan(layers, model) if isinstance(layers, str) and layers.endswith(".json") else layers
+
+
+def wanted_mixers(
+    model: nn.Module, depth: int, mixer: Optional[str], layers: Layers, keywords: dict[str, Any], keeps_mixers: bool
+) -> tuple[str, dict[int, tuple[str, dict[str, Any]]]]:
+    """The mixer that a conversion records, and name and keywords of what is wanted for each layer that is to change.
+
+    Args:
+        keeps_mixers: no mixer is named, and there is something else to do.
+
+    Raises:
+        ValueError: for a mixer, layer or keyword that isn't there, or layers for which no mixer is named.
+    """
+    if isinstance(layers, Plan) and not layers:
+        if keywords:
+            raise InputError(f"{', '.join(keywords)}: the plan converts no layer that could take keywords of a mixer")
+        return recorded_mixer(model), {}
+    if keeps_mixers and not isinstance(layers, Mapping):
+        if layers != "all":
+            raise InputError(
+                f"layers={layers!r}: these are layers for a mixer, and none is named. merge and scale_logits act on "
+                "the whole model; allowed is mixer=, or merge as a list with one number for each layer"
+            )
+        return recorded_mixer(model), {}
+    name = "nystrom" if mixer is None else mixer
+    check_keywords(name, {})
+    return name, layer_mixers(layers, depth, name, keywords)
 
 
 def merge_of_name(model: nn.Module) -> Optional[Merge]:

@@ -173,6 +173,8 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
                 f"{' and '.join(allowed.__name__ for allowed in BLOCKS)}, whose attention is followed by an MLP"
             )
         title = type(slot.core).__name__
+        adding = [name for name in ("conv_residual", "locality") if getattr(slot.core, name)]
+        title += f" with {' and '.join(adding)}" if adding else ""
         if not isinstance(slot, AttentionSlot):
             raise InputError(f"merge: blocks.{layer} has {title}, without keys by which tokens could merge")
         if isinstance(block.mlp, GridModule):

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union
 
+import torch
 from timm.layers import to_2tuple
 from torch import nn
 
 from .._checks import InputError, is_integer
 from .._device import device_name
 from .._files import one_line
+from .identity import fingerprint
 from .layers import layer_mixers
 from .merge_steps import Merge, merge_steps
 from .replace import layout_of
@@ -60,8 +62,8 @@ def circumstances(model: nn.Module) -> dict[str, Any]:
 def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
     """The plan of a file, for ``timm_vix.convert``, which also takes the file itself.
 
-    A plan that was made for another size, dtype or machine is loaded, and a line of the log says so: what it keeps and
-    saves there wasn't measured.
+    A plan that was made for other weights or another size, dtype, machine or number of threads is loaded, and a line of
+    the log says so: what it keeps and saves there wasn't measured.
 
     Raises:
         ValueError: for a file that is no plan, is damaged, was made for another model, or keeps every layer.
@@ -92,7 +94,10 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
         layers = layer_mixers(content["layers"], depth, "softmax", {}) if content["layers"] else {}
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from error
-    tell_differences(path, content, circumstances(model))
+    here = circumstances(model) | dict(threads=torch.get_num_threads())
+    if content.get("dtype") == here["dtype"] and "machine" in here:  # other dtypes and meta tensors are other weights
+        here["weights"] = fingerprint(model.state_dict())
+    tell_differences(path, content, here)
     entries = {layer: {"mixer": name, **keywords} for layer, (name, keywords) in layers.items()}
     return Plan(entries, merge, scale_logits)
 

@@ -62,7 +62,9 @@ def check_keywords(mixer: str, keywords: Mapping[str, Any]) -> None:
     allowed = mixer_keywords(mixer)
     for name, value in sorted(keywords.items()):
         if name not in allowed:
-            raise InputError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed)}")
+            owners = " or ".join(f"mixer={other!r}" for other in MIXERS if name in mixer_keywords(other))
+            belongs = f"; {name} belongs to {owners}" if owners else ""
+            raise InputError(f"{name}={value!r}: mixer={mixer!r} takes {', '.join(allowed)}{belongs}")
 
 
 def mixer_name(module: nn.Module) -> str:
@@ -284,7 +286,7 @@ def replace_attention(
     model: nn.Module,
     mixers: dict[int, tuple[str, dict[str, Any]]],
     rope: Optional[str] = None,
-    first_merge: Optional[int] = None,
+    first_slot: Optional[int] = None,
 ) -> None:
     """Put mixers in the place of the attention of a new model, in place.
 
@@ -294,7 +296,8 @@ def replace_attention(
         mixers: for each block, counted over all parts, the name in ``MIXERS`` and the keywords. A part of fewer
             patches than a keyword counts takes as many as it has.
         rope: None, "axial" or "1d": rotary positions, shared by all blocks of a grid, for a model that has none.
-        first_merge: the first block that merges tokens, if one does; from there on softmax attention has a slot too.
+        first_slot: the block from which on softmax attention has a slot too, as where tokens merge or logits are
+            scaled; None: only where rotary positions or keywords want one.
 
     Raises:
         ValueError: for an unknown value, naming what is allowed.
@@ -307,8 +310,8 @@ def replace_attention(
     blocks = [(block, layout) for part, layout in parts for block in part.children()]
     for index, (block, layout) in enumerate(blocks):
         mixer, keywords = mixers.get(index, ("softmax", {}))
-        merges = first_merge is not None and index >= first_merge
-        if is_plain_softmax(mixer, keywords) and rope is None and not merges:
+        needs_slot = rope is not None or (first_slot is not None and index >= first_slot)
+        if is_plain_softmax(mixer, keywords) and not needs_slot:
             continue
         sites = find_attention(block)
         if not sites:

@@ -44,6 +44,7 @@ from ..conversion.replace import (
     set_grid,
     slots_of,
 )
+from ..conversion.scaling import check_scaling, trained_tokens
 from ..conversion.sites import source_of
 from ..mixers import MIXERS
 from ..mixers._mechanism import AttentionMechanism
@@ -127,6 +128,8 @@ class VisionXformer(VisionTransformer):
             ``depth`` says (Touvron et al. 2022, arXiv 2203.09795, section 3). A sequential ViT's weights load in pairs.
         mlp: "mlp", or "daff": with a depthwise convolution over the patch grid inside (``_daff.py``).
         merge: how many tokens merge in each layer, or another form that ``timm_vix.convert`` takes.
+        scale_logits: the number of tokens with which the weights were trained, such as 197: logits grow with the log of
+            the number of tokens beyond it, see ``timm_vix.convert``. None or 0: they don't grow.
         **kwargs: the mixer's keywords (``timm_vix.mixers.MIXERS[mixer].keywords()``) and those of timm's class.
 
     Raises:
@@ -144,6 +147,7 @@ class VisionXformer(VisionTransformer):
         mlp: str = "mlp",
         layers: Layers = "all",
         merge: Optional[Merge] = None,
+        scale_logits: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
         check_choice("mixer", mixer, tuple(MIXERS))
@@ -169,8 +173,18 @@ class VisionXformer(VisionTransformer):
         mixers = layer_mixers(layers, len(self.blocks), mixer, keywords)
         self.merge = merge
         steps = merge_steps(0 if merge is None else merge, len(self.blocks))
-        replace_attention([(self.blocks, layout_of(self))], self, mixers, rope, first_merge(steps))
+        if isinstance(scale_logits, str):  # a saved model would take it for the size at which it runs
+            raise InputError(
+                f"scale_logits={scale_logits!r}: here the number of tokens with which the weights were trained is "
+                "expected, such as 197 for 224 px and patches of 16 px"
+            )
+        trained = trained_tokens(self, scale_logits or 0)
+        replace_attention([(self.blocks, layout_of(self))], self, mixers, rope, 0 if trained else first_merge(steps))
         check_merging(list(self.blocks), [list(slots_of(block).values()) for block in self.blocks], steps)
+        check_scaling(slots_of(self), trained)
+        if trained:
+            for slot in slots_of(self).values():
+                slot.trained_tokens = trained
         set_merging(self, merge, steps)
         self._model_args = recorded_config(self)
 

@@ -118,6 +118,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     print(f"{run.source}: {len(model.blocks)} layers, {len(mixers)} candidates{' and merging' * merging}", flush=True)
     costs = latency.time_blocks(mixers, merging)
     target = Target(run.keep, run.speedup, run.budget_gflops)
+    tell_resolution(run.keep, chosen.num_images if right[0] is None else right[0])
     few = spread(list(range(0, len(pixels), 2)), FEW)
     search = Search(
         sensitivity("a few of those that choose", pixels[few]),
@@ -134,6 +135,15 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     write_whole(path, f"{json.dumps(result, indent=1)}\n".encode())
     write_figure(path.with_suffix(".png"), agreement_over_time, result)
     return result
+
+
+def tell_resolution(keep: Optional[float], images: int) -> None:
+    """Print that a share to keep means every one of so few images, where it does.
+
+    ``images``: those that choose; with labels, those of which the source predicts the label.
+    """
+    if keep is not None and keep < 1 and (1 - keep) * images < 1:
+        print(f"keep={keep:g} of {images} images means all of them; a finer choice needs more images", flush=True)
 
 
 def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitivity) -> dict[str, Any]:
@@ -154,6 +164,8 @@ def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitiv
         budget_gflops=run.budget_gflops,
         images=search.chosen.num_images,
         held_out_images=held_out.num_images,
+        minutes=run.minutes,
+        stopped=search.stopped,
         **search.curve[plan_to_json(plan)]._asdict(),
         held_out_agreement=held_out.measure(plan).agreement,
         held_out_distance=held_out.measure(plan).distance,
@@ -274,13 +286,13 @@ def rows_of(search: Search, chosen: Plan) -> list[dict[str, Any]]:
 
 def table_of(result: dict[str, Any]) -> str:
     """The curve and the chosen plan as text."""
-    agreement, kept = ("cosine", "cosine") if result["keep_of"] == "cosine" else ("agreement", "top-1 kept")
-    lines = [f"layers  merges  times as fast  GFLOPs  {agreement:>9}  {kept:>10}  distance"]
+    agreement, labelled = "cosine" if result["keep_of"] == "cosine" else "agreement", result["keep_of"] == "top-1"
+    lines = [f"layers  merges  times as fast  GFLOPs  {agreement:>9}  {'top-1 kept  ' * labelled}distance"]
     for row in result["curve"]:
-        merges = "yes" if row["plan"].get("merge") else ""
+        merges, kept = "yes" if row["plan"].get("merge") else "", f"{row['kept']:10.4f}  " * labelled
         lines.append(
             f"{len([name for name in row['plan'] if name != 'merge']):6}  {merges:6}  {row['speedup']:13.2f}  "
-            f"{row['gflops']:6.3f}  {row['agreement']:9.4f}  {row['kept']:10.4f}  {row['distance']:8.4f}"
+            f"{row['gflops']:6.3f}  {row['agreement']:9.4f}  {kept}{row['distance']:8.4f}"
             f"{'  <- chosen' * row['chosen']}"
         )
     for layer, entry in result["layers"].items():

@@ -1,9 +1,9 @@
 """The search for a plan: which layers to convert and which tokens to merge, one step after another.
 
-The search is greedy. It starts from the softmax model, and again from the model that merges equally many tokens in all
-layers, as many as the target allows. A step is another mixer in one layer, more merging in one layer, or a little more
-merging in all layers. The search takes the step with the largest ratio of saved cost to added squared distance. The
-squared distances of single layers roughly add up, so they select a short list of steps. The steps of this list are
+The search is greedy. It starts from the model that merges equally many tokens in all layers, as many as the target
+allows, and again from the softmax model. A step is another mixer in one layer, more merging in one layer, or a little
+more merging in all layers. The search takes the step with the largest ratio of saved cost to added squared distance.
+The squared distances of single layers roughly add up, so they select a short list of steps. The steps of this list are
 measured in the present plan, since conversions interact. After each step the whole model is measured: its agreement on
 all images that choose, and its time, in turn with softmax.
 """
@@ -90,7 +90,7 @@ class Search:
         self.alone = self.measure_alone()
         starts = [Plan()]
         if self.in_each and (alike := self.merge_alike()).merge:
-            starts.append(alike)
+            starts.insert(0, alike)  # it has come far already, should the time not last for both
         for start in starts:
             self.improve(self.descend(start, set()))
         if self.stopped:

@@ -77,12 +77,22 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     if min(config["input_size"][1:]) <= 64 and not weighted:
         config["crop_pct"] = 1.0  # small images have no margin to cut away
     model.to(run.device).eval()
-    try:
-        with torch.inference_mode(), autocast(run.device, dtype):
-            model(torch.zeros(1, *config["input_size"], device=run.device))
-    except Exception as error:
-        raise InputError(f"model={run.model} fails on {config['input_size']} images: {one_line(error)}") from error
+    try_forward(model, f"model={run.model}", run, config, dtype)
     return model, config
+
+
+@torch.inference_mode()
+def try_forward(model: nn.Module, name: str, run: Any, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Raise ValueError for a model that fails on images as a run has them, two in a batch where it has batches.
+
+    Before an earlier run is replaced, and before hours of work.
+    """
+    images = torch.zeros(min(2, run.batch_size), *config["input_size"], device=run.device)
+    try:
+        with autocast(run.device, dtype):
+            model(images)
+    except Exception as error:  # of any kind that a model's parts may raise
+        raise InputError(f"{name} fails on {config['input_size']} images: {one_line(error)}") from error
 
 
 def construction(model: nn.Module, data_config: dict[str, Any]) -> dict[str, Any]:

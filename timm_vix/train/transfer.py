@@ -47,7 +47,7 @@ from ..data.folders import find_unlabelled
 from ..data.images import Images, Key, normaliser, transforms
 from ..mixers import MIXERS
 from ..mixers._slot import MixerSlot
-from .build import construction
+from .build import construction, try_forward
 from .checkpoint import Checkpoint, clear
 from .interrupt import deferred_interrupt
 from .loop import Loop
@@ -87,6 +87,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     dtype = find_dtype(run.amp, run.device)
     teacher, config = build_teacher(run.source, run.source_kwargs, run.weights, run.img_size, run.device)
     student, report = convert_copy(teacher, run)
+    try_forward(student, "the converted model", run, config, dtype)
     mixers = mixers_of(student, report)
     if report.trained_tokens:  # the original predicts better with scaled logits as well
         convert(teacher, scale_logits=report.trained_tokens)

@@ -25,7 +25,11 @@ class TransferSettings(Settings):
         may_change=True,
         nargs="+",
     )
-    mixer: str = setting("nystrom", "name of a mechanism, as for timm_vix.convert")
+    mixer: Optional[str] = setting(
+        None,
+        "name of a mechanism, as for timm_vix.convert; None: nystrom, or with only merge or scale_logits in "
+        "mixer_kwargs the attention that each layer has",
+    )
     layers: Layers = setting(  # noqa: RUF009  (a field, not a shared default)
         "all", "all, first-6, last-6, every-2, 0,3,5 or the .json file of a plan", parse=parse_layers
     )
@@ -76,5 +80,7 @@ class TransferSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mixer is None and not {"merge", "scale_logits"} & (self.mixer_kwargs or {}).keys():
+            self.mixer = "nystrom"
         check_teacher(self)
         check_folder(Path(self.out), self.resume, self.overwrite)
