@@ -9,18 +9,26 @@ there already is not repeated.
 """
 
 import argparse
+import itertools
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 
 import timm_vix  # noqa: F401  registers the names
+from timm_vix._checks import InputError
+from timm_vix._device import device_name
+from timm_vix._names import parse_model
 from timm_vix._records import Columns, append_record, earlier_records, key_of
+from timm_vix.cli import in_one_line
+from timm_vix.conversion.replace import check_keywords
 from timm_vix.measure.job import timed, warm_up
 from timm_vix.measure.memory import PeakMemory, set_malloc
 from timm_vix.mixers import MIXERS
@@ -61,14 +69,18 @@ def peak_memory(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace, mixer: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    side = round((args.tokens[0] - 1) ** 0.5)
+    side = math.isqrt(args.tokens[0] - 1)
     dtype = getattr(torch, args.dtype[0])
     train = args.mode[0] == "train"
-    options = dict(part.split("=") for part in args.options)
-    module = layer(mixer, side, {k: int(v) for k, v in options.items()} if mixer == args.only else {})
+    module = layer(mixer, side, keywords_of(args.options) if mixer == args.only else {})
     batch = max(1, args.batch_tokens // args.tokens[0])
     x = torch.randn(batch, args.tokens[0], 192, device=args.device, dtype=dtype, requires_grad=train)
     return module.to(args.device, dtype).train(train), x
+
+
+def keywords_of(options: list[str]) -> dict[str, Any]:
+    """Keywords from words such as num_landmarks=64, read as ``timm-vix cost`` reads those of a model."""
+    return parse_model(" ".join(["mixer", *options]), find=str)[1]
 
 
 def row(args: argparse.Namespace) -> dict:
@@ -106,7 +118,37 @@ def row(args: argparse.Namespace) -> dict:
 
 def device_of(args: argparse.Namespace) -> str:
     """The device as a row has it."""
-    return torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    return platform.machine() if args.device == "cpu" else device_name(args.device)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Measure what has no row yet."""
+    for tokens in args.tokens:
+        if tokens < 2 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
+            raise InputError(f"tokens={tokens}: expected 1 more than a square, such as 197, for a class token")
+    for mixer in [args.only] if args.only else args.mixers:
+        check_keywords(mixer, keywords_of(args.options))
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.memory:
+        peak_memory(args)
+        return
+    done = {key_of(record, KEY) for record in earlier_records(args.out, COLUMNS)[0]}
+    wanted = list(itertools.product(args.dtype, args.mode, args.tokens, args.mixers))
+    for i, (dtype, mode, tokens, mixer) in enumerate(wanted):
+        if (mixer, tokens, mode, dtype, " ".join(args.options) or None, device_of(args), args.threads) in done:
+            continue
+        one = argparse.Namespace(**vars(args))
+        one.only, one.tokens, one.mode, one.dtype = mixer, [tokens], [mode], [dtype]
+        if tokens > 10000:
+            one.pairs = 1  # half a minute a step of softmax
+        result = row(one)
+        append_record(args.out, COLUMNS, result)
+        print(
+            f"[{i + 1}/{len(wanted)}] {mixer:9s} {tokens:6d} {mode:5s} {dtype:8s} {result['ms']:9.2f} ms, "
+            f"softmax / {mixer} {result['ratio']:.2f}, {result['peak_memory_mib']} MiB",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -123,34 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("mixers.csv"))
     parser.add_argument("--only", choices=MIXERS, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    if args.memory:
-        peak_memory(args)
-        return
-    done = {key_of(record, KEY) for record in earlier_records(args.out, COLUMNS)[0]}
-    wanted = [
-        (mixer, tokens, mode, dtype)
-        for dtype in args.dtype
-        for mode in args.mode
-        for tokens in args.tokens
-        for mixer in args.mixers
-    ]
-    for i, (mixer, tokens, mode, dtype) in enumerate(wanted):
-        if (mixer, tokens, mode, dtype, " ".join(args.options) or None, device_of(args), args.threads) in done:
-            continue
-        one = argparse.Namespace(**vars(args))
-        one.only, one.tokens, one.mode, one.dtype = mixer, [tokens], [mode], [dtype]
-        if tokens > 10000:
-            one.pairs = 1  # half a minute a step of softmax
-        result = row(one)
-        append_record(args.out, COLUMNS, result)
-        print(
-            f"[{i + 1}/{len(wanted)}] {mixer:9s} {tokens:6d} {mode:5s} {dtype:8s} {result['ms']:9.2f} ms, "
-            f"softmax / {mixer} {result['ratio']:.2f}, {result['peak_memory_mib']} MiB",
-            flush=True,
-        )
+    in_one_line(measure_all)(parser.parse_args())
 
 
 if __name__ == "__main__":

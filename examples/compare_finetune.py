@@ -19,6 +19,7 @@ from torch import nn
 
 from timm_vix._checks import InputError
 from timm_vix._names import parse_model
+from timm_vix._records import header_of
 from timm_vix.cli import in_one_line
 from timm_vix.measure.job import measure_in_process
 from timm_vix.train.checkpoint import write_history
@@ -49,6 +50,12 @@ TABLES = {
 }
 
 
+# of a table: the columns of finetune's history, and of ``step_cost``
+COLUMNS = ["model", "dataset", "epoch", "train_loss", "top1", "top5", "lr", "seconds", "images_per_second"]
+COLUMNS += ["parameters", "device", "dtype", "threads", "batch_size", "img_size", "torch", "timm"]
+PARTS_COLUMNS = ["trained", "peak_memory_mib", "step_ms", "faster_than_all"]
+
+
 def step_cost(model: str, net: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
     """A training step of the part that trains, beside one of the whole model: parameters, memory, time."""
     job = {name: row[name] for name in ("img_size", "batch_size", "dtype", "device", "threads")}
@@ -72,6 +79,9 @@ def run_all(given: argparse.Namespace) -> None:
     settings.update(epochs=given.epochs or settings["epochs"], threads=given.threads, workers=given.workers)
     settings["img_size"] = given.img_size or settings["img_size"]
     path = Path(given.results) / f"finetune_{given.table}.csv"
+    columns = COLUMNS + PARTS_COLUMNS if given.table.startswith("parts_") else COLUMNS
+    if path.exists() and (header := header_of(path)) and sorted(header) != sorted(columns):
+        raise InputError(f"{path} has the columns {' '.join(header)}; expected {' '.join(columns)}")
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     saved = [text.partition("=") for text in given.saved or ()]
     folders = {name: folder for name, _, folder in saved if folder}

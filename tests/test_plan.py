@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ from timm_vix.mixers import MIXERS
 from timm_vix.planning import latency
 from timm_vix.planning.measurements import COLUMNS, Measurements
 from timm_vix.planning.plan import num_right, plan_layers, scale_source
+from timm_vix.planning.plan_settings import PlanSettings
 from timm_vix.planning.sensitivity import Sensitivity, plan_to_json
 
 RESULTS = Path(__file__).parents[1] / "examples" / "results"
@@ -754,6 +756,30 @@ def test_wrong_calls_are_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and words in error
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(mixer={"linformer": dict(num_proj_tokens=4)}), "linformer=.*expected a list of mappings"),
+        (dict(mixer={"linformer": None}), "linformer=None: expected a list of mappings"),
+        (dict(mixer={"linformer": [dict(num_landmarks=4)]}), "num_landmarks belongs to mixer='nystrom'"),
+        (dict(mixer={"merge": [dict(share=0.3)]}), "merge takes no keywords"),
+        (dict(minutes=float("inf")), "minutes=inf: allowed is a finite number"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(change, words) -> None:
+    with pytest.raises(InputError, match=words):
+        PlanSettings("deit_tiny_patch16_224", "photos", weights=str(DEIT), **change)
+
+
+def test_candidates_are_given_in_three_forms() -> None:
+    settings = partial(PlanSettings, "deit_tiny_patch16_224", "photos", weights=str(DEIT))
+    assert settings(mixer=("axial",)).candidates() == [{"mixer": "axial"}, {"mixer": "axial", "strip_width": 4}]
+    tried = {"nystrom": [dict(num_landmarks=4), {}], "merge": []}
+    assert settings(mixer=tried).candidates() == [{"mixer": "nystrom", "num_landmarks": 4}, {"mixer": "nystrom"}]
+    assert settings(mixer=tried).names() == ["nystrom", "merge"]
 
 
 def test_without_classes_the_output_tokens_are_compared(

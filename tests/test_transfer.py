@@ -166,6 +166,14 @@ def test_distillation_is_nothing_for_equals_and_a_divergence_for_others():
     assert distance(feature, ((student.forward_features(x) - wanted) ** 2).sum() / (wanted**2).sum()) < 1e-5
 
 
+def held_out_images(teacher, unlabelled):
+    """Every twentieth image that can be read, as the teacher takes it."""
+    kept_apart = sorted((str(p) for p in unlabelled.rglob("*.jpg")), key=timm.utils.misc.natural_key)[::20]
+    config = timm.data.resolve_input_data_config(teacher, dict(img_size=48))
+    pixels = timm.data.create_transform(**config)
+    return torch.stack([pixels(Image.open(p).convert("RGB")) for p in kept_apart if "torn" not in p])
+
+
 def test_a_run(weights, unlabelled, tmp_path, capsys):
     settings = arguments(weights, unlabelled, tmp_path / "run", block_steps=60, distill_steps=20)
     settings.update(block_lr=3e-3, layers="last-2")
@@ -192,10 +200,7 @@ def test_a_run(weights, unlabelled, tmp_path, capsys):
     with open(tmp_path / "run" / "result.csv") as file:
         (row,) = csv.DictReader(file)
     teacher = model()
-    kept_apart = sorted((str(p) for p in unlabelled.rglob("*.jpg")), key=timm.utils.misc.natural_key)[::20]
-    config = timm.data.resolve_input_data_config(teacher, dict(img_size=48))
-    pixels = timm.data.create_transform(**config)
-    x = torch.stack([pixels(Image.open(p).convert("RGB")) for p in kept_apart if "torn" not in p])
+    x = held_out_images(teacher, unlabelled)
     same = (teacher(x).argmax(1) == student(x).argmax(1)).float().mean()
     assert float(row["agreement"]) == pytest.approx(100 * float(same), abs=0.01)
     with Image.open(tmp_path / "run" / "layers.png") as figure:
@@ -313,6 +318,28 @@ def test_a_run_that_cannot_be_replaced_stays(weights, unlabelled, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == left
 
 
+def test_without_a_classifier_tokens_are_compared(weights, unlabelled, tmp_path, capsys):
+    state = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("head")}
+    save_file(state, tmp_path / "headless.safetensors")
+    settings = arguments(tmp_path / "headless.safetensors", unlabelled, tmp_path / "run")
+    settings["source_kwargs"] |= dict(num_classes=0)
+    converted, _ = transfer(**settings)
+    (row,) = csv.DictReader((tmp_path / "run" / "result.csv").read_text().splitlines())
+    original = model()
+    original.reset_classifier(0)
+    pixels = held_out_images(original, unlabelled)
+    with torch.no_grad():
+        wanted, mine = original.forward_features(pixels), converted.forward_features(pixels)
+    expected = float(torch.cosine_similarity(wanted, mine, dim=2).mean())
+    assert float(row["cosine"]) == pytest.approx(expected, abs=1e-4) and expected < 0.9999
+    assert float(row["feature_distance"]) == pytest.approx(float((mine - wanted).norm() / wanted.norm()), abs=1e-4)
+    assert row["agreement"] == ""
+    sentence = f"its output tokens have a mean cosine of {row['cosine']} to those of the original"
+    card = (tmp_path / "run" / "hub" / "README.md").read_text()
+    assert sentence in card and sentence in capsys.readouterr().out
+    assert "predicts" not in card and "image-feature-extraction" in card and "agreement: None" not in card
+
+
 def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):
     few = dict(mixer="nystrom", mixer_kwargs=dict(num_landmarks=4))
     one, _ = transfer(**arguments(weights, unlabelled, tmp_path / "one", **few))
@@ -347,7 +374,10 @@ def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):
         (dict(layers=[]), ["names no layer"]),
         (dict(mixer_kwargs=dict(num_landmarks=3)), ["linformer", "num_landmarks"]),
         (dict(data_dir="nowhere"), ["nowhere does not exist"]),
+        (dict(data_dir=3), ["data_dir=3", "a folder"]),
+        (dict(mixer_kwargs=dict(layers="last-1")), ["mixer_kwargs: layers", "a setting itself"]),
         (dict(batch_size=0), ["batch_size=0"]),
+        (dict(pass_through=float("inf")), ["pass_through=inf", "finite"]),
         (dict(batch_size=100), ["batch_size=100"]),
         (dict(block_steps=-1), ["block_steps=-1"]),
         (dict(block_lr=1e30), ["loss became", "lower block_lr=1e+30"]),

@@ -135,6 +135,9 @@ def structure_mlp(
 ) -> dict[str, float]:
     """Replace the linear layers of a trained ViT's MLPs by structured ones that approximate them, in place.
 
+    timm's ``save_for_hf`` can't name these layers, so a model that it saves doesn't load. Save the state dict; what
+    loads it is the same model, structured with the same ``kind`` and ``share``.
+
     Args:
         model: timm model with ``Mlp``, ``GluMlp`` or ``SwiGLU`` of linear layers.
         kind: "low_rank" or "block", see the module.

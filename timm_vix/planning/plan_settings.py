@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from .._checks import InputError, check_choice
+from ..conversion.replace import check_keywords
 from ..conversion.scaling import ScaleLogits
 from ..mixers import MIXERS
 from ..train.settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, one_of, setting
@@ -93,6 +94,13 @@ class PlanSettings(Settings):
             raise InputError(f"mixer={self.mixer!r}: expected names, such as ['axial', 'merge']")
         for name in self.mixer or ():
             check_choice("mixer", name, (*CANDIDATES, MERGE))
+        for name, tried in self.mixer.items() if isinstance(self.mixer, Mapping) else ():
+            if not isinstance(tried, (list, tuple)) or not all(isinstance(keywords, Mapping) for keywords in tried):
+                raise InputError(f"mixer: {name}={tried!r}: expected a list of mappings from keywords to values")
+            for keywords in tried:
+                if name == MERGE:
+                    raise InputError(f"mixer: {MERGE} takes no keywords; allowed is {MERGE}=[]")
+                check_keywords(name, keywords)
         check_teacher(self)
         if Path(self.out).suffix != ".json":
             raise InputError(f"out={self.out}: expected a name that ends in .json")

@@ -61,10 +61,10 @@ def note_classes_once(path: Path) -> None:
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def model_card(text: str, license: str, ours: bool) -> ModelCard:
+def model_card(text: str, license: str, ours: bool, task: str = "image-classification") -> ModelCard:
     """A card with the Hub's metadata before ``text``; ``ours`` marks a model that needs this package to load."""
-    tags = ["image-classification", "timm", *(["timm_vix"] if ours else [])]
-    data = ModelCardData(library_name="timm", pipeline_tag="image-classification", license=license, tags=tags)
+    tags = [task, "timm", *(["timm_vix"] if ours else [])]
+    data = ModelCardData(library_name="timm", pipeline_tag=task, license=license, tags=tags)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
@@ -127,15 +127,21 @@ on nothing from elsewhere. The terms of the training images and of the initial w
     return model_card(text, license, ours)
 
 
-def transferred_card(row: dict[str, Any], table: str) -> ModelCard:
-    """The card of a model after attention transfer, of the row of result.csv and a table of its layers."""
+def transferred_card(row: dict[str, Any], agreement: str, table: str) -> ModelCard:
+    """The card of a model after attention transfer.
+
+    Args:
+        row: of result.csv.
+        agreement: how far the model agrees with its original, in words.
+        table: of its layers.
+    """
     row = without_folders(row)
-    facts = "\n".join(f"- {name}: {value}" for name, value in row.items())
+    facts = "\n".join(f"- {name}: {value}" for name, value in row.items() if value is not None)
     scaled = " The logits of both are scaled." if "scale_logits=" in row["keywords"] else ""
     text = f"""# {row["source"]} with {row["mixer"]} attention
 
 The attention of `{row["source"]}` was replaced and trained to match the original without labels. On held-out
-images it predicts what the original predicts in {row["agreement"]} % of the cases.{scaled}
+images {agreement}.{scaled}
 
 {LOAD.format(package=", timm_vix")}
 
@@ -151,7 +157,8 @@ images it predicts what the original predicts in {row["agreement"]} % of the cas
 
 Agreement was measured on one kind of images and says nothing about labels. The terms of the original weights apply.
 """
-    return model_card(text, "other", True)
+    task = "image-feature-extraction" if row["agreement"] is None else "image-classification"
+    return model_card(text, "other", True, task)
 
 
 def delta_card(keywords: dict[str, Any], megabytes: float, figures: dict[str, str]) -> ModelCard:

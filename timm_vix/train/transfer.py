@@ -54,7 +54,7 @@ from .loop import Loop
 from .losses import BlockMatching, Distillation
 from .settings import add_settings, documented, given_settings
 from .teacher import build_teacher, start_mixers
-from .transfer_results import compare, finish
+from .transfer_results import compare, finish, in_words
 from .transfer_settings import TransferSettings
 
 FILES = ("checkpoint.pt", "steps.csv", "result.csv", "layers.png")
@@ -141,9 +141,8 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     if rank == 0:
         figures = compare(teacher, student, held_out, normalise, run, dtype)
         finish(run, report, position, student, config, dict(images=images.readable, dtype=str(dtype), **figures))
-        share = f"{figures['agreement']} % of {held_out.readable} held-out images"
-        scaled = ", with logits scaled likewise," if report.trained_tokens else ""
-        print(f"agrees with {run.source}{scaled} on {share}; wrote {folder / 'hub'}")
+        scaled = ", with logits scaled likewise" if report.trained_tokens else ""
+        print(f"on {held_out.readable} held-out images {in_words(figures)}{scaled}; wrote {folder / 'hub'}")
     return student, report
 
 

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from .._device import autocast, device_name, versions
@@ -28,20 +29,33 @@ def compare(
     normalise: Callable[[torch.Tensor], torch.Tensor],
     run: TransferSettings,
     dtype: torch.dtype,
-) -> dict[str, float]:
-    """Percent of images on which both predict the same, and the relative distance of their last tokens."""
-    number, same, difference, size = 0, 0, 0.0, 0.0
+) -> dict[str, Optional[float]]:
+    """Percent of images on which both predict the same; mean cosine and relative distance of their last tokens.
+
+    Without a classifier there are no predictions, and the first is None.
+    """
+    number, same, cosine, difference, size = 0, 0, 0.0, 0.0, 0.0
     keys = images.batches(run.batch_size)
     for pixels, _ in tqdm(images.loader(keys, run.workers), "compare", len(keys), leave=False, disable=None):
         with autocast(run.device, dtype):
             wanted, mine = (model.forward_features(normalise(pixels)) for model in (teacher, student))
             predicted = [model.forward_head(t).argmax(-1) for model, t in ((teacher, wanted), (student, mine))]
+        mine, wanted = mine.float(), wanted.float()
         number += len(pixels)
         same += int((predicted[0] == predicted[1]).sum())
-        difference += float((mine.float() - wanted.float()).square().sum())
-        size += float(wanted.float().square().sum())
+        cosine += float(cosine_similarity(mine, wanted, dim=2).mean(1).sum())
+        difference += float((mine - wanted).square().sum())
+        size += float(wanted.square().sum())
     distance = (difference / size) ** 0.5 if size else float(difference > 0)
-    return dict(agreement=round(100 * same / number, 2), feature_distance=round(distance, 4))
+    agreement = round(100 * same / number, 2) if teacher.num_classes else None
+    return dict(agreement=agreement, cosine=round(cosine / number, 4), feature_distance=round(distance, 4))
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    """How far the converted model agrees with its original: in predictions, or without a classifier in tokens."""
+    if figures["agreement"] is None:
+        return f"its output tokens have a mean cosine of {figures['cosine']} to those of the original"
+    return f"it predicts what the original predicts in {figures['agreement']} % of the cases"
 
 
 def finish(
@@ -67,6 +81,7 @@ def finish(
         distill_steps=run.distill_steps,
         batch_size=run.batch_size,
         agreement=figures["agreement"],
+        cosine=figures["cosine"],
         feature_distance=figures["feature_distance"],
         seconds=round(position["seconds"]),
         device=run.device,
@@ -80,7 +95,7 @@ def finish(
     # without the error behind the rest of the original
     if errors := [values[: len(set(layers))] for stage, _, values in position["rows"] if stage == 1]:
         write_figure(folder / "layers.png", layer_errors, errors, sorted(set(layers)), f"{run.source} -> {mixer}")
-    write_hub(folder / "hub", student, config, transferred_card(row, report.table()))
+    write_hub(folder / "hub", student, config, transferred_card(row, in_words(figures), report.table()))
 
 
 def mixers_in_words(report: Conversion) -> tuple[str, str]:

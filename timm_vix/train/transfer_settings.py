@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from .._checks import InputError
 from ..conversion.layers import Layers
 from .settings import ABOVE_0, ABOVE_0_TO_1, FROM_0, Settings, check_folder, one_of, setting
 from .teacher import check_teacher
@@ -80,6 +81,11 @@ class TransferSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if own := {"model", "mixer", "layers"} & (self.mixer_kwargs or {}).keys():
+            raise InputError(f"mixer_kwargs: {', '.join(sorted(own))} is no keyword of a mixer; it is a setting itself")
+        folders = [self.data_dir] if isinstance(self.data_dir, str) else self.data_dir
+        if not isinstance(folders, (list, tuple)) or not folders or not all(isinstance(f, str) for f in folders):
+            raise InputError(f"data_dir={self.data_dir!r}: expected a folder, or a list of folders")
         if self.mixer is None and not {"merge", "scale_logits"} & (self.mixer_kwargs or {}).keys():
             self.mixer = "nystrom"
         check_teacher(self)

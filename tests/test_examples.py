@@ -1,0 +1,72 @@
+"""Example programs that have no file of tests of their own: what they compute, and what they refuse."""
+
+import csv
+import sys
+
+import pytest
+import torch
+from conftest import exit_code, load_example
+from torch import nn
+
+
+def run(example, monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of an example's command."""
+    monkeypatch.setattr(sys, "argv", ["example", *map(str, words)])
+    code = exit_code(example.main)
+    return code, *capsys.readouterr()
+
+
+def test_a_layer_is_measured_once_with_its_keywords(tmp_path, monkeypatch, capsys):
+    example, out, threads = load_example("benchmark"), tmp_path / "mixers.csv", torch.get_num_threads()
+    command = ["--mixers", "linformer", "--tokens", "197", "--mode", "infer", "--dtype", "float32", "--pairs", "1"]
+    command += ["--batch-tokens", "197", "--threads", str(threads), "--out", str(out)]
+    command += ["--options", "window_size=2", "sharing=none"]
+    built = []
+    layer = example.layer
+    monkeypatch.setattr(example, "layer", lambda *arguments: built.append(layer(*arguments)) or built[-1])
+    assert run(example, monkeypatch, capsys, *command)[0] == 0
+    assert [(one.core.sharing, one.core.window_size) for one in built if hasattr(one, "core")] == [("none", 2)]
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert float(row["ratio"]) == pytest.approx(float(row["softmax_ms"]) / float(row["ms"]), rel=0.01)
+    before = out.read_text()
+    assert run(example, monkeypatch, capsys, *command)[0] == 0
+    assert out.read_text() == before and len(built) == 2
+
+
+@pytest.mark.parametrize(
+    "name, words, told",
+    [
+        ("benchmark", ["--tokens", "200"], "tokens=200: expected 1 more than a square"),
+        ("benchmark", ["--mixers", "axial", "--options", "window_size=2"], "window_size=2: mixer='axial' takes"),
+        ("benchmark", ["--options", "window_size"], "window_size"),
+        ("cost_over_resolution", ["--mixers", "nistrom"], "invalid choice: 'nistrom'"),
+    ],
+)
+def test_wrong_words_are_named(name, words, told, tmp_path, monkeypatch, capsys):
+    code, _, errors = run(load_example(name), monkeypatch, capsys, *words, "--out", tmp_path / "out.csv")
+    assert code == 2 and told in errors.splitlines()[-1]
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_table_of_other_columns_is_noticed_before_a_training(tmp_path, monkeypatch, capsys):
+    example = load_example("compare_finetune")
+    (tmp_path / "finetune_cifar10.csv").write_text("model,dataset,epoch,train_loss,top1,img_size\n")
+    words = ["cifar10", "--data-dir", tmp_path / "none", "--results", tmp_path, "--runs", tmp_path / "runs"]
+    code, _, errors = run(example, monkeypatch, capsys, *words)
+    assert code == 2 and errors.count("\n") == 1 and "has the columns model dataset epoch train_loss top1" in errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_kept_memory_is_counted_once_and_without_weights():
+    """Of Linear, ReLU, Linear: the input of either linear layer, of which ReLU's output is one."""
+    example = load_example("convert_deit")
+    model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256))
+    floats = 512 * 256 + 512 * 1024
+    assert example.kept_mib(model, torch.randn(512, 256)) == floats * 4 / 2**20
+
+
+def test_fidelity_of_multiples_and_of_orthogonal_tokens():
+    example = load_example("dense_features")
+    a, b = torch.tensor([[[3.0, 0.0]]]), torch.tensor([[[0.0, 3.0]]])
+    assert example.fidelity(2 * a, a) == pytest.approx((1.0, 1.0))
+    assert example.fidelity(a, b) == pytest.approx((0.0, 2**0.5))
