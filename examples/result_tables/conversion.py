@@ -7,7 +7,7 @@ from . import RESULTS, Row, markdown, measured, read, values
 from .cost import Key, is_shown, is_timed, models, speed
 
 # What the README shows of all conversions; transfer is of the same size of image where a row says so.
-SHOWN = ("softmax, scaled logits", "softmax, merged to 30 %", "softmax, merged to 15 %, scaled logits", "axial")
+SHOWN = ("softmax", "softmax, scaled logits", "softmax, merged to 30 %", "softmax, merged to 15 %, scaled logits", "axial")
 SHOWN += ("axial, scaled logits", "nystrom, 4x4 windows", "linformer, 4x4 windows", "performer, 256 learned features")
 # The conversion in the last column of the README's table of sizes, and the head of that column.
 ADVISED = "softmax, merged to 30 %"
@@ -22,14 +22,23 @@ def conversions() -> str:
     body = []
     for row in sorted(rows, key=lambda row: (int(row["img_size"]), mixers.index(row["model"].split(",")[0]))):
         key = (row["model"], row["img_size"])
-        costs = [""] * 3
+        costs = [""] * 4
         if key not in with_costs:  # transfer changes no cost
-            costs = [row["gflops"], times(row), row["gradient_memory_mib"]]
+            costs = [row["gflops"], times(row), row["threads"], row["gradient_memory_mib"]]
         with_costs.add(key)
+        shares = [row["relative"], share_of_scaled(row, rows)]
         images = f"{int(row['images']):,}"
-        body.append([row["model"], row["training"], row["img_size"], images, row["top1"], row["relative"], *costs])
-    head = ["converted", "training", "px", "photographs", "top-1 %", "% of softmax", "GFLOPs", "times as fast"]
-    return markdown([*head, "gradient memory, MiB"], body, measured(rows))
+        body.append([row["model"], row["training"], row["img_size"], images, row["top1"], *shares, *costs])
+    head = ["converted", "training", "px", "photographs", "top-1 %", "% of softmax", "% of softmax with scaled logits"]
+    return markdown([*head, "GFLOPs", "times as fast", "threads", "gradient memory, MiB"], body, measured(rows))
+
+
+def share_of_scaled(row: Row, rows: list[Row]) -> str:
+    """The top-1 of a conversion with scaled logits in percent of that of softmax with scaled logits."""
+    if "scaled logits" not in row["model"]:
+        return ""
+    softmax = find(rows, "softmax, scaled logits", "none", row["img_size"])
+    return f"{100 * float(row['top1']) / float(softmax['top1']):.1f}" if softmax else ""
 
 
 def find(rows: list[Row], model: str, training: str, img_size: str) -> Optional[Row]:
@@ -39,12 +48,12 @@ def find(rows: list[Row], model: str, training: str, img_size: str) -> Optional[
     return next((row for name in names for row in found if row["model"] == name), None)
 
 
-def kept(row: Optional[Row]) -> str:
-    """Accuracy in percent of softmax's, and the size of the transfer's images where it is another one."""
+def kept(row: Optional[Row], column: str) -> str:
+    """Accuracy, or that in percent of softmax's, and the size of the transfer's images where it is another one."""
     if row is None:
         return ""
     elsewhere = row["training"] == "transfer" and row["img_size"] != "224" and "transferred at" not in row["model"]
-    return row["relative"] + " (at 224 px)" * elsewhere
+    return row[column] + " (at 224 px)" * elsewhere
 
 
 def times(row: Row) -> str:
@@ -52,7 +61,7 @@ def times(row: Row) -> str:
 
 
 def conversions_in_short() -> str:
-    """What conversion of all layers keeps of softmax's accuracy at each image size, untrained and after transfer.
+    """The accuracy after conversion of all layers at each image size, untrained and after transfer.
 
     Of the sizes at which all photographs were looked at.
     """
@@ -66,9 +75,10 @@ def conversions_in_short() -> str:
         for size in sizes:
             untrained, transferred = (find(rows, model, training, size) for training in ("none", "transfer"))
             either = untrained or transferred
-            line += [kept(untrained), kept(transferred), times(either) if either else ""]
+            shown = [kept(row, "top1") for row in (untrained, transferred)]
+            line += [*shown, times(either) if either else ""]
         body.append([model, *line])
-    head = [f"{size} px: {what}" for size in sizes for what in ("untrained, %", "transferred, %", "times as fast")]
+    head = [f"{size} px: {what}" for size in sizes for what in ("untrained", "transferred", "times as fast")]
     photographs = ", ".join(f"{int(number):,}" for number in values(rows, "images"))
     return markdown(["converted", *head], body, f"Top-1 on {photographs} labelled photographs. {measured(rows)}")
 
@@ -84,8 +94,8 @@ def advice() -> str:
     for pixels in sorted(tokens):
         faster = {mode: faster_at(cells, names, pixels, mode) for mode in ("infer", "train")}
         untrained, transferred = (find(rows, ADVISED, training, str(pixels)) for training in ("none", "transfer"))
-        keeps = f"{kept(untrained)} %" if untrained else "not measured"
-        keeps += f" ({kept(transferred)} % after transfer)" if transferred else ""
+        keeps = f"{kept(untrained, 'relative')} %" if untrained else "not measured"
+        keeps += f" ({kept(transferred, 'relative')} % after transfer)" if transferred else ""
         keeps += f", {times(untrained)} times as fast" if untrained else ""
         speeds = [", ".join(f"{name} {ratio}" for name, ratio in faster[mode].items()) or "none" for mode in faster]
         if not any(key.img_size == pixels for key in cells):
@@ -115,10 +125,12 @@ def plans() -> str:
         kept = [f"{100 * plan[name]:.1f} % ({plan[images]})" for name, images in HALVES]
         merged = ", ".join(map(str, plan["merge"])) if plan["merge"] else "none"
         body.append([f"[{path.stem}]({path.name})", str(plan["img_size"]), f"{100 * plan['keep']:.0f} %", *kept])
-        body[-1] += [f"{plan['speedup']:.2f}", f"{100 * plan['gflops'] / plan['softmax_gflops']:.0f} %"]
-        body[-1] += [f"{len(plan['layers'])} of {plan['depth']}", merged]
+        alike = max(row["speedup"] for row in plan["curve"] if row["agreement"] >= plan["keep"])
+        body[-1] += [f"{plan['speedup']:.2f}", f"{alike:.2f}", str(plan["latency_batch"]), str(plan["threads"])]
+        body[-1] += ["yes" if plan.get("scale_logits") else "no", f"{len(plan['layers'])} of {plan['depth']}", merged]
     head = ["plan", "px", "target", "kept (half that chose)", "kept (other half)", "times as fast"]
-    return markdown([*head, "operations left", "layers converted", "patches that each layer merges"], body)
+    head += ["times as fast with that share of predictions", "batch", "threads", "scaled logits", "layers converted"]
+    return markdown([*head, "patches that each layer merges"], body)
 
 
 def merging() -> str:
