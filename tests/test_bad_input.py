@@ -8,7 +8,7 @@ import timm
 import torch
 from conftest import image, small
 
-from timm_vix.conversion.replace import mixer_keywords
+from timm_vix.conversion.keywords import mixer_keywords
 from timm_vix.mixers import MIXERS
 
 # (name, keywords, words); images are 224 px with patches of 16 unless a row says otherwise: 196 patch tokens

@@ -6,7 +6,7 @@ import torch
 from conftest import check_every_mixer, distance, lively
 from timm.models import save_for_hf
 
-from timm_vix.conversion.replace import slots_of
+from timm_vix.conversion.slots import slots_of
 from timm_vix.mixers import MIXERS
 
 MIXER = {"ccn": "nystrom", "ccp": "performer", "cct": "softmax"}

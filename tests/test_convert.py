@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 import timm_vix
 from timm_vix.conversion.convert import attention_sites
-from timm_vix.conversion.replace import mixer_name
+from timm_vix.conversion.slots import mixer_name
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._mechanism import AttentionMechanism
 from timm_vix.train.hub import write_hub
@@ -312,7 +312,7 @@ def registry():
         names = timm.list_models(module=module)
         for start in range(0, len(names), 40):
             marks = [pytest.mark.slow] if start > 0 else []
-            yield pytest.param(names[start : start + 40], id=f"{module}-{start}", marks=marks)
+            yield pytest.param(module, names[start : start + 40], id=f"{module}-{start}", marks=marks)
 
 
 REFUSALS = (
@@ -321,8 +321,13 @@ REFUSALS = (
 )
 
 
-@pytest.mark.parametrize("names", list(registry()))
-def test_every_vit_of_the_registry_is_converted_rightly_or_refused_with_a_reason(names):
+# modules of which nearly all models are converted: 90 % of the first 40 at least, in timm 1.0.31
+PLAIN_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "naflexvit")
+
+
+@pytest.mark.parametrize("module, names", list(registry()))
+def test_every_vit_of_the_registry_is_converted_rightly_or_refused_with_a_reason(module, names):
+    compared = 0
     for name in names:
         patch = int((re.findall(r"patch(\d+)", name) or [16])[0])
         small = dict(img_size=4 * patch, embed_dim=128, depth=1, num_heads=2, num_classes=3)
@@ -344,6 +349,7 @@ def test_every_vit_of_the_registry_is_converted_rightly_or_refused_with_a_reason
             patches = getattr(getattr(model, "patch_embed", None), "num_patches", 16)
             timm_vix.convert(model, "nystrom", **({} if meta else {**EXACT, "num_landmarks": patches}))
             refusal = None
+            assert any(isinstance(module, MIXERS["nystrom"]) for module in model.modules()), name
         except ValueError as error:
             refusal = str(error)
         if refusal is not None:
@@ -353,7 +359,9 @@ def test_every_vit_of_the_registry_is_converted_rightly_or_refused_with_a_reason
             size = model.patch_embed.img_size if hasattr(model, "patch_embed") else 2 * (4 * patch,)
             x = torch.randn(1, 3, *size, dtype=torch.float64)
             y, expected = model.double().eval()(x), original.double().eval()(x)
-            assert y.isfinite().all() and distance(y, expected) < 1e-2, name
+            assert y.isfinite().all() and distance(y, expected) < 1e-10, name
+            compared += 1
+    assert module not in PLAIN_MODULES or compared >= 0.85 * len(names)
 
 
 def test_unconvertible_models_name_module_and_reason():

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import timm_vix
-from timm_vix.conversion.replace import slots_of
+from timm_vix.conversion.slots import slots_of
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._landmark_slot import LandmarkSlot
 from timm_vix.mixers._layout import TokenLayout

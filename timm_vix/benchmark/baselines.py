@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .._names import parse_model
+from ..conversion.keywords import all_keywords
 from ..conversion.record import RECORDED
-from ..conversion.replace import all_keywords
 from ..measure.job import JOB
 
 # keywords that the softmax model of the same trunk is not given: of what a conversion does, and those of the mixers

@@ -14,22 +14,16 @@ from torch import nn
 
 from .._checks import InputError
 from ..mixers._attention_slot import AttentionSlot, logit_factor
+from .keywords import ADDING_NOTHING, check_keywords
 from .layers import Layers, layer_mixers
 from .merge_steps import Merge, Step, first_merge, merge_steps, num_merged
 from .merging import MergingBlocks, check_merging, set_merging
 from .plan_file import Plan, load_plan
 from .record import record_conversion, recorded_mixer
-from .replace import (
-    ADDING_NOTHING,
-    AttentionSite,
-    build_mixer,
-    check_keywords,
-    is_softmax,
-    layout_of,
-    warn_of_unseen_patches,
-)
+from .replace import build_mixer
 from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
 from .sites import attention_sites, class_name
+from .slots import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from ..mixers._dilated import check_dilations
 from ..mixers._slot import MixerSlot
 from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
 from .identity import DTYPES, checksums, dtype_of, fingerprint, mechanisms_of
+from .keywords import ADDING_NOTHING
 from .plan_file import architecture
-from .replace import ADDING_NOTHING
 
 FORMAT = "timm_vix delta 2"
 DESCRIBED = ("architecture", "pooling", "mechanisms", "backbone")  # in the metadata of a file

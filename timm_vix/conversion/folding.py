@@ -22,9 +22,9 @@ from ..mixers._attention_slot import AttentionSlot, has_hooks, is_plain_linear
 from ..mixers._landmark_slot import LandmarkSlot
 from ..mixers._layout import TokenLayout
 from .handover import Handover
+from .hooks import HOOKS
 from .norms import NormSite, TokenBatchNorm, norm_sites
 from .record import record_norms
-from .replace import HOOKS
 
 ATTENTION = (Attention, AttentionRope, EvaAttention, AttentionSlot, LandmarkSlot)
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "gate")

@@ -14,7 +14,7 @@ from torch import nn
 from .._checks import InputError, check_choice
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot
-from .replace import REPLACEABLE
+from .slots import REPLACEABLE
 
 PARTS = ("attention", "mlp", "mixer", "head")
 # Attention and feed-forward networks are known by their class, or by timm's name of their place: hierarchical models

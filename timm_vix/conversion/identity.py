@@ -12,8 +12,8 @@ from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import GridModule
 from .freeze import unwrapped_name
 from .merging import MergingBlocks
-from .replace import mixer_name
 from .scaling import scaled_for
+from .slots import mixer_name
 
 # from the finest to the coarsest
 DTYPES = dict(float64=torch.float64, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)

@@ -27,9 +27,9 @@ from .._checks import InputError
 from ..mixers._attention_slot import has_hooks
 from ._fitting import LayerFit, fit_in_one_pass
 from .handover import HandoverSchedule, handover
+from .hooks import HOOKS
 from .merging import class_of
 from .record import record_norms
-from .replace import HOOKS
 
 BLOCKS = (Block, EvaBlock, ParallelThingsBlock, ParallelScalingBlock)
 # the share of a layer's mean variance that draws a slope to that of the layer norm; it decides where a channel is

@@ -16,8 +16,8 @@ from .._files import one_line
 from .identity import fingerprint
 from .layers import layer_mixers
 from .merge_steps import Merge, merge_steps
-from .replace import layout_of
 from .sites import attention_sites, source_of
+from .slots import layout_of
 
 FORMAT = "timm_vix plan 2"
 # the first one knew no merging, and nothing of time

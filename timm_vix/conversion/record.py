@@ -12,10 +12,12 @@ from typing import Any, Optional
 from torch import nn
 
 from .._checks import InputError
+from .hooks import update_hooks
+from .keywords import all_keywords
 from .merging import MergingBlocks
-from .replace import AttentionSite, all_keywords, mixer_name, no_decay_names, slots_of, update_hooks
 from .scaling import scaled_for
 from .sites import attention_sites, source_of
+from .slots import AttentionSite, mixer_name, no_decay_names, slots_of
 
 NAME = "vix_from_timm"
 # arguments with short forms, such as "all", "log" or a file: the resolved values are recorded as well

@@ -16,7 +16,7 @@ from torch import nn
 
 from .._checks import InputError, is_integer
 from ..mixers._attention_slot import AttentionSlot
-from .replace import slots_of
+from .slots import slots_of
 
 ScaleLogits = Union[str, int]
 FORMS = "expected 'log', or the number of tokens with which the model was trained, at least 2; 0 takes the scaling away"

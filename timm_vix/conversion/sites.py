@@ -10,7 +10,7 @@ from torch import nn
 from .._checks import InputError
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import MixerSlot
-from .replace import REPLACEABLE, AttentionSite, is_softmax
+from .slots import REPLACEABLE, AttentionSite, is_softmax
 
 HOSTS = (VisionTransformer, Eva, NaFlexVit)
 

@@ -12,7 +12,7 @@ from .._names import parse_model
 from ..benchmark.baselines import NOT_TRUNK, baseline_of
 from ..conversion.convert import revert
 from ..conversion.merging import MergingBlocks
-from ..conversion.replace import is_plain_core
+from ..conversion.slots import is_plain_core
 from ..models.checkpoints import hosts_of
 
 

@@ -20,7 +20,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from .._checks import InputError, check_integer
-from ..conversion.replace import mixer_name
+from ..conversion.slots import mixer_name
 from ..measure.job import time_interleaved
 from ..models.checkpoints import hosts_of
 from .baseline import softmax_baseline

@@ -13,8 +13,8 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line, write_whole
 from ..conversion.delta import load_delta, save_delta
+from ..conversion.keywords import ADDING_NOTHING
 from ..conversion.record import NAME, record_resolved_arguments
-from ..conversion.replace import ADDING_NOTHING
 from ..models.checkpoints import hosts_of
 from .check import known_images, one_by_one
 from .classifier import load_trained

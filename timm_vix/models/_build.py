@@ -7,7 +7,7 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from .._checks import InputError
-from ..conversion.replace import mixer_keywords
+from ..conversion.keywords import mixer_keywords
 from ..mixers import MIXERS
 from ._register import ModelName
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 from .._checks import InputError
-from ..conversion.replace import resample_weights
+from ..conversion.slots import resample_weights
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot, rename_core_keys
 from ..mixers.softmax import SoftmaxAttention

@@ -19,7 +19,8 @@ from torch import nn
 
 from .._checks import check_choice, check_integer
 from ..conversion.layers import Layers, layer_mixers
-from ..conversion.replace import no_decay_names, replace_attention, slots_of
+from ..conversion.replace import replace_attention
+from ..conversion.slots import no_decay_names, slots_of
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..mixers.gpsa import GatedPositionalAttention

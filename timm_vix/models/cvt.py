@@ -24,7 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
 from .._checks import InputError, check_choice, is_integer
-from ..conversion.replace import no_decay_names
+from ..conversion.slots import no_decay_names
 from ..mixers._layout import Grid
 from ._build import build_xformer, overridden
 from ._convolutional import Stage, embed_padding, to_image

@@ -26,7 +26,8 @@ from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
-from ..conversion.replace import is_plain_softmax, no_decay_names
+from ..conversion.keywords import is_plain_softmax
+from ..conversion.slots import no_decay_names
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost

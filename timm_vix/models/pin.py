@@ -24,7 +24,8 @@ from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
 from ..conversion.layers import Layers, layer_mixers
-from ..conversion.replace import no_decay_names, replace_attention
+from ..conversion.replace import replace_attention
+from ..conversion.slots import no_decay_names
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..stems import STEMS

@@ -31,21 +31,14 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .._checks import InputError, check_choice, check_integer, is_integer
+from ..conversion.keywords import all_keywords, check_keywords
 from ..conversion.layers import Layers, layer_mixers
 from ..conversion.merge_steps import Merge, first_merge, merge_steps
 from ..conversion.merging import check_merging, set_merging
-from ..conversion.replace import (
-    all_keywords,
-    check_keywords,
-    layout_of,
-    mixer_name,
-    no_decay_names,
-    replace_attention,
-    set_grid,
-    slots_of,
-)
+from ..conversion.replace import replace_attention
 from ..conversion.scaling import check_scaling, trained_tokens
 from ..conversion.sites import source_of
+from ..conversion.slots import layout_of, mixer_name, no_decay_names, set_grid, slots_of
 from ..mixers import MIXERS
 from ..mixers._mechanism import AttentionMechanism
 from ..stems import STEMS

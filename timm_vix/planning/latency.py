@@ -20,8 +20,8 @@ from torch import nn
 from ..conversion.merge_block import run_block
 from ..conversion.merge_steps import merge_steps, num_merged
 from ..conversion.plan_file import Plan
-from ..conversion.replace import layout_of
 from ..conversion.sites import attention_sites
+from ..conversion.slots import layout_of
 from ..measure.flops import counter
 from ..measure.job import time_interleaved
 from ..measure.memory import set_malloc

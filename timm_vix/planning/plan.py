@@ -29,9 +29,9 @@ from ..conversion.convert import convert, revert
 from ..conversion.identity import fingerprint, mechanisms_of
 from ..conversion.merging import BLOCKS, class_of
 from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
-from ..conversion.replace import layout_of
 from ..conversion.scaling import ScaleLogits, scaled_for, trained_tokens
 from ..conversion.sites import attention_sites
+from ..conversion.slots import layout_of
 from ..data.folders import find_unlabelled, labelled_folder, spread
 from ..data.images import Images, normaliser, transforms
 from ..train.plots import write_figure

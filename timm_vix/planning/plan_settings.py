@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from .._checks import InputError, check_choice
-from ..conversion.replace import check_keywords
+from ..conversion.keywords import check_keywords
 from ..conversion.scaling import ScaleLogits
 from ..mixers import MIXERS
 from ..train.settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, one_of, setting

@@ -41,7 +41,7 @@ from .._files import one_line, write_table
 from ..conversion.convert import Conversion, convert
 from ..conversion.identity import fingerprint, mechanisms_of
 from ..conversion.plan_file import load_plan
-from ..conversion.replace import is_softmax
+from ..conversion.slots import is_softmax
 from ..data.datasets import Items
 from ..data.folders import find_unlabelled
 from ..data.images import Images, Key, normaliser, transforms

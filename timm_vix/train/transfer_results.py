@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .._device import autocast, device_name, versions
 from ..conversion.convert import Conversion
-from ..conversion.replace import ADDING_NOTHING
+from ..conversion.keywords import ADDING_NOTHING
 from ..data.images import Images
 from ..mixers import MIXERS
 from .checkpoint import write_history
