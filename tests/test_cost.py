@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import exit_code
 from torch import nn
 
 from timm_vix import cli, models
@@ -170,6 +171,24 @@ def test_a_failure_hides_no_earlier_measurement(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(MEASURE, lambda job: pytest.fail("measured twice"))
     (record,) = sweep([job | dict(rounds=3)], path)
     assert record["error"] is None and record["latency_p50_ms"] == 1
+
+
+def test_a_failure_is_measured_again_only_where_that_is_asked_for(tmp_path, monkeypatch, capsys) -> None:
+    bad = dict(error="out of memory")
+    good = dict(latency_p50_ms=1.0, latency_p90_ms=1.0, images_per_s=1.0, first_call_ms=1.0)
+    results, measured = [bad, bad, good], []
+    monkeypatch.setattr(MEASURE, lambda job: measured.append(job["model"]) or results[len(measured) - 1])
+    path = tmp_path / "cost.csv"
+    command = ["timm-vix", "cost", f"vix_fnet_cifar {SMALL}", "--img-size", "32", "--softmax", "--device", "cpu"]
+    command += ["--threads", "1", "--out", str(path)]
+    again = ["--retry-failed"]
+    # the option, calls so far, exit code
+    for option, calls, code in [([], 1, 2), ([], 1, 2), (again, 2, 2), (again, 3, 0), (again, 3, 0), ([], 3, 0)]:
+        monkeypatch.setattr(sys, "argv", [*command, *option])
+        assert exit_code(cli.main) == code and len(measured) == calls
+        assert ("out of memory" in capsys.readouterr().err) == (code == 2)
+    records, damaged = read_records(path, COLUMNS)
+    assert ([record["error"] for record in records], damaged) == ([bad["error"], bad["error"], None], 0)
 
 
 def test_a_model_beside_two_baselines_has_two_lines(tmp_path, monkeypatch) -> None:

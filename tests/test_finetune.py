@@ -5,6 +5,7 @@ import csv
 import errno
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -20,11 +21,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import exit_code, load_example
+from conftest import exit_code, lively, load_example
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.transforms import v2
 
 import timm_vix
@@ -271,6 +273,89 @@ def test_accuracy_is_what_timm_measures(digits, tmp_path):
     assert history[-1]["top5"] == 100
 
 
+@pytest.fixture(scope="module")
+def small_set(digits, tmp_path_factory):
+    """A folder of 36 images of three classes to learn from, most of the first one, and one of each to validate on."""
+    folder = tmp_path_factory.mktemp("small_set")
+    for label, number in enumerate((20, 10, 6)):
+        for split, numbers in (("train", range(number)), ("val", range(number, number + 1))):
+            (folder / split / f"digit{label}").mkdir(parents=True)
+            for i in numbers:
+                shutil.copy(digits / f"digit{label}" / f"{i}.png", folder / split / f"digit{label}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory):
+    """Weights of a model whose answers are far from even, whatever its head."""
+    path = tmp_path_factory.mktemp("decided") / "weights.safetensors"
+    torch.manual_seed(3)
+    state = lively(timm.create_model("vit_tiny_patch16_224", img_size=32, **MODEL_KWARGS)).state_dict()
+    save_file({**state, "norm.weight": 30 * state["norm.weight"]}, path)
+    return str(path)
+
+
+# all images in one step
+ONE_STEP = dict(TINY, batch_size=36, epochs=1, augment="none", device="cpu")
+
+
+@pytest.mark.parametrize("smoothing, mixup", [(0.0, 0.0), (0.3, 0.0), (0.3, 0.2)])
+def test_the_loss_is_cross_entropy_with_labels_spread_over_all_classes(
+    small_set, decided, tmp_path, monkeypatch, smoothing, mixup
+):
+    """With mixup too, here of each image with nothing of another."""
+    monkeypatch.setattr(np.random, "beta", lambda a, b: 1.0)  # the share of the image itself
+    settings = dict(ONE_STEP, checkpoint=decided, lr=1e-12, label_smoothing=smoothing, mixup=mixup)
+    _, (row,) = finetune(data_dir=str(small_set), out=str(tmp_path / "out"), **settings)
+    model = timm.create_model(f"local-dir:{tmp_path}/out/hub", pretrained=True).eval()
+    transform, pixels, labels = create_transform(**resolve_model_data_config(model)), [], []
+    for path in (small_set / "train").rglob("*.png"):
+        with Image.open(path) as image:
+            pixels.append(transform(image.convert("RGB")))
+        labels.append(int(path.parent.name.removeprefix("digit")))
+    with torch.inference_mode():
+        log_p = model(torch.stack(pixels)).double().log_softmax(1)
+    label, even = -log_p[range(36), labels].mean().item(), -log_p.mean().item()
+    assert abs(label - even) > 0.5, "else any share gives the same"
+    assert row["train_loss"] == pytest.approx((1 - smoothing) * label + smoothing * even, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.3])
+def test_the_learning_rate_of_each_step(small_set, tmp_path, schedule, warmup):
+    """It rises in a line from a hundredth, and then stays or follows half a cosine over all steps, without restart."""
+    used = []
+
+    def note(optimizer, arguments, keywords):
+        used.append({group["lr"] for group in optimizer.param_groups})
+
+    steps = register_optimizer_step_pre_hook(note)
+    try:
+        settings = dict(TINY, batch_size=6, epochs=4, lr=2e-3, schedule=schedule, warmup=warmup)
+        finetune(data_dir=str(small_set), out=str(tmp_path / "out"), **settings)
+    finally:
+        steps.remove()
+    total, rising = 24, 7 if warmup else 0
+    rise = [0.01 + 0.99 * t / rising for t in range(rising)]
+    cosine = [(1 + math.cos(math.pi * t / total)) / 2 for t in range(rising, total)]
+    expected = rise + (cosine if schedule == "cosine" else [1.0] * len(cosine))
+    assert [len(rates) for rates in used] == [1] * total
+    assert [max(rates) / 2e-3 for rates in used] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_each_layer_moves_by_the_decay_less_than_the_one_above(small_set, tmp_path, decay):
+    """A first step of Adam moves a parameter by its learning rate, whatever the gradient."""
+    settings = dict(ONE_STEP, model_kwargs=dict(MODEL_KWARGS, depth=4), weight_decay=0.0, layer_decay=decay)
+    before, after = (
+        finetune(data_dir=str(small_set), out=str(tmp_path / str(lr)), **settings, lr=lr)[0].double().state_dict()
+        for lr in (1e-30, 1e-4)
+    )
+    layers = ["patch_embed.proj.weight", *(f"blocks.{i}.mlp.fc1.weight" for i in range(4)), "head.weight"]
+    moved = [(after[name] - before[name]).abs().max().item() for name in layers]
+    assert moved == pytest.approx([1e-4 * (decay or 1) ** below for below in (5, 4, 3, 2, 1, 0)], rel=0.01)
+
+
 def test_results_files(finished):
     out, _, history = finished
     assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "history.csv", "curve.png", "hub"}
@@ -309,6 +394,38 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(digits, augment, cha
     assert torch.equal(first, epoch(other, 0)) == (augment == "none")
     assert images.batches(4, 0) != images.batches(4, 1)
     assert sorted(key for batch in images.batches(4, 1) for key in batch) == [(1, i) for i in range(16)]
+
+
+def drawn(pixels, augment, flip, times=200):
+    """One square grey image as that many epochs show it, (times, H, W)."""
+    config = dict(input_size=(1, *pixels.shape), interpolation="bicubic", mean=(0.5,), crop_pct=1.0)
+    resize, augmented, _ = transforms(dict(config, crop_mode="center"), augment, flip)
+    images = Images([(pixels, 0)], ["a"], 1, resize, augmented, seed=0)
+    return torch.stack([images[epoch, 0][0][0] for epoch in range(times)])
+
+
+# small images are shifted, and larger ones zoomed: either way some of both halves stays
+@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize("flip, low, high", [(0.0, 0, 0), (0.5, 0.35, 0.65), (1.0, 1, 1)])
+def test_images_are_mirrored_with_the_probability_that_was_asked_for(size, flip, low, high):
+    pixels = np.full((size, size), 40, np.uint8)
+    pixels[:, : size // 2] = 200
+    shown = drawn(pixels, "light", flip).float()
+    left, right = shown[:, :, : size // 2].mean((1, 2)), shown[:, :, size // 2 :].mean((1, 2))
+    assert ((left - right).abs() > 5).all()
+    assert low <= (right > left).double().mean() <= high
+    assert len(shown.unique(dim=0)) > 20, "shifted or zoomed as well"
+
+
+def test_rand_changes_grey_values_light_only_places_and_none_nothing():
+    pixels = np.full((32, 32), 40, np.uint8)
+    pixels[:, :16] = 200
+    assert (drawn(pixels, "none", 1.0) == torch.from_numpy(pixels)).all()
+    others = {}
+    for augment in ("light", "rand"):
+        known = torch.isin(drawn(pixels, augment, 0.0), torch.tensor([0, 40, 200]))  # 0 is beyond the border
+        others[augment] = (~known).flatten(1).any(1).double().mean()
+    assert others["light"] == 0 and others["rand"] > 0.5
 
 
 def test_hold_out_is_a_fifth_of_every_class_and_fixed(digits):
@@ -385,6 +502,26 @@ def test_images_are_decoded_when_a_batch_needs_them(digits, workers):
     # decoded by a worker or not, all are in memory now
     assert {i for batch in keys for _, i in batch} <= lazy.cache.keys()
     assert all(np.array_equal(pixels, at_once.cache[i]) for i, pixels in lazy.cache.items())
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["at_once", "lazy"])
+def test_images_beyond_the_limit_of_memory_are_decoded_again(digits, tmp_path, monkeypatch, lazy):
+    """Two epochs are those without a limit; a damaged image is among those that came first."""
+    shutil.copytree(digits, tmp_path / "data")
+    damaged = find_images(str(tmp_path / "data"), held_out=0.01)[0][2][0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    free = images_of(tmp_path / "data", lazy)
+    monkeypatch.setattr("timm_vix.data.images.CACHE_BYTES", 5 * 32 * 32 * 3 + 100)
+    limited = images_of(tmp_path / "data", lazy)
+    for epoch in range(2):
+        keys = free.batches(8, epoch)
+        for mine, theirs in zip(limited.loader(keys), free.loader(keys), strict=True):
+            assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+            assert len(limited.cache) <= 5
+    assert len(limited.cache) == 5
+    for i, pixels in limited.cache.items():
+        with Image.open(limited.items[i][0]) as expected:
+            assert np.array_equal(pixels, np.asarray(expected.convert("RGB")))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -22,6 +23,7 @@ import timm_vix
 from timm_vix import cli
 from timm_vix.deploy.baseline import softmax_baseline
 from timm_vix.deploy.classifier import Classifier, class_names, load_trained
+from timm_vix.deploy.serve import Answers
 
 ROOT = Path(timm_vix.__file__).parents[1]
 SHIPPED = ROOT / "examples" / "checkpoints" / "hybrid_pin_cifar"
@@ -130,6 +132,30 @@ def test_a_folder_is_given_with_keywords(tmp_path):
     assert classifier.size == [48, 48] and classifier.net.patch_embed.img_size == (48, 48)
     pixels = classifier.prepare(Image.effect_noise((40, 60), 90))
     assert pixels.shape == (1, 3, 48, 48) and len(classifier.best(pixels, 9)) == 4
+
+
+CAT, DOG = {"cat": 0.7, "dog": 0.2}, {"dog": 0.5, "cat": 0.4}
+
+
+@pytest.mark.parametrize(
+    "softmax, counts, best, milliseconds, sentence",
+    [
+        (False, False, [CAT], [3.0], "**cat**"),
+        (True, True, [CAT, CAT], [2.0, 5.0], "Both say **cat** · 2.50 times as fast as softmax attention"),
+        (True, True, [CAT, DOG], [2.0, 5.0], "**cat** · 2.50 times as fast as softmax attention"),
+        (True, True, [DOG, DOG], [4.0, 3.2], "Both say **dog** · 1.25 times the time of softmax attention"),
+        (True, True, [DOG, CAT], [4.0, 3.2], "**dog** · 1.25 times the time of softmax attention"),
+        (True, True, [CAT, CAT], [3.0, 3.0], "Both say **cat** · 1.00 times as fast as softmax attention"),
+        # what untrained weights say is no answer, even if it is the same
+        (True, False, [CAT, CAT], [2.0, 5.0], "**cat** · 2.50 times as fast as softmax attention"),
+    ],
+)
+def test_the_verdict_tells_what_both_say_and_how_their_times_compare(
+    softmax, counts, best, milliseconds, sentence, monkeypatch
+):
+    monkeypatch.setattr("timm_vix.deploy.serve.softmax_baseline", lambda net: (torch.nn.Identity(), counts))
+    answers = Answers(SimpleNamespace(net=None, name="some"), softmax)
+    assert answers.verdict(best, milliseconds) == sentence
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="the page is Gradio's")

@@ -150,6 +150,23 @@ def test_attention_dropout_acts_or_is_refused(mixer, rope, options):
     assert ((dropped - whole).abs().amax(2) > 1e-6).all()  # of prefix tokens too
 
 
+@pytest.mark.parametrize("mixer, rope, options", [case for case in VARIANTS if MIXERS[case.values[0]].supports_dropout])
+def test_attention_dropout_leaves_the_mean_and_varies_by_its_rate(mixer, rope, options):
+    """A weight w of a value is 0 with probability p, else w / (1 - p): its mean is w, its variance w² p / (1 - p)."""
+    model, other = (small(mixer, rope, **options, attn_drop_rate=rate).double() for rate in (0.3, 0.6))
+    other.load_state_dict(model.state_dict())
+    slot = model.blocks[0].attn
+    # far from the mean of all values, which is also that of any share of them
+    tokens = 3 * torch.randn(1, model.num_prefix_tokens + model.patch_embed.num_patches, 32, dtype=torch.float64)
+    with torch.no_grad():
+        whole, dropped = slot.eval()(tokens)[0], slot.train()(tokens.expand(2000, -1, -1))
+        more = other.blocks[0].attn.train()(tokens.expand(500, -1, -1))
+    error = dropped.std(0) / 2000**0.5
+    assert (error > 1e-5).all(), "each output is random"
+    assert ((dropped.mean(0) - whole).abs() < 6 * error).all()  # of 50,000 outputs in all tests, 5 is too near
+    assert float(more.var(0).sum() / dropped.var(0).sum()) == pytest.approx((0.6 / 0.4) / (0.3 / 0.7), rel=0.1)
+
+
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
 def test_state_goes_through_safetensors(mixer, rope, options, tmp_path):
     model, other = (small(mixer, rope, **options) for _ in range(2))
