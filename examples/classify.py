@@ -6,6 +6,7 @@ python examples/classify.py photo.jpg --model runs/photos/hub           # the mo
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -37,9 +38,18 @@ def classify(given: argparse.Namespace) -> None:
     if given.photos:
         shipped = given.model in SHIPPED
         classifier = Classifier(str(CHECKPOINTS / given.model) if shipped else given.model)
+        print(f"{given.model}, {len(classifier.names)} classes. {classifier.note}".rstrip())
+    wrong = 0
     for photo in given.photos:
-        best = classifier.best(classifier.prepare(photo), given.top)
+        try:
+            best = classifier.best(classifier.prepare(photo), given.top)
+        except InputError as error:  # the others may do
+            print(f"error: {error}", file=sys.stderr)
+            wrong += 1
+            continue
         print(f"{photo}: {', '.join(f'{name} {100 * share:.0f} %' for name, share in best.items())}")
+    if wrong:
+        sys.exit(2)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from typing import Any, Optional
 
 import timm
 import torch
-from reproduction.cards import COLUMNS, CURVE, read_rows, seed_suffix, write_cards
+from reproduction.cards import COLUMNS, CURVE, num_seeds, read_rows, seed_suffix, write_cards
 from reproduction.shipping import accuracy_of, ship
 
 import timm_vix
@@ -236,8 +236,10 @@ def ship_wanted(
     for system, recipe in wanted:
         key = run_key(system, recipe, given, device)
         for row in (row for row in rows if row.items() >= key.items()):
-            size = ship(run_folder(given.runs, row) / "hub", given.ship / system, row, given.data_dir, device)
-            print(f"{given.ship / system}: {size / 1e6:.2f} MB", flush=True)
+            folder = given.ship / f"{system}{seed_suffix(row['seed'])}"
+            hub = run_folder(given.runs, row) / "hub"
+            size = ship(hub, folder, row, given.data_dir, device, num_seeds(row, rows))
+            print(f"{folder}: {size / 1e6:.2f} MB", flush=True)
 
 
 def run_all(given: argparse.Namespace) -> None:

@@ -19,25 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from road_scenes import CLASSES, Scene, Scenes, confusion, picture, predicted, read_scenes, resized, scores
-from segmenter import MIXERS, Objective, build, costs, optimizer_of
+from road_scenes import CLASSES, IGNORED, Scene, Scenes, confusion, picture, predicted, read_scenes, resized, scores
+from segmenter import MIXERS, Objective, build, check_size, costs, optimizer_of
 from torch import nn
 from tqdm import tqdm
 
-from timm_vix._checks import check_integer, check_number
+from timm_vix._checks import InputError, check_integer, check_number
 from timm_vix._device import device_name, find_device, find_dtype, versions
 from timm_vix._files import name_and_checksum, write_whole
+from timm_vix._names import check_model
 from timm_vix._records import append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
 from timm_vix.data.images import STEP, reseed
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.interrupt import deferred_interrupt
 from timm_vix.train.loop import Loop
+from timm_vix.train.settings import check_weights
 
 # what a training is, and the columns by which it is known
 SETTINGS: dict[str, type] = dict(
     **dict(model=str, weights=str, mixer=str, keywords=str, img_size=str, patch_size=int, head=str),
-    **dict(trained_blocks=int, images=int, budget=str, batch_size=int, lr=float, layer_decay=float),
+    **dict(trained_blocks=int, images=int, data=str, budget=str, batch_size=int, lr=float, layer_decay=float),
     **dict(weight_decay=float, seed=int, dtype=str),
 )
 COLUMNS: dict[str, type] = SETTINGS | dict(
@@ -100,8 +102,8 @@ def evaluate(net: nn.Module, scenes: list[Scene], run: argparse.Namespace) -> tu
     return scores(matrix), predictions
 
 
-def settings_of(run: argparse.Namespace, mixer: str, images: int) -> dict[str, Any]:
-    """The columns by which a training is known."""
+def settings_of(run: argparse.Namespace, mixer: str, scenes: Scenes) -> dict[str, Any]:
+    """The columns by which a training is known; ``data`` is a checksum of its images and masks."""
     height, width = run.img_size
     return dict(
         model=run.model,
@@ -110,7 +112,8 @@ def settings_of(run: argparse.Namespace, mixer: str, images: int) -> dict[str, A
         keywords=" ".join(f"{name}={value}" for name, value in MIXERS[mixer].items()) or None,
         img_size=f"{height}x{width}",
         head=run.head,
-        images=images,
+        images=len(scenes.scenes),
+        data=scenes.digest(),
         budget=f"{run.epochs:g} epochs" if run.seconds is None else f"{run.seconds:g} s",
         dtype=str(run.dtype).removeprefix("torch."),
         **{name: getattr(run, name) for name in ("patch_size", "trained_blocks", "batch_size", "lr", "layer_decay")},
@@ -133,11 +136,14 @@ def run_all(run: argparse.Namespace) -> None:
         torch.set_num_threads(run.threads)
     check_writable(run.out)
     train_scenes, val_scenes = (read_scenes(run.data_dir / split, run.count) for split in ("train", "val"))
+    for split, part in (("train", train_scenes), ("val", val_scenes)):
+        if not any((mask < IGNORED).any() for _, mask in part):
+            raise InputError(f"{run.data_dir / split}: no mask has a pixel of a class, 0 to {IGNORED - 1}")
     scenes = Scenes(train_scenes, run.img_size, run.batch_size, run.seed)
     rows, _ = earlier_records(run.out, COLUMNS)
     known = {key_of(row, SETTINGS) for row in rows}
     for mixer in run.mixers:
-        settings = settings_of(run, mixer, len(train_scenes))
+        settings = settings_of(run, mixer, scenes)
         if key_of(settings, SETTINGS) in known:
             print(f"{mixer}: already in {run.out}")
             continue
@@ -192,6 +198,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(run: argparse.Namespace) -> None:
+    check_model(run.model)
+    check_weights("weights", None if run.weights is None else str(run.weights))
+    check_size(run)
     for name in ("batch_size", "patch_size", "rounds", "checkpoint_every", "count", "threads"):
         if getattr(run, name) is not None:
             check_integer(name, getattr(run, name), 1)

@@ -69,12 +69,9 @@ def check_whole(differing: dict[str, str]) -> None:
         raise InputError(f"expected all weights of the model, its classifier aside, and no others: {found}")
 
 
-def build(run: argparse.Namespace, mixer: str) -> nn.Module:
-    """A segmentation model whose ``encoder.model`` is timm's ViT, converted unless ``mixer`` is softmax."""
+def check_size(run: argparse.Namespace) -> None:
+    """Raise InputError for a size of image or patch that the head doesn't take."""
     height, width = run.img_size
-    keywords: dict[str, Any] = dict(img_size=(height, width), patch_size=run.patch_size, num_classes=0)
-    if run.weights:
-        keywords["pretrained_cfg_overlay"] = dict(file=str(run.weights), source=None)
     if height % run.patch_size or width % run.patch_size:
         raise InputError(f"img_size={height} {width}: expected multiples of patch_size={run.patch_size}")
     if run.head == "dpt" and (run.patch_size not in (4, 8, 16, 32) or height % 32 or width % 32):
@@ -82,6 +79,14 @@ def build(run: argparse.Namespace, mixer: str) -> nn.Module:
             f"head=dpt takes patches of 4, 8, 16 or 32 px and sizes that are multiples of 32, not {run.patch_size} px "
             f"and {height} {width}; head=linear takes any"
         )
+
+
+def build(run: argparse.Namespace, mixer: str) -> nn.Module:
+    """A segmentation model whose ``encoder.model`` is timm's ViT, converted unless ``mixer`` is softmax."""
+    height, width = run.img_size
+    keywords: dict[str, Any] = dict(img_size=(height, width), patch_size=run.patch_size, num_classes=0)
+    if run.weights:
+        keywords["pretrained_cfg_overlay"] = dict(file=str(run.weights), source=None)
     torch.manual_seed(run.seed)
     try:
         with keys_that_differ() as differing:

@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,27 @@ def test_what_is_not_a_defect_is_one_line(error, code, words, monkeypatch, capsy
     assert capsys.readouterr().err == words
 
 
+def test_a_kill_ends_a_command_as_an_exit(monkeypatch) -> None:
+    """So what is half written is removed, as after Ctrl-C."""
+    removed = []
+
+    def wait(arguments) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            removed.append("half a file")
+
+    monkeypatch.setattr("timm_vix.deploy.export.main", wait)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, "export", "x", "--to", "onnx", "--out", "x.onnx")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143 and removed == ["half a file"]
+
+
 def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys) -> None:
     def fail(arguments) -> None:
         raise KeyboardInterrupt
@@ -163,6 +186,7 @@ def test_a_subcommand_explains_itself(name, monkeypatch, capsys) -> None:
 def test_a_command_imports_no_other() -> None:
     program = """
 import sys
+import time
 from timm_vix import cli
 sys.argv = ["timm-vix", "list", "vix_fnet_cifar"]
 cli.main()

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from conftest import exit_code
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save_file
@@ -17,7 +18,7 @@ from timm.data import resolve_input_data_config
 import timm_vix
 from timm_vix import cli
 from timm_vix._checks import InputError
-from timm_vix.deploy.push import FILES, LOADING, check_folder, push
+from timm_vix.deploy.push import ABSOLUTE, FILES, LOADING, check_folder, push
 from timm_vix.train.finetune import finetune
 from timm_vix.train.hub import model_card, write_hub
 
@@ -229,6 +230,16 @@ DAMAGE = {
         lambda hub: (hub / "README.md").write_text((hub / "README.md").read_text() + "- data_dir: /home/me/photos\n"),
         ["README.md names '/home/me/photos'"],
     ),
+    "absolute path in the front matter": (
+        lambda hub: (hub / "README.md").write_text(
+            (hub / "README.md").read_text().replace("---\n", "---\nbase_model: /home/me/runs/hub\n", 1)
+        ),
+        ["README.md names '/home/me/runs/hub'"],
+    ),
+    "absolute path as a key": (
+        lambda hub: changed(hub / "config.json", lambda config: config.update({"/home/me/x": 1})),
+        ["config.json: ", "'/home/me/x' is a place"],
+    ),
     "no figures": (
         lambda hub: (hub / "README.md").write_text(
             (hub / "README.md").read_text().split("# vix")[0] + "# A model of flowers\n"
@@ -254,6 +265,31 @@ def test_nothing_is_uploaded_of_a_folder_that_fails_a_check(damage, run, login, 
     change, words = DAMAGE[damage]
     change(run / "hub")
     check_refused(["push", str(run), "me/flowers"], words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        *[(text, "/home/me/x") for text in ("|/home/me/x|", "[/home/me/x](a)", "**/home/me/x**", "<b>/home/me/x</b>")],
+        *[(text, "/home/me/x") for text in ("{/home/me/x}", "(/home/me/x)", "'/home/me/x'", "at /home/me/x")],
+        (r"\\server\share\x", r"\\server\share\x"),
+        (r"C:\me\x y", r"C:\me\x"),
+        ("[paper](/blob/main/README.md)", None),
+        ("https://arxiv.org/abs/2107.02239", None),
+        ("90 km/h, 1/2, and/or, </b>, | / |", None),
+    ],
+)
+def test_absolute_paths_are_found_wherever_a_text_has_one(text, found):
+    match = ABSOLUTE.search(text)
+    assert (match and match[1]) == found
+
+
+def test_a_dry_run_checks_without_a_login_and_uploads_nothing(run, monkeypatch, capsys):
+    monkeypatch.setattr("timm_vix.deploy.push.get_token", lambda: pytest.fail("a login was asked for"))
+    monkeypatch.setattr(sys, "argv", ["timm-vix", "push", str(run), "me/flowers", "--dry-run"])
+    assert exit_code(cli.main) == 0 and "nothing was" in capsys.readouterr().out
+    (run / "hub" / "README.md").unlink()
+    check_refused(["push", str(run), "me/flowers", "--dry-run"], ["lacks README.md"], monkeypatch, capsys)
 
 
 def test_the_weights_of_the_run_are_found_from_inside_its_folder(run, login, monkeypatch, capsys):

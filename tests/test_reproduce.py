@@ -179,7 +179,9 @@ def test_rows_are_measured_once_and_cards_are_theirs(run, images, tmp_path):
 
     photo = next((images / "test" / names[0]).iterdir())
     code, out, _ = run("classify", photo, "--model", hub)
-    assert code == 0 and out.startswith(f"{photo}: class") and out.count("%") == 3
+    first, answer = out.splitlines()
+    assert code == 0 and first == f"{hub}, {len(names)} classes." and answer.startswith(f"{photo}: class")
+    assert answer.count("%") == 3
 
 
 def test_shipped_models_are_small_and_their_cards_say_what_is_stored(run):
@@ -227,7 +229,8 @@ def test_shipped_models_recognise_photographs_as_their_cards_say(run, tmp_path):
                 photos[-1].write_bytes(archive.extractfile(member).read())
     for folder in CHECKPOINTS.iterdir():
         code, out, _ = run("classify", *photos, "--model", folder.name)
-        lines = out.splitlines()
+        first, *lines = out.splitlines()
+        assert first == f"{folder.name}, 10 classes."
         right = sum(
             line.split(": ")[1].startswith(photo.parent.name) for line, photo in zip(lines, photos, strict=True)
         )
@@ -266,7 +269,8 @@ def test_what_is_shipped_is_measured_with_the_rounded_weights(images, tmp_path):
         (["absent.jpg", "--model", "absent"], ["model=absent is not there", "config.json", "hf-hub:"]),
         (["absent.jpg", "--model", "vix_fnet_cifar"], ["model=vix_fnet_cifar has no trained weights", "hf-hub:"]),
         ([], ["no photo was given", "--list"]),
-        (["absent.jpg"], ["absent.jpg"]),
+        (["absent.jpg"], ["absent.jpg does not exist; expected a picture file"]),
+        ([Path(__file__).parent], ["is a folder; expected a picture file"]),
         ([__file__], ["test_reproduce.py cannot be read as a picture", "cannot identify"]),
         (["absent.jpg", "--top", "0"], ["top=0", "at least 1"]),
         (["absent.jpg", "--top", "-1"], ["top=-1", "at least 1"]),
@@ -275,6 +279,15 @@ def test_what_is_shipped_is_measured_with_the_rounded_weights(images, tmp_path):
 def test_classify_says_what_is_missing(arguments, words, run):
     code, _, errors = run("classify", *arguments)
     assert code == 2 and errors.count("\n") == 1 and not [word for word in words if word not in errors]
+
+
+def test_a_photo_that_cannot_be_read_leaves_the_others(run, tmp_path):
+    photos = [tmp_path / name for name in ("first.png", "absent.png", "last.png")]
+    for photo in (photos[0], photos[2]):
+        Image.effect_noise((40, 40), 60).convert("RGB").save(photo)
+    code, out, errors = run("classify", *photos)
+    assert code == 2 and errors == f"error: {photos[1]} does not exist; expected a picture file\n"
+    assert [line.split(": ")[0] for line in out.splitlines()[1:]] == [str(photos[0]), str(photos[2])]
 
 
 @pytest.mark.parametrize("architecture", ["hybrid_pin_cifar", "vit_tiny_patch16_224"])

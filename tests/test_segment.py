@@ -103,6 +103,10 @@ BAD = {
         lambda f: other_mask(f, np.zeros((44, 60, 3), np.uint8)),
         "2.png has pixels of mode RGB; expected 8-bit",
     ),
+    "no class": (
+        lambda f: [Image.fromarray(np.full((44, 60), 11, np.uint8)).save(path) for path in (f / "val/masks").iterdir()],
+        "val: no mask has a pixel of a class, 0 to 10",
+    ),
     "no mask": (lambda f: (f / "train/masks/2.png").unlink(), "2.png does not exist; expected a mask for"),
     "damaged": (lambda f: (f / "train/images/2.jpg").write_bytes(b"no picture"), "2.jpg cannot be read"),
     "no image": (lambda f: [path.unlink() for path in (f / "val/images").iterdir()], "images holds no images"),
@@ -126,7 +130,8 @@ def test_bad_data_is_one_line(spoil, words, folder, start, module, capsys) -> No
         (["--img-size", 32, 60], "img_size=32 60: expected multiples of patch_size=16"),
         (["--img-size", 48, 64], "head=dpt takes patches of 4, 8, 16 or 32 px and sizes that are multiples of 32"),
         (["--trained-blocks", 7], "trained_blocks=7: expected an integer from 0 to 6"),
-        (["--weights", "none.safetensors"], "none.safetensors cannot be built"),
+        (["--weights", "none.safetensors"], "weights=none.safetensors is no file"),
+        (["--model", "vit_tinny"], "is not registered in timm; near names: "),
         (["--epochs", 0], "epochs=0.0: expected a finite number of at least 0.01"),
     ],
 )

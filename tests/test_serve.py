@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -21,8 +22,10 @@ from timm.models import save_for_hf
 
 import timm_vix
 from timm_vix import cli
+from timm_vix._checks import InputError
+from timm_vix.data.images import Images, transforms
 from timm_vix.deploy.baseline import softmax_baseline
-from timm_vix.deploy.classifier import Classifier, class_names, load_trained
+from timm_vix.deploy.classifier import Classifier, class_names, load_trained, note_of_weights
 from timm_vix.deploy.serve import Answers
 
 ROOT = Path(timm_vix.__file__).parents[1]
@@ -100,6 +103,37 @@ def test_a_photograph_of_an_upright_camera_is_seen_upright(tmp_path):
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
     seen = [classifier.prepare(tmp_path / f"{name}.png") for name in ("upright", "lying")]
     assert torch.equal(*seen) and seen[0].std() > 0.1
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_grey_of_16_bits_is_that_of_8(suffix, tmp_path):
+    """For the page as for training, calibration and accuracy; PIL would cut it off at white."""
+    grey = np.asarray(Image.effect_noise((32, 32), 90))
+    Image.fromarray(grey).save(tmp_path / f"8.{suffix}")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"16.{suffix}")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "32.tiff")  # values up to 255 are what they are
+    classifier = Classifier(str(SHIPPED))
+    seen = [classifier.prepare(tmp_path / f"{name}.{suffix}") for name in (8, 16)]
+    assert torch.equal(*seen) and seen[0].std() > 0.1
+    assert torch.equal(classifier.prepare(tmp_path / "32.tiff"), seen[0])
+    config = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,), crop_pct=1.0, crop_mode="center")
+    resize, _, evaluate = transforms(config, "none", 0.0)
+    data = Images([(tmp_path / f"{name}.{suffix}", 0) for name in (8, 16)], ["a"], 3, resize, evaluate, 0)
+    assert torch.equal(data[None, 0][0], data[None, 1][0])
+
+
+def test_weights_of_a_softmax_model_are_told(monkeypatch):
+    """Our names begin with these; without queries and keys they mean nothing."""
+    names = timm.list_models("vix_*_tiny", module=timm_vix.models.__all__)
+    for name in names:
+        model = timm.create_model(name, depth=1, img_size=32)
+        if name.split("_")[1] in ("fnet", "mixer", "glu", "scattering"):
+            with pytest.raises(InputError, match=f"{name} has the weights of a softmax model, which mean nothing"):
+                note_of_weights(name, model)
+        else:
+            assert "not fine-tuned" in note_of_weights(name, model)
+    assert note_of_weights("examples/checkpoints/hybrid_pin_cifar", load_trained(str(SHIPPED))) == ""
+    assert note_of_weights("vit_tiny_patch16_224", timm.create_model("vit_tiny_patch16_224", depth=1)) == ""
 
 
 def test_classes_have_names_where_they_are_known():

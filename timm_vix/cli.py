@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from typing import Optional
@@ -159,4 +160,6 @@ def main() -> None:
             command.set_defaults(function=main_of)
 
     arguments = parser.parse_args()
+    # so that what is half written is removed, as after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments.function(arguments)

@@ -72,7 +72,15 @@ def seed_suffix(seed: int) -> str:
     return f"-seed{seed}" if seed else ""
 
 
-def card(row: Record, trained: Optional[Record] = None, stored: str = "float32", folder: str = "") -> ModelCard:
+def num_seeds(row: Record, rows: list[Record]) -> int:
+    """With how many seeds the training of a row was done."""
+    known_by = ("system", "recipe", "epochs", "patch_size", "dtype")
+    return len({other["seed"] for other in rows if all(other[name] == row[name] for name in known_by)})
+
+
+def card(
+    row: Record, trained: Optional[Record] = None, stored: str = "float32", folder: str = "", seeds: int = 1
+) -> ModelCard:
     """The card of one row of ``examples/results/reproduce_vix.csv``, with its accuracies in the Hub's metadata.
 
     Args:
@@ -80,6 +88,7 @@ def card(row: Record, trained: Optional[Record] = None, stored: str = "float32",
         trained: the row of the training, where these weights are rounded ones.
         stored: their dtype in the file.
         folder: from which ``local-dir:`` loads them; none: the Hub.
+        seeds: with how many the model was trained.
     """
     number, _, of_log = (row["paper"] or "").partition(" ")
     paper = f"{number} %, with 1,024 tokens and 40 or more epochs" if number else "not published"
@@ -102,6 +111,7 @@ def card(row: Record, trained: Optional[Record] = None, stored: str = "float32",
         stored=stored,
         address=f"local-dir:{folder}" if folder else f"hf-hub:USER/{row['system']}",
         paper=paper,
+        seeds="One seed was trained" if seeds == 1 else f"These are the weights of one of {seeds} seeds",
         memory=with_unit(row["peak_memory_mib"], "MiB"),
     )
 
@@ -134,10 +144,11 @@ def write_cards(results: Path, checkpoint_of: Callable[[Record], Path], folder: 
         OSError: for a file that cannot be written.
     """
     paths = []
-    for row in read_rows(results)[0]:
+    rows = read_rows(results)[0]
+    for row in rows:
         if (checkpoint_of(row) / "model.safetensors").is_file():
             run = f"patch{row['patch_size']}-{row['recipe']}-{row['epochs']}epochs{seed_suffix(row['seed'])}"
             run += "" if row["dtype"] == "float32" else f"-{row['dtype']}"
             paths.append(folder / f"{row['system']}-{run}.md")
-            write_whole(paths[-1], f"{card(row)}\n".encode())
+            write_whole(paths[-1], f"{card(row, seeds=num_seeds(row, rows))}\n".encode())
     return paths

@@ -47,7 +47,7 @@ def accuracy_of(folder: Path, data_dir: str, device: str) -> tuple[float, float]
     return 100 * top1 / len(images), 100 * top5 / len(images)
 
 
-def ship(hub: Path, folder: Path, row: Record, data_dir: str, device: str = "cpu") -> int:
+def ship(hub: Path, folder: Path, row: Record, data_dir: str, device: str = "cpu", seeds: int = 1) -> int:
     """Write a trained model to ``folder`` with weights in bfloat16 and a card, all or nothing; return its bytes.
 
     The card states the accuracies of the rounded weights, measured here, beside those of the row.
@@ -56,6 +56,7 @@ def ship(hub: Path, folder: Path, row: Record, data_dir: str, device: str = "cpu
         hub: the folder that the run left for the Hub.
         row: of ``examples/results/reproduce_vix.csv``.
         data_dir: with the test images, test/CLASS/IMAGE.
+        seeds: with how many the model was trained.
 
     Raises:
         ValueError: for a folder that can't be loaded, or images of other classes.
@@ -70,5 +71,5 @@ def ship(hub: Path, folder: Path, row: Record, data_dir: str, device: str = "cpu
         top1, top5 = accuracy_of(Path(rounded) / "hub", data_dir, device)
     measured = row | dict(top1=round(top1, 2), top5=round(top5, 2))
     place = f"examples/checkpoints/{folder.name}"
-    write_hub(folder, model, config, card(measured, trained=row, stored="bfloat16", folder=place), names)
+    write_hub(folder, model, config, card(measured, trained=row, stored="bfloat16", folder=place, seeds=seeds), names)
     return sum(path.stat().st_size for path in folder.iterdir())

@@ -9,11 +9,12 @@ def deployment() -> str:
     body = []
     for row in rows:
         accuracy = [f"{float(row['top1']):.1f} ({float(row['top1']) - float(row['eager_top1']):+.1f})"]
-        body.append([row["model"], row["format"], row["dtype"], f"{float(row['size_mb']):.1f}", *accuracy])
+        calibrated = [row["calibration_images"] or ""]
+        body.append([row["model"], row["format"], row["dtype"], *calibrated, f"{float(row['size_mb']):.1f}", *accuracy])
         for batch in ("1", "8"):
             ratios = [row[f"faster_than_{name}_{batch}"] for name in ("eager", "compiled")]
             body[-1] += [f"{float(row[f'ms_{batch}']):.1f} ms", " / ".join(f"{float(ratio):.2f}" for ratio in ratios)]
-    head = ["model", "format", "dtype", "MB", "top-1, % (beside eager)"]
+    head = ["model", "format", "dtype", "calibrated on images", "MB", "top-1, % (beside eager)"]
     for batch in (1, 8):
         head += [f"batch {batch}", f"batch {batch}: times as fast as eager / compiled"]
     # rows of several dtypes stand in one table, which has a column for them

@@ -169,6 +169,8 @@ def label_names(model: nn.Module) -> list[str]:
 def read_labels(folder: Path, num_classes: int) -> tuple[Items, list[str]]:
     """``labelled_folder`` of a table."""
     table = folder / "labels.csv"
+    if not table.is_file():
+        raise InputError(f"{folder} has no labels.csv; expected one with lines of FILE,CLASS, and the images beside it")
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))

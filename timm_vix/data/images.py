@@ -36,6 +36,19 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
+def as_shown(image: Image.Image, mode: str) -> Image.Image:
+    """A picture upright and in 8 bits, of PIL's mode "RGB" or "L".
+
+    A camera that was held upright stores a picture that lies, and says so. Grey of 16 bits is scaled down, since PIL
+    would cut it off at 255.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((grey // 257 if grey.max(initial=0) > 255 else grey).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
+
+
 def reseed(*key: int) -> None:
     """Make every draw that follows a function of the key, on the CPU."""
     random.seed(seed := seed_of(*key))
@@ -144,8 +157,7 @@ class Images(Dataset):
         """The pixels of an image; None if it can't be read."""
         try:
             with open_image(self.items[index][0]) as image:
-                # a camera that was held upright stores a picture that lies, and says so
-                return index, np.asarray(self.resize(ImageOps.exif_transpose(image).convert(self.mode)))
+                return index, np.asarray(self.resize(as_shown(image, self.mode)))
         except Exception:  # what a damaged file raises differs between PIL's readers
             return index, None
 

@@ -28,7 +28,10 @@ def read_calibration(folder: Path, count: int, config: dict[str, Any]) -> torch.
     Raises:
         ValueError: for a folder that isn't there or holds no image that can be read.
     """
-    data = open_images(spread(find_unlabelled(folder), count), [str(folder)], config)
+    try:
+        data = open_images(spread(find_unlabelled(folder), count), [str(folder)], config)
+    except InputError as error:  # which calls the folder a class
+        raise InputError(str(error).replace("class ", "", 1)) from error
     return normaliser(config, "cpu")(torch.stack([data[None, i][0] for i in range(len(data))]))
 
 
@@ -63,12 +66,21 @@ def parity(model: Runner, exported: Runner, batches: list[torch.Tensor], dtype: 
     rows = []
     for images in batches:
         expected, found = model(images), exported(images)
+        if found.shape != expected.shape:
+            raise InputError(
+                f"the exported model gives outputs of {tuple(found.shape)}, eager {tuple(expected.shape)}, for images "
+                f"{tuple(images.shape)}: this conversion is wrong, so no file is written; try another --to"
+            )
         error, scale = float((found - expected).abs().max()), float(expected.abs().max())
         wrong = not torch.isfinite(found).all() or float((found - expected).norm()) > float(expected.norm())
         if wrong or (dtype == "float32" and error > TOLERANCE * max(1.0, scale)):
+            why = "this conversion is wrong, so no file is written; try another --to"
+            if dtype != "float32":
+                more = "more images for --calibrate, like those that the model will see, " if dtype == "int8" else ""
+                why = f"{dtype} is too coarse for it here, so no file is written; try {more}another --dtype or --to"
             raise InputError(
                 f"the exported model differs from eager by {error:.3g} in logits up to {scale:.3g}, for images "
-                f"{tuple(images.shape)}: this conversion is wrong, so no file is written; try another --to"
+                f"{tuple(images.shape)}: {why}"
             )
         same = int((found.argmax(1) == expected.argmax(1)).sum())
         rows.append(dict(shape=tuple(images.shape), error=error, same=same))

@@ -6,14 +6,19 @@ from typing import Any, Optional, Union
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_input_data_config
 from torch import nn
 
+from .. import models
 from .._checks import InputError
 from .._files import one_line
 from .._names import near_names, parse_model
+from ..conversion.slots import mixer_name
 from ..data.folders import label_names
+from ..data.images import as_shown
+from ..mixers._mechanism import AttentionMechanism
+from ..models.checkpoints import hosts_of
 from ..train.teacher import check_classes
 
 PLACES = "hf-hub:USER/NAME, a folder with config.json and model.safetensors, or a model of timm with weights"
@@ -84,6 +89,24 @@ def class_names(model: nn.Module) -> list[str]:
     return [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(found)]
 
 
+def note_of_weights(name: str, model: nn.Module) -> str:
+    """What to say of weights that come from a softmax model: those of our names with other attention.
+
+    Raises:
+        InputError: where they say nothing, since nothing of the model has queries, keys and values.
+    """
+    ours = timm.list_models(module=models.__all__)
+    mixers = {mixer_name(host) for host in hosts_of(model).values()} - {"softmax"}
+    if name.partition(".")[0] not in ours or not mixers:
+        return ""
+    if not any(isinstance(host.core, AttentionMechanism) for host in hosts_of(model).values()):
+        raise InputError(
+            f"model={name} has the weights of a softmax model, which mean nothing to {', '.join(sorted(mixers))}; "
+            "fine-tune it first, and give the folder of the run"
+        )
+    return "The weights are those of a softmax model, with other attention and not fine-tuned: many answers are wrong."
+
+
 class Classifier:
     """A trained model with its classes and what its pictures go through.
 
@@ -92,6 +115,7 @@ class Classifier:
 
     Attributes:
         name, net, names: as given; the model; the names of its classes.
+        note: what there is to know about its weights; empty for weights that were trained with its attention.
         size: height and width of the images in pixels.
 
     Raises:
@@ -101,6 +125,7 @@ class Classifier:
     def __init__(self, model: str) -> None:
         name, keywords = parse_model(model, find=str)  # as it is, for load_trained
         self.name, self.net = model, load_trained(name, **keywords)
+        self.note = note_of_weights(name, self.net)
         if not self.net.num_classes:
             raise InputError(f"model={model} has no classifier")
         config = resolve_input_data_config(self.net)
@@ -120,10 +145,11 @@ class Classifier:
         try:
             image = picture if isinstance(picture, Image.Image) else Image.open(picture)
             with image:
-                # a camera that was held upright notes so, and leaves the pixels lying
-                upright = ImageOps.exif_transpose(image)
-                return self.transform(upright.convert(self.mode)).unsqueeze(0)
+                return self.transform(as_shown(image, self.mode)).unsqueeze(0)
         except Exception as error:  # what a damaged file raises differs between PIL's readers
+            if not isinstance(picture, Image.Image) and not Path(picture).is_file():
+                kind = "is a folder" if Path(picture).is_dir() else "does not exist"
+                raise InputError(f"{picture} {kind}; expected a picture file") from error
             what = "the picture" if isinstance(picture, Image.Image) else str(picture)
             raise InputError(f"{what} cannot be read as a picture: {one_line(error)}") from error
 

@@ -76,7 +76,8 @@ def cannot_hold(
     """
     what = f"cannot hold {operator}" if operator else "could not be written"
     mixer = "a mixer without this operator" if operator else "another mixer"
-    remedies = [f"--to {' or '.join(name for name in SUFFIXES if name != to)}"]
+    others = [name for name in SUFFIXES if name != to and (name, dtype) != ("onnx", "bfloat16")]
+    remedies = [f"--to {' or '.join(others)}"]
     if dtype:
         to = f"{to} with dtype={dtype}"
         remedies.append(f"--dtype {' or '.join(name for name in DTYPES if name != dtype)}")
@@ -160,17 +161,20 @@ def open_onnx(path: Path, dtype: str, threads: int) -> Runner:
     options.intra_op_num_threads = threads
     # threads that spin after a call would slow down whatever runs beside it, such as a model timed in turn
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors only: its warnings are about what it optimises
+    options.log_severity_level = 4  # its warnings are about what it optimises, and errors are raised as well
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def openvino_hint(dtype: str) -> dict[str, str]:
+    """OpenVINO's option for a dtype. Without it a file is computed in bfloat16 where the processor can."""
+    return {"INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32"}
 
 
 def open_openvino(path: Path, dtype: str, threads: int) -> Runner:
     import openvino
 
-    # without a hint OpenVINO computes in bfloat16 where the processor can, whatever the file holds
-    hint = "bf16" if dtype == "bfloat16" else "f32"
-    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    options = {**openvino_hint(dtype), "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(path, "CPU", options)
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 

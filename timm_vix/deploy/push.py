@@ -35,7 +35,10 @@ from .classifier import load_trained
 FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 # an absolute path of Unix, of a home or of Windows, where a text may have one; an address has two slashes
-ABSOLUTE = re.compile(r"(?:^|[\s\"'`(=:,])((?:file:/+|/|~/|[A-Za-z]:\\)[\w.~-]+(?:[/\\][^\s\"'`)]*)?)")
+# and so does a link within a site
+ABSOLUTE = re.compile(
+    r"(?:^|(?<!\])\(|[\s\"'`=:,|\[*>{;])((?:file:/+|/|~/|[A-Za-z]:\\|\\\\)[\w.~-]+(?:[/\\][^\s\"'`)\]*<|}]*)?)"
+)
 # what would tell a loader to take the weights from elsewhere
 PLACES = {"file", "url", "hf_hub_id", "hf_hub_filename", "checkpoint_path", "state_dict", "source_url"}
 LABELS = ("label_names", "label_descriptions")
@@ -52,9 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", metavar="USER/NAME", help="where it goes; it is created where it isn't there")
     parser.add_argument("--private", action="store_true", help="a repository that is created is seen by you alone")
     parser.add_argument("--revision", help="branch that is written, created where it isn't there; default: main")
+    parser.add_argument("--dry-run", action="store_true", help="check the folder, without login, and upload nothing")
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        check_repository(arguments.repository)
+        check_folder(hub_of(arguments.folder))
+        print(f"{arguments.folder} can be uploaded to {arguments.repository}; nothing was")
+        return
     address = push(arguments.folder, arguments.repository, arguments.private, arguments.revision)
     print(f'timm.create_model("hf-hub:{address}", pretrained=True) loads it')
 
@@ -66,15 +75,10 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
         InputError: for a folder that fails a check, a name that can't be one, no login, no rights or no connection. If
             a check fails nothing was uploaded.
     """
-    try:
-        validate_repo_id(repository)
-        if repository.count("/") != 1:
-            raise HFValidationError("a user or organisation, a slash and a name are expected")
-    except HFValidationError as error:
-        raise InputError(f"repository={repository!r} is no USER/NAME: {one_line(error)}") from error
+    check_repository(repository)
     if not get_token():
-        raise InputError("no login for the Hub: run `hf auth login`, or set HF_TOKEN")
-    hub = folder / "hub" if (folder / "hub").is_dir() else folder
+        raise InputError("no login for the Hub: run `hf auth login`, or set HF_TOKEN; --dry-run checks without it")
+    hub = hub_of(folder)
     model, card = check_folder(hub)
     # beside the configuration of the weights, where the run has them
     labels = {name: model.pretrained_cfg.pop(name) for name in LABELS if name in model.pretrained_cfg}
@@ -106,6 +110,21 @@ def push(folder: Path, repository: str, private: bool = False, revision: Optiona
     except CLIENT_ERRORS as error:
         raise InputError(f"repository={repository}: {reason_of(error)}") from error
     return address
+
+
+def check_repository(repository: str) -> None:
+    """Raise InputError for what is no USER/NAME."""
+    try:
+        validate_repo_id(repository)
+        if repository.count("/") != 1:
+            raise HFValidationError("a user or organisation, a slash and a name are expected")
+    except HFValidationError as error:
+        raise InputError(f"repository={repository!r} is no USER/NAME: {one_line(error)}") from error
+
+
+def hub_of(folder: Path) -> Path:
+    """The folder for the Hub in that of a run, or the folder itself."""
+    return folder / "hub" if (folder / "hub").is_dir() else folder
 
 
 def reason_of(error: Exception) -> str:
@@ -157,7 +176,8 @@ def entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Each plain value of a configuration with its name."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from entries(part, key)
+            yield name, key
+            yield from entries(part, str(key))
     elif isinstance(value, list):
         for part in value:
             yield from entries(part, name)
@@ -181,7 +201,8 @@ def check_card(path: Path, card: ModelCard) -> None:
         raise InputError(f"{path}: the licence is 'other', and the text names no terms; say which hold")
     if not re.search(r"\d\s?%|\|\s*\d", card.text):
         raise InputError(f"{path} has no figures; say what was measured, such as | top-1 | 75.4 % |")
-    if found := ABSOLUTE.search(card.text):
+    texts = [card.text, *(value for _, value in entries(data) if isinstance(value, str))]
+    if found := next(filter(None, map(ABSOLUTE.search, texts)), None):
         raise InputError(f"{path} names {found[1]!r}, a path of this machine; remove it")
 
 

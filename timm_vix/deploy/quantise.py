@@ -20,6 +20,7 @@ def quantise_onnx(path: Path, out: Path, images: torch.Tensor) -> None:
         images: (B, C, H, W), prepared.
     """
     with needs("onnx"):
+        import onnx
         from onnxruntime.quantization import CalibrationDataReader, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -34,10 +35,22 @@ def quantise_onnx(path: Path, out: Path, images: torch.Tensor) -> None:
     folded = path.with_name(f"folded_{path.name}")
     # folds the transposes of weights, which are constants only after it
     quant_pre_process(path, folded, skip_symbolic_shape=True)
+    graph = onnx.load(folded).graph
+    # of a product with a weight for each head there is no int8 kernel
+    weights = {tensor.name for tensor in graph.initializer if len(tensor.dims) != 3}
     layers = ["Conv", "Gemm", "MatMul"]
-    # the library would round what a layer gives, too, which is what residuals and softmax take
-    options = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": layers}
-    quantize_static(folded, out, Reader(), op_types_to_quantize=layers, per_channel=True, extra_options=options)
+    # products of two activations, such as those within attention
+    products = [node.name for node in graph.node if node.op_type in layers and node.input[1] not in weights]
+    quantize_static(
+        folded,
+        out,
+        Reader(),
+        op_types_to_quantize=layers,
+        nodes_to_exclude=products,
+        per_channel=True,
+        # the library would round what a layer gives, too, which is what residuals and softmax take
+        extra_options={"OpTypesToExcludeOutputQuantization": layers},
+    )
 
 
 def quantise_openvino(model: Any, images: torch.Tensor) -> Any:
@@ -70,6 +83,15 @@ def is_constant(value: Any) -> bool:
     return node.get_type_name() == "Constant" or all(is_constant(own) for own in node.input_values())
 
 
+def forget_unread(module: torch.fx.GraphModule) -> None:
+    """Drop the tensors that no node reads: the weights from before they were rounded, which a file would hold too."""
+    read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*module.named_parameters(), *module.named_buffers()]:
+        if name not in read:
+            path, _, own = name.rpartition(".")
+            delattr(module.get_submodule(path), own)
+
+
 def quantise_program(program: torch.export.ExportedProgram, images: torch.Tensor, dynamic: Any) -> Any:
     """Quantise an exported program, by torchao's PT2E and its quantiser for x86."""
     with needs("int8"):
@@ -81,5 +103,6 @@ def quantise_program(program: torch.export.ExportedProgram, images: torch.Tensor
     for batch in images.split(8):
         prepared(batch)
     quantised = convert_pt2e(prepared)
+    forget_unread(quantised)
     two = images[torch.arange(2) % len(images)]  # an example of one image would fix the batch
     return torch.export.export(quantised, (two,), dynamic_shapes=dynamic)

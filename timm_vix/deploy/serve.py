@@ -47,10 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a run or in examples/checkpoints, hf-hub:USER/NAME or a timm model; or 'MODEL key=value ...'",
     )
     parser.add_argument("--softmax", action="store_true", help="show the same model with softmax attention beside it")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's number")
     parser.add_argument("--port", type=int, default=7860, help="of this machine, at which the page is; default: 7860")
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None:
+        check_integer("threads", arguments.threads, 1)
+        torch.set_num_threads(arguments.threads)
     page = open_page(arguments.model, arguments.softmax, arguments.port)
     print(f"{page.local_url} shows {arguments.model}; Ctrl-C ends it", flush=True)
     page.block_thread()
@@ -136,12 +140,12 @@ def mechanisms_in(model: nn.Module) -> str:
 
 
 def note_of(answers: Answers) -> str:
-    """What there is to know about softmax beside the model; nothing where it isn't shown."""
+    """What there is to know about the weights of the model, and of softmax where it is shown."""
     if answers.softmax is None:
-        return ""
+        return answers.classifier.note
     if answers.softmax_counts:
-        return "Softmax attention has the weights of the model and was not trained again."
-    return "Softmax attention has weights that were not trained: only its time counts."
+        return f"{answers.classifier.note} Softmax attention has the weights of the model and was not trained again."
+    return f"{answers.classifier.note} Softmax attention has weights that were not trained: only its time counts."
 
 
 def build_page(gradio: Any, answers: Answers) -> tuple[Any, dict[str, Any]]:
