@@ -3,6 +3,8 @@
 python examples/classify.py --list                                      # the shipped models
 python examples/classify.py photo.jpg --model hybrid_pin_cifar          # one of them, by name
 python examples/classify.py photo.jpg --model runs/photos/hub           # the model of a run
+python examples/classify.py photo.jpg --delta examples/deltas/axial/delta.safetensors
+    --model "vix_from_timm source=deit_tiny_patch16_224 mixer=axial"    # a shipped delta, on weights of timm
 """
 
 import argparse
@@ -37,7 +39,8 @@ def classify(given: argparse.Namespace) -> None:
         list_shipped()
     if given.photos:
         shipped = given.model in SHIPPED
-        classifier = Classifier(str(CHECKPOINTS / given.model) if shipped else given.model)
+        place = str(CHECKPOINTS / given.model) if shipped else given.model
+        classifier = Classifier(place, given.weights, given.delta)
         print(f"{given.model}, {len(classifier.names)} classes. {classifier.note}".rstrip())
     wrong = 0
     for photo in given.photos:
@@ -58,6 +61,8 @@ def main() -> None:
     parser.add_argument(
         "--model", default="hybrid_pin_cifar", help=f"{', '.join(SHIPPED)}; a folder, hf-hub:USER/NAME or timm's name"
     )
+    parser.add_argument("--weights", help="file with the weights of timm's name, .safetensors or .pth")
+    parser.add_argument("--delta", metavar="FILE", help="a file of timm_vix.save_delta, put onto the weights")
     parser.add_argument("--top", type=int, default=3, help="classes shown")
     parser.add_argument("--list", action="store_true", help="show the shipped models")
     in_one_line(classify)(parser.parse_args())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import lively
+from conftest import DEIT, lively
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
@@ -26,6 +26,7 @@ from timm_vix._checks import InputError
 from timm_vix.data.images import Images, transforms
 from timm_vix.deploy.baseline import softmax_baseline
 from timm_vix.deploy.classifier import Classifier, class_names, load_trained, note_of_weights
+from timm_vix.deploy.export import build
 from timm_vix.deploy.serve import Answers
 
 ROOT = Path(timm_vix.__file__).parents[1]
@@ -120,6 +121,24 @@ def test_grey_of_16_bits_is_that_of_8(suffix, tmp_path):
     resize, _, evaluate = transforms(config, "none", 0.0)
     data = Images([(tmp_path / f"{name}.{suffix}", 0) for name in (8, 16)], ["a"], 3, resize, evaluate, 0)
     assert torch.equal(data[None, 0][0], data[None, 1][0])
+
+
+@pytest.mark.skipif(not DEIT.exists(), reason=f"{DEIT.name} is not beside the repository")
+def test_a_shipped_delta_is_put_onto_weights_of_timm():
+    delta = ROOT / "examples" / "deltas" / "axial" / "delta.safetensors"
+    spec = "vix_from_timm source=deit_tiny_patch16_224 mixer=axial"
+    overlay = dict(file=str(DEIT), source=None)
+    expected = timm.create_model("deit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    timm_vix.convert(expected, "axial")
+    timm_vix.load_delta(expected, delta)
+    classifier, (exported, _) = Classifier(spec, str(DEIT), str(delta)), build(spec, str(DEIT), delta=str(delta))
+    x = torch.randn(1, 3, 224, 224)
+    assert torch.equal(classifier.net(x), expected(x)) and torch.equal(exported(x), expected(x))
+    assert classifier.note == "" and "tench" in classifier.names
+    with pytest.raises(InputError, match="none.safetensors is no file"):
+        Classifier(spec, "none.safetensors")
+    with pytest.raises(InputError, match="is no delta|does not fit|cannot be read"):
+        Classifier(spec, str(DEIT), str(DEIT))
 
 
 def test_weights_of_a_softmax_model_are_told(monkeypatch):

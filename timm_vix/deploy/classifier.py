@@ -14,11 +14,13 @@ from .. import models
 from .._checks import InputError
 from .._files import one_line
 from .._names import near_names, parse_model
+from ..conversion.delta import load_delta
 from ..conversion.slots import mixer_name
 from ..data.folders import label_names
 from ..data.images import as_shown
 from ..mixers._mechanism import AttentionMechanism
 from ..models.checkpoints import hosts_of
+from ..train.settings import check_weights
 from ..train.teacher import check_classes
 
 PLACES = "hf-hub:USER/NAME, a folder with config.json and model.safetensors, or a model of timm with weights"
@@ -50,23 +52,31 @@ def address_of(model: str, trained: bool = True) -> str:
     raise InputError(f"model={model} {lacks}" + (f"; near names: {near}" if near != "none" else ""))
 
 
-def load_trained(model: str, **keywords: Any) -> nn.Module:
+def load_trained(model: str, weights: Optional[str] = None, delta: Optional[str] = None, **keywords: Any) -> nn.Module:
     """A model in eval mode with its trained weights.
 
     Args:
         model: see ``address_of``.
+        weights: a file with them; None: those of the name, the folder or the place on the Hub.
+        delta: a file of ``save_delta``, which is put onto the weights.
         **keywords: for ``timm.create_model``.
 
     Raises:
         InputError: for a model that isn't there or can't be loaded, and for weights of other classes than it has.
     """
-    address = address_of(model)
+    check_weights("weights", weights)
+    # a conversion has the weights of its source
+    address = address_of(model, trained=not weights and "source" not in keywords)
+    if weights:
+        keywords["pretrained_cfg_overlay"] = dict(file=weights, source=None, custom_load=False)
     try:
         net = timm.create_model(address, pretrained=True, **keywords).eval()
     except Exception as error:  # timm, torch, safetensors and the Hub's client raise by kind of damage
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise InputError(f"model={model} cannot be loaded: {reason}") from error
     check_classes(net, f"model={model}")
+    if delta:
+        load_delta(net, delta)
     return net
 
 
@@ -112,6 +122,7 @@ class Classifier:
 
     Args:
         model: "NAME key=value ...", with a name as for ``address_of``.
+        weights, delta: as for ``load_trained``.
 
     Attributes:
         name, net, names: as given; the model; the names of its classes.
@@ -122,10 +133,10 @@ class Classifier:
         InputError: see ``load_trained``; also for a model of neither grey nor RGB pictures.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, weights: Optional[str] = None, delta: Optional[str] = None) -> None:
         name, keywords = parse_model(model, find=str)  # as it is, for load_trained
-        self.name, self.net = model, load_trained(name, **keywords)
-        self.note = note_of_weights(name, self.net)
+        self.name, self.net = model, load_trained(name, weights, delta, **keywords)
+        self.note = "" if weights or delta else note_of_weights(name, self.net)
         if not self.net.num_classes:
             raise InputError(f"model={model} has no classifier")
         config = resolve_input_data_config(self.net)

@@ -32,6 +32,7 @@ from .._checks import InputError, check_choice
 from .._names import parse_model
 from .._records import check_writable
 from ..benchmark.cost import positive
+from ..conversion.delta import load_delta
 from ..conversion.slots import mixer_name
 from ..data.folders import labelled_folder, spread
 from ..models.checkpoints import hosts_of
@@ -80,12 +81,14 @@ def build(
     pretrained: bool = False,
     img_size: Optional[int] = None,
     dynamic_size: bool = False,
+    delta: Optional[str] = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model in eval mode, and timm's data configuration for it.
 
     Args:
         spec: "NAME key=value ...", with a name or the path of a folder as for ``address_of``.
         weights: A file; else ``pretrained`` asks for timm's, and a folder or a place of the Hub brings its own.
+        delta: A file of ``save_delta``, which is put onto these weights.
 
     Raises:
         ValueError: for a wrong name, keywords or weights that don't fit, and a model that takes one size only.
@@ -106,6 +109,8 @@ def build(
             raise fixed_size(name, "it takes no dynamic_img_size") from error
         # what plan and transfer call the source is the model here
         raise InputError(str(error).replace("source=", "model=", 1)) from error
+    if delta:
+        load_delta(model, delta)
     return model, config
 
 
@@ -159,7 +164,7 @@ def write(
             (write_pt2 if to == "pt2" else write_aoti)(program, path)
             return
         exported = path.with_name("float.onnx") if to == "openvino" or calibration is not None else path
-        write_onnx(program, exported)
+        write_onnx(program, exported, optimize=dtype != "bfloat16")
         if to == "onnx" and calibration is not None:
             quantise.quantise_onnx(exported, path, calibration)
         elif to == "openvino":
@@ -311,6 +316,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, help=f"the file; {', '.join(f'{k}: {v}' for k, v in SUFFIXES.items())}")
     add("--weights", help="file with the weights, .safetensors or .pth (a state dict; nothing else is unpickled)")
     add("--pretrained", action="store_true", help="timm's weights of the model")
+    add("--delta", metavar="FILE", help="a file of timm_vix.save_delta, which is put onto these weights")
     add("--img-size", type=positive, help="side of the images in pixels; default: the model's own")
     add(
         "--dynamic-size",
@@ -343,7 +349,12 @@ def main(arguments: argparse.Namespace) -> None:
     if dtype != "int8" and arguments.calibrate is not None:
         raise InputError(f"--calibrate is for dtype=int8; dtype={dtype} needs no calibration")
     model, config = build(
-        arguments.model, arguments.weights, arguments.pretrained, arguments.img_size, arguments.dynamic_size
+        arguments.model,
+        arguments.weights,
+        arguments.pretrained,
+        arguments.img_size,
+        arguments.dynamic_size,
+        arguments.delta,
     )
     labelled = labelled_folder(arguments.data_dir, model) if arguments.data_dir else None
     calibration = None

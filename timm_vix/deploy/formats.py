@@ -105,8 +105,11 @@ def operator_of(error: BaseException) -> Optional[str]:
     return None
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write an ONNX file that holds its weights."""
+def write_onnx(program: torch.export.ExportedProgram, path: Path, optimize: bool = True) -> None:
+    """Write an ONNX file that holds its weights.
+
+    ``optimize`` folds batch norms into convolutions, which gives these weights of float32 in a bfloat16 model.
+    """
     with needs("onnx"):
         import onnxruntime  # noqa: F401  the check after it runs the file
         import onnxscript  # noqa: F401  torch's exporter is written in it
@@ -115,6 +118,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         (),
         path,
         dynamo=True,
+        optimize=optimize,
         verbose=False,
         external_data=False,
         input_names=["images"],

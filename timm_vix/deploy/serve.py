@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="folder of a run or in examples/checkpoints, hf-hub:USER/NAME or a timm model; or 'MODEL key=value ...'",
     )
+    parser.add_argument("--weights", help="file with the weights of a name, .safetensors or .pth (a state dict)")
+    parser.add_argument("--delta", metavar="FILE", help="a file of timm_vix.save_delta, put onto the weights")
     parser.add_argument("--softmax", action="store_true", help="show the same model with softmax attention beside it")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's number")
     parser.add_argument("--port", type=int, default=7860, help="of this machine, at which the page is; default: 7860")
@@ -55,12 +57,14 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         check_integer("threads", arguments.threads, 1)
         torch.set_num_threads(arguments.threads)
-    page = open_page(arguments.model, arguments.softmax, arguments.port)
+    page = open_page(arguments.model, arguments.softmax, arguments.port, arguments.weights, arguments.delta)
     print(f"{page.local_url} shows {arguments.model}; Ctrl-C ends it", flush=True)
     page.block_thread()
 
 
-def open_page(model: str, softmax: bool = False, port: int = 7860) -> Any:
+def open_page(
+    model: str, softmax: bool = False, port: int = 7860, weights: Optional[str] = None, delta: Optional[str] = None
+) -> Any:
     """Serve the page, and return it, a ``gradio.Blocks``, while it goes on in the background.
 
     Raises:
@@ -69,7 +73,7 @@ def open_page(model: str, softmax: bool = False, port: int = 7860) -> Any:
     if find_spec("gradio") is None:
         raise InputError("the page needs Gradio; install timm-vix[serve]")
     check_port(port)
-    answers = Answers(Classifier(model), softmax)
+    answers = Answers(Classifier(model, weights, delta), softmax)
     page, style = build_page(import_module("gradio"), answers)
     page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, **style)
     return page
