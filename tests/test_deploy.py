@@ -81,6 +81,13 @@ def test_the_command_writes_what_the_weights_compute(tmp_path: Path, photos: Pat
         x = torch.randn(batch, 3, 14, 10)
         assert distance(program(x), model(x)) < rounding(torch.float32)
     assert "images 1x3x14x10" in printed and "images 3x3x14x10" in printed
+    (words,) = (line for line in printed.splitlines() if line.startswith("its images are prepared by "))
+    making, classes = words.removeprefix("its images are prepared by ").split("; its classes are ")
+    photo = photos / "class0" / "0.png"
+    with Image.open(photo) as image:
+        prepared = eval(making, {"timm": timm})(image).unsqueeze(0)
+    assert torch.equal(prepared, read_calibration(photo.parent, 1, export.build(SPEC, options[3])[1]))
+    assert classes == "0, 1 to 4, 5 in all"
     assert "the same answer on 100.00 % of 20 images" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "model.pt2"}
 
@@ -490,7 +497,9 @@ def test_every_family_in_bfloat16(name: str, tmp_path: Path) -> None:
     run, _ = export.export_model(model, config, "openvino", "bfloat16", tmp_path / "m.xml", threads=1)
     x = torch.randn(3, *config["input_size"])
     with torch.no_grad():
-        assert distance(run(x), model(x)) < 4 * distance(copy.deepcopy(model).bfloat16()(x.bfloat16()).float(), model(x))
+        assert distance(run(x), model(x)) < 4 * distance(
+            copy.deepcopy(model).bfloat16()(x.bfloat16()).float(), model(x)
+        )
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from ..train.settings import check_weights
 from ..train.teacher import build_teacher
 from . import quantise
 from .check import BATCHES, accuracy, known_images, latency, parity, read_calibration
-from .classifier import address_of
+from .classifier import address_of, class_names
 from .formats import (
     DTYPES,
     OPEN,
@@ -298,6 +298,18 @@ def opened_by(to: str, dtype: str, out: Path) -> str:
     return first + call[to]
 
 
+def prepared_by(config: dict[str, Any]) -> str:
+    """The Python that makes what prepares a picture, by timm's data configuration."""
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    return f"timm.data.create_transform({', '.join(f'{name}={config[name]!r}' for name in names)})"
+
+
+def classes_in_words(model: nn.Module) -> str:
+    """The first and the last class of a model by name."""
+    names = class_names(model)
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} to {names[-1]}, {len(names)} in all"
+
+
 def describe_latency(row: dict[str, Any], batch: int, threads: int) -> str:
     """A latency beside that of eager mode, as text."""
     low, high = row["speedup_low"], row["speedup_high"]
@@ -362,6 +374,7 @@ def main(arguments: argparse.Namespace) -> None:
         calibration = read_calibration(arguments.calibrate, arguments.calibrate_images, config)
     run, found = export_model(model, config, to, dtype, arguments.out, calibration, arguments.dynamic_size, threads)
     print(describe(arguments.model, arguments.out, to, dtype, found), flush=True)
+    print(f"its images are prepared by {prepared_by(config)}; its classes are {classes_in_words(model)}", flush=True)
     if labelled:
         items, classes = labelled
         scores = accuracy(dict(eager=model, file=run), spread(items, arguments.limit), classes, config)
