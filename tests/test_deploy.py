@@ -92,6 +92,22 @@ def test_the_command_writes_what_the_weights_compute(tmp_path: Path, photos: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "model.pt2"}
 
 
+def test_the_command_counts_as_many_images_as_were_asked_for(tmp_path: Path, photos: Path, capsys) -> None:
+    torch.manual_seed(0)
+    model = lively(timm.create_model(SPEC.split()[0], **timm_arguments(SPEC.split()[1:])).eval())
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    options = ["--to", "pt2", "--weights", tmp_path / "weights.safetensors", "--rounds", 1, "--threads", 1]
+    export.main(command(SPEC, *options, "--out", tmp_path / "model.pt2", "--data-dir", photos, "--limit", 7))
+    _, config = export.build(SPEC, str(tmp_path / "weights.safetensors"))
+    transform, right = timm.data.create_transform(**config), 0
+    for i in range(7):  # spread over the twenty
+        label, number = divmod(i * 20 // 7, 4)
+        with Image.open(photos / f"class{label}" / f"{number}.png") as image, torch.no_grad():
+            right += int(model(transform(image).unsqueeze(0)).argmax()) == label
+    printed = capsys.readouterr().out
+    assert f"top-1 {100 * right / 7:.2f} %, eager {100 * right / 7:.2f} %" in printed and "of 7 images" in printed
+
+
 def timm_arguments(parts: list[str]) -> dict:
     from timm_vix._names import parse_model
 

@@ -223,6 +223,28 @@ def test_with_labels_a_share_of_top_1_is_kept(keep: float, clock, photos: Path, 
     assert plan["keep_of"] == "top-1"
 
 
+def test_batches_are_timed_as_wanted(clock, photos: Path, weights: Path, tmp_path: Path) -> None:
+    """The clock counts operations, so three images take three times as long as one."""
+    given = arguments(photos, weights, tmp_path / "plan.json", keep=0.5)
+    one, three = (plan_layers(**given, latency_batch=batch) for batch in (1, 3))
+    assert three["softmax_milliseconds"] == pytest.approx(3 * one["softmax_milliseconds"], rel=0.01)
+    assert three["milliseconds"] == pytest.approx(3 * one["milliseconds"], rel=0.01)
+    assert (three["speedup"], three["layers"]) == (pytest.approx(one["speedup"], rel=0.01), one["layers"])
+    rows, _ = read_records(tmp_path / "plan.csv", COLUMNS)
+    measured = [(row["run"], row["what"]) for row in rows if row["agreement"] is not None]
+    assert len(measured) == len(set(measured)), "no agreement is measured again for another batch"
+
+
+def test_agreement_in_bfloat16_is_that_of_models_in_bfloat16(
+    clock, photos: Path, weights: Path, images: torch.Tensor, tmp_path: Path
+) -> None:
+    plan = plan_layers(**arguments(photos, weights, tmp_path / "plan.json", keep=0.5, dtype="bfloat16"))
+    original = build(weights).bfloat16()
+    agreement, distance, _ = figures(original, images.bfloat16(), {int(i): own for i, own in plan["layers"].items()})
+    assert plan["layers"] and plan["dtype"] == "bfloat16"
+    assert plan["agreement"] == pytest.approx(agreement) and plan["distance"] == pytest.approx(distance, rel=0.05)
+
+
 def test_labels_of_other_classes_are_told(clock, photos: Path, weights: Path, tmp_path: Path) -> None:
     (tmp_path / "images").symlink_to(photos)
     (tmp_path / "labels.csv").write_text("file,class\n01.jpg,999\n02.jpg,999\n")

@@ -438,6 +438,44 @@ def test_an_interrupted_transfer_is_saved_and_continues_exactly(weights, unlabel
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
+def test_the_whole_network_with_its_learning_rates_continues_exactly(weights, unlabelled, tmp_path, monkeypatch):
+    """Groups of parameters depend on the stage, the layer and the mixer; it stops in the second stage."""
+    few = dict(
+        mixer="performer",
+        mixer_kwargs=dict(num_features=8, learned_features=True),
+        distill_part="all",
+        layer_decay=0.5,
+        pass_through=1.0,
+        block_steps=2,
+        distill_steps=4,
+    )
+    whole, _ = transfer(**arguments(weights, unlabelled, tmp_path / "whole", **few))
+    losses_of_stage_2 = Distillation.forward
+    calls = []
+
+    def stop(self, *inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return losses_of_stage_2(self, *inputs)
+
+    monkeypatch.setattr(Distillation, "forward", stop)
+    cut = arguments(weights, unlabelled, tmp_path / "cut", **few)
+    with pytest.raises(KeyboardInterrupt, match="resume"):
+        transfer(**cut)
+    resumed, _ = transfer(**cut, resume=True)
+    assert len(calls) == 4
+    for (name, mine), theirs in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(weights, unlabelled, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="batch_size=2: allowed is at least 1 for each of the 4 processes"):
+        transfer(**arguments(weights, unlabelled, tmp_path / "run", batch_size=2))
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_notices_another_teacher(unlabelled, tmp_path):
     """Other weights of the same name, and a folder whose configuration pools other tokens of the same weights."""
     teacher, folder = model(global_pool="avg"), tmp_path / "teacher"
