@@ -53,6 +53,8 @@ UNTRAINED: dict[str, dict[str, Any]] = {
     "axial, strips of 1": dict(mixer="axial", strip_width=1),
     "axial, strips of 4": dict(mixer="axial", strip_width=4),
     "axial, columns first": dict(mixer="axial", first="columns"),
+    "atrous": dict(mixer="atrous"),
+    "windows of 14x14, last 4 softmax": dict(mixer="atrous", layers="first-8", dilations=[1], window_size=14),
     "latent": dict(mixer="latent"),
     "retention": dict(mixer="retention"),
     "retention, last 6": dict(mixer="retention", layers="last-6"),

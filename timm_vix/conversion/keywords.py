@@ -1,4 +1,4 @@
-"""The keywords of mixers by the names of these: which there are, and which add nothing."""
+"""The keywords that mixers take, and those that add nothing to softmax attention."""
 
 from collections.abc import Mapping
 from typing import Any
