@@ -672,7 +672,10 @@ def test_existing_run_is_not_touched(digits, finished, tmp_path, script):
     for arguments, words in (
         ([], ["exists", "resume", "overwrite"]),
         (["--overwrite", "--lr", "-1"], ["lr=-1"]),
-        (["--overwrite", "--model-kwargs", "merge={'threshold':0.9}"], ["threshold", "expected a batch of 1, got 2"]),
+        (
+            ["--overwrite", "--model", "vix_softmax_cifar", "--model-kwargs", "depth=2", "merge={'threshold':0.9}"],
+            ["threshold", "expected a batch of 1, got 2"],
+        ),
         (["--overwrite", "--checkpoint", str(out / "history.csv")], ["history.csv"]),
         (
             ["--resume", "--seed", "5", "--lr", "0.5"],

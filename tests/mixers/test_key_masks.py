@@ -26,7 +26,6 @@ TAKEN |= {
     "linformer-none-locality": {"sharing": "none", "locality": 0.05},
     "nystrom-windows": {"window_size": 2},
     "linformer-windows": {"window_size": 3},
-    "linformer-none-windows": {"window_size": 3, "sharing": "none"},
     "axial-columns": {"first": "columns", "strip_width": 1},
     "axial-locality": {"locality": 0.05},
 }

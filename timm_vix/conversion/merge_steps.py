@@ -12,8 +12,8 @@ Step = Union[int, float, Mapping[str, float]]
 
 FORMS = (
     "expected a number of tokens that each layer merges, a list with one number for each layer, the share of the patch "
-    "tokens to end with as a float above 0 and below 1, or {'threshold': t}, a cosine between -1 and 1; the integer 0 "
-    "merges nothing"
+    "tokens to end with as a float between 0 and 1, without these, or {'threshold': t}, a cosine between -1 and 1; "
+    "the integer 0 merges nothing"
 )
 
 

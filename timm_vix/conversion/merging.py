@@ -174,6 +174,7 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
             )
         title = type(slot.core).__name__
         adding = [name for name in ("conv_residual", "locality") if getattr(slot.core, name)]
+        adding = adding if type(slot.core).supports_key_bias else []  # without which it could merge
         title += f" with {' and '.join(adding)}" if adding else ""
         if not isinstance(slot, AttentionSlot):
             raise InputError(f"merge: blocks.{layer} has {title}, without keys by which tokens could merge")

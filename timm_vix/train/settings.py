@@ -90,11 +90,11 @@ class Settings:
             right = isinstance(value, accepted) and (accepted in (bool, object) or not isinstance(value, bool))
             if not right and not (value is None and is_optional(own)):
                 raise InputError(f"{own.name}={value!r}: allowed is {words}{' or None' if is_optional(own) else ''}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{own.name}={value!r}: allowed is a finite number")
         check_ranges(self, [(own.name, *allowed) for own in fields(self) if (allowed := own.metadata["allowed"])])
         for own in fields(self):
             kind, value = type_of(own), getattr(self, own.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{own.name}={value!r}: allowed is a finite number")
             if kind in (int, float) and value is not None:
                 setattr(self, own.name, kind(value))  # numbers of NumPy as Python's, for JSON
 
