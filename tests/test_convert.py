@@ -311,7 +311,7 @@ def registry():
     for module in modules:
         names = timm.list_models(module=module)
         for start in range(0, len(names), 40):
-            marks = [pytest.mark.slow] if start > 0 else []
+            marks = [pytest.mark.slow] if start > 0 or module == "vision_transformer_hybrid" else []
             yield pytest.param(module, names[start : start + 40], id=f"{module}-{start}", marks=marks)
 
 

@@ -719,7 +719,7 @@ def test_half_precision(mixer, autocast):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("kind", ["class", "eva", "vix_rope"])
+@pytest.mark.parametrize("kind", ["class", *(pytest.param(one, marks=pytest.mark.slow) for one in ("eva", "vix_rope"))])
 @since("2.9", "exports no batch of any size")
 def test_export_and_compile(kind):
     model = merging(kind)

@@ -31,12 +31,13 @@ HOSTS = {
 # of each architecture and stem, of mixers with and without a grid, features, rotary positions, and attention at all
 A_FEW = [
     "vix_nystrom_cifar",
-    "hybrid_vil_cifar_rope",
     "ccn_cifar",
-    "cvn_cifar",
     "levip_cifar",
-    "hybrid_pin_cifar",
     "fnet2d_cifar",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("hybrid_vil_cifar_rope", "cvn_cifar", "hybrid_pin_cifar")
+    ),
 ]
 # tests that every host runs, whatever timm adds
 OF_EVERY_HOST = {
