@@ -11,7 +11,7 @@ fill the gaps: its landmarks are those of a sequence without the masked tokens.
 Shapes: B images, N = P + H·W tokens, m cells over the H·W patches.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -61,6 +61,15 @@ def added_to_logits(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest(dtype))
     return mask.to(dtype).masked_fill(~is_read(mask), lowest(dtype))
+
+
+def added_in_both_dtypes(
+    mask: Optional[torch.Tensor], dtype: torch.dtype
+) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """``added_to_logits`` in float32 at least, for sums and logarithms, and in ``dtype``; None where nothing is."""
+    if mask is None:
+        return None, None
+    return added_to_logits(mask, torch.promote_types(dtype, torch.float32)), added_to_logits(mask, dtype)
 
 
 def tokens_read(mask: torch.Tensor, batch: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from .._checks import check_choice, check_integer
 from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout
-from ._masks import added_to_logits, is_read, mean_of_read
+from ._masks import added_in_both_dtypes, is_read, mean_of_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 
 # As in ``_windows.py``: copies of queries, keys and values by rows and by columns would be kept besides the weights.
@@ -201,10 +201,7 @@ class AxialAttention(AttentionMechanism):
         attn_mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         P, grid = keys.num_prefix_tokens, keys.grid
-        mask: Optional[torch.Tensor] = None
-        if attn_mask is not None:
-            mask = added_to_logits(attn_mask, torch.promote_types(q.dtype, torch.float32))
-            attn_mask = added_to_logits(attn_mask, q.dtype)
+        mask, attn_mask = added_in_both_dtypes(attn_mask, q.dtype)
         columns_first = self.first == "columns"
         rate = self.dropout if self.training else 0.0
         if grid[0 if columns_first else 1] <= self.strip_width:

@@ -49,7 +49,7 @@ from .._checks import check_integer
 from ._dilated import axis_layout, from_windows, to_windows
 from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout, cell_grid
-from ._masks import added_to_logits, is_read
+from ._masks import added_in_both_dtypes, is_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._resample import averages
 from ._windows import LONG
@@ -96,12 +96,14 @@ def attend_through_latents(
     # far below every logit, but finite, so that 0 log 0 is 0
     near = -1e30 * (1.0 - inside)
     prefix = torch.zeros([A, 1, P], device=q.device, dtype=dtype)
-    groups = inside
+    cells_of_groups = pooled.transpose(0, 1)
+    whole = torch.matmul(inside, cells_of_groups)  # (1, G, m)
+    share = whole  # that is unmasked
     if mask is not None:
         added = mask.expand(B, h, 1, -1).reshape(A, -1, 1)
         prefix, of_patches = added[:, :P].transpose(1, 2), to_windows(added[:, P:], grid, rows, columns)[..., 0]
         near, inside = near + of_patches, inside * is_read(of_patches).to(dtype)
-    share, whole = [torch.matmul(t, pooled.transpose(0, 1)) for t in (inside, groups)]  # (1 or A, G, m)
+        share = torch.matmul(inside, cells_of_groups)
     exists = (share > 0).to(dtype)
     m = exists.shape[2]
     weight = pooled * inside.unsqueeze(2) / share.unsqueeze(3).clamp(min=1e-6)
@@ -116,8 +118,8 @@ def attend_through_latents(
     latent_k, latent_v, mass = attend(latents.reshape(A, 1, G * m, D), latent_k, latent_v, others)
     latent_k, latent_v = latent_k.reshape(A, G, m, D), latent_v.reshape(A, G, m, D)
 
-    # patches of a group that is masked read the others, too
-    once = torch.where(exists.sum(2, keepdim=True) > 0, once, log_share((whole > 0).to(dtype)))
+    if mask is not None:  # patches of a group that is masked read the others, too
+        once = torch.where(exists.sum(2, keepdim=True) > 0, once, log_share((whole > 0).to(dtype)))
     k = torch.cat([prefix_k.expand(-1, G, -1, -1), k, latent_k], dim=2)
     v = torch.cat([prefix_v.expand(-1, G, -1, -1), v, latent_v], dim=2)
     bias = torch.cat([prefix.expand(-1, G, -1), near.expand(A, -1, -1), mass.reshape(A, G, m) + once], dim=2)
@@ -161,10 +163,7 @@ class LatentAttention(AttentionMechanism):
         attn_mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         P, grid, size, m = keys.num_prefix_tokens, keys.grid, self.group_size, self.latents_per_group
-        mask: Optional[torch.Tensor] = None
-        if attn_mask is not None:
-            mask = added_to_logits(attn_mask, torch.promote_types(q.dtype, torch.float32))
-            attn_mask = added_to_logits(attn_mask, q.dtype)
+        mask, attn_mask = added_in_both_dtypes(attn_mask, q.dtype)
         rate = self.dropout if self.training else 0.0
         if max(grid[0], grid[1]) <= size:
             return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate)

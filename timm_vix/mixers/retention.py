@@ -40,7 +40,7 @@ from torch.nn.functional import dropout
 from .._checks import check_number
 from . import _fused
 from ._layout import Grid, TokenLayout
-from ._masks import added_to_logits, is_read, mean_of_read
+from ._masks import added_in_both_dtypes, is_read, mean_of_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 
 
@@ -138,10 +138,7 @@ class Retention(AttentionMechanism):
         attn_mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         P, grid = keys.num_prefix_tokens, keys.grid
-        mask: Optional[torch.Tensor] = None
-        if attn_mask is not None:
-            mask = added_to_logits(attn_mask, torch.promote_types(q.dtype, torch.float32))
-            attn_mask = added_to_logits(attn_mask, q.dtype)
+        mask, attn_mask = added_in_both_dtypes(attn_mask, q.dtype)
         start, span = self.decay_start, self.decay_range
         rate = self.dropout if self.training else 0.0
         if torch.jit.is_scripting():

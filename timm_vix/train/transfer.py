@@ -38,9 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .._checks import InputError
 from .._device import autocast, find_device, find_dtype
 from .._files import one_line, write_table
-from ..conversion.convert import Conversion, convert
+from ..conversion.convert import Conversion, convert, read_layers
 from ..conversion.identity import fingerprint, mechanisms_of
-from ..conversion.plan_file import load_plan
 from ..conversion.slots import is_softmax
 from ..data.datasets import Items
 from ..data.folders import find_unlabelled
@@ -186,8 +185,7 @@ def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, 
     Raises:
         ValueError: if there is nothing to train.
     """
-    if isinstance(run.layers, str) and run.layers.endswith(".json"):
-        run.layers = load_plan(run.layers, teacher)
+    run.layers = read_layers(run.layers, teacher)
     student = copy.deepcopy(teacher)
     report = convert(student, run.mixer, run.layers, **(run.mixer_kwargs or {}))
     mixers = mixers_of(student, report)
