@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from ._masks import added_to_logits
 from ._precision import outside_autocast
 
-# Few enough that N x m features never exist at once; larger blocks are hardly faster, smaller ones slower.
-BLOCK = 256
+# Of an image's features or keys in a block: so few that N x m features never exist at once in a long sequence. Larger
+# blocks are hardly faster, smaller ones are slower.
+ELEMENTS = 2**18
 # From so many tokens on, training computes features twice rather than keep them all for the gradient.
 LONG = 8192
 
@@ -37,39 +38,58 @@ def centres(
 
     ``key_bias`` (B, 1, 1, N): the log of the weight of each query in the mean, and of each key.
     """
-    c = q.mean(2, keepdim=True) if key_bias is None else torch.matmul(key_bias.softmax(3), q)
-    return c, F.scaled_dot_product_attention(c, k, k, attn_mask=key_bias)
+    if key_bias is None:  # a product, since in half precision torch's mean copies its input to float32
+        N = q.shape[2]
+        c = torch.matmul(torch.full([1, 1, 1, N], 1.0 / N, device=q.device, dtype=q.dtype), q)
+    else:
+        c = torch.matmul(key_bias.softmax(3).to(q.dtype), q)
+    return c, F.scaled_dot_product_attention(c, k, k, attn_mask=None if key_bias is None else key_bias.to(k.dtype))
+
+
+def dtype_of_products(values: torch.Tensor) -> torch.dtype:
+    """The dtype of products with values: theirs, but float32 for float16, whose largest number a sum may exceed."""
+    return torch.float32 if values.dtype == torch.float16 else values.dtype
 
 
 def add_keys(
     k: torch.Tensor,
     v: torch.Tensor,
     features: torch.Tensor,
-    centre: torch.Tensor,
     top: torch.Tensor,
-    sums: torch.Tensor,
+    values: torch.Tensor,
+    total: torch.Tensor,
     key_bias: Optional[torch.Tensor] = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add a block of keys and values to the running sums, each relative to its feature's exp(top).
 
-    k (B, h, n, D) unscaled; v (B, h, n, D + 1), the values and a column of ones; features (m, D) or (h, m, D), scaled
-    by D^-1/4; centre = c + u (B, h, 1, D); top (B, h, 1, m); sums = sum of phi v^T (B, h, m, D + 1), whose last column
-    is the sum of phi. ``key_bias`` (B, 1, n, 1): the log of the weight of each key, which counts for the maximum too.
+    k (B, h, n, D) unscaled; v (B, h, n, E); features (B, h, m, D), D^-1/4 w + D^-1/2 (c + u); top and total, the sum of
+    phi, (B, h, 1, m); values, the sum of phi v^T, (B, h, m, E). ``key_bias`` (B, 1, n, 1): the log of the weight of
+    each key, which counts for the maximum too. Exponents are computed in the dtype of the features.
     """
+    k = k.to(features.dtype)
     # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
-    known = ((k * centre).sum(3, keepdim=True) - 0.5 * k.square().sum(3, keepdim=True)) * k.shape[3] ** -0.5
+    known = -0.5 * k.shape[3] ** -0.5 * torch.linalg.vector_norm(k, dim=3, keepdim=True).square()
     if key_bias is not None:
         known = known + key_bias
     # added, since the gradient of what is subtracted would be negated at full size
     exponent = torch.matmul(k, features.transpose(-2, -1)).add_(known)
     new_top = torch.maximum(top, exponent.detach().amax(dim=2, keepdim=True))
     phi = exponent.sub_(new_top).exp_()
-    return new_top, sums * torch.exp(top - new_top).transpose(2, 3) + torch.matmul(phi.transpose(2, 3), v)
+    shrink = torch.exp(top - new_top)
+    dtype = dtype_of_products(v)
+    added = torch.matmul(phi.to(dtype).transpose(2, 3), v.to(dtype)).to(values.dtype)
+    return new_top, values * shrink.transpose(2, 3) + added, total * shrink + phi.sum(2, keepdim=True)
 
 
 def read_queries(q: torch.Tensor, features: torch.Tensor, bias: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """softmax(q W^T + b) X of a block of queries: (B, h, n, D) -> (B, h, n, D); b (B, h, 1, m), X (B, h, m, D)."""
-    return torch.matmul(torch.matmul(q, features.transpose(-2, -1)).add_(bias).softmax(3), values)
+    """softmax(q W^T + b) X of a block of queries: (B, h, n, D) -> (B, h, n, E); b (B, h, 1, m), X (B, h, m, E)."""
+    weights = torch.matmul(q.to(features.dtype), features.transpose(-2, -1)).add_(bias).softmax(3)
+    return torch.matmul(weights.to(values.dtype), values)
+
+
+def tokens_of_block(width: int, elements: int = ELEMENTS) -> int:
+    """How many tokens a block has if an image has ``width`` features or channels for each."""
+    return max(1, elements // width)
 
 
 def block_sizes(num_tokens: int, block: int) -> list[int]:
@@ -84,26 +104,26 @@ def sum_in_blocks(
     v: torch.Tensor,
     features: torch.Tensor,
     feature_bias: Optional[torch.Tensor],
-    block: int,
+    block: Optional[int],
     key_bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """The work of ``favor_attention``, outside of autocast."""
-    out_dtype = v.dtype
-    dtype = torch.promote_types(out_dtype, torch.float32)
-    q, k, v, features = q.to(dtype), k.to(dtype), v.to(dtype), features.to(dtype)
+    dtype = torch.promote_types(v.dtype, torch.float32)
     B, h, N, D = q.shape
-    features = features * D**-0.25
+    m = features.shape[-2]
+    features = features.to(dtype) * D**-0.25
     again = False
     if not torch.jit.is_scripting():
         again = LONG <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if key_bias is not None:
         key_bias = added_to_logits(key_bias, dtype)
     c, u = centres(q, k, key_bias)
-    centre = c + u
-    top = torch.full([B, h, 1, features.shape[-2]], -float("inf"), device=q.device, dtype=dtype)
-    # one product gives the sums of phi v^T and of phi
-    v = F.pad(v, (0, 1), value=1.0)
-    sums = torch.zeros([B, h, features.shape[-2], v.shape[3]], device=q.device, dtype=dtype)
+    centre = c.to(dtype) + u.to(dtype)
+    of_keys = features + D**-0.5 * centre
+    top = torch.full([B, h, 1, m], -float("inf"), device=q.device, dtype=dtype)
+    total = torch.zeros([B, h, 1, m], device=q.device, dtype=dtype)
+    values = torch.zeros([B, h, m, v.shape[3]], device=q.device, dtype=dtype)
+    block = tokens_of_block(h * max(m, D)) if block is None else block
     first = 0
     # split, since the gradient of a slice is as large as the whole
     for k_block, v_block in zip(k.split(block_sizes(k.shape[2], block), 2), v.split(block_sizes(k.shape[2], block), 2)):
@@ -112,24 +132,28 @@ def sum_in_blocks(
             bias_block = key_bias[..., first : first + k_block.shape[2]].transpose(2, 3)
             first += k_block.shape[2]
         if not torch.jit.is_scripting() and again:
-            top, sums = checkpoint(
-                add_keys, k_block, v_block, features, centre, top, sums, bias_block, use_reentrant=False
+            top, values, total = checkpoint(
+                add_keys, k_block, v_block, of_keys, top, values, total, bias_block, use_reentrant=False
             )
         else:
-            top, sums = add_keys(k_block, v_block, features, centre, top, sums, bias_block)
-    values, total = sums.split([sums.shape[3] - 1, 1], dim=3)
-    values = values / total
+            top, values, total = add_keys(k_block, v_block, of_keys, top, values, total, bias_block)
+    values = (values / total.transpose(2, 3)).to(dtype_of_products(v))
     # of w^T (q - c) + w^T (k - u) the keys' sums lack -w^T (c + u)
-    bias = top + total.log().transpose(2, 3) - torch.matmul(centre, features.transpose(-2, -1))
+    bias = top + total.log() - torch.matmul(centre, features.transpose(-2, -1))
     if feature_bias is not None:
         bias = bias + feature_bias.to(dtype)
+    # The fused kernel wants values as wide as the keys. It computes no gradient of a bias. A bias of another dtype than
+    # the queries', whose logits are in float32 anyway, is taken on CPUs alone.
+    if not torch.is_grad_enabled() and D == v.shape[3] and (q.device.type == "cpu" or q.dtype == dtype):
+        keys = features.to(q.dtype).expand(B, h, m, D)
+        return F.scaled_dot_product_attention(q, keys, values.to(q.dtype), attn_mask=bias, scale=1.0)
     out: list[torch.Tensor] = []
     for q_block in q.split(block_sizes(q.shape[2], block), 2):
         if not torch.jit.is_scripting() and again:
             out.append(checkpoint(read_queries, q_block, features, bias, values, use_reentrant=False))
         else:
             out.append(read_queries(q_block, features, bias, values))
-    return torch.cat(out, dim=2).to(out_dtype)
+    return torch.cat(out, dim=2).to(v.dtype)
 
 
 def favor_attention(
@@ -137,11 +161,13 @@ def favor_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     features: torch.Tensor,
-    block: int = BLOCK,
+    block: Optional[int] = None,
     feature_bias: Optional[torch.Tensor] = None,
     key_bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """FAVOR+ attention: q, k, v (B, h, N, D) -> (B, h, N, D), computed in float32 at least.
+    """FAVOR+ attention: q, k, v (B, h, N, D) -> (B, h, N, D).
+
+    Exponents and sums are computed in float32 at least, products with values in their own dtype.
 
     ``features``: (m, D), or (h, m, D) for each head its own; ``feature_bias`` (h, 1, m): the log of their weights;
     ``key_bias`` (B, 1, 1, N): the log of how many tokens each one stands for, or a mask.
