@@ -357,22 +357,6 @@ def test_legacy_onnx_of_a_long_performer(tmp_path):
     assert distance(torch.from_numpy(y), model(x)) < 1e-4
 
 
-@sdpa_kernel(SDPBackend.MATH)
-def test_second_derivatives_of_a_scripted_inverse():
-    from timm_vix.mixers.nystrom import ridge_inverse
-
-    A = torch.randn(1, 2, 6, 6, dtype=torch.float64).softmax(3)
-    v = torch.randn_like(A)
-    products = []
-    for inverse in (lambda a: torch.linalg.inv(a.mT @ a + 0.05 * torch.eye(6, dtype=a.dtype)), ridge_inverse):
-        function = torch.jit.script(inverse) if inverse is ridge_inverse else inverse
-        at = A.clone().requires_grad_()
-        y = function(at, 0.05, 40) if inverse is ridge_inverse else function(at)
-        (gradient,) = torch.autograd.grad(y.pow(2).sum(), at, create_graph=True)
-        products.append(torch.autograd.grad((gradient * v).sum(), at)[0])
-    assert distance(products[1], products[0]) < 1e-6
-
-
 class Adapted(torch.nn.Module):
     """A projection with a low-rank part beside it, as LoRA wraps it; it has no weight and bias of its own."""
 

@@ -34,15 +34,15 @@ def linformer(n: int) -> float:
 
 def nystrom(n: int) -> float:
     m, head = LANDMARKS + 1, C // HEADS
-    inverse = 1 + 2 * (8 - 1) + 2  # products of (m, m) matrices: A^T A, two a Newton step
-    solve = HEADS * (2 * m * m * head * 4 + inverse * 2 * m**3)  # logits, A V, A^T E, Z E
+    inner = 2 * m * m * head
+    solve = HEADS * (3 * inner + 2 * m**3 + 2 / 3 * m**3 + inner)  # logits, A V, A^T E; A^T A, its factors, their use
     return 2 * m * C * 3 * C + 2 * few(n, m) + solve
 
 
 def performer(n: int, features: int = 64) -> float:
-    """Features of queries and keys, their sums with the values and a column of ones, and what the queries read."""
+    """Features of queries and keys, their sums with the values, and what the queries read."""
     projections = 2 * n * C * 3 * C + 2 * n * C * C
-    return projections + 2 * (2 * n * features * C) + 2 * n * features * (C + HEADS) + 2 * n * features * C
+    return projections + 4 * (2 * n * features * C)
 
 
 def token_mlp(n: int) -> float:

@@ -2,8 +2,8 @@
 
 torch counts matrix products, convolutions and fused attention. Added here: Fourier transforms, at the customary
 5 n log2 n operations for n complex and half of that for n real numbers (a transform over several axes: n is their
-product), and the fused attention of a CPU where torch is too old to count it. Element-wise operations and
-normalisations count nothing.
+product), the solution of linear systems, and the fused attention of a CPU where torch is too old to count it.
+Element-wise operations and normalisations count nothing.
 """
 
 import math
@@ -49,10 +49,17 @@ def attention_backward(
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
+def solution(matrix: Any, y: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of the solution of linear systems (..., m, m), (..., m, n) through a triangular factorisation."""
+    m, n = y[-2:]
+    return round(math.prod(y[:-2]) * (2 / 3 * m**3 + 2 * m**2 * n))
+
+
 FORMULAS: dict[Any, Callable[..., int]] = {
     aten._fft_c2c: complex_transform,
     aten._fft_r2c: transform_of_real,
     aten._fft_c2r: transform_to_real,
+    aten._linalg_solve_ex: solution,
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }

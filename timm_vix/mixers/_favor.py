@@ -144,7 +144,7 @@ def sum_in_blocks(
         bias = bias + feature_bias.to(dtype)
     # The fused kernel wants values as wide as the keys. It computes no gradient of a bias. A bias of another dtype than
     # the queries', whose logits are in float32 anyway, is taken on CPUs alone.
-    if not torch.is_grad_enabled() and D == v.shape[3] and (q.device.type == "cpu" or q.dtype == dtype):
+    if not torch.is_grad_enabled() and v.shape[3] == D and (q.device.type == "cpu" or q.dtype == dtype):
         keys = features.to(q.dtype).expand(B, h, m, D)
         return F.scaled_dot_product_attention(q, keys, values.to(q.dtype), attn_mask=bias, scale=1.0)
     out: list[torch.Tensor] = []
