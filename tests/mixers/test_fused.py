@@ -46,6 +46,30 @@ def test_equals_projecting_first(long, monkeypatch):
         assert distance(ours, right) < rounding(torch.float64, 10), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_loses_no_more_than_where_attention_follows_the_projections(dtype):
+    inputs = tensors()
+    right = projected(**inputs)
+    half = {name: x.detach().to(dtype) for name, x in inputs.items()}
+    for ours, theirs, exact in zip(fused(**half), projected(**half), right):
+        assert distance(ours, exact) < 3 * distance(theirs, exact)
+
+
+@pytest.mark.parametrize(
+    "tokens, landmarks, half, cheaper",
+    [
+        (197, 50, False, True),
+        (197, 50, True, False),  # few tokens: products with the landmarks are most of the work
+        (1025, 50, True, False),
+        (4097, 50, True, True),
+        (4097, 150, False, False),  # many landmarks: 3 x 150 logits a token are more than its 192 channels
+    ],
+)
+def test_which_way_takes_fewer_operations(tokens, landmarks, half, cheaper):
+    """3 heads of width 64, as in ViT-Ti."""
+    assert _fused.is_cheaper(tokens, landmarks, 3, 64, half) == cheaper
+
+
 def test_a_long_sequence_drops_the_same_weights_again(monkeypatch):
     inputs = tensors()
     found = []
@@ -91,7 +115,7 @@ def test_projections_with_hooks_are_called(attach, mixer):
     few = {"linformer": "num_proj_tokens", "nystrom": "num_landmarks"}[mixer]
     model = small(mixer, depth=1, **{few: 4})
     attn, calls, x = model.blocks[0].attn, [], image(model)
-    assert attn.can_fuse_projections(5, None)
+    assert attn.can_fuse_projections(torch.zeros(1, 36, 32), 5, None)
     expected = model(x)
     for linear in (attn.qkv, attn.proj):
         CALLS[attach](linear, calls)

@@ -4,8 +4,9 @@
     softmax(q (X W_k)^T) X W_v  =  softmax((q W_k^T) X^T) X W_v      m queries, N keys: the same
 
 Both are exact, since nothing stands between a projection and the product that follows. They cost less than projecting
-first, 2·N·C·(C + m), while h·m < C + m, and they are a few large matrix products. A bias of the keys adds the same to
-all logits of a query. A bias of the values passes through, since attention weights sum to one.
+first, 2·N·C·(C + m), while h·m < C + m and N is much larger than D, since projecting the landmarks takes 2·D·h·m·C
+multiplications (``is_cheaper``). A bias of the keys adds the same to all logits of a query. A bias of the values passes
+through, since attention weights sum to one.
 
 For long sequences training computes the attention weights again in the backward pass, as fused softmax attention does.
 They would be most of the memory.
@@ -23,6 +24,14 @@ from torch.utils.checkpoint import checkpoint
 # From so many tokens on, training computes attention weights twice rather than keep them for the gradient: a tenth of
 # a step's time for a tenth of its memory.
 LONG = 2048
+
+def is_cheaper(num_tokens: int, num_landmarks: int, num_heads: int, head_dim: int, half_precision: bool) -> bool:
+    """Whether attention to or from landmarks takes less time if it is fused with the projections of the tokens."""
+    width = num_heads * num_landmarks
+    # In half precision matrix units do the large products with the tokens. An operation of the small products with the
+    # landmarks takes about 12 times as long as one of these.
+    of_landmarks = head_dim * (12 if half_precision else 1)
+    return width * (num_tokens + of_landmarks) < num_tokens * (num_heads * head_dim + num_landmarks)
 
 
 def checkpoint_if_long(function: Callable[..., torch.Tensor], long: bool, *inputs: Any) -> torch.Tensor:
@@ -95,7 +104,7 @@ def attend_to(
     key_weights = torch.matmul(k, weight_q.reshape(h, D, C)).reshape(B, h * m, C)
     offset = logit_bias.to(k.dtype)
     if bias_q is not None:
-        offset = offset + torch.matmul(k, bias_q.reshape(h, D, 1)).transpose(2, 3)
+        offset = offset + (k * bias_q.reshape(h, 1, D)).sum(3).unsqueeze(2)
     offset = offset.expand(B, h, 1, m).reshape(B, 1, h * m)
     weights = torch.baddbmm(offset, x, key_weights.transpose(1, 2)).reshape(B, N, h, m).softmax(3)
     weights = F.dropout(weights, dropout, dropout > 0.0)

@@ -10,7 +10,7 @@ from timm.layers import register_notrace_module
 from torch import nn
 
 from ._attention_slot import AttentionSlot, is_plain_linear
-from ._fused import fused_attend_from, fused_attend_to
+from ._fused import fused_attend_from, fused_attend_to, is_cheaper
 from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout
 from ._local import append_channels, locality_channels
@@ -29,11 +29,12 @@ class LandmarkSlot(AttentionSlot):
         bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         self.bare = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
 
-    def can_fuse_projections(self, num_landmarks: int, rope: Optional[torch.Tensor]) -> bool:
-        """Whether attention to so many landmarks can be fused with the projections of the tokens, and costs less so."""
+    def can_fuse_projections(self, x: torch.Tensor, num_landmarks: int, rope: Optional[torch.Tensor]) -> bool:
+        """Whether attention of tokens x to landmarks can be fused with the projections of x, and takes less time so."""
         if not (self.bare and rope is None and self.core.can_fuse()):
             return False
-        cheaper = self.num_heads * num_landmarks < self.attn_dim + num_landmarks
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        cheaper = is_cheaper(x.shape[1], num_landmarks, self.num_heads, self.head_dim, half)
         if torch.jit.is_scripting():
             return cheaper
         else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
@@ -83,7 +84,7 @@ class LandmarkSlot(AttentionSlot):
         if attn_mask is not None:
             masked = core.pool_masked(tokens_read(attn_mask, x.shape[0]), layout, cells, x)
         q_m, k_m, v_m = self.landmarks(x, layout, cells, rope, masked)
-        if self.can_fuse_projections(num_landmarks, rope):
+        if self.can_fuse_projections(x, num_landmarks, rope):
             return self.attend_fused(x, layout, q_m, k_m, v_m, core.bias(k_m, layout, cells, masked), masked)
         if core.needs_queries or not core.can_fuse():
             q, k, v = self.project(x, 0, 3)

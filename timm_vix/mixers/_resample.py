@@ -35,7 +35,8 @@ def pool_patches(x: torch.Tensor, num_prefix_tokens: int, grid: Grid, cells: Gri
     if cells == grid:
         return x
     B, _, C = x.shape
-    rows, columns = averages(grid[0], cells[0], x), averages(grid[1], cells[1], x)
+    rows = averages(grid[0], cells[0], x)
+    columns = rows if (grid[0], cells[0]) == (grid[1], cells[1]) else averages(grid[1], cells[1], x)
     patches = x[:, num_prefix_tokens:].reshape(B, grid[0], grid[1] * C)
     pooled = torch.bmm(rows.expand(B, -1, -1), patches).reshape(B * cells[0], grid[1], C)
     pooled = torch.bmm(columns.expand(B * cells[0], -1, -1), pooled).reshape(B, cells[0] * cells[1], C)
