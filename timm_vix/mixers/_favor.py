@@ -38,12 +38,11 @@ def centres(
 
     ``key_bias`` (B, 1, 1, N): the log of the weight of each query in the mean, and of each key.
     """
-    if key_bias is None:  # a product, since in half precision torch's mean copies its input to float32
-        N = q.shape[2]
-        c = torch.matmul(torch.full([1, 1, 1, N], 1.0 / N, device=q.device, dtype=q.dtype), q)
-    else:
-        c = torch.matmul(key_bias.softmax(3).to(q.dtype), q)
-    return c, F.scaled_dot_product_attention(c, k, k, attn_mask=None if key_bias is None else key_bias.to(k.dtype))
+    weight = None if key_bias is None else key_bias.to(q.dtype)
+    # a query of zeros sees the mean; in half precision torch's own mean copies everything to float32
+    zero = torch.zeros([q.shape[0], q.shape[1], 1, q.shape[3]], device=q.device, dtype=q.dtype)
+    c = F.scaled_dot_product_attention(zero, q, q, attn_mask=weight)
+    return c, F.scaled_dot_product_attention(c, k, k, attn_mask=weight)
 
 
 def dtype_of_products(values: torch.Tensor) -> torch.dtype:
@@ -63,22 +62,22 @@ def add_keys(
     """Add a block of keys and values to the running sums, each relative to its feature's exp(top).
 
     k (B, h, n, D) unscaled; v (B, h, n, E); features (B, h, m, D), D^-1/4 w + D^-1/2 (c + u); top and total, the sum of
-    phi, (B, h, 1, m); values, the sum of phi v^T, (B, h, m, E). ``key_bias`` (B, 1, n, 1): the log of the weight of
+    phi, (B, h, m, 1); values, the sum of phi v^T, (B, h, m, E). ``key_bias`` (B, 1, 1, n): the log of the weight of
     each key, which counts for the maximum too. Exponents are computed in the dtype of the features.
     """
     k = k.to(features.dtype)
     # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
-    known = -0.5 * k.shape[3] ** -0.5 * torch.linalg.vector_norm(k, dim=3, keepdim=True).square()
+    known = -0.5 * k.shape[3] ** -0.5 * torch.linalg.vector_norm(k, dim=3).square().unsqueeze(2)
     if key_bias is not None:
         known = known + key_bias
     # added, since the gradient of what is subtracted would be negated at full size
-    exponent = torch.matmul(k, features.transpose(-2, -1)).add_(known)
-    new_top = torch.maximum(top, exponent.detach().amax(dim=2, keepdim=True))
+    exponent = torch.matmul(features, k.transpose(2, 3)).add_(known)
+    new_top = torch.maximum(top, exponent.detach().amax(dim=3, keepdim=True))
     phi = exponent.sub_(new_top).exp_()
     shrink = torch.exp(top - new_top)
     dtype = dtype_of_products(v)
-    added = torch.matmul(phi.to(dtype).transpose(2, 3), v.to(dtype)).to(values.dtype)
-    return new_top, values * shrink.transpose(2, 3) + added, total * shrink + phi.sum(2, keepdim=True)
+    added = torch.matmul(phi.to(dtype), v.to(dtype)).to(values.dtype)
+    return new_top, values * shrink + added, total * shrink + phi.sum(3, keepdim=True)
 
 
 def read_queries(q: torch.Tensor, features: torch.Tensor, bias: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -120,8 +119,8 @@ def sum_in_blocks(
     c, u = centres(q, k, key_bias)
     centre = c.to(dtype) + u.to(dtype)
     of_keys = features + D**-0.5 * centre
-    top = torch.full([B, h, 1, m], -float("inf"), device=q.device, dtype=dtype)
-    total = torch.zeros([B, h, 1, m], device=q.device, dtype=dtype)
+    top = torch.full([B, h, m, 1], -float("inf"), device=q.device, dtype=dtype)
+    total = torch.zeros([B, h, m, 1], device=q.device, dtype=dtype)
     values = torch.zeros([B, h, m, v.shape[3]], device=q.device, dtype=dtype)
     block = tokens_of_block(h * max(m, D)) if block is None else block
     first = 0
@@ -129,7 +128,7 @@ def sum_in_blocks(
     for k_block, v_block in zip(k.split(block_sizes(k.shape[2], block), 2), v.split(block_sizes(k.shape[2], block), 2)):
         bias_block: Optional[torch.Tensor] = None
         if key_bias is not None:
-            bias_block = key_bias[..., first : first + k_block.shape[2]].transpose(2, 3)
+            bias_block = key_bias[..., first : first + k_block.shape[2]]
             first += k_block.shape[2]
         if not torch.jit.is_scripting() and again:
             top, values, total = checkpoint(
@@ -137,9 +136,9 @@ def sum_in_blocks(
             )
         else:
             top, values, total = add_keys(k_block, v_block, of_keys, top, values, total, bias_block)
-    values = (values / total.transpose(2, 3)).to(dtype_of_products(v))
+    values = (values / total).to(dtype_of_products(v))
     # of w^T (q - c) + w^T (k - u) the keys' sums lack -w^T (c + u)
-    bias = top + total.log() - torch.matmul(centre, features.transpose(-2, -1))
+    bias = (top + total.log()).transpose(2, 3) - torch.matmul(centre, features.transpose(-2, -1))
     if feature_bias is not None:
         bias = bias + feature_bias.to(dtype)
     # The fused kernel wants values as wide as the keys. It computes no gradient of a bias. A bias of another dtype than
