@@ -29,8 +29,8 @@ def is_cheaper(num_tokens: int, num_landmarks: int, num_heads: int, head_dim: in
     """Whether attention to or from landmarks takes less time if it is fused with the projections of the tokens."""
     width = num_heads * num_landmarks
     # In half precision matrix units do the large products with the tokens. An operation of the small products with the
-    # landmarks takes about 12 times as long as one of these.
-    of_landmarks = head_dim * (12 if half_precision else 1)
+    # landmarks takes about 16 times as long as one of these.
+    of_landmarks = head_dim * (16 if half_precision else 1)
     return width * (num_tokens + of_landmarks) < num_tokens * (num_heads * head_dim + num_landmarks)
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from ._attention_slot import AttentionSlot, is_plain_linear
 from ._fused import fused_attend_from, fused_attend_to, is_cheaper
-from ._landmarks import LandmarkAttention
+from ._landmarks import LandmarkAttention, in_whole_vectors, wants_whole_vectors
 from ._layout import Grid, TokenLayout
 from ._local import append_channels, locality_channels
 from ._masks import MaskedPooling, added_to_logits, tokens_read
+from ._precision import is_half
 
 
 @register_notrace_module
@@ -33,8 +34,7 @@ class LandmarkSlot(AttentionSlot):
         """Whether attention of tokens x to landmarks can be fused with the projections of x, and takes less time so."""
         if not (self.bare and rope is None and self.core.can_fuse()):
             return False
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        cheaper = is_cheaper(x.shape[1], num_landmarks, self.num_heads, self.head_dim, half)
+        cheaper = is_cheaper(x.shape[1], num_landmarks, self.num_heads, self.head_dim, is_half(x))
         if torch.jit.is_scripting():
             return cheaper
         else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
@@ -122,6 +122,8 @@ class LandmarkSlot(AttentionSlot):
             token_bias = None if masked is None else added_to_logits(masked.read.unsqueeze(1), x.dtype)
             exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v, token_bias)
             v_m = self.core.fit(q_m, k_m, v_m, exact, bias, masked is not None)
+        if wants_whole_vectors(x):
+            k_m, v_m, bias = in_whole_vectors(k_m, v_m, bias)
         dropout = self.core.dropout if self.training else 0.0
         k_m = self.scale(k_m, layout)  # in the place of the queries, which aren't computed
         return self.proj_drop(fused_attend_to(x, k_m, v_m, bias, weight[:A], bias_q, proj.weight, proj.bias, dropout))

@@ -5,6 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def is_half(x: torch.Tensor) -> bool:
+    """Whether a tensor is of half precision."""
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
 def outside_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast; not for TorchScript, which knows autocast for constant devices only."""
     # the meta device has no autocast to switch off; asking torch which has one would break a compiled graph
