@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 # a step's time for a tenth of its memory.
 LONG = 2048
 
+
 def is_cheaper(num_tokens: int, num_landmarks: int, num_heads: int, head_dim: int, half_precision: bool) -> bool:
     """Whether attention to or from landmarks takes less time if it is fused with the projections of the tokens."""
     width = num_heads * num_landmarks

@@ -112,16 +112,16 @@ def attend_down_strips(
     n, c = W // strip_width, strip_width
     k = torch.cat([prefix[0].unsqueeze(1).expand(-1, n, -1, -1), k.reshape(A, n, c * H, D)], dim=2)
     v = torch.cat([prefix[1].unsqueeze(1).expand(-1, n, -1, -1), v.reshape(A, n, c * H, v.shape[3])], dim=2)
-    # in one expression, which holds nothing longer than it must
-    weights = torch.cat(
-        [
-            add_biases(torch.matmul(q.reshape(A, n, c * H, D), k.transpose(2, 3)).to(entropy.dtype), biases),
-            (torch.matmul(q, row_k.transpose(2, 3)) + entropy.unsqueeze(2)).reshape(A, n, c * H, H),
-        ],
-        dim=3,
-    ).softmax(3)
-    near, far = dropout(weights.to(v.dtype), rate, rate > 0.0).split([k.shape[2], H], dim=3)
-    return torch.matmul(near, v).reshape(row_v.shape) + torch.matmul(far.reshape(A, W, H, H), row_v)
+    near = add_biases(torch.matmul(q.reshape(A, n, c * H, D), k.transpose(2, 3)).to(entropy.dtype), biases)
+    far = torch.matmul(q, row_k.transpose(2, 3)).to(entropy.dtype).add_(entropy.unsqueeze(2))
+    # one softmax over both, which are not joined: copies of so many weights would take as long as all products
+    top = torch.maximum(near.detach().amax(3).reshape(A, W, H), far.detach().amax(3)).unsqueeze(3)
+    near = near.sub_(top.reshape(A, n, c * H, 1)).exp_()
+    far = far.sub_(top).exp_()
+    total = near.sum(3).reshape(A, W, H).add_(far.sum(3)).unsqueeze(3)
+    near, far = (dropout(weights.to(v.dtype), rate, rate > 0.0) for weights in (near, far))
+    y = torch.matmul(near, v).reshape(row_v.shape) + torch.matmul(far, row_v)
+    return (y / total).to(v.dtype)
 
 
 def attend_in_grid(
