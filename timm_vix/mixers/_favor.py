@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ._masks import added_to_logits
-from ._precision import outside_autocast
+from ._precision import outside_autocast, takes_bias
 
 # Of an image's features or keys in a block: so few that N x m features never exist at once in a long sequence. Larger
 # blocks are hardly faster, smaller ones are slower.
@@ -141,9 +141,7 @@ def sum_in_blocks(
     bias = (top + total.log()).transpose(2, 3) - torch.matmul(centre, features.transpose(-2, -1))
     if feature_bias is not None:
         bias = bias + feature_bias.to(dtype)
-    # The fused kernel wants values as wide as the keys. It computes no gradient of a bias. A bias of another dtype than
-    # the queries', whose logits are in float32 anyway, is taken on CPUs alone.
-    if not torch.is_grad_enabled() and v.shape[3] == D and (q.device.type == "cpu" or q.dtype == dtype):
+    if takes_bias(q, v, bias):
         keys = features.to(q.dtype).expand(B, h, m, D)
         return F.scaled_dot_product_attention(q, keys, values.to(q.dtype), attn_mask=bias, scale=1.0)
     out: list[torch.Tensor] = []

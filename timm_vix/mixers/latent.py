@@ -51,6 +51,7 @@ from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout, cell_grid
 from ._masks import added_in_both_dtypes, is_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
+from ._precision import takes_bias
 from ._resample import averages
 from ._windows import LONG
 
@@ -123,8 +124,12 @@ def attend_through_latents(
     k = torch.cat([prefix_k.expand(-1, G, -1, -1), k, latent_k], dim=2)
     v = torch.cat([prefix_v.expand(-1, G, -1, -1), v, latent_v], dim=2)
     bias = torch.cat([prefix.expand(-1, G, -1), near.expand(A, -1, -1), mass.reshape(A, G, m) + once], dim=2)
-    weights = (torch.matmul(q, k.transpose(2, 3)).to(dtype) + bias.unsqueeze(2)).softmax(3).to(v.dtype)
-    y = torch.matmul(dropout(weights, rate, rate > 0.0), v)
+    bias = bias.unsqueeze(2)
+    if takes_bias(q, v, bias):
+        y = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate, scale=1.0)
+    else:
+        weights = (torch.matmul(q, k.transpose(2, 3)).to(dtype) + bias).softmax(3).to(v.dtype)
+        y = torch.matmul(dropout(weights, rate, rate > 0.0), v)
     return from_windows(y, grid, rows, columns).reshape(B, h, grid[0] * grid[1], D)
 
 
