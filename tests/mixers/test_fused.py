@@ -56,7 +56,7 @@ def test_half_precision_loses_no_more_than_where_attention_follows_the_projectio
 
 
 @pytest.mark.parametrize(
-    "tokens, landmarks, half, cheaper",
+    "tokens, landmarks, small_are_slow, cheaper",
     [
         (197, 50, False, True),
         (197, 50, True, False),  # few tokens: products with the landmarks are most of the work
@@ -65,9 +65,9 @@ def test_half_precision_loses_no_more_than_where_attention_follows_the_projectio
         (4097, 150, False, False),  # many landmarks: 3 x 150 logits a token are more than its 192 channels
     ],
 )
-def test_which_way_takes_fewer_operations(tokens, landmarks, half, cheaper):
+def test_which_way_takes_less_time(tokens, landmarks, small_are_slow, cheaper):
     """3 heads of width 64, as in ViT-Ti."""
-    assert _fused.is_cheaper(tokens, landmarks, 3, 64, half) == cheaper
+    assert _fused.is_cheaper(tokens, landmarks, 3, 64, small_are_slow) == cheaper
 
 
 def test_a_long_sequence_drops_the_same_weights_again(monkeypatch):

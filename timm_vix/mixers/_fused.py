@@ -26,12 +26,14 @@ from torch.utils.checkpoint import checkpoint
 LONG = 2048
 
 
-def is_cheaper(num_tokens: int, num_landmarks: int, num_heads: int, head_dim: int, half_precision: bool) -> bool:
-    """Whether attention to or from landmarks takes less time if it is fused with the projections of the tokens."""
+def is_cheaper(num_tokens: int, num_landmarks: int, num_heads: int, head_dim: int, small_are_slow: bool) -> bool:
+    """Whether attention to or from landmarks takes less time if it is fused with the projections of the tokens.
+
+    ``small_are_slow``: in half precision matrix units do the large products with the tokens, and an operation of the
+    small products with the landmarks takes about 16 times as long as one of these.
+    """
     width = num_heads * num_landmarks
-    # In half precision matrix units do the large products with the tokens. An operation of the small products with the
-    # landmarks takes about 16 times as long as one of these.
-    of_landmarks = head_dim * (16 if half_precision else 1)
+    of_landmarks = head_dim * (16 if small_are_slow else 1)
     return width * (num_tokens + of_landmarks) < num_tokens * (num_heads * head_dim + num_landmarks)
 
 

@@ -34,7 +34,9 @@ class LandmarkSlot(AttentionSlot):
         """Whether attention of tokens x to landmarks can be fused with the projections of x, and takes less time so."""
         if not (self.bare and rope is None and self.core.can_fuse()):
             return False
-        cheaper = is_cheaper(x.shape[1], num_landmarks, self.num_heads, self.head_dim, is_half(x))
+        # the gradients are large products, too
+        small_are_slow = is_half(x) and not torch.is_grad_enabled()
+        cheaper = is_cheaper(x.shape[1], num_landmarks, self.num_heads, self.head_dim, small_are_slow)
         if torch.jit.is_scripting():
             return cheaper
         else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
