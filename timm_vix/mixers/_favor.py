@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ._attention import attention, takes_bias
 from ._masks import added_to_logits
-from ._precision import outside_autocast, takes_bias
+from ._precision import outside_autocast
 
 # Of an image's features or keys in a block: so few that N x m features never exist at once in a long sequence. Larger
 # blocks are hardly faster, smaller ones are slower.
@@ -38,11 +39,11 @@ def centres(
 
     ``key_bias`` (B, 1, 1, N): the log of the weight of each query in the mean, and of each key.
     """
-    weight = None if key_bias is None else key_bias.to(q.dtype)
+    weight = None if key_bias is None else added_to_logits(key_bias, q.dtype)
     # a query of zeros sees the mean; in half precision torch's own mean copies everything to float32
     zero = torch.zeros([q.shape[0], q.shape[1], 1, q.shape[3]], device=q.device, dtype=q.dtype)
-    c = F.scaled_dot_product_attention(zero, q, q, attn_mask=weight)
-    return c, F.scaled_dot_product_attention(c, k, k, attn_mask=weight)
+    c = attention(zero, q, q, weight)
+    return c, attention(c, k, k, weight)
 
 
 def dtype_of_products(values: torch.Tensor) -> torch.dtype:
@@ -76,8 +77,9 @@ def add_keys(
     phi = exponent.sub_(new_top).exp_()
     shrink = torch.exp(top - new_top)
     dtype = dtype_of_products(v)
-    added = torch.matmul(phi.to(dtype), v.to(dtype)).to(values.dtype)
-    return new_top, values * shrink + added, total * shrink + phi.sum(3, keepdim=True)
+    phi = phi.to(dtype)
+    added = torch.matmul(phi, v.to(dtype)).to(values.dtype)
+    return new_top, values * shrink + added, total * shrink + phi.sum(3, keepdim=True, dtype=total.dtype)
 
 
 def read_queries(q: torch.Tensor, features: torch.Tensor, bias: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

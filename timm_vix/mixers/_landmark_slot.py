@@ -9,9 +9,10 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
+from ._attention import in_whole_vectors, wants_whole_vectors
 from ._attention_slot import AttentionSlot, is_plain_linear
 from ._fused import fused_attend_from, fused_attend_to, is_cheaper
-from ._landmarks import LandmarkAttention, in_whole_vectors, wants_whole_vectors
+from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout
 from ._local import append_channels, locality_channels
 from ._masks import MaskedPooling, added_to_logits, tokens_read

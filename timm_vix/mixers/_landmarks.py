@@ -14,53 +14,14 @@ tokens and the cells of a coarser grid.
 from typing import Optional
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 from .._checks import InputError, check_integer
+from ._attention import attention
 from ._layout import Grid, TokenLayout, count_bias
 from ._masks import MaskedPooling, added_to_logits, landmark_bias, pool_by, tokens_read
 from ._mechanism import AttentionMechanism, AttentionShape
-from ._precision import is_half
 from ._windows import landmarks_and_windows, masked_biases, window_biases
-
-
-def wants_whole_vectors(x: torch.Tensor) -> bool:
-    """Whether softmax of few logits of x is faster over a multiple of 32: on a CPU in half precision.
-
-    So many numbers fill a vector, and the rest of a row is slow: 50 logits take up to twice as long as 64.
-    """
-    return x.device.type == "cpu" and is_half(x)
-
-
-def in_whole_vectors(
-    k: torch.Tensor, v: torch.Tensor, bias: Optional[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values and bias with masked keys up to a multiple of 32."""
-    missing = -k.shape[2] % 32
-    bias = torch.zeros([1, 1, 1, k.shape[2]], device=k.device, dtype=k.dtype) if bias is None else bias
-    bias = F.pad(bias, (0, missing), value=-float("inf"))
-    return F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), bias
-
-
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Optional[torch.Tensor] = None, dropout: float = 0.0
-) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v for few queries or few keys.
-
-    Fused kernels want values as wide as the keys. What ``scaled_dot_product_attention`` falls back to checks each row
-    for being fully masked, which is a tenth of LeViT's time. On a CPU the gradient of the fused kernel in half
-    precision takes twice as long as that of the products.
-    """
-    half_on_cpu = wants_whole_vectors(q)
-    if q.shape[3] == v.shape[3] and not (half_on_cpu and torch.is_grad_enabled()):
-        if half_on_cpu and k.shape[2] < q.shape[2]:
-            k, v, bias = in_whole_vectors(k, v, bias)
-        return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    logits = torch.matmul(q, k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[3] ** -0.5
-    weights = torch.softmax(logits if bias is None else logits + bias, dim=3).to(v.dtype)
-    return torch.matmul(nn.functional.dropout(weights, dropout, dropout > 0.0), v)
 
 
 class LandmarkAttention(AttentionMechanism):

@@ -10,17 +10,6 @@ def is_half(x: torch.Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
-def takes_bias(q: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> bool:
-    """Whether ``scaled_dot_product_attention`` is fused for these queries, values and bias of the logits.
-
-    The kernels want values as wide as the queries, and give no gradient of a bias. A bias in float32 beside queries of
-    half precision, whose logits are in float32 anyway, is taken on CPUs alone.
-    """
-    if torch.is_grad_enabled() or q.shape[3] != v.shape[3]:
-        return False
-    return q.device.type == "cpu" or q.dtype == bias.dtype
-
-
 def outside_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast; not for TorchScript, which knows autocast for constant devices only."""
     # the meta device has no autocast to switch off; asking torch which has one would break a compiled graph
