@@ -44,6 +44,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer, memory": cost.layer_memory,
     "ViT-Ti, inference": lambda: cost.model_speed("tiny", "infer"),
     "ViT-Ti, training": lambda: cost.model_speed("tiny", "train"),
+    "ViT-Ti, inference, another processor": lambda: cost.model_speed("tiny", "infer", amx=True),
     "ViT-Ti, bfloat16": cost.half_precision,
     "ViT-Ti, memory": lambda: cost.model_memory("tiny"),
     "ViT-S, inference": lambda: cost.model_speed("small", "infer"),

@@ -106,14 +106,14 @@ def pays_in_a_model(mixer: str) -> str:
     )
 
 
-def models(size: str, batch_size: str = "1", dtype: str = "float32") -> dict[Key, Row]:
-    """Rows of cost_cpu.csv beside a ViT of that size; in bfloat16 those of processors with instructions for it."""
+def models(size: str, batch_size: str = "1", dtype: str = "float32", amx: bool = False) -> dict[Key, Row]:
+    """Rows of cost_cpu.csv beside a ViT of that size, of processors with or without matrix instructions (AMX)."""
     return {
         Key(row["model"], row["attention"] == "fused", int(row["img_size"]), row["mode"]): row
         for row in read("cost_cpu.csv")
         if (row["dtype"], row["batch_size"]) == (dtype, batch_size) and row["baseline"] == f"vit_{size}_patch16_224"
         if row["compile"] == "off"
-        if dtype == "float32" or "bf16" in row["device_name"]
+        if ("amx_bf16" in row["device_name"]) == amx
     }
 
 
@@ -125,9 +125,9 @@ def sizes(cells: dict[Key, Row]) -> list[int]:
     return sorted({key.img_size for key in cells})
 
 
-def model_speed(size: str, mode: str) -> str:
+def model_speed(size: str, mode: str, amx: bool = False) -> str:
     """Speed of whole models beside softmax through SDPA over the image size, and softmax's own milliseconds."""
-    cells = {key: row for key, row in models(size).items() if key.mode == mode and is_timed(row)}
+    cells = {key: row for key, row in models(size, amx=amx).items() if key.mode == mode and is_timed(row)}
     body = []
     for name, fused in dict.fromkeys(key[:2] for key in cells):
         found = [cells.get(Key(name, fused, pixels, mode)) for pixels in sizes(cells)]
@@ -140,7 +140,7 @@ def model_speed(size: str, mode: str) -> str:
 
 def half_precision() -> str:
     """Speed of ViT-Ti in bfloat16 beside softmax in bfloat16, and from how many tokens it is above 1."""
-    cells = {key: row for key, row in models("tiny", dtype="bfloat16").items() if key.fused and is_timed(row)}
+    cells = {key: row for key, row in models("tiny", dtype="bfloat16", amx=True).items() if key.fused and is_timed(row)}
     places = sorted({(key.mode, key.img_size) for key in cells})
     body = []
     for name in dict.fromkeys(key.model for key in cells):

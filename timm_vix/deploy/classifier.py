@@ -20,7 +20,7 @@ from ..data.folders import label_names
 from ..data.images import as_shown
 from ..mixers._mechanism import AttentionMechanism
 from ..models.checkpoints import hosts_of
-from ..train.settings import check_weights
+from ..train.settings import check_weights, weights_of_file
 from ..train.teacher import check_classes
 
 PLACES = "hf-hub:USER/NAME, a folder with config.json and model.safetensors, or a model of timm with weights"
@@ -68,7 +68,7 @@ def load_trained(model: str, weights: Optional[str] = None, delta: Optional[str]
     # a conversion has the weights of its source
     address = address_of(model, trained=not weights and "source" not in keywords)
     if weights:
-        keywords["pretrained_cfg_overlay"] = dict(file=weights, source=None, custom_load=False)
+        keywords["pretrained_cfg_overlay"] = weights_of_file(weights)
     try:
         net = timm.create_model(address, pretrained=True, **keywords).eval()
     except Exception as error:  # timm, torch, safetensors and the Hub's client raise by kind of damage

@@ -35,6 +35,7 @@ from ..benchmark.cost import positive
 from ..conversion.delta import load_delta
 from ..conversion.slots import mixer_name
 from ..data.folders import labelled_folder, spread
+from ..mixers import MIXERS
 from ..models.checkpoints import hosts_of
 from ..train.settings import check_weights
 from ..train.teacher import build_teacher
@@ -58,10 +59,6 @@ from .formats import (
 
 # from so many calibration images on, one of so many is held out
 FEW = 10
-
-
-# mechanisms whose landmarks, rows or groups are counted when a file is written
-ONE_GRID = ("nystrom", "linformer", "axial", "latent")
 
 
 class WithFloat32(nn.Module):
@@ -243,8 +240,8 @@ def export_model(
 def check_dynamic(model: nn.Module, to: str) -> None:
     """Raise ValueError for a model that no file holds for images of any size, before minutes of export."""
     for path, host in hosts_of(model).items():
-        if (mixer := mixer_name(host)) in ONE_GRID:
-            raise fixed_size(f"mixer={mixer!r}", f"{path} counts the patches of one grid")
+        if getattr(host.core, "exports_one_grid", False):  # softmax may be torch's own core
+            raise fixed_size(f"mixer={mixer_name(host)!r}", f"{path} counts the patches of one grid")
     if to == "openvino" and getattr(model, "pos_embed", None) is not None:
         raise fixed_size("to=openvino", "OpenVINO resamples learned positions otherwise than torch")
 
@@ -322,6 +319,7 @@ def describe_latency(row: dict[str, Any], batch: int, threads: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    fixed = ", ".join(name for name, mixer in MIXERS.items() if mixer.exports_one_grid)
     add("model", metavar="MODEL", help="a name, a folder or hf-hub:USER/NAME; or 'NAME key=value ...'")
     add("--to", required=True, choices=tuple(SUFFIXES), help="the format")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and matrix products: float32")
@@ -333,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dynamic-size",
         action="store_true",
-        help=f"any size in whole patches; not with {', '.join(ONE_GRID)}, and no learned positions in openvino",
+        help=f"any size in whole patches; not with {fixed}, and no learned positions in openvino",
     )
     add(
         "--calibrate",

@@ -16,6 +16,7 @@ from ..conversion.delta import load_delta, save_delta
 from ..conversion.keywords import ADDING_NOTHING
 from ..conversion.record import NAME, record_resolved_arguments
 from ..models.checkpoints import hosts_of
+from ..train.settings import weights_of_file
 from .check import known_images, one_by_one
 from .classifier import load_trained
 
@@ -48,7 +49,7 @@ def save_transferred(
     record_resolved_arguments(student)
     keywords = in_short(get_model_args(student))
     # the file's own number of classes, or timm leaves its classifier out
-    overlay = dict(file=weights, source=None, custom_load=False, num_classes=student.num_classes) if weights else {}
+    overlay = weights_of_file(weights, num_classes=student.num_classes) if weights else {}
     try:
         original = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **keywords).eval()
     except Exception as error:  # timm, torch and safetensors raise by kind of damage

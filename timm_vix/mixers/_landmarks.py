@@ -34,6 +34,7 @@ class LandmarkAttention(AttentionMechanism):
     one_grid_keywords = ("window_size", "conv_residual")
     supports_key_mask = True
     takes_sequences = True
+    exports_one_grid = True
     # whether landmarks have queries, whose exact attention decides their values
     needs_queries: torch.jit.Final[bool] = False
 

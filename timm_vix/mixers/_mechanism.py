@@ -80,6 +80,8 @@ class Mixer(nn.Module):
     # the defaults of the keywords that all mixers share
     conv_residual = False
     locality = 0.0
+    # whether landmarks, rows or groups of the patch grid are counted once and for all when a model is exported
+    exports_one_grid = False
     # keywords that count tokens: a host with several grids takes at most as many as each has
     token_counts: tuple[str, ...] = ()
     # keywords that need queries on the grid of the keys: a host with other queries leaves them out

@@ -182,6 +182,7 @@ class AxialAttention(AttentionMechanism):
     needs_self_attention = True
     takes_wide_values = True
     supports_key_mask = True
+    exports_one_grid = True
     candidates = ({}, {"strip_width": 4})
 
     def __init__(self, shape: AttentionShape, strip_width: int = 2, first: str = "rows") -> None:

@@ -149,6 +149,7 @@ class LatentAttention(AttentionMechanism):
     source = "after Chen & Li 2023, arXiv 2305.12689"
     needs_self_attention = True
     supports_key_mask = True
+    exports_one_grid = True
     candidates = ({}, {"group_size": 4})
 
     def __init__(self, shape: AttentionShape, group_size: int = 8, latents_per_group: int = 4) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from .._checks import InputError
 from .._device import autocast
 from .._files import one_line
+from .settings import weights_of_file
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     """
     extra: dict[str, Any] = dict(run.model_kwargs or {})
     if run.checkpoint:
-        extra["pretrained_cfg_overlay"] = dict(file=run.checkpoint, source=None, custom_load=False)
+        extra["pretrained_cfg_overlay"] = weights_of_file(run.checkpoint)
     if run.drop_path:
         extra["drop_path_rate"] = run.drop_path
     weighted = bool(run.pretrained or run.checkpoint)

@@ -186,6 +186,11 @@ def check_ranges(run: Any, ranges: Ranges) -> None:
                 raise InputError(f"{name}={value}: allowed is {allowed}")
 
 
+def weights_of_file(path: Any, **config: Any) -> dict[str, Any]:
+    """timm's ``pretrained_cfg_overlay`` for a file of weights in place of the Hub's, with further entries."""
+    return dict(file=path, source=None, custom_load=False, **config)
+
+
 def check_weights(name: str, path: Optional[str]) -> None:
     """Raise ValueError if a file of weights is named and not there."""
     if path and not Path(path).is_file():

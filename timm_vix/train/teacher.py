@@ -13,7 +13,7 @@ from .._files import one_line
 from .._names import check_model
 from ..mixers._attention_slot import AttentionSlot
 from ..mixers._slot import MixerSlot
-from .settings import check_weights
+from .settings import check_weights, weights_of_file
 
 
 def check_teacher(run: Any) -> None:
@@ -49,7 +49,7 @@ def build_teacher(
     if weights:
         # the file's own number of classes, or timm leaves its classifier out
         classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
-        arguments["pretrained_cfg_overlay"] = dict(file=weights, source=None, custom_load=False, **classes)
+        arguments["pretrained_cfg_overlay"] = weights_of_file(weights, **classes)
     try:
         teacher = timm.create_model(source, pretrained=True, **arguments)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
