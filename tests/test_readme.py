@@ -95,7 +95,8 @@ def test_cells_are_the_rows_of_the_file(tables):
     """The README's table of costs, against the file read here."""
     with open(RESULTS / "cost_cpu.csv", encoding="utf-8") as file:
         ours = [r for r in csv.DictReader(file) if r["model"] == "vix_performer_tiny" and r["batch_size"] == "1"]
-    speeds = {(r["img_size"], r["mode"], r["dtype"]): r for r in ours}
+    # RESULTS.md has the rows of the other processor
+    speeds = {(r["img_size"], r["mode"], r["dtype"]): r for r in ours if "amx_bf16" not in r["device_name"]}
     lines = README.read_text(encoding="utf-8").splitlines()
     cells = next(line for line in lines if line.startswith("| `vix_performer_tiny` |")).split(" | ")
     for cell, size in zip(cells[1:5], ("224", "384", "512", "1024")):
