@@ -199,10 +199,10 @@ def test_weights_that_are_no_plain_tensors_are_not_fused(mixer):
     counts = {"nystrom": "num_landmarks", "linformer": "num_proj_tokens"}
     model = small(mixer, depth=1, **{counts[mixer]: 4})
     x = torch.randn(2, 3, 14, 10)
-    assert model.blocks[0].attn.can_fuse_projections(torch.zeros(1, 36, 32), 5, None)
+    assert model.blocks[0].attn.can_fuse_projections(36, torch.zeros(1, 2, 5, 16), None)
     expected = model(x)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    assert not model.blocks[0].attn.can_fuse_projections(torch.zeros(1, 36, 32), 5, None)
+    assert not model.blocks[0].attn.can_fuse_projections(36, torch.zeros(1, 2, 5, 16), None)
     with torch.no_grad():
         assert distance(model(x), expected) < 0.05
 
@@ -219,11 +219,11 @@ def test_only_plain_floating_point_weights_are_fused(mixer):
     expected, attn = model(x), model.blocks[0].attn
     weight = attn.qkv.weight
     attn.qkv.weight = torch.nn.Parameter(weight.detach().as_subclass(OwnTensor))
-    assert not attn.can_fuse_projections(torch.zeros(1, 36, 32), 5, None)
+    assert not attn.can_fuse_projections(36, torch.zeros(1, 2, 5, 16), None)
     assert distance(model(x), expected) < 1e-5
     attn.qkv.weight = weight
     attn.qkv = torch.nn.utils.parametrizations.weight_norm(attn.qkv)
-    assert not attn.can_fuse_projections(torch.zeros(1, 36, 32), 5, None)
+    assert not attn.can_fuse_projections(36, torch.zeros(1, 2, 5, 16), None)
     assert distance(model(x), expected) < 1e-5
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import LAYOUTS, distance, gradients, image, small
 
+from timm_vix.mixers._layout import TokenLayout
+
 
 def head_by_loop(q, k, v, P, grid, w):
     """One head by the formula: q, k, v (N, D) -> (N, D), with strips of w columns."""
@@ -87,3 +89,12 @@ def test_wrong_keywords_are_named(wrong):
     (name, value), allowed = *wrong.items(), {"strip_width": "at least 1", "first": "columns"}
     with pytest.raises(ValueError, match=f"{name}={value!r}.*{allowed[name]}"):
         small("axial", **wrong)
+
+
+def test_large_values_in_float16():
+    """Weights are divided by their sum after the product with the values, which float16 couldn't hold."""
+    module = small("axial", depth=1, img_size=(64, 64)).blocks[0].attn
+    layout = TokenLayout(module.num_prefix_tokens, module.grid)
+    q = torch.zeros(1, 2, module.num_tokens, 16, dtype=torch.float16)
+    y = module.core(q, q, torch.full_like(q, 1000), layout, layout)
+    assert distance(y, torch.full_like(y, 1000)) < 1e-3

@@ -115,7 +115,7 @@ def test_projections_with_hooks_are_called(attach, mixer):
     few = {"linformer": "num_proj_tokens", "nystrom": "num_landmarks"}[mixer]
     model = small(mixer, depth=1, **{few: 4})
     attn, calls, x = model.blocks[0].attn, [], image(model)
-    assert attn.can_fuse_projections(torch.zeros(1, 36, 32), 5, None)
+    assert attn.can_fuse_projections(36, torch.zeros(1, 2, 5, 16), None)
     expected = model(x)
     for linear in (attn.qkv, attn.proj):
         CALLS[attach](linear, calls)

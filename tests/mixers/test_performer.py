@@ -241,3 +241,28 @@ def test_redraw_leaves_the_backward_pass_alone():
     expected = torch.autograd.grad(y.sum(), model.head.weight, retain_graph=True)[0]
     model(x)
     assert torch.equal(torch.autograd.grad(y.sum(), model.head.weight)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_all_queries_share_costs_no_accuracy_in_half_precision(dtype, inference):
+    q, k, v = torch.randn(3, 2, 3, 63, 16)
+    q = q + 10 * torch.randn(1, 3, 1, 16)
+    inputs = [t.to(dtype) for t in (q, k, v)]
+    features = orthogonal_features(40, 16, seed=0)
+    doubles = [t.double() for t in inputs]
+    scaled = (features * 16**-0.25).to(dtype).double() * 16**0.25  # inference rounds the features
+    with torch.set_grad_enabled(not inference):
+        y = favor_attention(*inputs, features)
+    assert y.dtype == dtype
+    assert distance(y, naive(*doubles, scaled if inference else features)) < 12 * torch.finfo(dtype).eps
+
+
+def test_a_key_of_zeros_has_second_derivatives():
+    q, k, v = torch.randn(3, 1, 1, 6, 8, dtype=torch.float64)
+    k[:, :, 2] = 0
+    features = orthogonal_features(8, 8, seed=0).double()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(
+            lambda k: favor_attention(q, k, v, features), k.requires_grad_(), atol=1e-6, rtol=1e-4
+        )

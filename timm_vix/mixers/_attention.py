@@ -15,11 +15,17 @@ def takes_bias(q: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> bool:
     """Whether ``scaled_dot_product_attention`` is fused for these queries, values and bias of the logits.
 
     The kernels want values as wide as the queries, and give no gradient of a bias. A bias in float32 beside queries of
-    half precision, whose logits are in float32 anyway, is taken on CPUs alone.
+    half precision, whose logits are in float32 anyway, is taken by the kernel of a CPU alone: exported models may run
+    elsewhere, and autocast would round the bias.
     """
     if torch.is_grad_enabled() or q.shape[3] != v.shape[3]:
         return False
-    return q.device.type == "cpu" or q.dtype == bias.dtype
+    if torch.jit.is_scripting():
+        return q.device.type == "cpu" or q.dtype == bias.dtype
+    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or q.device.type == "meta":
+            return q.dtype == bias.dtype
+        return not torch.is_autocast_enabled(q.device.type) and (q.device.type == "cpu" or q.dtype == bias.dtype)
 
 
 def wants_whole_vectors(x: torch.Tensor) -> bool:
@@ -54,6 +60,6 @@ def attention(
         if half_on_cpu and k.shape[2] < q.shape[2]:
             k, v, bias = in_whole_vectors(k, v, bias)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    logits = torch.matmul(q, k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[3] ** -0.5
+    logits = torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32))
     weights = torch.softmax(logits if bias is None else logits + bias, dim=3).to(v.dtype)
     return torch.matmul(F.dropout(weights, dropout, dropout > 0.0), v)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._attention import attention, takes_bias
 from ._masks import added_to_logits
-from ._precision import outside_autocast
+from ._precision import dtype_of_products, outside_autocast
 
 # Of an image's features or keys in a block: so few that N x m features never exist at once in a long sequence. Larger
 # blocks are hardly faster, smaller ones are slower.
@@ -46,11 +46,6 @@ def centres(
     return c, attention(c, k, k, weight)
 
 
-def dtype_of_products(values: torch.Tensor) -> torch.dtype:
-    """The dtype of products with values: theirs, but float32 for float16, whose largest number a sum may exceed."""
-    return torch.float32 if values.dtype == torch.float16 else values.dtype
-
-
 def add_keys(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -68,7 +63,9 @@ def add_keys(
     """
     k = k.to(features.dtype)
     # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
-    known = -0.5 * k.shape[3] ** -0.5 * torch.linalg.vector_norm(k, dim=3).square().unsqueeze(2)
+    # the norm is faster, and has no second derivative at zero
+    squares = k.square().sum(3) if torch.is_grad_enabled() else torch.linalg.vector_norm(k, dim=3).square()
+    known = -0.5 * k.shape[3] ** -0.5 * squares.unsqueeze(2)
     if key_bias is not None:
         known = known + key_bias
     # added, since the gradient of what is subtracted would be negated at full size
@@ -113,6 +110,9 @@ def sum_in_blocks(
     B, h, N, D = q.shape
     m = features.shape[-2]
     features = features.to(dtype) * D**-0.25
+    fused = takes_bias(q, v, features)
+    if fused:  # the same features for queries and keys, or what is common to all logits wouldn't cancel
+        features = features.to(q.dtype).to(dtype)
     again = False
     if not torch.jit.is_scripting():
         again = LONG <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -143,9 +143,9 @@ def sum_in_blocks(
     bias = (top + total.log()).transpose(2, 3) - torch.matmul(centre, features.transpose(-2, -1))
     if feature_bias is not None:
         bias = bias + feature_bias.to(dtype)
-    if takes_bias(q, v, bias):
+    if fused:
         keys = features.to(q.dtype).expand(B, h, m, D)
-        return F.scaled_dot_product_attention(q, keys, values.to(q.dtype), attn_mask=bias, scale=1.0)
+        return F.scaled_dot_product_attention(q, keys, values.to(q.dtype), attn_mask=bias, scale=1.0).to(v.dtype)
     out: list[torch.Tensor] = []
     for q_block in q.split(block_sizes(q.shape[2], block), 2):
         if not torch.jit.is_scripting() and again:
@@ -164,9 +164,10 @@ def favor_attention(
     feature_bias: Optional[torch.Tensor] = None,
     key_bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """FAVOR+ attention: q, k, v (B, h, N, D) -> (B, h, N, D).
+    """FAVOR+ attention: q, k (B, h, N, D), v (B, h, N, E) -> (B, h, N, E).
 
-    Exponents and sums are computed in float32 at least, products with values in their own dtype.
+    Exponents and sums are computed in float32 at least, products with values in their own dtype, or in float32 for
+    float16.
 
     ``features``: (m, D), or (h, m, D) for each head its own; ``feature_bias`` (h, 1, m): the log of their weights;
     ``key_bias`` (B, 1, 1, N): the log of how many tokens each one stands for, or a mask.

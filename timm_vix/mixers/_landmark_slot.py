@@ -31,13 +31,13 @@ class LandmarkSlot(AttentionSlot):
         bare = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         self.bare = bare and isinstance(self.norm, nn.Identity) and self.gate is None and rope is None
 
-    def can_fuse_projections(self, x: torch.Tensor, num_landmarks: int, rope: Optional[torch.Tensor]) -> bool:
-        """Whether attention of tokens x to landmarks can be fused with the projections of x, and takes less time so."""
+    def can_fuse_projections(self, num_tokens: int, k_m: torch.Tensor, rope: Optional[torch.Tensor]) -> bool:
+        """Whether attention to landmarks (B, h, m, D) can be fused with the projections, and takes less time so."""
         if not (self.bare and rope is None and self.core.can_fuse()):
             return False
         # the gradients are large products, too
-        small_are_slow = is_half(x) and not torch.is_grad_enabled()
-        cheaper = is_cheaper(x.shape[1], num_landmarks, self.num_heads, self.head_dim, small_are_slow)
+        small_are_slow = is_half(k_m) and not torch.is_grad_enabled()
+        cheaper = is_cheaper(num_tokens, k_m.shape[2], self.num_heads, self.head_dim, small_are_slow)
         if torch.jit.is_scripting():
             return cheaper
         else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
@@ -80,14 +80,13 @@ class LandmarkSlot(AttentionSlot):
     ) -> torch.Tensor:
         core = self.core
         cells = core.cells(layout.grid)
-        num_landmarks = layout.num_prefix_tokens + cells[0] * cells[1]
         if core.is_exact(layout):
             return self.attend_tokens(x, layout, attn_mask, is_causal, rope)
         masked: Optional[MaskedPooling] = None
         if attn_mask is not None:
             masked = core.pool_masked(tokens_read(attn_mask, x.shape[0]), layout, cells, x)
         q_m, k_m, v_m = self.landmarks(x, layout, cells, rope, masked)
-        if self.can_fuse_projections(x, num_landmarks, rope):
+        if self.can_fuse_projections(x.shape[1], k_m, rope):
             return self.attend_fused(x, layout, q_m, k_m, v_m, core.bias(k_m, layout, cells, masked), masked)
         if core.needs_queries or not core.can_fuse():
             q, k, v = self.project(x, 0, 3)
@@ -125,7 +124,7 @@ class LandmarkSlot(AttentionSlot):
             token_bias = None if masked is None else added_to_logits(masked.read.unsqueeze(1), x.dtype)
             exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v, token_bias)
             v_m = self.core.fit(q_m, k_m, v_m, exact, bias, masked is not None)
-        if wants_whole_vectors(x):
+        if wants_whole_vectors(k_m):
             k_m, v_m, bias = in_whole_vectors(k_m, v_m, bias)
         dropout = self.core.dropout if self.training else 0.0
         k_m = self.scale(k_m, layout)  # in the place of the queries, which aren't computed

@@ -10,6 +10,11 @@ def is_half(x: torch.Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
+def dtype_of_products(values: torch.Tensor) -> torch.dtype:
+    """The dtype of products with values: theirs, but float32 for float16, whose largest number a sum may exceed."""
+    return torch.float32 if values.dtype == torch.float16 else values.dtype
+
+
 def outside_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast; not for TorchScript, which knows autocast for constant devices only."""
     # the meta device has no autocast to switch off; asking torch which has one would break a compiled graph

@@ -53,6 +53,7 @@ from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout
 from ._masks import added_in_both_dtypes, is_read, mean_of_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
+from ._precision import dtype_of_products
 
 # As in ``_windows.py``: copies of queries, keys and values by rows and by columns would be kept besides the weights.
 LONG = 512
@@ -119,8 +120,9 @@ def attend_down_strips(
     near = near.sub_(top.reshape(A, n, c * H, 1)).exp_()
     far = far.sub_(top).exp_()
     total = near.sum(3).reshape(A, W, H).add_(far.sum(3)).unsqueeze(3)
-    near, far = (dropout(weights.to(v.dtype), rate, rate > 0.0) for weights in (near, far))
-    y = torch.matmul(near, v).reshape(row_v.shape) + torch.matmul(far, row_v)
+    dtype = dtype_of_products(v)
+    near, far = (dropout(weights.to(dtype), rate, rate > 0.0) for weights in (near, far))
+    y = torch.matmul(near, v.to(dtype)).reshape(row_v.shape) + torch.matmul(far, row_v.to(dtype))
     return (y / total).to(v.dtype)
 
 

@@ -82,9 +82,9 @@ class NystromAttention(LandmarkAttention):
     Args:
         num_landmarks: cells over which landmarks are pooled; the largest number, at most this and the number of
             patches, that lies evenly over the patch grid is taken (``cell_grid``). None: 49.
-        pinv_iterations: Newton steps, on accelerators and in compiled or exported models. Each lifts the weakest
-            direction fourfold at first and squares the error in the end: 8 do for the default landmarks, a few hundred
-            want 10 to 12, fewer than 8 are for inference alone.
+        pinv_iterations: Newton steps, on accelerators and in compiled or exported models; a CPU solves the system. Each
+            lifts the weakest direction fourfold at first and squares the error in the end: 8 do for the default
+            landmarks, a few hundred want 10 to 12. With fewer, an exported model differs from the one on a CPU.
         ridge: r.
         window_size: side of the windows of the patch grid within which attention is exact; 0: none.
 
