@@ -66,10 +66,10 @@ def test_dropout_acts_in_both_ways():
 
 
 def test_which_bias_a_fused_kernel_takes():
-    q, v, bias = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 1, 2)
-    assert not takes_bias(q, v, bias)  # it has no gradient there
+    q, v, dtype = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), torch.float32
+    assert not takes_bias(q, v, dtype)  # it has no gradient there
     with torch.no_grad():
-        assert takes_bias(q, v, bias) and takes_bias(q.bfloat16(), v.bfloat16(), bias)
-        assert not takes_bias(q, v[..., :3], bias)
-        assert not takes_bias(q.bfloat16().to("meta"), v.bfloat16().to("meta"), bias.to("meta"))
-        assert takes_bias(q.to("meta"), v.to("meta"), bias.to("meta"))
+        assert takes_bias(q, v, dtype) and takes_bias(q.bfloat16(), v.bfloat16(), dtype)
+        assert not takes_bias(q, v[..., :3], dtype)
+        assert not takes_bias(q.bfloat16().to("meta"), v.bfloat16().to("meta"), dtype)
+        assert takes_bias(q.to("meta"), v.to("meta"), dtype)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from ._precision import is_half
 
 
-def takes_bias(q: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> bool:
-    """Whether ``scaled_dot_product_attention`` is fused for these queries, values and bias of the logits.
+def takes_bias(q: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``scaled_dot_product_attention`` is fused for these queries and values and a bias of ``dtype``.
 
     The kernels want values as wide as the queries, and give no gradient of a bias. A bias in float32 beside queries of
     half precision, whose logits are in float32 anyway, is taken by the kernel of a CPU alone: exported models may run
@@ -20,26 +20,29 @@ def takes_bias(q: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> bool:
     """
     if torch.is_grad_enabled() or q.shape[3] != v.shape[3]:
         return False
+    same = q.dtype == dtype
+    here = same or q.device.type == "cpu"
     if torch.jit.is_scripting():
-        return q.device.type == "cpu" or q.dtype == bias.dtype
+        return here
     else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or q.device.type == "meta":
-            return q.dtype == bias.dtype
-        return not torch.is_autocast_enabled(q.device.type) and (q.device.type == "cpu" or q.dtype == bias.dtype)
+            return same
+        return here and not torch.is_autocast_enabled(q.device.type)
 
 
-def wants_whole_vectors(x: torch.Tensor) -> bool:
-    """Whether softmax of few logits of x is faster over a multiple of 32: on a CPU in half precision.
-
-    So many numbers fill a vector, and the rest of a row is slow: 50 logits take up to twice as long as 64.
-    """
+def is_half_on_cpu(x: torch.Tensor) -> bool:
+    """Whether a tensor is of half precision and on a CPU, whose kernels have ways of their own for it."""
     return x.device.type == "cpu" and is_half(x)
 
 
 def in_whole_vectors(
     k: torch.Tensor, v: torch.Tensor, bias: Optional[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values and bias with masked keys up to a multiple of 32."""
+    """Keys, values and bias with masked keys up to a multiple of 32.
+
+    So many numbers of half precision fill a vector of a CPU, and the rest of a row is slow: softmax over 50 keys takes
+    up to twice as long as over 64.
+    """
     missing = -k.shape[2] % 32
     bias = torch.zeros([1, 1, 1, k.shape[2]], device=k.device, dtype=k.dtype) if bias is None else bias
     bias = F.pad(bias, (0, missing), value=-float("inf"))
@@ -55,7 +58,7 @@ def attention(
     for being fully masked, which is a tenth of LeViT's time. On a CPU the gradient of the fused kernel in half
     precision takes twice as long as that of the products.
     """
-    half_on_cpu = wants_whole_vectors(q)
+    half_on_cpu = is_half_on_cpu(q)
     if q.shape[3] == v.shape[3] and not (half_on_cpu and torch.is_grad_enabled()):
         if half_on_cpu and k.shape[2] < q.shape[2]:
             k, v, bias = in_whole_vectors(k, v, bias)

@@ -62,9 +62,9 @@ def add_keys(
     each key, which counts for the maximum too. Exponents are computed in the dtype of the features.
     """
     k = k.to(features.dtype)
-    # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
     # the norm is faster, and has no second derivative at zero
     squares = k.square().sum(3) if torch.is_grad_enabled() else torch.linalg.vector_norm(k, dim=3).square()
+    # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
     known = -0.5 * k.shape[3] ** -0.5 * squares.unsqueeze(2)
     if key_bias is not None:
         known = known + key_bias
@@ -110,7 +110,7 @@ def sum_in_blocks(
     B, h, N, D = q.shape
     m = features.shape[-2]
     features = features.to(dtype) * D**-0.25
-    fused = takes_bias(q, v, features)
+    fused = takes_bias(q, v, dtype)
     if fused:  # the same features for queries and keys, or what is common to all logits wouldn't cancel
         features = features.to(q.dtype).to(dtype)
     again = False
@@ -125,9 +125,10 @@ def sum_in_blocks(
     total = torch.zeros([B, h, m, 1], device=q.device, dtype=dtype)
     values = torch.zeros([B, h, m, v.shape[3]], device=q.device, dtype=dtype)
     block = tokens_of_block(h * max(m, D)) if block is None else block
+    sizes = block_sizes(k.shape[2], block)
     first = 0
     # split, since the gradient of a slice is as large as the whole
-    for k_block, v_block in zip(k.split(block_sizes(k.shape[2], block), 2), v.split(block_sizes(k.shape[2], block), 2)):
+    for k_block, v_block in zip(k.split(sizes, 2), v.split(sizes, 2)):
         bias_block: Optional[torch.Tensor] = None
         if key_bias is not None:
             bias_block = key_bias[..., first : first + k_block.shape[2]]

@@ -9,7 +9,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
-from ._attention import in_whole_vectors, wants_whole_vectors
+from ._attention import in_whole_vectors, is_half_on_cpu
 from ._attention_slot import AttentionSlot, is_plain_linear
 from ._fused import fused_attend_from, fused_attend_to, is_cheaper
 from ._landmarks import LandmarkAttention
@@ -124,7 +124,7 @@ class LandmarkSlot(AttentionSlot):
             token_bias = None if masked is None else added_to_logits(masked.read.unsqueeze(1), x.dtype)
             exact = fused_attend_from(x, q_m, weight[A : 2 * A], weight[2 * A :], bias_v, token_bias)
             v_m = self.core.fit(q_m, k_m, v_m, exact, bias, masked is not None)
-        if wants_whole_vectors(k_m):
+        if is_half_on_cpu(k_m):
             k_m, v_m, bias = in_whole_vectors(k_m, v_m, bias)
         dropout = self.core.dropout if self.training else 0.0
         k_m = self.scale(k_m, layout)  # in the place of the queries, which aren't computed

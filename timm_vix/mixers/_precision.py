@@ -23,6 +23,6 @@ def outside_autocast(device: torch.device) -> AbstractContextManager:
 
 def logits_of_one_key(queries: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The logits of one key (.., 1, D), scaled, in float32 at least: (.., L, 1). Weights of branches depend on them."""
-    if queries.dtype in (torch.float32, torch.float64):
-        return torch.matmul(queries, key.transpose(2, 3))
-    return (queries.float() * key.float()).sum(3, keepdim=True)
+    if is_half(queries):
+        return (queries.float() * key.float()).sum(3, keepdim=True)
+    return torch.matmul(queries, key.transpose(2, 3))

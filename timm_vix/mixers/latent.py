@@ -125,7 +125,7 @@ def attend_through_latents(
     v = torch.cat([prefix_v.expand(-1, G, -1, -1), v, latent_v], dim=2)
     bias = torch.cat([prefix.expand(-1, G, -1), near.expand(A, -1, -1), mass.reshape(A, G, m) + once], dim=2)
     bias = bias.unsqueeze(2)
-    if takes_bias(q, v, bias):
+    if takes_bias(q, v, dtype):
         y = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate, scale=1.0)
     else:
         weights = (torch.matmul(q, k.transpose(2, 3)).to(dtype) + bias).softmax(3).to(v.dtype)
