@@ -3,6 +3,7 @@
 python examples/classify.py --list                                      # the shipped models
 python examples/classify.py photo.jpg --model hybrid_pin_cifar          # one of them, by name
 python examples/classify.py photo.jpg --model runs/photos/hub           # the model of a run
+python examples/classify.py photo.jpg --model photos.onnx               # a file of timm-vix export, .onnx or .xml
 python examples/classify.py photo.jpg --delta examples/deltas/axial/delta.safetensors
     --model "vix_from_timm source=deit_tiny_patch16_224 mixer=axial"    # a shipped delta, on weights of timm
 """
@@ -59,7 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="*", type=Path)
     parser.add_argument(
-        "--model", default="hybrid_pin_cifar", help=f"{', '.join(SHIPPED)}; a folder, hf-hub:USER/NAME or timm's name"
+        "--model",
+        default="hybrid_pin_cifar",
+        help=f"{', '.join(SHIPPED)}; a folder, an exported file, hf-hub:USER/NAME or timm's name",
     )
     parser.add_argument("--weights", help="file with the weights of timm's name, .safetensors or .pth")
     parser.add_argument("--delta", metavar="FILE", help="a file of timm_vix.save_delta, put onto the weights")

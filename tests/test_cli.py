@@ -138,7 +138,7 @@ def test_a_kill_ends_a_command_as_an_exit(monkeypatch) -> None:
         finally:
             removed.append("half a file")
 
-    monkeypatch.setattr("timm_vix.deploy.export.main", wait)
+    monkeypatch.setattr("timm_vix.deploy.export_command.main", wait)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:
@@ -152,7 +152,7 @@ def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys) -> None:
     def fail(arguments) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("timm_vix.deploy.export.main", fail)
+    monkeypatch.setattr("timm_vix.deploy.export_command.main", fail)
     with pytest.raises(SystemExit):
         call(monkeypatch, "export", "x", "--to", "onnx", "--out", "x.onnx")
     assert capsys.readouterr().err == "interrupted\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import timm_vix
 from timm_vix._checks import InputError
 from timm_vix._records import key_of, read_records
 from timm_vix.data.folders import labelled_folder
-from timm_vix.deploy import export
+from timm_vix.deploy import export, export_command
 from timm_vix.deploy.check import accuracy, parity, read_calibration
+from timm_vix.deploy.classifier import Classifier
 from timm_vix.deploy.formats import cannot_hold, needs, operator_of
 
 SPEC = "vix_axial_cifar img_size=(14,10) patch_size=2 embed_dim=32 depth=1 num_heads=2 num_classes=5"
@@ -55,7 +57,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    export.add_arguments(parser)
+    export_command.add_arguments(parser)
     return parser.parse_args([str(one) for one in arguments])
 
 
@@ -73,7 +75,7 @@ def test_the_command_writes_what_the_weights_compute(tmp_path: Path, photos: Pat
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     out = tmp_path / "model.pt2"
     options = ["--to", "pt2", "--weights", tmp_path / "weights.safetensors", "--rounds", 1, "--threads", 1]
-    export.main(command(SPEC, *options, "--out", out, "--data-dir", photos))
+    export_command.main(command(SPEC, *options, "--out", out, "--data-dir", photos))
     printed = capsys.readouterr().out
     (call,) = (line for line in printed.splitlines() if line.startswith("it is opened by "))
     program = eval(call.removeprefix("it is opened by "), {"torch": torch})
@@ -97,7 +99,7 @@ def test_the_command_counts_as_many_images_as_were_asked_for(tmp_path: Path, pho
     model = lively(timm.create_model(SPEC.split()[0], **timm_arguments(SPEC.split()[1:])).eval())
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     options = ["--to", "pt2", "--weights", tmp_path / "weights.safetensors", "--rounds", 1, "--threads", 1]
-    export.main(command(SPEC, *options, "--out", tmp_path / "model.pt2", "--data-dir", photos, "--limit", 7))
+    export_command.main(command(SPEC, *options, "--out", tmp_path / "model.pt2", "--data-dir", photos, "--limit", 7))
     _, config = export.build(SPEC, str(tmp_path / "weights.safetensors"))
     transform, right = timm.data.create_transform(**config), 0
     for i in range(7):  # spread over the twenty
@@ -106,6 +108,72 @@ def test_the_command_counts_as_many_images_as_were_asked_for(tmp_path: Path, pho
             right += int(model(transform(image).unsqueeze(0)).argmax()) == label
     printed = capsys.readouterr().out
     assert f"top-1 {100 * right / 7:.2f} %, eager {100 * right / 7:.2f} %" in printed and "of 7 images" in printed
+
+
+def read_by(to: str, path: Path) -> dict[str, str]:
+    """The metadata of a file, read by the Python that the command prints."""
+    pytest.importorskip(dict(onnx="onnxruntime", openvino="openvino").get(to, "torch"))
+    names = {"torch": torch, **{name: sys.modules.get(name) for name in ("onnxruntime", "openvino")}}
+    code = export_command.metadata_read_by(to, path)
+    if to != "pt2":
+        return eval(code, names)
+    exec(code, names)
+    return json.loads(names["extra"]["metadata.json"])
+
+
+@pytest.mark.parametrize(
+    "to, dtype",
+    [
+        ("onnx", "float32"),
+        pytest.param("onnx", "int8", marks=pytest.mark.slow),
+        ("openvino", "float32"),
+        pytest.param("openvino", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("openvino", "int8", marks=pytest.mark.slow),
+        ("pt2", "float32"),
+        pytest.param("aoti", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_says_how_its_images_are_prepared_and_what_its_classes_are(to, dtype, photos, tmp_path) -> None:
+    for library in dict(onnx=["onnxruntime"], openvino=["onnxruntime", "openvino"]).get(to, []):
+        pytest.importorskip(library)
+    if (to, dtype) == ("openvino", "int8"):
+        pytest.importorskip("nncf")
+    model = lively(small("softmax", depth=1))
+    model.pretrained_cfg = dict(model.pretrained_cfg, label_names=["a cat", "ein Bär", "x", 'a "y"', "z"])
+    out = tmp_path / f"file{export.SUFFIXES[to]}"
+    images = read_calibration(photos, 20, CONFIG)
+    export.export_model(model, CONFIG, to, dtype, out, images if dtype == "int8" else None, threads=1)
+    found = {name: json.loads(text) for name, text in read_by(to, out).items() if not name.startswith("AOTI")}
+    assert found.pop("classes") == ["a cat", "ein Bär", "x", 'a "y"', "z"]
+    assert found.pop("dtype") == dtype and found.pop("architecture") == model.pretrained_cfg["architecture"]
+    assert found == {name: list(value) if isinstance(value, tuple) else value for name, value in CONFIG.items()}
+    if out.suffix == ".pt2":
+        with pytest.raises(InputError, match=r"file.pt2: expected a file that ends in .onnx or .xml; .pt2 holds code"):
+            Classifier(str(out))
+        return
+    classifier, photo = Classifier(str(out)), photos / "class3" / "1.png"
+    assert classifier.names == ["a cat", "ein Bär", "x", 'a "y"', "z"] and classifier.size == [14, 10]
+    pixels = classifier.prepare(photo)
+    assert torch.equal(pixels, read_calibration(photo.parent, 4, CONFIG)[1:2])
+    shares, expected = classifier.best(pixels, 5), model(pixels).softmax(1)[0]
+    for name, share in zip(classifier.names, expected.tolist()):
+        assert shares[name] == pytest.approx(share, abs=1e-4 if dtype == "float32" else 0.1)
+
+
+def test_a_file_that_is_no_export_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "file.onnx"
+    with pytest.raises(InputError, match=r"file.onnx is not there; allowed is .*timm-vix export \(.onnx or .xml\)"):
+        Classifier(str(file))
+    file.write_bytes(b"no model")
+    with pytest.raises(InputError, match="file.onnx cannot be opened as a model: .*") as error:
+        Classifier(str(file))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="file.onnx is an exported file, which takes no img_size"):
+        Classifier(f"{file} img_size=32")
+    torch.onnx.export(nn.Linear(3, 2).eval(), (torch.zeros(1, 3),), file, dynamo=True, verbose=False)
+    with pytest.raises(InputError, match="file.onnx has no architecture in its metadata; expected a file of timm-vix"):
+        Classifier(str(file))
 
 
 def timm_arguments(parts: list[str]) -> dict:
@@ -237,9 +305,9 @@ def test_of_calibration_images_a_tenth_is_held_out_and_told(tmp_path: Path, monk
     assert torch.equal(compared[-1], images[[0, 10, 20]])
     assert torch.equal(given[0], images[[i for i in range(30) if i % 10]])
     assert found["parity"][-1]["same"] == 3
-    assert "int8 changes" not in export.describe("m", tmp_path / "m.pt2", "pt2", "int8", found)
+    assert "int8 changes" not in export_command.describe("m", tmp_path / "m.pt2", "pt2", "int8", found)
     found["parity"][-1]["same"] = 2
-    assert "int8 changes more answers than it should" in export.describe("m", tmp_path, "pt2", "int8", found)
+    assert "int8 changes more answers than it should" in export_command.describe("m", tmp_path, "pt2", "int8", found)
 
 
 @pytest.mark.slow
@@ -247,10 +315,10 @@ def test_what_openvino_is_opened_by_computes_in_the_dtype_of_the_file(tmp_path: 
     openvino = pytest.importorskip("openvino")
     model = small("nystrom", depth=1)
     run, _ = export.export_model(model, CONFIG, "openvino", "float32", tmp_path / "m.xml", threads=1)
-    compiled = eval(export.opened_by("openvino", "float32", tmp_path / "m.xml"), {"openvino": openvino})
+    compiled = eval(export_command.opened_by("openvino", "float32", tmp_path / "m.xml"), {"openvino": openvino})
     x = torch.randn(4, 3, 14, 10)
     assert np.abs(compiled(x.numpy())[0] - run(x).numpy()).max() < 1e-5
-    assert '"bf16"' in export.opened_by("openvino", "bfloat16", tmp_path / "m.xml")
+    assert '"bf16"' in export_command.opened_by("openvino", "bfloat16", tmp_path / "m.xml")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +406,7 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
 def test_a_wrong_argument_is_named(arguments: list[str], words: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
-        export.main(command(*arguments))
+        export_command.main(command(*arguments))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 

@@ -26,8 +26,8 @@ from timm_vix._checks import InputError
 from timm_vix.data.images import Images, transforms
 from timm_vix.deploy.baseline import softmax_baseline
 from timm_vix.deploy.classifier import Classifier, class_names, load_trained, note_of_weights
-from timm_vix.deploy.export import build
-from timm_vix.deploy.serve import Answers
+from timm_vix.deploy.export import build, export_model
+from timm_vix.deploy.serve import Answers, title_of
 
 ROOT = Path(timm_vix.__file__).parents[1]
 SHIPPED = ROOT / "examples" / "checkpoints" / "hybrid_pin_cifar"
@@ -88,6 +88,20 @@ def test_our_models_that_merge_stand_beside_softmax_that_does_not(tmp_path):
     model = load_trained(save(lively(timm.create_model("vix_performer_cifar", merge=3, **SIZES)), tmp_path))
     softmax, counts = softmax_baseline(model)
     assert counts and type(softmax.blocks) is torch.nn.Sequential
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_exported_file_answers_as_its_model(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, config = build(str(SHIPPED))
+    export_model(model, config, "onnx", "float32", tmp_path / "file.onnx")
+    answers = [Answers(Classifier(str(name)), softmax=False) for name in (SHIPPED, tmp_path / "file.onnx")]
+    picture = Image.effect_noise((40, 40), 90).convert("RGB")
+    (best, _), (expected, _) = (answer.of(picture) for answer in reversed(answers))
+    assert best[0] == pytest.approx(expected[0], abs=1e-4)
+    assert title_of(answers[1].classifier.net) == "hybrid_pin_cifar"
+    with pytest.raises(InputError, match="file.onnx has no efficient attention that softmax could stand beside"):
+        Answers(Classifier(str(tmp_path / "file.onnx")), softmax=True)
 
 
 def test_softmax_has_nothing_beside_it(tmp_path):

@@ -22,8 +22,11 @@ from ..mixers._mechanism import AttentionMechanism
 from ..models.checkpoints import hosts_of
 from ..train.settings import check_weights, weights_of_file
 from ..train.teacher import check_classes
+from .exported import ExportedModel, is_exported
 
-PLACES = "hf-hub:USER/NAME, a folder with config.json and model.safetensors, or a model of timm with weights"
+FOLDERS = "hf-hub:USER/NAME, a folder with config.json and model.safetensors"
+PLACES = f"{FOLDERS}, or a model of timm"
+TRAINED = f"{FOLDERS}, a file of timm-vix export (.onnx or .xml), or a model of timm with weights"
 
 
 def address_of(model: str, trained: bool = True) -> str:
@@ -37,7 +40,7 @@ def address_of(model: str, trained: bool = True) -> str:
     """
     if timm.is_model(model.split(".")[0]):
         if trained and not timm.is_model_pretrained(model):
-            raise InputError(f"model={model} has no trained weights; allowed is {PLACES}")
+            raise InputError(f"model={model} has no trained weights; allowed is {TRAINED}")
         return model
     if model.startswith(("hf-hub:", "hf_hub:")):
         return model
@@ -46,7 +49,7 @@ def address_of(model: str, trained: bool = True) -> str:
         folder = folder / "hub"
     if (folder / "config.json").is_file():
         return f"local-dir:{folder}"
-    places = PLACES if trained else PLACES.removesuffix(" with weights")
+    places = TRAINED if trained else PLACES
     lacks = f"{'holds no config.json' if folder.is_dir() else 'is not there'}; allowed is {places}"
     near = near_names(model, timm.list_models())
     raise InputError(f"model={model} {lacks}" + (f"; near names: {near}" if near != "none" else ""))
@@ -56,7 +59,7 @@ def load_trained(model: str, weights: Optional[str] = None, delta: Optional[str]
     """A model in eval mode with its trained weights.
 
     Args:
-        model: see ``address_of``.
+        model: see ``address_of``; or a file of ``timm-vix export``.
         weights: a file with them; None: those of the name, the folder or the place on the Hub.
         delta: a file of ``save_delta``, which is put onto the weights.
         **keywords: for ``timm.create_model``.
@@ -65,6 +68,11 @@ def load_trained(model: str, weights: Optional[str] = None, delta: Optional[str]
         InputError: for a model that isn't there or can't be loaded, and for weights of other classes than it has.
     """
     check_weights("weights", weights)
+    if is_exported(model):
+        if weights or delta or keywords:
+            given = "weights" if weights else "delta" if delta else next(iter(keywords))
+            raise InputError(f"model={model} is an exported file, which takes no {given}")
+        return ExportedModel(Path(model))
     # a conversion has the weights of its source
     address = address_of(model, trained=not weights and "source" not in keywords)
     if weights:
@@ -121,7 +129,7 @@ class Classifier:
     """A trained model with its classes and what its pictures go through.
 
     Args:
-        model: "NAME key=value ...", with a name as for ``address_of``.
+        model: "NAME key=value ...", with a name as for ``load_trained``.
         weights, delta: as for ``load_trained``.
 
     Attributes:

@@ -1,22 +1,8 @@
-"""Write a model to a file for deployment, and check that the file computes what the model does.
+"""Write a model to a file of another runtime, and check that the file computes what the model does."""
 
-MODEL is a name of timm or of this package, the folder of a run or a place of the Hub (hf-hub:USER/NAME), with keywords
-as "NAME key=value ...". A conversion is a name too, also one by a plan:
-    "vix_from_timm source=deit_tiny_patch16_224 mixer=softmax layers=plan.json"
-
-Formats: onnx (ONNX Runtime), openvino (.xml with .bin), pt2 (torch.export), aoti (compiled for this processor).
-The batch is of any size. With --dynamic-size the image is, too, for softmax, Performer and others, but not for
-mechanisms that count the patches of a grid: nystrom, linformer, axial, latent. int8 is post-training quantisation:
-weights of linear layers and convolutions per channel, their inputs calibrated on a folder of images; all else stays in
-float. Logits are compared with those of eager mode in float32, for int8 also of the tenth of the calibration images
-that is held out. A file that fails this is not kept, and a file that was there stays.
-"""
-
-import argparse
 import contextlib
 import copy
 import io
-import json
 import logging
 import os
 import shutil
@@ -31,31 +17,29 @@ from torch import nn
 from .._checks import InputError, check_choice
 from .._names import parse_model
 from .._records import check_writable
-from ..benchmark.cost import positive
 from ..conversion.delta import load_delta
 from ..conversion.slots import mixer_name
-from ..data.folders import labelled_folder, spread
-from ..mixers import MIXERS
 from ..models.checkpoints import hosts_of
 from ..train.settings import check_weights
 from ..train.teacher import build_teacher
 from . import quantise
-from .check import BATCHES, accuracy, known_images, latency, parity, read_calibration
+from .check import BATCHES, known_images, parity
 from .classifier import address_of, class_names
 from .formats import (
     DTYPES,
     OPEN,
     SUFFIXES,
     Runner,
+    add_metadata_to_onnx,
     fixed_size,
     held_by,
-    openvino_hint,
     read_onnx_as_openvino,
     write_aoti,
     write_onnx,
     write_openvino,
     write_pt2,
 )
+from .metadata import metadata_of
 
 # from so many calibration images on, one of so many is held out
 FEW = 10
@@ -152,21 +136,26 @@ def write(
     dynamic_size: bool = False,
 ) -> None:
     """Write a model to a file in a folder of its own, where what it is made from may lie beside it."""
+    metadata = metadata_of(model.pretrained_cfg["architecture"], config, class_names(model), dtype)
     inner = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with quiet(), held_by(to, dtype, dynamic_size):
         program, free = capture(model, config, inner, dynamic_size)
         if to in ("pt2", "aoti"):
             if calibration is not None:
                 program = quantise.quantise_program(program, calibration, free)
-            (write_pt2 if to == "pt2" else write_aoti)(program, path)
+            (write_pt2 if to == "pt2" else write_aoti)(program, path, metadata)
             return
         exported = path.with_name("float.onnx") if to == "openvino" or calibration is not None else path
         write_onnx(program, exported, optimize=dtype != "bfloat16")
-        if to == "onnx" and calibration is not None:
-            quantise.quantise_onnx(exported, path, calibration)
-        elif to == "openvino":
+        if to == "openvino":
             ir = read_onnx_as_openvino(exported)
-            write_openvino(ir if calibration is None else quantise.quantise_openvino(ir, calibration), path)
+            write_openvino(ir if calibration is None else quantise.quantise_openvino(ir, calibration), path, metadata)
+            return
+        if calibration is not None:
+            quantise.quantise_onnx(exported, path, calibration)
+        if path.with_name(f"{path.name}.data").exists():  # torch does so above 1.5 GB, whatever it is asked for
+            raise InputError("to=onnx: the weights are too large for one ONNX file; try --to openvino, pt2 or aoti")
+        add_metadata_to_onnx(path, metadata)
 
 
 def export_model(
@@ -219,8 +208,6 @@ def export_model(
             held_out = calibration[::FEW]
             calibrating = calibration[torch.arange(len(calibration)) % FEW > 0]
         write(model, config, to, dtype, written, calibrating, dynamic_size)
-        if written.with_name(f"{written.name}.data").exists():  # torch does so above 1.5 GB, whatever it is asked for
-            raise InputError("to=onnx: the weights are too large for one ONNX file; try --to openvino, pt2 or aoti")
         torch.set_num_threads(threads)
         with held_by(to, dtype, dynamic_size):
             batches = trials(config, calibration, dynamic_size, model)
@@ -259,129 +246,3 @@ def trials(
         larger, flat = (rows + 2, columns + 1), (max(2, rows // 3), 2 * columns)
         batches += [known_images((known.shape[1], r * height, c * width), max(BATCHES)) for r, c in (larger, flat)]
     return batches
-
-
-def describe(spec: str, out: Path, to: str, dtype: str, found: dict[str, Any]) -> str:
-    """What was written and how far it is from eager mode, as text."""
-    lines = [
-        f"{spec} -> {out}: {to}, {dtype}, {found['size_mb']:.1f} MB",
-        f"it is opened by {opened_by(to, dtype, out)}",
-    ]
-    for row in found["parity"]:
-        shape = "x".join(map(str, row["shape"]))
-        lines.append(
-            f"images {shape}: largest error of a logit {row['error']:.2g}, "
-            f"the same top-1 on {row['same']} of {row['shape'][0]}"
-        )
-    last = found["parity"][-1]
-    if dtype == "int8" and last["same"] < 0.95 * last["shape"][0]:
-        lines.append(
-            "int8 changes more answers than it should: give --calibrate more images like those that the model will "
-            "see, or try another --to"
-        )
-    return "\n".join(lines)
-
-
-def opened_by(to: str, dtype: str, out: Path) -> str:
-    """The Python that opens a file for prepared images."""
-    first = "import torchao.quantization.pt2e; " if (to, dtype) == ("pt2", "int8") else ""  # registers its operators
-    path = json.dumps(str(out))
-    call = dict(
-        onnx=f"onnxruntime.InferenceSession({path})",
-        openvino=f'openvino.Core().compile_model({path}, "CPU", {json.dumps(openvino_hint(dtype))})',
-        pt2=f"torch.export.load({path}).module()",
-        aoti=f"torch._inductor.aoti_load_package({path})",
-    )
-    return first + call[to]
-
-
-def prepared_by(config: dict[str, Any]) -> str:
-    """The Python that makes what prepares a picture, by timm's data configuration."""
-    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return f"timm.data.create_transform({', '.join(f'{name}={config[name]!r}' for name in names)})"
-
-
-def classes_in_words(model: nn.Module) -> str:
-    """The first and the last class of a model by name."""
-    names = class_names(model)
-    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} to {names[-1]}, {len(names)} in all"
-
-
-def describe_latency(row: dict[str, Any], batch: int, threads: int) -> str:
-    """A latency beside that of eager mode, as text."""
-    low, high = row["speedup_low"], row["speedup_high"]
-    spread_text = "" if low is None else f" ({low:.2f} to {high:.2f})"
-    return (
-        f"batch {batch}, {threads} threads: {row['latency_p50_ms']:.4g} ms, eager {row['baseline_p50_ms']:.4g} ms: "
-        f"{row['speedup']:.2f} x{spread_text}"
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    fixed = ", ".join(name for name, mixer in MIXERS.items() if mixer.exports_one_grid)
-    add("model", metavar="MODEL", help="a name, a folder or hf-hub:USER/NAME; or 'NAME key=value ...'")
-    add("--to", required=True, choices=tuple(SUFFIXES), help="the format")
-    add("--dtype", choices=DTYPES, default="float32", help="of weights and matrix products: float32")
-    add("--out", required=True, type=Path, help=f"the file; {', '.join(f'{k}: {v}' for k, v in SUFFIXES.items())}")
-    add("--weights", help="file with the weights, .safetensors or .pth (a state dict; nothing else is unpickled)")
-    add("--pretrained", action="store_true", help="timm's weights of the model")
-    add("--delta", metavar="FILE", help="a file of timm_vix.save_delta, which is put onto these weights")
-    add("--img-size", type=positive, help="side of the images in pixels; default: the model's own")
-    add(
-        "--dynamic-size",
-        action="store_true",
-        help=f"any size in whole patches; not with {fixed}, and no learned positions in openvino",
-    )
-    add(
-        "--calibrate",
-        type=Path,
-        metavar="DIR",
-        help="folder of images, or folders below it, to calibrate int8",
-    )
-    add("--calibrate-images", type=positive, default=400, help="how many of them, spread over the folder: 400")
-    add("--data-dir", type=Path, help="labelled images for top-1: class folders, or labels.csv with FILE,CLASS")
-    add("--limit", type=positive, help="how many of these, spread over the folder; default: all")
-    add("--threads", type=positive, default=min(2, os.cpu_count() or 1), help="of the latency: 2")
-    add("--rounds", type=positive, default=9, help="least number of rounds of the latency: 9")
-
-
-def main(arguments: argparse.Namespace) -> None:
-    """Export as the command line asks, and print what the file keeps and saves."""
-    to, dtype, threads = arguments.to, arguments.dtype, arguments.threads
-    if dtype == "int8" and arguments.calibrate is None:
-        raise InputError("dtype=int8 needs --calibrate DIR, a folder of images like those that the model will see")
-    if (to, dtype) == ("onnx", "bfloat16"):
-        raise InputError(
-            "to=onnx with dtype=bfloat16: ONNX Runtime computes no bfloat16 on a CPU; allowed are --dtype float32 "
-            "or int8, or --to openvino, pt2 or aoti"
-        )
-    if dtype != "int8" and arguments.calibrate is not None:
-        raise InputError(f"--calibrate is for dtype=int8; dtype={dtype} needs no calibration")
-    model, config = build(
-        arguments.model,
-        arguments.weights,
-        arguments.pretrained,
-        arguments.img_size,
-        arguments.dynamic_size,
-        arguments.delta,
-    )
-    labelled = labelled_folder(arguments.data_dir, model) if arguments.data_dir else None
-    calibration = None
-    if arguments.calibrate:
-        calibration = read_calibration(arguments.calibrate, arguments.calibrate_images, config)
-    run, found = export_model(model, config, to, dtype, arguments.out, calibration, arguments.dynamic_size, threads)
-    print(describe(arguments.model, arguments.out, to, dtype, found), flush=True)
-    print(f"its images are prepared by {prepared_by(config)}; its classes are {classes_in_words(model)}", flush=True)
-    if labelled:
-        items, classes = labelled
-        scores = accuracy(dict(eager=model, file=run), spread(items, arguments.limit), classes, config)
-        print(
-            f"top-1 {scores['top1']['file']:.2f} %, eager {scores['top1']['eager']:.2f} %, "
-            f"the same answer on {scores['agreement']['file']:.2f} % of {scores['images']} images",
-            flush=True,
-        )
-    for batch in (1, 8):
-        images = torch.randn(batch, *config["input_size"])
-        (row,) = latency(run, [model], images, arguments.rounds)
-        print(describe_latency(row, batch, threads), flush=True)

@@ -8,10 +8,11 @@ aoti        .pt2     ``torch._inductor.aoti_load_package(FILE)``: machine code f
 ==========  =======  ==========================================================================
 
 Each takes float32 images (B, C, H, W), prepared as timm's data configuration says, and gives float32 logits (B,
-classes), whatever the dtype inside. B is free.
+classes), whatever the dtype inside. B is free. Each holds the entries of ``metadata_of``.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,13 @@ import torch
 
 from .._checks import InputError
 from .._files import one_line
+from .metadata import NAMES, PT2_FILE
 
 SUFFIXES = dict(onnx=".onnx", openvino=".xml", pt2=".pt2", aoti=".pt2")
 DTYPES = ("float32", "bfloat16", "int8")
 Runner = Callable[[torch.Tensor], torch.Tensor]
+
+OPENVINO_SECTION = "timm_vix"  # of what OpenVINO calls runtime information
 
 # how exporters and runtimes name what they lack
 OPERATORS = (
@@ -126,6 +130,24 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, optimize: bool
     )
 
 
+def add_metadata_to_onnx(path: Path, metadata: dict[str, str]) -> None:
+    """Put entries into an ONNX file."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+
+
+def read_onnx_metadata(path: Path) -> dict[str, str]:
+    """The entries of an ONNX file."""
+    with needs("onnx"):
+        import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.get_modelmeta().custom_metadata_map
+
+
 def read_onnx_as_openvino(path: Path) -> Any:
     """OpenVINO's model of an ONNX file."""
     with needs("openvino"):
@@ -138,24 +160,36 @@ def read_onnx_as_openvino(path: Path) -> Any:
     return openvino.convert_model(path)
 
 
-def write_openvino(model: Any, path: Path) -> None:
+def write_openvino(model: Any, path: Path, metadata: dict[str, str]) -> None:
     """Write OpenVINO's .xml and .bin."""
     import openvino
 
+    for name, entry in metadata.items():
+        model.set_rt_info(entry, [OPENVINO_SECTION, name])
     # its files compress weights to float16 unless told otherwise; a bfloat16 model's weights are bfloat16 already
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
+def read_openvino_metadata(path: Path) -> dict[str, str]:
+    """The entries of OpenVINO's .xml."""
+    with needs("openvino"):
+        import openvino
+
+    model = openvino.Core().read_model(path)
+    places = {name: [OPENVINO_SECTION, name] for name in NAMES}
+    return {name: model.get_rt_info(place).astype(str) for name, place in places.items() if model.has_rt_info(place)}
+
+
+def write_pt2(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     """Write torch's own file of an exported program."""
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files={PT2_FILE: json.dumps(metadata)})
 
 
-def write_aoti(program: torch.export.ExportedProgram, path: Path) -> None:
+def write_aoti(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     """Compile a program for this machine and write what was compiled."""
     from torch._inductor import aoti_compile_and_package
 
-    aoti_compile_and_package(program, package_path=str(path))
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
 
 
 def open_onnx(path: Path, dtype: str, threads: int) -> Runner:
@@ -197,3 +231,5 @@ def open_aoti(path: Path, dtype: str, threads: int) -> Runner:
 
 
 OPEN = dict(onnx=open_onnx, openvino=open_openvino, pt2=open_pt2, aoti=open_aoti)
+# of the formats that hold data only
+READ_METADATA = dict(onnx=read_onnx_metadata, openvino=read_openvino_metadata)

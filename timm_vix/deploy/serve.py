@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a run or in examples/checkpoints, hf-hub:USER/NAME or a timm model; or 'MODEL key=value ...'",
+        help="folder of a run or in examples/checkpoints, hf-hub:USER/NAME, a timm model, a file of timm-vix export; "
+        "or 'MODEL key=value ...'",
     )
     parser.add_argument("--weights", help="file with the weights of a name, .safetensors or .pth (a state dict)")
     parser.add_argument("--delta", metavar="FILE", help="a file of timm_vix.save_delta, put onto the weights")

@@ -1,0 +1,43 @@
+"""What an exported file says of itself: how its images are prepared, its classes, and the dtype that it computes in.
+
+Each entry is text in JSON. ONNX, OpenVINO and aoti hold them by name; pt2 holds all in one extra file.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .._checks import InputError
+
+PREPARATION = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of timm's data configuration
+NAMES = ("architecture", *PREPARATION, "classes", "dtype")
+PT2_FILE = "metadata.json"
+
+
+def metadata_of(architecture: str, config: Mapping[str, Any], classes: list[str], dtype: str) -> dict[str, str]:
+    """The entries of a model's file.
+
+    Args:
+        architecture: timm's name of the model.
+        config: timm's data configuration of its images.
+        classes: the name of each class.
+        dtype: "float32", "bfloat16" or "int8".
+    """
+    entries = dict(architecture=architecture, classes=classes, dtype=dtype)
+    entries |= {name: config[name] for name in PREPARATION}
+    return {name: json.dumps(entries[name]) for name in NAMES}
+
+
+def config_of(entries: Mapping[str, str], path: Any) -> dict[str, Any]:
+    """The values of the entries of a file.
+
+    Raises:
+        ValueError: for entries that ``metadata_of`` didn't write.
+    """
+    missing = [name for name in NAMES if name not in entries]
+    if missing:
+        raise InputError(f"{path} has no {missing[0]} in its metadata; expected a file of timm-vix export")
+    try:
+        return {name: json.loads(entries[name]) for name in NAMES}
+    except ValueError as error:
+        raise InputError(f"{path} has damaged metadata: {error}; expected a file of timm-vix export") from error
