@@ -3,10 +3,12 @@
 import argparse
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.ImageOps
 import pytest
 import timm
 import torch
@@ -24,6 +26,7 @@ from timm_vix.deploy import export, export_command
 from timm_vix.deploy.check import accuracy, parity, read_calibration
 from timm_vix.deploy.classifier import Classifier
 from timm_vix.deploy.formats import cannot_hold, needs, operator_of
+from timm_vix.deploy.serve import number_of_parameters
 
 SPEC = "vix_axial_cifar img_size=(14,10) patch_size=2 embed_dim=32 depth=1 num_heads=2 num_classes=5"
 CONFIG = dict(
@@ -84,11 +87,16 @@ def test_the_command_writes_what_the_weights_compute(tmp_path: Path, photos: Pat
         assert distance(program(x), model(x)) < rounding(torch.float32)
     assert "images 1x3x14x10" in printed and "images 3x3x14x10" in printed
     (words,) = (line for line in printed.splitlines() if line.startswith("its images are prepared by "))
-    making, classes = words.removeprefix("its images are prepared by ").split("; its classes are ")
-    photo = photos / "class0" / "0.png"
-    with Image.open(photo) as image:
-        prepared = eval(making, {"timm": timm})(image).unsqueeze(0)
-    assert torch.equal(prepared, read_calibration(photo.parent, 1, export.build(SPEC, options[3])[1]))
+    preparing, classes = words.removeprefix("its images are prepared by ").split("; its classes are ")
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter to the right
+    with Image.open(photos / "class0" / "0.png") as image:
+        image.convert("RGBA").save(tmp_path / "photos" / "0.png", exif=exif)
+    with Image.open(tmp_path / "photos" / "0.png") as image:
+        prepared = eval(preparing, {"timm": timm, "PIL": PIL, "image": image}).unsqueeze(0)
+    assert torch.equal(prepared, read_calibration(tmp_path / "photos", 1, export.build(SPEC, options[3])[1]))
+    shutil.rmtree(tmp_path / "photos")
     assert classes == "0, 1 to 4, 5 in all"
     assert "the same answer on 100.00 % of 20 images" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "model.pt2"}
@@ -140,18 +148,23 @@ def test_a_file_says_how_its_images_are_prepared_and_what_its_classes_are(to, dt
         pytest.importorskip("nncf")
     model = lively(small("softmax", depth=1))
     model.pretrained_cfg = dict(model.pretrained_cfg, label_names=["a cat", "ein Bär", "x", 'a "y"', "z"])
-    out = tmp_path / f"file{export.SUFFIXES[to]}"
+    out = tmp_path / f"a file{export.SUFFIXES[to]}"
     images = read_calibration(photos, 20, CONFIG)
-    export.export_model(model, CONFIG, to, dtype, out, images if dtype == "int8" else None, threads=1)
+    calibrating = images if dtype == "int8" else None
+    export.export_model(model, CONFIG, to, dtype, out, calibrating, threads=1, note="its weights")
     found = {name: json.loads(text) for name, text in read_by(to, out).items() if not name.startswith("AOTI")}
     assert found.pop("classes") == ["a cat", "ein Bär", "x", 'a "y"', "z"]
+    assert found.pop("note") == "its weights" and found.pop("parameters") == sum(p.numel() for p in model.parameters())
     assert found.pop("dtype") == dtype and found.pop("architecture") == model.pretrained_cfg["architecture"]
     assert found == {name: list(value) if isinstance(value, tuple) else value for name, value in CONFIG.items()}
     if out.suffix == ".pt2":
-        with pytest.raises(InputError, match=r"file.pt2: expected a file that ends in .onnx or .xml; .pt2 holds code"):
+        with pytest.raises(
+            InputError, match=r"a file.pt2: expected a file that ends in .onnx or .xml; .pt2 holds code"
+        ):
             Classifier(str(out))
         return
     classifier, photo = Classifier(str(out)), photos / "class3" / "1.png"
+    assert classifier.note == "its weights" and number_of_parameters(classifier.net) > 1000
     assert classifier.names == ["a cat", "ein Bär", "x", 'a "y"', "z"] and classifier.size == [14, 10]
     pixels = classifier.prepare(photo)
     assert torch.equal(pixels, read_calibration(photo.parent, 4, CONFIG)[1:2])
@@ -171,9 +184,42 @@ def test_a_file_that_is_no_export_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="file.onnx is an exported file, which takes no img_size"):
         Classifier(f"{file} img_size=32")
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(InputError, match="weights.pth is a file; weights are given by --weights FILE; allowed here"):
+        Classifier(str(tmp_path / "weights.pth"))
     torch.onnx.export(nn.Linear(3, 2).eval(), (torch.zeros(1, 3),), file, dynamo=True, verbose=False)
     with pytest.raises(InputError, match="file.onnx has no architecture in its metadata; expected a file of timm-vix"):
         Classifier(str(file))
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("classes", 5, "metadata that cannot be used: TypeError"),
+        ("classes", ["one"], "5 outputs, and names of 1 classes"),
+        ("input_size", None, "metadata that cannot be used: TypeError"),
+        ("input_size", [3], "metadata that cannot be used: "),
+        ("interpolation", "foo", "metadata that cannot be used: KeyError 'foo'"),
+        ("mean", "x", "metadata that cannot be used: "),
+    ],
+)
+def test_metadata_of_another_program_are_named(exported_pool: Path, name: str, value: object, words: str) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(exported_pool)
+    entries = {entry.key: entry.value for entry in model.metadata_props} | {name: json.dumps(value)}
+    onnx.helper.set_model_props(model, entries)
+    onnx.save(model, exported_pool.with_name("edited.onnx"))
+    with pytest.raises(InputError, match=words) as error:
+        Classifier(str(exported_pool.with_name("edited.onnx")))
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def exported_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path_factory.mktemp("exported") / "pool.onnx"
+    export.export_model(small("pool", depth=1), CONFIG, "onnx", "float32", out, threads=1)
+    return out
 
 
 def timm_arguments(parts: list[str]) -> dict:
@@ -287,6 +333,8 @@ def test_parity_finds_another_function() -> None:
     with pytest.raises(InputError, match="differs from eager by 0.1") as error:
         parity(model, wrong, [x], "float32")
     assert "no file is written" in str(error.value)
+    with pytest.raises(InputError, match="the model itself gives logits that aren't finite"):
+        parity(lambda images: model(images) * float("nan"), model, [x], "float32")
     with pytest.raises(InputError, match="nan"):
         parity(model, lambda images: model(images) * float("nan"), [x], "int8")
     parity(model, lambda images: 0.1 * model(images), [x], "int8")
@@ -381,7 +429,7 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
     out.write_bytes(b"before")
     (tmp_path / "model.pt2.partial").mkdir()  # of a run that was killed
 
-    def fail(program: object, path: Path) -> None:
+    def fail(program: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise RuntimeError("no decomposition for aten::frexp")
 
@@ -460,7 +508,7 @@ def test_the_operator_of_an_error_is_found_behind_others(text: str, operator: st
 
 
 def test_what_is_no_operator_is_not_blamed_on_one(tmp_path: Path, monkeypatch) -> None:
-    def fail(program, path):
+    def fail(program, path, metadata):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
     monkeypatch.setattr(export, "write_pt2", fail)
@@ -573,7 +621,7 @@ def test_every_family_in_bfloat16(name: str, tmp_path: Path) -> None:
     """Stems with batch norm, too, which an exporter may fold into weights of another dtype."""
     pytest.importorskip("openvino")
     model = lively(timm.create_model(name, num_classes=5, **FAMILIES[name]).eval())
-    config = dict(input_size=(3, *FAMILIES[name]["img_size"]))
+    config = dict(CONFIG, input_size=(3, *FAMILIES[name]["img_size"]))
     if name == "fnet2d_cifar":
         with pytest.raises(InputError, match="operator DFT"):
             export.export_model(model, config, "openvino", "bfloat16", tmp_path / "m.xml", threads=1)

@@ -109,3 +109,22 @@ def test_fused_attention_and_its_backward_count_as_the_products_they_are() -> No
         model(torch.zeros(1, 3, 128, 128)).sum().backward()
     # the fused backward computes the scores once more
     assert fused.get_total_flops() - unfused.get_total_flops() == 2 * n * n * c
+
+
+@pytest.mark.parametrize(
+    "matrix, y, systems, vectors",
+    [
+        ((3, 3), (3,), 1, 1),
+        ((3, 3), (3, 2), 1, 2),
+        ((7, 3, 3), (7, 3), 7, 7),
+        ((7, 3, 3), (7, 3, 2), 7, 14),
+        ((7, 3, 3), (3, 2), 7, 14),
+        ((3, 3), (5, 3, 2), 5, 10),
+        ((2, 1, 3, 3), (1, 7, 3, 2), 14, 28),
+    ],
+    ids=str,
+)
+def test_linear_systems_are_counted_with_their_batches(matrix, y, systems, vectors):
+    with counter() as flops:
+        torch.linalg.solve(torch.eye(3).expand(matrix), torch.ones(y))
+    assert flops.get_total_flops() == systems * 2 / 3 * 3**3 + vectors * 2 * 3**2

@@ -39,7 +39,7 @@ from timm_vix.conversion.scaling import scaled_for
 from timm_vix.mixers import MIXERS
 from timm_vix.planning import latency
 from timm_vix.planning.measurements import COLUMNS, Measurements
-from timm_vix.planning.plan import num_right, plan_layers, scale_source
+from timm_vix.planning.plan import num_right, plan_layers, scale_source, tell_resolution
 from timm_vix.planning.plan_settings import PlanSettings
 from timm_vix.planning.sensitivity import Sensitivity, plan_to_json
 
@@ -285,6 +285,8 @@ def test_a_search_that_has_no_time_says_so(
     # what a stopped search needs is measured, and nothing else
     rows, _ = read_records(tmp_path / "plan.csv", COLUMNS)
     assert {row["what"] for row in rows if row["agreement"] is not None} == {"{}"}
+    with pytest.raises(InputError, match="minutes=1e-09 were over .*: speedup=1.5 was wanted"):
+        plan_layers(**given, speedup=1.5)
     assert plan_layers(**given, keep=0.5)["layers"] == {}
     assert "the search ends after minutes=1e-09" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["stopped"] is True
@@ -483,13 +485,58 @@ def test_a_stem_of_several_layers_has_circumstances() -> None:
     assert (found["img_size"], found["dtype"]) == (32, "bfloat16")
 
 
-def test_a_class_without_an_image_that_can_be_read_is_named(clock, photos: Path, weights: Path, tmp_path: Path) -> None:
+def test_the_only_image_of_a_class_may_be_damaged(clock, photos: Path, weights: Path, tmp_path: Path) -> None:
+    """Of a thousand classes a plan sees few images each."""
     for name in ("01.jpg", "02.jpg"):
         (tmp_path / name).write_bytes((photos / name).read_bytes())
     (tmp_path / "damaged.jpg").write_bytes(b"no picture")
-    (tmp_path / "labels.csv").write_text("file,class\n01.jpg,1\n02.jpg,1\ndamaged.jpg,5\n")
-    with pytest.raises(InputError, match="class '5': none of its 1 images can be read, such as .*damaged.jpg"):
-        plan_layers(**arguments(tmp_path, weights, tmp_path / "plan.json", labels=True))
+    pictures = [Image.open(tmp_path / name) for name in ("01.jpg", "02.jpg")]
+    first, second = build(weights)(prepared(build(weights), pictures)).argmax(1).tolist()
+    (tmp_path / "labels.csv").write_text(f"file,class\n01.jpg,{first}\ndamaged.jpg,5\n02.jpg,{second}\n")
+    plan = plan_layers(**arguments(tmp_path, weights, tmp_path / "plan.json", labels=True))
+    assert (plan["images"], plan["held_out_images"]) == (1, 1)  # each predicted as its label says, so none is mixed up
+    assert plan["kept"] >= 0.99
+
+
+@pytest.mark.parametrize("what", ["features", "head"])
+def test_a_source_without_finite_outputs_is_refused(what: str, weights: Path, tmp_path: Path) -> None:
+    """The largest of numbers that are none is always the first."""
+    model = build(weights).requires_grad_(False)
+    broken = model.norm.bias if what == "features" else model.head.bias
+    broken[0] = float("nan")
+    measures = Sensitivity(model, [torch.zeros(2, 3, SIDE, SIDE)], Measurements(tmp_path / "plan.csv"), "run")
+    with pytest.raises(InputError, match="the source gives outputs that aren't finite on all of them"):
+        measures.measure(Plan())
+
+
+def test_a_conversion_without_finite_outputs_agrees_with_nothing(weights: Path, tmp_path: Path, monkeypatch) -> None:
+    model = build(weights).requires_grad_(False)
+    images = torch.randn(4, 3, SIDE, SIDE)
+    measures = Sensitivity(model, [images], Measurements(tmp_path / "plan.csv"), "run")
+    plain = measures.predict
+
+    def overflow(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features, classes = plain(images)
+        if any(type(block.attn).__name__ != "Attention" for block in model.blocks):
+            features[0], classes[1] = float("inf"), -1
+        return features, classes
+
+    monkeypatch.setattr(measures, "predict", overflow)
+    found = measures.measure(Plan({0: {"mixer": "axial", "strip_width": 12}}))  # which is softmax attention
+    features = plain(images)[0]
+    lost = (features[:2].square().sum() / features.square().sum()).sqrt()
+    assert found.agreement == 0.5 and found.distance == pytest.approx(float(lost), rel=1e-4)
+
+
+@pytest.mark.parametrize("keep, images, told", [(0.9, 10, False), (0.8, 5, False), (0.9, 9, True), (0.99, 99, True)])
+def test_a_share_that_means_all_images_is_told(keep: float, images: int, told: bool, capsys) -> None:
+    tell_resolution(keep, images)
+    assert ("means all of them" in capsys.readouterr().out) == told
+
+
+def test_a_name_without_keywords_to_try_is_refused(weights: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"mixer: axial=\[\] tries nothing; expected at least one mapping, such as"):
+        plan_layers(**arguments(photos, weights, tmp_path / "plan.json", mixer={"axial": []}))
 
 
 def test_one_image_can_not_be_split(clock, photos: Path, weights: Path, tmp_path: Path) -> None:
@@ -888,6 +935,14 @@ def test_a_plan_scales_the_logits_of_its_source(clock, photos: Path, weights: Pa
     with torch.no_grad():
         right = [int((found == labels)[::2].sum()) for found in (plain(pixels).argmax(1), classes[0])]
     assert plan["kept"] == pytest.approx(right[0] / right[1], abs=1e-6)
+    # labels that the source predicts better without scaled logits
+    rows = "".join(f"{file.relative_to(photos)},{label}\n" for file, label in zip(files, classes[0].tolist()))
+    (tmp_path / "labels.csv").write_text(f"file,class\n{rows}")
+    share = float((classes[0] == classes[1])[::2].double().mean())
+    assert share < 1
+    words = f"keep=1 is beyond the {share:.4f} of its own top-1 that the source keeps with scale_logits=10; allowed is"
+    with pytest.raises(InputError, match=words):
+        plan_layers(**labelled | dict(keep=1.0), scale_logits=10, labels=True)
 
 
 @pytest.mark.parametrize("better", [False, True])

@@ -24,6 +24,18 @@ def test_a_function_in_a_process_of_its_own(capfd) -> None:
     assert capfd.readouterr().out == "  epoch 1\n"
 
 
+def print_without_end(text: str) -> str:
+    print(text, end="")
+    return text
+
+
+def test_a_result_follows_a_line_without_an_end(capfd, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    assert call_in_process(print_without_end, "loading ...") == "loading ..."
+    assert call_in_process(print_without_end, "loading ...", interactive=True) == "loading ..."
+    assert capfd.readouterr().out == "  loading ...\n"
+
+
 def test_a_failure_in_another_process_is_its_reason_in_one_line() -> None:
     assert call_in_process(int, "x") == dict(error="invalid literal for int() with base 10: 'x'")
     assert call_in_process(sys.exit, "no\nroom") == dict(error="exit 1: room")

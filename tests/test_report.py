@@ -240,6 +240,12 @@ def test_the_answer_says_what_to_use_at_which_size() -> None:
     assert answer(slow, []) == "Use vit_tiny_patch16_224 (softmax attention) at 224 to 2,048 px, the fastest here."
 
 
+def test_a_size_that_was_not_measured_is_not_recommended() -> None:
+    rows = [row for row in costs() if row["model"] != "vix_x" or row["img_size"] != 512]
+    trained = accuracies(vit_tiny_patch16_224=60.0, vix_x=75.0)
+    assert answer(rows, trained).startswith("Use vix_x at 224 px and vix_x at 1,024 and 2,048 px: the fastest")
+
+
 def test_accuracy_limits_the_answer() -> None:
     rows = [*costs(), *(dict(row, model="vix_y", speedup=2 * row["speedup"]) for row in costs()[5::2])]
     sizes = "vit_tiny_patch16_224 (softmax attention) at 224 and 512 px and {} at 1,024 and 2,048 px"

@@ -51,10 +51,10 @@ def parse_model(text: str, find: Callable[[str], str] = registered) -> tuple[str
         >>> parse_model("vix_nystrom_tiny num_landmarks=64")
         ('vix_nystrom_tiny', {'num_landmarks': 64})
     """
-    # the name of a folder may have spaces, and "="
-    whole, *rest = [text.strip()] if os.path.isdir(text.strip()) else re.split(r"\s+(?=\w+=)", text.strip())
-    folder = whole.startswith("local-dir:") or os.path.isdir(whole)
-    name, *parts = [whole, *rest] if folder else text.split() or [""]
+    # the path of a folder or file may have spaces, and "="
+    whole, *rest = [text.strip()] if os.path.exists(text.strip()) else re.split(r"\s+(?=\w+=)", text.strip())
+    path = whole.startswith("local-dir:") or os.path.exists(whole)
+    name, *parts = [whole, *rest] if path else text.split() or [""]
     name = find(name)
     keywords: dict[str, Any] = {}
     for part in parts:

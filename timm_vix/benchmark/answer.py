@@ -57,13 +57,20 @@ def is_faster(row: Record) -> bool:
     return is_other(row) and row["speedup"] > 1 and row["difference"] not in ("none", "slower")
 
 
-def by_size(winners: dict[int, str], baseline: str) -> str:
-    """E.g. "vit_tiny_patch16_224 (softmax attention) at 224 px and vix_linformer_tiny at 384 to 1,024 px"."""
+def by_size(winners: dict[int, str], rows: list[Record]) -> str:
+    """E.g. "vit_tiny_patch16_224 (softmax attention) at 224 px and vix_linformer_tiny at 384 to 1,024 px".
+
+    A size of ``rows`` without a winner parts the sizes before it from those after it.
+    """
+    baseline, before = rows[0]["baseline"], None
     spans: list[tuple[str, list[int]]] = []
-    for size, model in winners.items():
-        if not spans or spans[-1][0] != model:
+    for size in sorted({row["img_size"] for row in rows}):
+        model = winners.get(size)
+        if model is not None and model != before:
             spans.append((model, []))
-        spans[-1][1].append(size)
+        if model is not None:
+            spans[-1][1].append(size)
+        before = model
     return join(
         f"{model}{' (softmax attention)' * (model == baseline)} at {span_text(sizes)}" for model, sizes in spans
     )
@@ -104,7 +111,7 @@ def fastest_sentence(rows: list[Record]) -> str:
     winners = fastest(rows)
     if not winners:
         return "No row of this setting was timed beside softmax attention."
-    return f"Fastest: {by_size(winners, rows[0]['baseline'])}."
+    return f"Fastest: {by_size(winners, rows)}."
 
 
 def answer(rows: list[Record], runs: list[list[Record]]) -> str:
@@ -123,7 +130,7 @@ def answer(rows: list[Record], runs: list[list[Record]]) -> str:
         model: top1[own] for model in (baseline, *(row["model"] for row in rows)) if (own := without_tag(model)) in top1
     }
     if not known:
-        text = f"Use {by_size(winners, baseline)}, the fastest here"
+        text = f"Use {by_size(winners, rows)}, the fastest here"
         return f"{text}; {accuracy_sentence(runs, 'the most accurate')}" if runs else f"{text}."
     best, score = best_of(runs)
     allowed = [model for model, top1 in known.items() if top1 >= score - ACCEPTED_LOSS]
@@ -131,11 +138,11 @@ def answer(rows: list[Record], runs: list[list[Record]]) -> str:
     limit = f"lose at most {ACCEPTED_LOSS:g} points of top-1 to the best, {best} with {score:.1f} % on {where(runs)}"
     if not chosen:
         return f"None of the models that were timed here is known to {limit}."
-    text = f"Use {by_size(chosen, baseline)}: the fastest of the models that {limit}"
+    text = f"Use {by_size(chosen, rows)}: the fastest of the models that {limit}"
     if baseline in chosen.values() and baseline not in known:
         text += f"; the accuracy of {baseline}, than which none of these is faster there, isn't known"
     if winners != chosen:
-        text += f"; without regard to accuracy, {by_size(winners, baseline)} would be faster"
+        text += f"; without regard to accuracy, {by_size(winners, rows)} would be faster"
     return f"{text}."
 
 

@@ -11,6 +11,7 @@ on the last device.
 """
 
 import argparse
+import json
 import re
 import statistics
 import zlib
@@ -188,7 +189,8 @@ def compare(
                     names = ("img_size", "batch_size", "dtype", "threads")
                     at = {"device": where["device"], **{name: row[name] for name in names}}
                     setting = dict(model=model, dataset=dataset, recipe=recipe_text, **at, **here)
-                    same = [r for r in records if r["params_m"] and {name: r[name] for name in setting} == setting]
+                    whole = [r for r in records if r["latency_p50_ms"] and r["step_p50_ms"]]
+                    same = [r for r in whole if {name: r[name] for name in setting} == setting]
                     costs = same[0] if same else costs_of(model, len(classes), at)
                     row |= {name: costs[name] for name in COSTS}
                 row = round_off({**key, **row, **here, "device": where["device"]})
@@ -229,6 +231,15 @@ def folder_of(key: dict[str, Any]) -> str:
     """A folder name for a run; other weights, images or another recipe have another."""
     name = re.sub(r"[^\w.=-]+", "_", key["model"])
     return f"{name}-seed{key['seed']}-{zlib.crc32(repr(sorted(key.items())).encode()):08x}"
+
+
+def check_plain(model: str, keywords: dict[str, Any]) -> None:
+    """Raise InputError for a keyword that no other process can be given."""
+    for name, value in keywords.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise InputError(f"model={model}: {name}={value!r}: expected numbers, text, lists or mappings") from error
 
 
 def run_one(
@@ -297,10 +308,10 @@ def main(arguments: argparse.Namespace) -> None:
     device = find_device(arguments.device)
     recipe["amp"] = "bfloat16" if find_dtype(recipe.get("amp", "auto"), device) == torch.bfloat16 else "off"
     for model in [*arguments.models, *arguments.from_scratch]:
-        parse_model(model)  # a wrong name shows before a data set is fetched
+        check_plain(*parse_model(model))  # a wrong name shows before a data set is fetched
     data_dir = as_folder(arguments.data_dir, arguments.data_root, arguments.runs / "data")
     where = dict(data_dir=data_dir, val_dir=arguments.val_dir, workers=arguments.workers, device=device)
-    where["data_root"] = arguments.data_root
+    where["data_root"] = arguments.data_root if data_dir == arguments.data_dir else None  # a folder was made of it
     where["threads"] = arguments.threads or torch.get_num_threads()
     seeds = list(dict.fromkeys(arguments.seeds))
     name, _ = parse_model([*arguments.models, *arguments.from_scratch][0])

@@ -36,11 +36,16 @@ def find_images(
     Raises:
         ValueError: for a folder or a data set that is not so, naming it.
     """
+    for name, value in (("val_dir", val_dir), ("data_root", data_root)):
+        if data_dir is None and value is not None:
+            raise InputError(f"{name}={value} was given without data_dir; expected both")
     if data_dir is None:
         items, classes = list_digits()
         return *hold_out(items, held_out), classes
     if is_dataset(data_dir):
         return list_dataset(data_dir, data_root, val_dir, held_out)
+    if data_root is not None:
+        raise InputError(f"data_root={data_root} is for a data set of timm's factory, and data_dir={data_dir} is none")
     root = Path(data_dir)
     splits = [root / name for name in VALIDATION if (root / name).is_dir()]
     if splits and not (root / "train").is_dir():

@@ -66,6 +66,8 @@ def parity(model: Runner, exported: Runner, batches: list[torch.Tensor], dtype: 
     rows = []
     for images in batches:
         expected, found = model(images), exported(images)
+        if not expected.isfinite().all():
+            raise InputError("the model itself gives logits that aren't finite; its weights are damaged or diverged")
         if found.shape != expected.shape:
             raise InputError(
                 f"the exported model gives outputs of {tuple(found.shape)}, eager {tuple(expected.shape)}, for images "

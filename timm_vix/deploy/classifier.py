@@ -51,6 +51,8 @@ def address_of(model: str, trained: bool = True) -> str:
         return f"local-dir:{folder}"
     places = TRAINED if trained else PLACES
     lacks = f"{'holds no config.json' if folder.is_dir() else 'is not there'}; allowed is {places}"
+    if folder.is_file():
+        lacks = f"is a file; weights are given by --weights FILE; allowed here is {places}"
     near = near_names(model, timm.list_models())
     raise InputError(f"model={model} {lacks}" + (f"; near names: {near}" if near != "none" else ""))
 
@@ -144,7 +146,10 @@ class Classifier:
     def __init__(self, model: str, weights: Optional[str] = None, delta: Optional[str] = None) -> None:
         name, keywords = parse_model(model, find=str)  # as it is, for load_trained
         self.name, self.net = model, load_trained(name, weights, delta, **keywords)
-        self.note = "" if weights or delta else note_of_weights(name, self.net)
+        if isinstance(self.net, ExportedModel):
+            self.note = self.net.note
+        else:
+            self.note = "" if weights or delta else note_of_weights(name, self.net)
         if not self.net.num_classes:
             raise InputError(f"model={model} has no classifier")
         config = resolve_input_data_config(self.net)

@@ -134,9 +134,10 @@ def write(
     path: Path,
     calibration: Optional[torch.Tensor] = None,
     dynamic_size: bool = False,
+    note: str = "",
 ) -> None:
     """Write a model to a file in a folder of its own, where what it is made from may lie beside it."""
-    metadata = metadata_of(model.pretrained_cfg["architecture"], config, class_names(model), dtype)
+    metadata = metadata_of(model, config, class_names(model), dtype, note)
     inner = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with quiet(), held_by(to, dtype, dynamic_size):
         program, free = capture(model, config, inner, dynamic_size)
@@ -167,6 +168,7 @@ def export_model(
     calibration: Optional[torch.Tensor] = None,
     dynamic_size: bool = False,
     threads: int = 2,
+    note: str = "",
 ) -> tuple[Runner, dict[str, Any]]:
     """Write a model to ``out`` once it computes there what it does in eager mode.
 
@@ -177,6 +179,7 @@ def export_model(
         dtype: "float32", "bfloat16" or "int8".
         calibration: For int8, prepared images (B, C, H, W). Of ten or more, each tenth is held out, and compared.
         dynamic_size: The file takes images of other sizes, too, in whole patches.
+        note: What there is to know about the weights, for the metadata of the file.
 
     Returns:
         What calls the file, and its size in MB with the rows of ``parity``.
@@ -207,7 +210,7 @@ def export_model(
         if calibration is not None and len(calibration) >= FEW:
             held_out = calibration[::FEW]
             calibrating = calibration[torch.arange(len(calibration)) % FEW > 0]
-        write(model, config, to, dtype, written, calibrating, dynamic_size)
+        write(model, config, to, dtype, written, calibrating, dynamic_size, note)
         torch.set_num_threads(threads)
         with held_by(to, dtype, dynamic_size):
             batches = trials(config, calibration, dynamic_size, model)

@@ -29,7 +29,7 @@ from ..benchmark.cost import positive
 from ..data.folders import labelled_folder, spread
 from ..mixers import MIXERS
 from .check import accuracy, latency, read_calibration
-from .classifier import class_names
+from .classifier import class_names, note_of_weights
 from .export import build, export_model
 from .formats import DTYPES, OPENVINO_SECTION, SUFFIXES, openvino_hint
 from .metadata import PREPARATION, PT2_FILE
@@ -81,8 +81,10 @@ def metadata_read_by(to: str, out: Path) -> str:
 
 
 def prepared_by(config: dict[str, Any]) -> str:
-    """The Python that makes what prepares a picture, by timm's data configuration."""
-    return f"timm.data.create_transform({', '.join(f'{name}={config[name]!r}' for name in PREPARATION)})"
+    """The Python that prepares a picture of PIL's, by timm's data configuration."""
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    transform = f"timm.data.create_transform({', '.join(f'{name}={config[name]!r}' for name in PREPARATION)})"
+    return f'{transform}(PIL.ImageOps.exif_transpose(image).convert("{mode}"))'
 
 
 def classes_in_words(model: nn.Module) -> str:
@@ -154,8 +156,17 @@ def main(arguments: argparse.Namespace) -> None:
     calibration = None
     if arguments.calibrate:
         calibration = read_calibration(arguments.calibrate, arguments.calibrate_images, config)
-    run, found = export_model(model, config, to, dtype, arguments.out, calibration, arguments.dynamic_size, threads)
+    note = ""
+    if arguments.pretrained and not arguments.delta:
+        try:
+            note = note_of_weights(arguments.model.split()[0], model)
+        except InputError as error:  # such a file shows how fast the model is
+            note = str(error)
+    options = (calibration, arguments.dynamic_size, threads, note)
+    run, found = export_model(model, config, to, dtype, arguments.out, *options)
     print(describe(arguments.model, arguments.out, to, dtype, found), flush=True)
+    if note:
+        print(note, flush=True)
     print(f"its images are prepared by {prepared_by(config)}; its classes are {classes_in_words(model)}", flush=True)
     print(f"both are in its metadata too, which is read by {metadata_read_by(to, arguments.out)}", flush=True)
     if labelled:

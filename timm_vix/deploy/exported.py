@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from timm.data import create_transform
 from torch import nn
 
 from .._checks import InputError
 from .._files import one_line
 from .formats import OPEN, READ_METADATA, SUFFIXES
-from .metadata import config_of
+from .metadata import PREPARATION, config_of
 
 # a .pt2 file holds code, which nobody should run who doesn't know where it is from
 READABLE = {SUFFIXES[to]: to for to in READ_METADATA}
@@ -28,6 +30,7 @@ class ExportedModel(nn.Module):
 
     Attributes:
         num_classes, pretrained_cfg: as a timm model has them, from the metadata of the file.
+        num_parameters, note: of the model that was exported, see ``metadata_of``.
 
     Raises:
         ValueError: for a file of another kind, a damaged one, and one without this metadata.
@@ -45,8 +48,18 @@ class ExportedModel(nn.Module):
             raise
         except Exception as error:  # the runtimes raise as they like
             raise InputError(f"{path} cannot be opened as a model: {one_line(error)}") from error
-        self.num_classes = len(config["classes"])
-        self.pretrained_cfg: dict[str, Any] = {**config, "label_names": config["classes"]}
+        try:
+            transform = create_transform(**{name: config[name] for name in PREPARATION})
+            black = transform(Image.new("L" if config["input_size"][0] == 1 else "RGB", (8, 8)))
+            outputs = self.run(black.unsqueeze(0)).shape[1]
+            names = list(map(str, config["classes"]))
+        except Exception as error:  # whatever the entries of another program lead to
+            reason = f"{type(error).__name__} {one_line(error)}"
+            raise InputError(f"{path} has metadata that cannot be used: {reason}") from error
+        if names and len(names) != outputs:
+            raise InputError(f"{path} has {outputs} outputs, and names of {len(names)} classes in its metadata")
+        self.num_classes, self.num_parameters, self.note = len(names), config["parameters"], str(config["note"])
+        self.pretrained_cfg: dict[str, Any] = {**config, "label_names": names}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.run(images)

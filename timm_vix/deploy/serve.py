@@ -25,6 +25,7 @@ from ..measure.job import time_interleaved
 from ..models.checkpoints import hosts_of
 from .baseline import softmax_baseline
 from .classifier import Classifier
+from .exported import ExportedModel
 
 SHOWN = 5  # classes
 ROUNDS = 7  # passes of each model for its time, after one that isn't timed
@@ -138,6 +139,11 @@ def title_of(model: nn.Module) -> str:
     return get_model_args(model).get("source") or model.pretrained_cfg["architecture"]
 
 
+def number_of_parameters(model: nn.Module) -> int:
+    """As many as the model has, or had before it was exported."""
+    return model.num_parameters if isinstance(model, ExportedModel) else sum(p.numel() for p in model.parameters())
+
+
 def mechanisms_in(model: nn.Module) -> str:
     """The names of what mixes the tokens of a model of ours or a converted one, for the title of its answers."""
     names = dict.fromkeys(mixer_name(host) for host in hosts_of(model).values())
@@ -180,7 +186,7 @@ def build_page(gradio: Any, answers: Answers) -> tuple[Any, dict[str, Any]]:
 
     net = answers.classifier.net
     size = " x ".join(map(str, answers.classifier.size))
-    facts = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters · {size} px · {net.num_classes} classes"
+    facts = f"{number_of_parameters(net) / 1e6:.1f} M parameters · {size} px · {net.num_classes} classes"
     # pictures that were dropped here are deleted after an hour
     options: dict[str, Any] = dict(analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600))
     with gradio.Blocks(title=f"{title_of(net)} · timm_vix", **options) as page:

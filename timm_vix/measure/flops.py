@@ -50,9 +50,14 @@ def attention_backward(
 
 
 def solution(matrix: Any, y: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Operations of the solution of linear systems (..., m, m), (..., m, n) through a triangular factorisation."""
-    m, n = y[-2:]
-    return round(math.prod(y[:-2]) * (2 / 3 * m**3 + 2 * m**2 * n))
+    """Operations of the solution of linear systems (..., m, m), (..., m, n) or (..., m) by a triangular factorisation.
+
+    Where one matrix serves several systems, torch factorises it for each.
+    """
+    m, solved = matrix[-1], out_shape[0]
+    vectors = math.prod(solved) // m  # right-hand sides of all systems
+    systems = vectors if solved[-1] == m and len(solved) == len(matrix) - 1 else math.prod(solved[:-2])
+    return round(systems * 2 / 3 * m**3 + vectors * 2 * m**2)
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {

@@ -18,7 +18,7 @@ import torch
 
 from .._files import one_line
 
-# begins the line with the result, as in JSON text sequences (RFC 7464), so that nothing else that is printed is it
+# begins the result, as in JSON text sequences (RFC 7464), so that nothing else that is printed is it
 RECORD_SEPARATOR = "\x1e"
 # what torch says where it raises a RuntimeError for memory that it doesn't get
 OUT_OF_MEMORY = (
@@ -55,10 +55,11 @@ def call_in_process(function: Callable[[Any], Any], argument: Any, interactive: 
         ) as process:
             try:
                 for line in process.stdout or ():
-                    if line.startswith(RECORD_SEPARATOR):
-                        return json.loads(line[1:])
-                    if interactive:
-                        print(f"  {line}", end="", flush=True)
+                    printed, found, result = line.partition(RECORD_SEPARATOR)  # a last line may lack its end
+                    if interactive and printed:
+                        print(f"  {printed}", end="\n" if found else "", flush=True)
+                    if found:
+                        return json.loads(result)
                 code = process.wait()
             except KeyboardInterrupt:
                 if interactive:

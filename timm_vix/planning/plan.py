@@ -111,6 +111,11 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     )
     for half in (chosen, held_out):
         half.measure(Plan())  # labels that don't fit show before the search
+    if run.keep is not None and (kept := chosen.measure(Plan()).kept) < run.keep:
+        raise InputError(
+            f"keep={run.keep:g} is beyond the {kept:.4f} of its own top-1 that the source keeps with "
+            f"scale_logits={run.scale_logits}; allowed is less, or scale_logits=0"
+        )
     passed = torch.cat(chosen.batches)
     passed = passed[torch.arange(run.latency_batch) % len(passed)]
     latency = Latency(model, passed, table, time_key(run, model))
@@ -142,7 +147,8 @@ def tell_resolution(keep: Optional[float], images: int) -> None:
 
     ``images``: those that choose; with labels, those of which the source predicts the label.
     """
-    if keep is not None and keep < 1 and (1 - keep) * images < 1:
+    # 10 - 0.9 * 10 is a little below 1
+    if keep is not None and keep < 1 and (1 - keep) * images < 1 - 1e-9:
         print(f"keep={keep:g} of {images} images means all of them; a finer choice needs more images", flush=True)
 
 
@@ -239,19 +245,23 @@ def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> 
     Labels are 0 where none are given.
 
     Raises:
-        InputError: for too few to split, or a class of which no image can be read.
+        InputError: for too few to split, or none that can be read.
     """
     folder = Path(run.data_dir)
-    found, classes = labelled_folder(folder, model) if run.labels else (find_unlabelled(folder), [run.data_dir])
+    found = labelled_folder(folder, model)[0] if run.labels else find_unlabelled(folder)
     resize, _, evaluate = transforms(config, "none", 0.0)
-    data = Images(spread(found, run.images), classes, config["input_size"][0], resize, evaluate, 0)
+    chosen = spread(found, run.images)
+    label_of = dict(chosen)
+    # as images of one class: so few have damaged ones left out, even the only one of a class
+    unlabelled = [(image, 0) for image in label_of]
+    data = Images(unlabelled, [run.data_dir], config["input_size"][0], resize, evaluate, 0)
     if len(data) < 2:
         raise InputError(
             f"data_dir={run.data_dir} has {len(data)} image that can be read: one half of the images chooses a plan "
             "and the other tells what it keeps, so at least 2 are needed"
         )
-    read = [data[0, i] for i in range(len(data))]
-    return torch.stack([pixels for pixels, _ in read]), torch.tensor([label for _, label in read])
+    pixels = torch.stack([data[0, i][0] for i in range(len(data))])
+    return pixels, torch.tensor([label_of[image] for image, _ in data.items])
 
 
 def run_key(

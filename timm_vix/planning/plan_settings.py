@@ -97,6 +97,10 @@ class PlanSettings(Settings):
         for name, tried in self.mixer.items() if isinstance(self.mixer, Mapping) else ():
             if not isinstance(tried, (list, tuple)) or not all(isinstance(keywords, Mapping) for keywords in tried):
                 raise InputError(f"mixer: {name}={tried!r}: expected a list of mappings from keywords to values")
+            if not tried and name != MERGE:
+                raise InputError(
+                    f"mixer: {name}=[] tries nothing; expected at least one mapping, such as {name}=[{{}}]"
+                )
             for keywords in tried:
                 if name == MERGE:
                     raise InputError(f"mixer: {MERGE} takes no keywords; allowed is {MERGE}=[]")

@@ -93,6 +93,12 @@ def count_gflops(model: nn.Module, image: torch.Tensor) -> float:
     return flops.get_total_flops() / 1e9
 
 
+def is_finite(features: torch.Tensor, classes: Optional[torch.Tensor]) -> torch.Tensor:
+    """Of which images features and logits are finite, (B,), for what ``Sensitivity.predict`` returns."""
+    finite = features.flatten(1).isfinite().all(1)
+    return finite if classes is None else finite & (classes >= 0)
+
+
 class Sensitivity:
     """Measures conversions of one model on one set of images.
 
@@ -157,6 +163,8 @@ class Sensitivity:
             return self.known[what]
         if not self.original:
             self.original = [self.predict(images) for images in self.batches]
+            if not all(is_finite(*output).all() for output in self.original):
+                raise InputError(f"the source gives outputs that aren't finite on {self.part}; check weights and dtype")
         squared_error, squared_norm, stored = 0.0, 0.0, StoredTokens()
         predicted: list[torch.Tensor] = []
         agreed: list[torch.Tensor] = []  # of each image, from 0 to 1
@@ -168,11 +176,15 @@ class Sensitivity:
                     if tokens:
                         stored.tokens = tokens[i]
                     new_features, new_classes = (features, classes) if unchanged else self.predict(images)
+                    finite = is_finite(new_features, new_classes)
+                    # as far off as zeros, and of no class; in place of numbers that would make all others useless
+                    new_features = new_features.masked_fill(~finite.view(-1, *[1] * (features.dim() - 1)), 0.0)
                     if classes is None or new_classes is None:
-                        agreed.append(F.cosine_similarity(new_features, features, dim=2).double().mean(1))
+                        same = F.cosine_similarity(new_features, features, dim=2).mean(1)
                     else:
-                        agreed.append((new_classes == classes).double())
-                        predicted.append(new_classes)
+                        predicted.append(new_classes.masked_fill(~finite, -1))
+                        same = predicted[-1] == classes
+                    agreed.append(same.cpu().double())  # not every device has float64
                     squared_error += float((new_features - features).square().sum())
                     squared_norm += float(features.square().sum())
         agreement = float(torch.cat(agreed).mean())
@@ -196,11 +208,16 @@ class Sensitivity:
         return int((predicted == labels).sum()) / right
 
     def predict(self, images: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Input of the classifier, (B, C), and the most likely class, (B,); or tokens (B, N, C) and no class."""
+        """Input of the classifier, (B, C), and the most likely class, (B,); or tokens (B, N, C) and no class.
+
+        The class is -1 where a logit isn't finite.
+        """
         tokens = self.model.forward_features(images)
         if not self.model.num_classes:
             return tokens.float(), None
-        return self.model.forward_head(tokens, pre_logits=True).float(), self.model.forward_head(tokens).argmax(-1)
+        logits = self.model.forward_head(tokens)
+        classes = logits.argmax(-1).masked_fill(~logits.isfinite().all(-1), -1)
+        return self.model.forward_head(tokens, pre_logits=True).float(), classes
 
     @torch.inference_mode()
     def run_block(self, layer: int, tokens: list[torch.Tensor]) -> list[torch.Tensor]:

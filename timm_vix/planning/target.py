@@ -50,15 +50,14 @@ class Target(NamedTuple):
         return cost * (self.speedup or 0.0) <= 1.1 * softmax.milliseconds
 
     def wanted(self) -> str:
-        """A speedup or a number of GFLOPs, in words."""
-        return f"speedup={self.speedup:g}" if self.gflops is None else f"budget_gflops={self.gflops:g}"
+        """What is given, as "name=value"."""
+        names = dict(keep=self.keep, speedup=self.speedup, budget_gflops=self.gflops)
+        return " ".join(f"{name}={value:g}" for name, value in names.items() if value is not None)
 
-    def unreached(self, speedup: float, gflops: float) -> InputError:
+    def unreached(self, kept: float, speedup: float, gflops: float) -> InputError:
         """The error for a target that isn't reached, given the best there is."""
+        if self.keep is not None:
+            return InputError(f"{self.wanted()} is beyond the {kept:.4f} of the most faithful model")
         if self.gflops is not None:
-            return InputError(
-                f"budget_gflops={self.gflops:g} is below the {gflops:.3f} GFLOPs of the cheapest candidates"
-            )
-        return InputError(
-            f"speedup={self.speedup:g} is beyond the {speedup:.2f} of the fastest candidates on this machine"
-        )
+            return InputError(f"{self.wanted()} is below the {gflops:.3f} GFLOPs of the cheapest candidates")
+        return InputError(f"{self.wanted()} is beyond the {speedup:.2f} of the fastest candidates on this machine")

@@ -47,16 +47,16 @@ class Checkpoint:
         )
 
     def read(self) -> dict[str, Any]:
-        """The content of the file; raise ValueError for a damaged one."""
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            return {name: state[name] for name in ("settings", "model", "optimizer", "position")}
-        except Exception as error:  # torch.load raises by kind of damage
-            raise InputError(f"resume: {self.path} cannot be read: {one_line(error)}") from error
+        """The content of the file; raise ValueError for a damaged one, and for one of other settings."""
+        state = read_tensors(self.path)
+        missing = [name for name in ("settings", "model", "optimizer", "position") if name not in state]
+        if missing:
+            raise InputError(f"resume: {self.path} has no {missing[0]}; expected a checkpoint of this training")
+        self.check_settings(state["settings"])
+        return state
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take weights, optimizer and position of what ``read`` gave; raise ValueError for other settings."""
-        saved = state["settings"]
+    def check_settings(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError for settings of a checkpoint that differ from these, naming both."""
         differing = [
             f"{name}={before} before, {now} now"
             for name, value in self.settings.items()
@@ -65,6 +65,9 @@ class Checkpoint:
         ]
         if differing:
             raise InputError(f"resume: settings differ from those of {self.path}: {'; '.join(differing)}")
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take weights, optimizer and position of what ``read`` gave."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.position.update(state["position"])
@@ -87,6 +90,14 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer())
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """What ``write_tensors`` wrote, on the CPU; raise ValueError for a file that is missing or damaged."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises by kind of damage
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def clear(out: Path, files: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ from ..data.datasets import Items
 from ..data.folders import find_images
 from ..data.images import STEP, Images, normaliser, reseed, seed_of, transforms
 from .build import build_model, construction
-from .checkpoint import Checkpoint, clear, write_history, write_tensors
+from .checkpoint import Checkpoint, clear, read_tensors, write_history, write_tensors
 from .finetune_settings import FinetuneSettings
 from .hub import finetuned_card, write_hub
 from .interrupt import deferred_interrupt
@@ -112,7 +112,7 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
                 with autocast(run.device, dtype):
                     logits = net(inputs)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                loop.update(loss, f"lower lr={run.lr} or set amp=off")
+                loop.update(loss, lower(run))
                 position["loss"] += loss.item()
                 loop.note(f"loss={position['loss'] / (position['step'] + 1):.3f}")
             start = time.perf_counter()
@@ -131,6 +131,11 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
             end_epoch(checkpoint, row, run)
     finish(checkpoint, run, config, classes, f"{train.readable:,} images; validation: {val.readable:,}")
     return net, history
+
+
+def lower(run: FinetuneSettings) -> str:
+    """What helps against a training that diverges."""
+    return f"lower lr={run.lr} or set amp=off"
 
 
 def prepare_images(
@@ -171,6 +176,8 @@ def start_or_resume(checkpoint: Checkpoint, run: FinetuneSettings) -> None:
                 f"resume: settings differ from those of {checkpoint.path}: checkpoint={before} before, {weights} now"
             )
         checkpoint.restore(state)
+        if run.keep == "best" and checkpoint.position["history"]:
+            read_tensors(checkpoint.path.with_name("best.pt"))  # a damaged file shows now and not after the training
     else:
         clear(checkpoint.path.parent, FILES)
     checkpoint.save()  # a full disk shows now and not after an hour
@@ -226,11 +233,11 @@ def finish(
     row = history[-1]
     if run.keep == "best":
         row = max(history, key=lambda earlier: earlier["top1"])
-        net.load_state_dict(torch.load(folder / "best.pt", map_location=run.device, weights_only=True))
+        net.load_state_dict(read_tensors(folder / "best.pt"))
     if run.train_only:
         save_delta(net, folder / "delta.safetensors")
     quoted = f"`{weights}`" if weights else None
-    data = f"`{Path(run.data_dir).name}`" if run.data_dir else "scikit-learn's handwritten digits"
+    data = f"`{Path(run.data_dir).absolute().name}`" if run.data_dir else "scikit-learn's handwritten digits"
     shown = {name: value for name, value in checkpoint.settings.items() if name != "construction"}
     architecture = net.pretrained_cfg["architecture"]
     local = run.model.startswith("local-dir:")  # a path here tells a reader nothing
@@ -261,13 +268,19 @@ def evaluate(
     normalise: Callable[[torch.Tensor], torch.Tensor],
     after_batch: Callable[[], None],
 ) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in percent, over the images that can be read."""
+    """Top-1 and top-5 accuracy in percent, over the images that can be read.
+
+    Raises:
+        ValueError: for logits that aren't finite, of which the largest would mean nothing.
+    """
     model.eval()
     top1, top5 = AverageMeter(), AverageMeter()
     keys = images.batches(run.batch_size)
     for pixels, labels in tqdm(images.loader(keys, run.workers), "validate", len(keys), leave=False, disable=None):
         with autocast(run.device, dtype):
             logits = model(normalise(pixels))
+        if not logits.isfinite().all():
+            raise InputError(f"the model gives logits that aren't finite after training; {lower(run)}")
         for meter, value in zip((top1, top5), accuracy(logits, labels.to(run.device), topk=(1, 5))):
             meter.update(value.item(), len(labels))
         after_batch()

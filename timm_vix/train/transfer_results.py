@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
+from .._checks import InputError
 from .._device import autocast, device_name, versions
 from ..conversion.convert import Conversion
 from ..conversion.keywords import ADDING_NOTHING
@@ -33,6 +34,9 @@ def compare(
     """Percent of images on which both predict the same; mean cosine and relative distance of their last tokens.
 
     Without a classifier there are no predictions, and the first is None.
+
+    Raises:
+        ValueError: for tokens that aren't finite.
     """
     number, same, cosine, difference, size = 0, 0, 0.0, 0.0, 0.0
     keys = images.batches(run.batch_size)
@@ -41,6 +45,11 @@ def compare(
             wanted, mine = (model.forward_features(normalise(pixels)) for model in (teacher, student))
             predicted = [model.forward_head(t).argmax(-1) for model, t in ((teacher, wanted), (student, mine))]
         mine, wanted = mine.float(), wanted.float()
+        for name, tokens in (("original", wanted), ("converted", mine)):
+            if not tokens.isfinite().all():
+                advice = f"lower block_lr={run.block_lr} and distill_lr={run.distill_lr}"
+                advice = advice if name == "converted" else "check its weights"
+                raise InputError(f"the {name} model gives tokens that aren't finite; {advice}, or set amp=off")
         number += len(pixels)
         same += int((predicted[0] == predicted[1]).sum())
         cosine += float(cosine_similarity(mine, wanted, dim=2).mean(1).sum())
