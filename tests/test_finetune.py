@@ -685,8 +685,35 @@ def test_existing_run_is_not_touched(digits, finished, tmp_path, script):
     ):
         assert_one_clear_line(script(*command(digits, out, **EXACT), *arguments), words)
     assert_same_run(out, finished)
+    assert_one_clear_line(script("--out", tmp_path / "new", "--val-dir", digits), ["val_dir=", "without data_dir"])
     (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:1000])
     assert_one_clear_line(script(*command(digits, out, **EXACT), "--resume"), ["checkpoint.pt cannot be read"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_resume_notices_a_damaged_best_epoch_before_it_trains(damage, digits, tmp_path, monkeypatch):
+    settings = dict(EXACT, data_dir=str(digits), out=str(tmp_path / "out"), keep="best")
+    finetune(**settings)
+    best, kept = tmp_path / "out" / "best.pt", (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    best.write_bytes(best.read_bytes()[:1000]) if damage == "cut" else best.unlink()
+    with pytest.raises(ValueError, match="best.pt cannot be read: ") as error:
+        finetune(**settings, resume=True)
+    assert "\n" not in str(error.value) and (tmp_path / "out" / "checkpoint.pt").read_bytes() == kept
+
+
+def test_a_model_that_diverges_in_the_last_step_of_an_epoch_is_no_result(digits, tmp_path):
+    """Its loss before that step was finite, and the largest of logits that are no numbers is always the first."""
+    settings = dict(TINY, batch_size=160, epochs=1, lr=1e30, warmup=0.0, device="cpu")
+    with pytest.raises(ValueError, match=r"logits that aren't finite after training; lower lr=1e\+30 or set amp=off"):
+        finetune(data_dir=str(digits), out=str(tmp_path / "out"), **settings)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint.pt"}
+    assert position(tmp_path / "out")["step"] == 0
+
+
+def test_a_folder_given_as_a_dot_has_its_name_in_the_card(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(digits)
+    finetune(data_dir=".", out=str(tmp_path / "out"), **dict(TINY, epochs=1, lr=1e-3, device="cpu"))
+    assert f"on `{digits.name}` (4 classes" in (tmp_path / "out" / "hub" / "README.md").read_text()
 
 
 def test_resume_notices_other_images(digits, finished, tmp_path, script):

@@ -26,6 +26,7 @@ from timm_vix import cli
 from timm_vix._checks import InputError
 from timm_vix.planning.plan import plan_layers
 from timm_vix.train.checkpoint import Checkpoint
+from timm_vix.train.finetune import finetune
 from timm_vix.train.losses import BlockMatching, Distillation
 from timm_vix.train.transfer import transfer
 from timm_vix.train.transfer_results import mixers_in_words
@@ -522,6 +523,17 @@ def test_folders_without_pictures_and_of_another_run(weights, unlabelled, tmp_pa
     with pytest.raises(ValueError, match="settings differ.*block_lr"):
         transfer(**arguments(weights, unlabelled, tmp_path / "run", resume=True, block_lr=0.5))
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
+    run = dict(model="vit_tiny_patch16_224", model_kwargs=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2))
+    finetune(**run, epochs=1, batch_size=512, lr=1e-3, img_size=8, out=str(tmp_path / "finetuned"))
+    with pytest.raises(ValueError, match="settings differ"):
+        transfer(**arguments(weights, unlabelled, tmp_path / "finetuned", resume=True))
+
+
+def test_a_conversion_that_diverges_in_the_last_step_is_no_result(weights, unlabelled, tmp_path):
+    changes = dict(block_steps=1, distill_steps=0, block_lr=1e30)
+    with pytest.raises(ValueError, match=r"converted model gives tokens that aren't finite; lower block_lr=1e\+30"):
+        transfer(**arguments(weights, unlabelled, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "hub").exists()
 
 
 def test_layers_of_the_command_line():
