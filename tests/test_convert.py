@@ -630,3 +630,63 @@ def test_a_truncated_file_is_refused(saved, tmp_path):
 def test_an_unknown_source_names_near_ones():
     with pytest.raises(ValueError, match="near names: deit_tiny_patch16_224"):
         timm.create_model("vix_from_timm", source="deit_tiny_patch16_24")
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre_hook", "forward"])
+def test_attention_with_hooks_is_not_lost(kind):
+    """Neither when it is replaced, nor by what leaves it its mechanism, nor when a mixer goes."""
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+
+    def watch(attn):
+        if kind == "forward":
+            attn.forward = type(attn).forward.__get__(attn)
+            return lambda: attn.__dict__.pop("forward")
+        return getattr(attn, f"register_forward_{kind}")(lambda *_: None).remove
+
+    value, remove = model(x), watch(model.blocks[2].attn)
+    for keywords in (dict(mixer="linformer", num_proj_tokens=4), dict(merge=2), dict(scale_logits=5)):
+        with pytest.raises(ValueError, match="blocks.2.attn has hooks or a forward of its own, which would be lost"):
+            timm_vix.convert(model, **keywords)
+        assert torch.equal(model(x), value) and not converted(model)
+    timm_vix.convert(model, "linformer", layers=[0], num_proj_tokens=4)  # of another layer
+    remove()
+    timm_vix.convert(model, "linformer", num_proj_tokens=4)
+    remove = watch(model.blocks[2].attn)
+    with pytest.raises(ValueError, match="blocks.2.attn has hooks"):
+        timm_vix.revert(model)
+    assert converted(model) == [0, 1, 2, 3]
+    remove()
+    timm_vix.revert(model)
+    assert torch.equal(model(x), value)
+
+
+def test_dropout_that_was_switched_on_stays_on():
+    """As for samples of predictions: in eval mode, but for dropout."""
+    model = vit(proj_drop_rate=0.1)
+    timm_vix.convert(model, "linformer", num_proj_tokens=4)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    with pytest.raises(ValueError, match="nonsense"):
+        timm_vix.convert(model, "nonsense")
+    timm_vix.convert(model, "nystrom", num_landmarks=4)
+    timm_vix.revert(model)
+    assert all(block.attn.proj_drop.training and not block.attn.training for block in model.blocks)
+
+
+@pytest.mark.parametrize("name", ["vix_softmax_cifar", "pin_cifar", "convix_gpsa_tiny"])
+def test_layers_that_cannot_be_saved_are_refused_by_name(name):
+    for layers in (range(2), {0, 1}):
+        with pytest.raises(ValueError, match="expected text, a list of indices, or a mapping from index to mixer"):
+            timm.create_model(name, layers=layers)
+    with pytest.raises(ValueError, match=r"layers='plan.json': a plan is for timm_vix.convert and vix_from_timm"):
+        timm.create_model(name, layers="plan.json")
+
+
+def test_layers_of_a_conversion_that_cannot_be_saved_are_refused(tmp_path):
+    for layers in (range(2), tmp_path / "plan.json"):
+        with pytest.raises(ValueError, match="expected text, a list of indices, or a mapping from index to mixer"):
+            timm.create_model("vix_from_timm", source="vit_tiny_patch16_224", layers=layers, mixer="linformer")
+    timm_vix.convert(model := vit(), "linformer", layers=range(2), num_proj_tokens=4)  # recorded as a mapping
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert converted(timm.create_model(f"local-dir:{tmp_path}", pretrained=True)) == [0, 1]

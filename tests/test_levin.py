@@ -250,3 +250,14 @@ def test_a_wrong_keyword_is_named(kwargs, words):
     with pytest.raises(ValueError) as error:
         timm.create_model(**{"model_name": "levin_cifar", **kwargs})
     assert not [word for word in words if word not in str(error.value)], error.value
+
+
+@pytest.mark.parametrize("stem", ["levit", "conv"])
+def test_another_image_size_is_refused(stem):
+    """One of as many tokens would go through, its rows cut at the wrong places."""
+    model = timm.create_model("levin_128s", **SHAPE, stem=stem, num_landmarks=4).eval()
+    model(torch.zeros(1, 3, 80, 48))
+    for size in ((48, 80), (160, 96)):
+        for call in (model, model.forward_intermediates):
+            with pytest.raises(AssertionError, match=rf"Input height \({size[0]}\) doesn't match model \(80\)"):
+                call(torch.zeros(1, 3, *size))

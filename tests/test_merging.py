@@ -601,6 +601,8 @@ def test_a_pruned_model_that_was_created_with_merging_is_converted(merge):
     timm_vix.convert(model, "performer")
     timm_vix.convert(model, "softmax")
     assert torch.equal(model.forward_intermediates(x, indices=[1], intermediates_only=True)[0], features)
+    unmerged = timm.create_model("vix_softmax_cifar", merge=0, img_size=32, patch_size=8, depth=2, num_classes=5)
+    assert timm_vix.convert(unmerged, merge=4).rows[0].merged == 4
     with pytest.raises(InputError, match="merge=3: the model was created with merge="):
         timm_vix.convert(model, merge=3)
 

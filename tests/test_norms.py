@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 import timm_vix
 from timm_vix._checks import InputError
+from timm_vix.conversion.feedforward import structure_mlp
 from timm_vix.conversion.folding import PrefixAffine
 from timm_vix.conversion.handover import HandoverSchedule, finish
 from timm_vix.conversion.norms import TokenBatchNorm
@@ -488,3 +489,30 @@ def test_the_example_measures_what_is_folded(tmp_path) -> None:
     ]
     assert float(rows[0]["agreement"]) == float(rows[1]["agreement"]) == 100.0
     assert rows[3]["top1"] == rows[4]["top1"] and 0 < float(rows[3]["agreement"]) < 100
+
+
+def test_what_replaces_frozen_layers_is_frozen():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    images = torch.randn(8, 3, 32, 32)
+    timm_vix.freeze_except(model.eval(), "head")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"head.weight", "head.bias"}
+    changes = (
+        lambda: timm_vix.replace_norms(model, images),
+        lambda: timm_vix.fold_norms(model, last=False),
+        lambda: structure_mlp(model, images=images),
+    )
+    for change in changes:
+        change()
+        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_a_model_saved_during_a_hand_over_says_so(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    timm_vix.replace_norms(model.eval(), torch.randn(8, 3, 32, 32), HandoverSchedule(2))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(
+        ValueError, match="saved during a hand-over from layer norms .blocks.0.norm1.old.weight"
+    ) as error:
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert "save after finish" in str(error.value)

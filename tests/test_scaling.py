@@ -155,6 +155,17 @@ def test_models_are_built_by_name_with_scaled_logits(mixer, merge, tmp_path) -> 
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), model(images))
     without = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, scale_logits=0).eval()
     assert torch.equal(without(images), plain(images))
+    if mixer != "softmax" or merge:
+        return
+    # which a conversion couldn't record, nor take back
+    value = model(images)
+    for other in (0, 19):
+        with pytest.raises(InputError, match=f"scale_logits={other}: the model was created with 17; pass another one"):
+            timm_vix.convert(model, layers={0: "linformer"}, num_proj_tokens=4, scale_logits=other)
+    assert torch.equal(model(images), value)
+    timm_vix.convert(model, layers={0: "linformer"}, num_proj_tokens=4, scale_logits=17)
+    timm_vix.revert(model)
+    assert torch.equal(model(images), value)
 
 
 def test_a_name_wants_the_number_of_tokens() -> None:

@@ -13,7 +13,8 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot, logit_factor
+from ..mixers._attention_slot import AttentionSlot, has_hooks, logit_factor
+from .hooks import HOOKS
 from .keywords import ADDING_NOTHING, check_keywords
 from .layers import Layers, layer_mixers
 from .merge_steps import Merge, Step, first_merge, merge_steps, num_merged
@@ -115,8 +116,8 @@ def convert(
         What became of each layer.
 
     Raises:
-        ValueError: for a wrong argument, or for attention that can't be replaced, naming the module and the reason;
-            the model is then as it was.
+        ValueError: for a wrong argument, or for attention that can't be replaced or has hooks, naming the module and
+            the reason; the model is then as it was.
 
     Example:
         >>> model = timm.create_model("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=True, img_size=518)
@@ -133,6 +134,9 @@ def convert(
     keeps_mixers = mixer is None and not keywords and (merge is not None or scale_logits is not None)
     mixer, wanted = wanted_mixers(model, len(sites), mixer, layers, keywords, keeps_mixers)
     trained = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
+    named = scale_of_name(sites)
+    if named and trained != named:
+        raise InputError(f"scale_logits={scale_logits!r}: the model was created with {named}; pass another one there")
     if merge is None:
         merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
     steps = merge_steps(merge, len(sites))
@@ -147,6 +151,7 @@ def convert(
     check_scaling(planned, trained)
 
     former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
+    check_hooks({path: module for path, module in former.items() if planned[path] is not module})
     for site in (site for block in sites for site in block):
         setattr(site.parent, site.name, planned[site.path])
         if isinstance(planned[site.path], AttentionSlot):
@@ -204,6 +209,21 @@ def merge_of_name(model: nn.Module) -> Optional[Merge]:
     """How a model merges by the name it was created with, in the layers that it has now; None if it doesn't."""
     built = getattr(model, "merge", None)
     return model.blocks.merge if built is not None and isinstance(model.blocks, MergingBlocks) else built
+
+
+def scale_of_name(sites: list[list[AttentionSite]]) -> int:
+    """N_train of a model that was created with ``scale_logits``; 0: it wasn't."""
+    own = [site.attn for block in sites for site in block if isinstance(site.attn, AttentionSlot)]
+    return max((slot.trained_tokens for slot in own), default=0)
+
+
+def check_hooks(attention: dict[str, nn.Module]) -> None:
+    """Raise ValueError for attention, by path, that is to be replaced and has hooks or a forward of its own."""
+    for path, module in attention.items():
+        if has_hooks(module, HOOKS):
+            raise InputError(
+                f"{path} has hooks or a forward of its own, which would be lost; remove them, and add them afterwards"
+            )
 
 
 def check_sequence_options(model: nn.Module, merge: Optional[Merge], scale_logits: Optional[ScaleLogits]) -> None:
@@ -291,12 +311,14 @@ def revert(model: nn.Module) -> None:
     """Give a converted model its own attention back, in place, with the weights as they are now.
 
     Raises:
-        ValueError: for a model that isn't converted, or that was saved by a mixer which keeps no attention weights.
+        ValueError: for a model that isn't converted, that was saved by a mixer which keeps no attention weights, or
+            whose mixers have hooks.
     """
     sites = attention_sites(model, sequences=True)
     converted = [site for block in sites for site in block if getattr(site.parent, site.name) is not site.attn]
     if not converted:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
+    check_hooks({site.path: getattr(site.parent, site.name) for site in converted})
     for site in converted:
         setattr(site.parent, site.name, site.attn)
     if getattr(model, "merge", None) is None:

@@ -168,7 +168,10 @@ def structure_mlp(
     for path, layer in layers.items():
         if not is_plain_linear(layer):
             raise InputError(f"{path} is a {type(layer).__name__}; expected an nn.Linear without adapter and hook")
-    structured = {path: structure(path, layer, kind, share) for path, layer in layers.items()}
+    structured = {
+        path: structure(path, layer, kind, share).requires_grad_(layer.weight.requires_grad)
+        for path, layer in layers.items()
+    }
 
     def fit(path: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         inputs = x.flatten(0, -2).cpu().double()

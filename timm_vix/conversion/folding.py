@@ -209,7 +209,7 @@ def fold(folding: Folding) -> None:
     if P > 0:
         scale, shift = scales[:P] / s, (shifts[:P] - t) / s
         dtype = norm.patch.weight.dtype
-        rest = PrefixAffine(scale.to(dtype), shift.to(dtype))
+        rest = PrefixAffine(scale.to(dtype), shift.to(dtype)).requires_grad_(norm.patch.weight.requires_grad)
     setattr(folding.site.parent, folding.site.name, rest.train(norm.training))
 
 

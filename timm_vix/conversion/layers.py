@@ -9,15 +9,22 @@ from .keywords import check_keywords, mixer_keywords
 Layers = Union[str, Sequence[int], Mapping[Any, Any]]
 
 
+def check_saved_form(layers: Any) -> None:
+    """Raise ValueError for ``layers`` that timm can't write to a configuration when it saves the model."""
+    if layers is not None and not isinstance(layers, (str, list, tuple, dict)):
+        raise InputError(f"layers={layers!r}: expected text, a list of indices, or a mapping from index to mixer")
+
+
 def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any]) -> dict[int, tuple[str, dict]]:
     """Mixer and keywords for each layer that ``layers`` names, see ``convert``.
 
     Raises:
         ValueError: for a form, a layer, a mixer or a keyword that isn't there.
     """
-    forms = "expected 'all', 'first-n', 'last-n', 'every-n', a list of indices, a mapping from index to mixer, "
-    forms += "or the .json file of a plan"
+    forms = "expected 'all', 'first-n', 'last-n', 'every-n', a list of indices, or a mapping from index to mixer"
     chosen: dict[Any, Any]
+    if isinstance(layers, str) and layers.endswith(".json"):  # ``convert`` has read its plans before
+        raise InputError(f"layers={layers!r}: a plan is for timm_vix.convert and vix_from_timm; here {forms}")
     if isinstance(layers, str):
         form, _, count = layers.partition("-")
         if layers != "all" and not (

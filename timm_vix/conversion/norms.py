@@ -190,7 +190,8 @@ def replace_norms(
         model: timm ``VisionTransformer`` or ``Eva``, converted or not, or one of ours.
         images: (B, 3, H, W) as the model takes them, some dozens, which pass as one batch. None: constants of no
             meaning, for a model whose weights are loaded afterwards.
-        schedule: of a hand-over from the layer norms, which are then kept until ``finish``; None: they go at once.
+        schedule: of a hand-over from the layer norms, which are then kept until ``finish``; None: they go at once. A
+            model can be built again by name only if it was saved after ``finish``.
 
     Returns:
         For each norm the share of the layer norm's variance that the batch norm doesn't explain; 0 without images.
@@ -234,4 +235,6 @@ def new_norm(site: NormSite) -> TokenBatchNorm:
     """A batch norm for the place of a layer norm, in eval mode."""
     parameter = next(site.parent.parameters())
     (C,) = site.norm.normalized_shape
-    return TokenBatchNorm(C, site.num_prefix_tokens, parameter.device, parameter.dtype).eval()
+    new = TokenBatchNorm(C, site.num_prefix_tokens, parameter.device, parameter.dtype)
+    own = list(site.norm.parameters())
+    return new.requires_grad_(not own or any(weight.requires_grad for weight in own)).eval()

@@ -21,7 +21,7 @@ from ..mixers._rotary import RotaryPositions
 from ..mixers._slot import MixerSlot, TokenSlot
 from .hooks import update_hooks
 from .keywords import is_plain_softmax
-from .slots import find_attention, warn_of_unseen_patches
+from .slots import find_attention, follow_training, warn_of_unseen_patches
 
 
 def replace_attention(
@@ -138,4 +138,5 @@ def build_slot(
     else:
         assert isinstance(core, AttentionMechanism)
         slot = AttentionSlot(core, attn, layout, rope)
-    return slot.train(attn.training)
+    follow_training(slot, attn)
+    return slot

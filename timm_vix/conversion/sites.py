@@ -10,7 +10,7 @@ from torch import nn
 from .._checks import InputError
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import MixerSlot
-from .slots import REPLACEABLE, AttentionSite, is_softmax
+from .slots import REPLACEABLE, AttentionSite, follow_training, is_softmax
 
 HOSTS = (VisionTransformer, Eva, NaFlexVit)
 
@@ -27,7 +27,8 @@ def original_attention(module: nn.Module) -> nn.Module:
     for name in attn._parameters:
         if name in module._parameters:
             setattr(attn, name, module._parameters[name])
-    return attn.train(module.training)
+    follow_training(attn, module)
+    return attn
 
 
 def attention_sites(model: nn.Module, sequences: bool = False) -> list[list[AttentionSite]]:

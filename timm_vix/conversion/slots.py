@@ -107,6 +107,14 @@ def no_decay_names(model: nn.Module) -> set[str]:
     }
 
 
+def follow_training(module: nn.Module, other: nn.Module) -> None:
+    """Give a module the mode of another, training or not, but for the parts that both share: each keeps its own."""
+    shared = set(other.modules())
+    for part in module.modules():
+        if part not in shared:
+            part.training = other.training
+
+
 def warn_of_unseen_patches(model: nn.Module) -> None:
     """Log a warning where the class token is pooled and no layer lets it see the patches."""
     slots = list(slots_of(model).values())

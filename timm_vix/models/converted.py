@@ -20,7 +20,7 @@ from .._checks import InputError, check_choice
 from .._names import check_model
 from ..conversion.convert import convert
 from ..conversion.folding import fold_norms
-from ..conversion.layers import Layers
+from ..conversion.layers import Layers, check_saved_form
 from ..conversion.merge_steps import Merge
 from ..conversion.norms import replace_norms
 from ..conversion.record import NAME, record_arguments, resolved_arguments
@@ -117,6 +117,7 @@ def vix_from_timm(
             saved model that is broken or not what it says.
     """
     check_source(source)
+    check_saved_form(layers)
     if not isinstance(source_kwargs or {}, dict):
         raise InputError(f"source_kwargs={source_kwargs!r}: expected a mapping of arguments by name")
     cfg = kwargs.pop("pretrained_cfg", None)

@@ -18,7 +18,7 @@ from timm.models.convit import ConVit
 from torch import nn
 
 from .._checks import check_choice, check_integer
-from ..conversion.layers import Layers, layer_mixers
+from ..conversion.layers import Layers, check_saved_form, layer_mixers
 from ..conversion.replace import replace_attention
 from ..conversion.slots import no_decay_names, slots_of
 from ..mixers import MIXERS
@@ -88,6 +88,7 @@ class ConvitXformer(ConVit):
             (self.blocks[local_up_to_layer:], TokenLayout(self.num_prefix_tokens, grid)),
         ]
         chosen = list(range(local_up_to_layer)) if layers is None else layers
+        check_saved_form(layers)
         replace_attention(parts, self, layer_mixers(chosen, depth, mixer, keywords))
         for slot in slots_of(self).values():
             if isinstance(slot.core, GatedPositionalAttention):  # values start as the tokens themselves

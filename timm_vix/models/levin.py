@@ -18,12 +18,12 @@ from typing import Any, Optional, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_module, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
-from torch import nn
+from torch import _assert, nn
 
 from .._checks import InputError, check_choice, check_integer
 from ..conversion.keywords import is_plain_softmax
@@ -182,6 +182,7 @@ class LevitXformer(Levit):
         if kwargs.get("use_conv"):
             raise InputError("use_conv=True: token mixers work on sequences; allowed is False")
         super().__init__(**levit_arguments(img_size, patch_size, in_chans, stem, stem_mixer, kwargs))
+        self.img_size: tuple[int, int] = to_2tuple(img_size)
         self._traits = {"first_conv": "stem.conv1.linear" if stem == LEVITS else first_convolution(stem, "stem")}
         if stem != LEVITS:
             for info in self.feature_info:
@@ -211,6 +212,16 @@ class LevitXformer(Levit):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return super().group_matcher(coarse) if self.shrinks else dict(stem=r"^stem", blocks=r"^stages\.(\d+)")
 
+    def check_image(self, x: torch.Tensor) -> None:
+        """Refuse another image size: one with as many tokens would go through, its rows cut at the wrong places."""
+        height, width = self.img_size
+        _assert(x.shape[2] == height, f"Input height ({x.shape[2]}) doesn't match model ({height}).")
+        _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_image(x)
+        return super().forward_features(x)
+
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -221,6 +232,7 @@ class LevitXformer(Levit):
         intermediates_only: bool = False,
     ) -> Any:
         """The maps of stages, or of a single stage's layers, as timm's models give them."""
+        self.check_image(x)
         if self.shrinks:
             return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
         check_choice("output_fmt", output_fmt, ("NCHW",))

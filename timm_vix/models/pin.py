@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock
 from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
-from ..conversion.layers import Layers, layer_mixers
+from ..conversion.layers import Layers, check_saved_form, layer_mixers
 from ..conversion.replace import replace_attention
 from ..conversion.slots import no_decay_names
 from ..mixers import MIXERS
@@ -104,6 +104,7 @@ class PoolingXformer(PoolingVisionTransformer):
             self.pos_embed = nn.Parameter(torch.empty(1, width, *self.patch_embed.grid_size, **dd))
             trunc_normal_(self.pos_embed, std=0.02)
         grid, stages = tuple(self.patch_embed.grid_size), []
+        check_saved_form(layers)
         for i, stage in enumerate(self.transformers):
             if i:
                 grid = ((grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1)

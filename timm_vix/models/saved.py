@@ -5,6 +5,7 @@ only.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,11 @@ def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]
 
 def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Fit the weights of a converted model to its grid."""
+    if unfinished := [key for key in state_dict if re.search(r"norm\d?\.old\.", key)]:
+        raise InputError(
+            f"the weights were saved during a hand-over from layer norms ({unfinished[0]}): build the source, call "
+            "replace_norms(model, None, schedule), load them, train to the end of the schedule, and save after finish"
+        )
     for path, slot in slots_of(model).items():
         rename_core_keys(state_dict, f"{path}.", slot.core)
     filter_fn = eva_checkpoint_filter_fn if isinstance(model, Eva) else vit_checkpoint_filter_fn

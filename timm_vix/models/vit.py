@@ -32,7 +32,7 @@ from torch import nn
 
 from .._checks import InputError, check_choice, check_integer, is_integer
 from ..conversion.keywords import all_keywords, check_keywords
-from ..conversion.layers import Layers, layer_mixers
+from ..conversion.layers import Layers, check_saved_form, layer_mixers
 from ..conversion.merge_steps import Merge, first_merge, merge_steps
 from ..conversion.merging import check_merging, set_merging
 from ..conversion.replace import replace_attention
@@ -146,6 +146,7 @@ class VisionXformer(VisionTransformer):
         check_choice("mixer", mixer, tuple(MIXERS))
         check_choice("stem", stem, tuple(STEMS))
         check_choice("block", block, tuple(BLOCKS))
+        check_saved_form(layers)
         keywords = take_keywords(kwargs)
         if rope is not None:
             kwargs.setdefault("pos_embed", "none")
@@ -164,8 +165,8 @@ class VisionXformer(VisionTransformer):
         self._traits = {"first_conv": first_convolution(stem)}
         replace_mlps(self.blocks, mlp, layout_of(self), kwargs.get("patch_drop_rate", 0))
         mixers = layer_mixers(layers, len(self.blocks), mixer, keywords)
-        self.merge = merge
         steps = merge_steps(0 if merge is None else merge, len(self.blocks))
+        self.merge = None if first_merge(steps) is None else merge
         if isinstance(scale_logits, str):  # a saved model would take it for the size at which it runs
             raise InputError(
                 f"scale_logits={scale_logits!r}: here the number of tokens with which the weights were trained is "

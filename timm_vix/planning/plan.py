@@ -53,7 +53,8 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     """Choose which layers of a trained ViT to convert, to which mixers, and where tokens merge.
 
     It writes the plan to ``out``, and beside it a figure and a table of all measurements. The same call continues a
-    stopped run: it doesn't repeat the measurements in the table.
+    stopped run: it doesn't repeat the measurements in the table. ``mixer`` may also be a mapping from names to lists of
+    keywords, which are tried then.
 
     Args:
         {settings}

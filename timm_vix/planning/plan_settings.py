@@ -34,8 +34,7 @@ class PlanSettings(Settings):
     data_dir: str = setting(MISSING, "folder of images, also in folders below it")
     mixer: Optional[Union[list, tuple, dict]] = setting(  # noqa: RUF009  (a field, not a shared default)
         None,
-        f"what to choose from, of {', '.join(CANDIDATES)} and {MERGE}, the merging of tokens; a mapping from names to "
-        "lists of keywords tries these keywords; None: everything",
+        f"what to choose from, of {', '.join(CANDIDATES)} and {MERGE}, the merging of tokens; None: everything",
         nargs="+",
     )
     keep: Optional[float] = setting(

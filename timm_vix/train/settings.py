@@ -130,7 +130,9 @@ class KeyValue(ParseKwargs):
 def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
     """Add an option for each field; those that aren't given stay out of the parsed namespace."""
     for own in fields(kind):
-        options: dict[str, Any] = dict(help=description(own, "; default: ").replace("%", "%%"))
+        # on a command line None is an option that isn't given
+        meaning = description(own, "; default: ").replace("None: ", "not given: ").replace("None is ", "not given is ")
+        options: dict[str, Any] = dict(help=meaning.replace("%", "%%"))
         options.update(default=argparse.SUPPRESS, required=own.default is MISSING)
         if type_of(own) is bool:
             options["action"] = "store_true"
