@@ -511,8 +511,6 @@ def test_a_model_saved_during_a_hand_over_says_so(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
     timm_vix.replace_norms(model.eval(), torch.randn(8, 3, 32, 32), HandoverSchedule(2))
     save_for_hf(model, tmp_path, safe_serialization=True)
-    with pytest.raises(
-        ValueError, match="saved during a hand-over from layer norms .blocks.0.norm1.old.weight"
-    ) as error:
+    with pytest.raises(ValueError, match="saved during a hand-over from layer norms .blocks.0.norm1.old") as error:
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert "save after finish" in str(error.value)
