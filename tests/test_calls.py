@@ -188,6 +188,9 @@ def test_vmap_and_derivatives_of_derivatives(mixer):
     batch = torch.randn(3, 1, 7, 8, dtype=torch.float64)
     with torch.no_grad():
         assert distance(torch.vmap(module)(batch), torch.stack([module(one) for one in batch])) < 1e-10
+    tangent = torch.func.jvp(module, (x,), (v,))[1]
+    with torch.no_grad():
+        assert distance(tangent, (module(x + h * v) - module(x - h * v)) / (2 * h)) < 1e-5
     hessian = torch.func.jacrev(torch.func.grad(lambda t: module(t).pow(3).sum()))(x)
     assert distance((hessian.reshape(56, 56) @ v.flatten()), product.flatten()) < 1e-8
 

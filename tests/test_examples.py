@@ -4,9 +4,12 @@ import csv
 import sys
 
 import pytest
+import timm
 import torch
-from conftest import exit_code, load_example
+from conftest import exit_code, lively, load_example
 from torch import nn
+
+import timm_vix
 
 
 def run(example, monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
@@ -70,3 +73,35 @@ def test_fidelity_of_multiples_and_of_orthogonal_tokens():
     a, b = torch.tensor([[[3.0, 0.0]]]), torch.tensor([[[0.0, 3.0]]])
     assert example.fidelity(2 * a, a) == pytest.approx((1.0, 1.0))
     assert example.fidelity(a, b) == pytest.approx((0.0, 2**0.5))
+
+
+@pytest.mark.parametrize(
+    "keywords, given",
+    [
+        (dict(strip_width=1), "strips of 1 (built in)"),
+        (dict(strip_width=2), "one summary of each row, strips of 2 (built in)"),
+        (dict(strip_width=4), "strips of 4 (built in)"),
+        (dict(first="columns"), "columns first (built in)"),
+    ],
+)
+def test_variants_of_axial_attention_begin_with_those_of_the_package(keywords, given):
+    example = load_example("axial_variants")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=(48, 80), patch_size=8, depth=1, embed_dim=32, num_heads=2
+    )
+    attn, x = lively(model).double().blocks[0].attn, torch.randn(2, 61, 32, dtype=torch.float64)
+    variant = example.Variant(attn, 1, model.patch_embed.grid_size, example.VARIANTS[given])(x)
+    timm_vix.convert(model, "axial", **keywords)
+    assert (model.blocks[0].attn(x) - variant).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("given", [dict(pieces=3), dict(pieces=5, strip_width=1), dict(curvature=True)], ids=str)
+def test_variants_of_axial_attention_are_exact_on_one_row(given):
+    """Where each group is summarised at its own query, and several rows are not."""
+    example = load_example("axial_variants")
+    q, k, v = torch.randn(3, 2, 1, 10, 8, dtype=torch.float64)
+    prefix = [torch.randn(2, 1, 8, dtype=torch.float64) for _ in range(2)]
+    y = example.axial_rows(q, prefix, k, v, given)
+    keys, values = (torch.cat([first, rest.flatten(1, 2)], 1) for first, rest in zip(prefix, (k, v)))
+    expected = (q.flatten(1, 2) @ keys.transpose(1, 2)).softmax(2) @ values
+    assert (y.flatten(1, 2) - expected).abs().max() < 1e-10

@@ -1,5 +1,6 @@
 """Atrous attention against a loop over tokens, and against softmax where they coincide."""
 
+import copy
 import math
 
 import pytest
@@ -108,6 +109,28 @@ def test_masked_tokens_are_left_out(dilations, window_size, img_size, prefix):
     weight = torch.randn_like(ours)
     mine, theirs = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, reference))
     assert distance(mine, theirs) < rounding(torch.float64, 10)
+
+
+@pytest.mark.parametrize("shift", [-15.0, 15.0])
+@pytest.mark.parametrize("prefix", PREFIXES, ids=len)
+@pytest.mark.parametrize("dilations", [1, (1, 2)], ids=str)
+def test_windows_without_an_unmasked_patch_where_all_logits_are_small_or_large(dilations, prefix, shift):
+    """A number that is added to all logits changes nothing."""
+    module = small("atrous", dilations=dilations, window_size=2, **prefix).double().blocks[0].attn
+    module.qkv.bias.data[:32], module.qkv.bias.data[32:64] = 2.0, shift / 8.0  # 16 channels a head, over sqrt(16)
+    x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    read = torch.ones(2, module.num_tokens, dtype=torch.bool)
+    read[:, module.num_prefix_tokens + 15 :] = False
+    expected = naive(module, x, None, read)
+    weight = torch.randn_like(expected)
+    (slope,) = torch.autograd.grad((expected * weight).sum(), x)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        copied, given = copy.deepcopy(module).to(dtype), x.detach().to(dtype).requires_grad_()
+        y = copied(given, attn_mask=read[:, None, None])
+        bound = 20 * torch.finfo(dtype).eps
+        assert distance(y.double(), expected) < bound
+        (mine,) = torch.autograd.grad((y * weight.to(dtype)).sum(), given)
+        assert distance(mine.double(), slope) < 2 * bound
 
 
 @pytest.mark.parametrize("prefix", PREFIXES, ids=len)

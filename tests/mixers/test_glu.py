@@ -75,3 +75,9 @@ def test_a_model_that_sees_the_image_is_not_warned_of(mixer, kwargs, caplog):
 def test_wrong_ratios_are_named(wrong):
     with pytest.raises(ValueError, match=f"ffn_ratio={wrong!r}: expected a finite number of at least 0.0625"):
         small("glu", ffn_ratio=wrong)
+
+
+def test_the_least_ratio_has_the_units_that_it_stands_for():
+    """1 / 49 times 49 is a little below 1."""
+    core = small("glu", embed_dim=49, num_heads=1, depth=1, ffn_ratio=2 / 49).blocks[0].attn.core
+    assert len(core.gate.weight) == 2

@@ -371,7 +371,22 @@ def test_half_precision_and_an_image_of_nothing(name, dtype):
     y = module(x.to(dtype), attn_mask=added)
     assert distance(y[read], expected[read]) < 10 * torch.finfo(dtype).eps
     added[0] = torch.finfo(dtype).min
-    assert module(x.to(dtype), attn_mask=added).isfinite().all()
+    given = x.to(dtype).requires_grad_()
+    y = module(given, attn_mask=added)
+    assert y.isfinite().all()
+    y.float().square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()} | {"x": given.grad}
+    assert [name for name, g in gradients.items() if g is not None and not g.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("name", [name for name in TAKEN if "-" not in name])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_a_mask_of_integers_is_refused(name, dtype):
+    """Ones and zeros could be meant as either form."""
+    module = slot_of(name)
+    x, mask = masked_tokens(module)
+    with pytest.raises(ValueError, match=f"attn_mask has dtype {dtype}: expected booleans, or floating-point numbers"):
+        module(x, attn_mask=mask.to(dtype))
 
 
 @pytest.mark.parametrize("name", [name for name in TAKEN if "-" not in name])

@@ -28,3 +28,9 @@ def test_equals_two_linear_layers(ratio, P, layout):
     weight = torch.randn_like(ours)
     mine, reference = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, theirs))
     assert distance(mine, reference) < rounding(torch.float64)
+
+
+def test_the_least_ratio_has_the_units_that_it_stands_for():
+    """1 / 49 times 49 is a little below 1."""
+    core = small("mixer", embed_dim=49, num_heads=1, depth=1, tokens_mlp_ratio=1 / 49).blocks[0].attn.core
+    assert len(core.read_patches) == 1

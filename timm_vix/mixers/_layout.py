@@ -38,6 +38,11 @@ def check_sequence(
             f"N={x.shape[1]}, is taken by linformer, performer, nystrom, axial, atrous, latent, retention, gpsa, pool, "
             "glu and relu too, without conv_residual"
         )
+    if attn_mask is not None and not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+        raise InputError(
+            f"attn_mask has dtype {attn_mask.dtype}: expected booleans, or floating-point numbers that are added to "
+            "logits; attn_mask.bool() is one of 1 and 0"
+        )
     num_tokens = layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]
     if uses_grid and x.shape[1] != num_tokens:
         raise InputError(f"a sequence of {x.shape[1]} tokens doesn't match the layout, which has {num_tokens} tokens")

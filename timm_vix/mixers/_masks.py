@@ -123,7 +123,8 @@ def share_read(weight: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, 
     """
     left = weight * read.to(weight.dtype)
     share = left.abs().sum(-1) / weight.abs().sum(-1).clamp(min=1e-12)
-    return left / share.clamp(min=1e-6).unsqueeze(-1), share
+    # without a patch the weights are 0; a quotient of small numbers would have gradients beyond float16
+    return left / torch.where(share > 2e-5, share, 1.0).unsqueeze(-1), share
 
 
 def cell_averages(

@@ -49,6 +49,10 @@ class SymmetricTransform(torch.autograd.Function):
         # applied, not called, so that a gradient of the gradient exists
         return SymmetricTransform.apply(gradient)
 
+    @staticmethod
+    def jvp(ctx: torch.autograd.function.FunctionCtx, tangent: torch.Tensor) -> torch.Tensor:
+        return SymmetricTransform.apply(tangent)
+
 
 def fourier_mix(x: torch.Tensor) -> torch.Tensor:
     """Re(F_N X F_C): (B, N, C) -> (B, N, C), in the dtype of x."""

@@ -52,7 +52,7 @@ class GatedLinearUnit(TokenMixing):
         super().__init__(shape)
         check_number("ffn_ratio", ffn_ratio, 2 / shape.dim)  # the norm of a single unit is constant
         self.ffn_ratio = float(ffn_ratio)
-        hidden, dd = int(ffn_ratio * shape.dim), {"device": shape.device, "dtype": shape.dtype}
+        hidden, dd = int(ffn_ratio * shape.dim + 1e-6), {"device": shape.device, "dtype": shape.dtype}
         self.gate = nn.Linear(shape.dim, hidden, **dd)
         self.value = nn.Linear(shape.dim, hidden, **dd)
         self.hidden_norm = nn.LayerNorm(hidden, **dd)

@@ -97,7 +97,8 @@ class LegendreMemory(AttentionMechanism):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # values without correlation keep about half of their variance: coefficient k has nearly (2k + 1) / theta of it
+        # Values without correlation keep a quarter of their variance on 14x14 patches, and 0.4 on large grids:
+        # coefficient k has from (2k + 1) / theta of it, the first, to a tenth of that, the last.
         nn.init.normal_(self.readout, std=0.5 * self.theta**0.5 / self.order)
 
     def forward(

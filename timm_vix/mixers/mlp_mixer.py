@@ -49,7 +49,7 @@ class TokenMlp(TokenMixing):
         super().__init__(shape)
         check_number("tokens_mlp_ratio", tokens_mlp_ratio, 1 / shape.dim)
         self.tokens_mlp_ratio = float(tokens_mlp_ratio)
-        hidden, (P, grid) = int(tokens_mlp_ratio * shape.dim), shape.queries
+        hidden, (P, grid) = int(tokens_mlp_ratio * shape.dim + 1e-6), shape.queries  # 1/49 * 49 is below 1
 
         def empty(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))

@@ -46,7 +46,8 @@ def relu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, epsilon: f
     # one product gives the sums of K'^T V and of K'
     sums = torch.matmul(k.to(dtype).transpose(2, 3), pad(v.to(dtype), (0, 1), value=1.0))
     y, total = torch.matmul(q.to(dtype), sums).split([v.shape[3], 1], dim=3)
-    return (y / (total + epsilon)).to(v.dtype)
+    # a query without weights gets 0, and no gradient
+    return (y / torch.where(total > 0.0, total + epsilon, 1.0)).to(v.dtype)
 
 
 class ReluAttention(AttentionMechanism):
