@@ -12,7 +12,6 @@ import argparse
 import itertools
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -118,7 +117,7 @@ def row(args: argparse.Namespace) -> dict:
 
 def device_of(args: argparse.Namespace) -> str:
     """The device as a row has it."""
-    return platform.machine() if args.device == "cpu" else device_name(args.device)
+    return device_name(args.device)
 
 
 def measure_all(args: argparse.Namespace) -> None:
@@ -156,7 +155,7 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="+", default=MIXERS, choices=MIXERS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[197, 577, 1025, 4097, 16385], help="1 + a square")
     parser.add_argument("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pairs", type=int, default=9)

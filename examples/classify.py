@@ -4,7 +4,7 @@ python examples/classify.py --list                                      # the sh
 python examples/classify.py photo.jpg --model hybrid_pin_cifar          # one of them, by name
 python examples/classify.py photo.jpg --model runs/photos/hub           # the model of a run
 python examples/classify.py photo.jpg --model photos.onnx               # a file of timm-vix export, .onnx or .xml
-python examples/classify.py photo.jpg --delta examples/deltas/axial/delta.safetensors
+python examples/classify.py photo.jpg --delta examples/deltas/axial/delta.safetensors \\
     --model "vix_from_timm source=deit_tiny_patch16_224 mixer=axial"    # a shipped delta, on weights of timm
 """
 

@@ -1,7 +1,7 @@
 """What conversion keeps of DeiT-Tiny, and what it saves: top-1 on labelled photographs, operations, time and memory.
 
-    python examples/convert_deit.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors
-        --transferred nystrom=runs/nystrom/hub linformer=runs/linformer/hub --plan plan_deit_tiny_224.json
+    python examples/convert_deit.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors \\
+        --transferred nystrom=runs/nystrom/hub linformer=runs/linformer/hub --plan examples/results/plan_photos_224.json
 
 The folder holds labels.csv (file, imagenet_class) and images/. Rows are appended to
 examples/results/convert_deit_tiny.csv as they come; what is there is not measured again. With --deltas each transferred
@@ -200,6 +200,7 @@ def measure_all(given: argparse.Namespace) -> None:
         known = [r for r in rows if (r["model"], r["training"], int(r["img_size"])) == (name, training, size)]
         known = [r for r in known if int(r["images"]) == len(images)]
         if bool(known) != given.again:
+            print(f"{name}, {training}: {'already' if known else 'not yet'} in {given.out}", flush=True)
             continue
         model = build()
         if known:

@@ -23,12 +23,12 @@ MIXERS = [name for name in timm_vix.mixers.MIXERS if name != "softmax"]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"])
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=("tiny", "small", "base"))
     parser.add_argument("--mixers", nargs="+", default=MIXERS, choices=MIXERS)
     parser.add_argument("--img-size", type=int, nargs="+", default=[224, 384, 512, 1024, 2048])
-    parser.add_argument("--mode", nargs="+", default=["infer", "train"])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--compile", nargs="+", default=["off"])
+    parser.add_argument("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--compile", nargs="+", default=["off"], choices=("off", "on"))
     parser.add_argument("--batch-size", nargs="+", default=["1"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", default="2")

@@ -1,7 +1,7 @@
 """How faithful the patch tokens of a converted backbone are to softmax's, and how much faster it is.
 
-    python examples/dense_features.py --images IMAGES --weights vit_small_patch14_dinov2.safetensors --img-size 518 1036
-        --transferred nystrom=runs/dino/hub
+    python examples/dense_features.py --images IMAGES --weights vit_small_patch14_dinov2.safetensors \\
+        --img-size 518 1036 --transferred nystrom=runs/dino/hub
 
 The folder holds images at any depth; no labels are needed. Cosine and relative error are those of the normalised patch
 tokens of ViT-S/14 (DINOv2). Rows are appended to examples/results/dense_features.csv as they come; what is there is not
@@ -92,6 +92,7 @@ def measure_all(given: argparse.Namespace) -> None:
         known = {(row["model"], row["training"], int(row["img_size"]), int(row["images"])) for row in rows}
         jobs = [job for job in jobs if (job[0], job[1], size, len(paths)) not in known]
         if not jobs:
+            print(f"{size} px: already in {given.out}", flush=True)
             continue
         baseline = softmax()
         config = resolve_input_data_config(baseline, dict(img_size=size))

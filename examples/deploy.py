@@ -1,6 +1,6 @@
 """What DeiT-Tiny and its conversions keep and cost as files for deployment: top-1 on photographs, size and latency.
 
-    python examples/deploy.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors
+    python examples/deploy.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors \\
         --calibrate caltech101/train
 
 The folder holds labels.csv (file, imagenet_class) and images/. Each row is timed in turn with eager mode and

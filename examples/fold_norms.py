@@ -1,6 +1,6 @@
 """What folding DeiT-Tiny's norms keeps and saves: top-1 on labelled photographs and time, in float and int8.
 
-    python examples/fold_norms.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors
+    python examples/fold_norms.py --images nips17_dev --weights deit_tiny_patch16_224.safetensors \\
         --data-dir caltech101/train --steps 0 400
 
 The layer norms become batch norms that are fitted to them. For each number of steps the model then learns, with these

@@ -2,7 +2,7 @@
 
     python examples/segment.py --data-dir camvid --weights deit_tiny_patch16_224.safetensors
     python examples/segment.py --data-dir camvid --weights deit_tiny_patch16_224.safetensors --seconds 600
-    python examples/segment.py --data-dir camvid --weights vit_small_patch14_dinov2.safetensors
+    python examples/segment.py --data-dir camvid --weights vit_small_patch14_dinov2.safetensors \\
         --model vit_small_patch14_dinov2 --patch-size 14 --img-size 350 476 --head linear
 
 The folder is described in road_scenes.py. The backbone is timm's, in an encoder of segmentation_models_pytorch, whose

@@ -29,7 +29,7 @@ try:
     from segmentation_models_pytorch.encoders import TimmViTEncoder
 except ImportError as error:
     raise SystemExit(
-        "error: segmentation_models_pytorch is not installed; pip install 'timm-vix[ecosystem]' brings it"
+        "error: segmentation_models_pytorch is not installed; pip install 'timm-vix[segmentation]' brings it"
     ) from error
 
 # mechanisms with their keywords, and softmax with merged tokens

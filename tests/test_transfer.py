@@ -1,5 +1,6 @@
 """Attention transfer: its losses against loops, and real runs on real photographs, stopped, resumed and shared."""
 
+import argparse
 import copy
 import csv
 import io
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import timm_vix
 from timm_vix import cli
 from timm_vix._checks import InputError
+from timm_vix.deploy.classifier import load_trained
 from timm_vix.planning.plan import plan_layers
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.finetune import finetune
@@ -616,3 +618,25 @@ def test_a_keyword_without_a_value_is_refused(command, option, monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and f"{option} depth: expected key=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cut.safetensors", "text.pth", "text.safetensors", "pickled.pth"])
+def test_files_that_hold_no_weights_are_named(name, weights, unlabelled, tmp_path):
+    """Before anything is built: what timm raises of such a file doesn't name it."""
+    path = tmp_path / name
+    if name.startswith("cut"):
+        path.write_bytes(weights.read_bytes()[:100])
+    elif name.startswith("text"):
+        path.write_text("it is text")
+    else:
+        torch.save({"model": argparse.Namespace()}, path)
+    for call in (
+        lambda: transfer(**arguments(path, unlabelled, tmp_path / "run")),
+        lambda: finetune(SOURCE, checkpoint=str(path), out=str(tmp_path / "run")),
+        lambda: plan_layers(SOURCE, str(unlabelled), weights=str(path), out=str(tmp_path / "plan.json")),
+        lambda: load_trained(SOURCE, weights=str(path)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is no readable file of weights: ") as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert [one.name for one in tmp_path.iterdir()] == [name]

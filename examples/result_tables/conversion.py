@@ -163,6 +163,25 @@ def transfers() -> str:
     return markdown([*head, "agreement, %", "error of last tokens", "minutes"], body, measured(rows))
 
 
+def axial_variants() -> str:
+    """How near each variant of axial attention comes to softmax attention, at each size."""
+    rows = read("axial_variants.csv")
+    cells = {(row["variant"], row["img_size"]): row for row in rows}
+    sizes = values(rows, "img_size")
+    body = []
+    for variant in values(rows, "variant"):
+        line = [variant]
+        for row in (cells.get((variant, size)) for size in sizes):
+            line += [row["keys"], row["agreement"], row["divergence"], row["top1"]] if row else [""] * 4
+        body.append(line)
+    columns = ("keys a query", "same class as softmax, %", "divergence", "top-1, %")
+    head = ["variant", *(f"{size} px: {column}" for size in sizes for column in columns)]
+    softmax = ", ".join(
+        f"at {size} px {found}" for size, found in {r["img_size"]: r["softmax_top1"] for r in rows}.items()
+    )
+    return markdown(head, body, f"{rows[0]['images']} photographs; softmax's top-1 is {softmax} %. {measured(rows)}")
+
+
 def studies() -> list[str]:
     return values(read("convert_tried.csv"), "study")
 

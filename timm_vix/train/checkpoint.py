@@ -47,12 +47,11 @@ class Checkpoint:
         )
 
     def read(self) -> dict[str, Any]:
-        """The content of the file; raise ValueError for a damaged one, and for one of other settings."""
+        """The content of the file; raise ValueError for a damaged one."""
         state = read_tensors(self.path)
         missing = [name for name in ("settings", "model", "optimizer", "position") if name not in state]
         if missing:
             raise InputError(f"resume: {self.path} has no {missing[0]}; expected a checkpoint of this training")
-        self.check_settings(state["settings"])
         return state
 
     def check_settings(self, saved: dict[str, Any]) -> None:
@@ -67,7 +66,8 @@ class Checkpoint:
             raise InputError(f"resume: settings differ from those of {self.path}: {'; '.join(differing)}")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take weights, optimizer and position of what ``read`` gave."""
+        """Take weights, optimizer and position of what ``read`` gave; raise ValueError for other settings."""
+        self.check_settings(state["settings"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.position.update(state["position"])

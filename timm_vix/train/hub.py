@@ -182,7 +182,7 @@ model = timm.create_model(
     "vix_from_timm",
     pretrained=True,
 {given})
-timm_vix.load_delta(model, "delta.safetensors")
+timm_vix.load_delta(model, "delta.safetensors")  # the path of the file beside this card
 ```
 
 | measured with these weights | |

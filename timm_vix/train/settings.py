@@ -12,10 +12,14 @@ from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, Optional, TypeVar, Union, get_args, get_origin
+from zipfile import is_zipfile
 
+import torch
+from safetensors import safe_open
 from timm.utils import ParseKwargs
 
 from .._checks import InputError
+from .._files import one_line
 
 Ranges = Iterable[tuple[str, str, Callable[[Any], bool]]]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -194,9 +198,18 @@ def weights_of_file(path: Any, **config: Any) -> dict[str, Any]:
 
 
 def check_weights(name: str, path: Optional[str]) -> None:
-    """Raise ValueError if a file of weights is named and not there."""
-    if path and not Path(path).is_file():
+    """Raise ValueError if a file of weights is named and not there, or holds no weights."""
+    if not path:
+        return
+    if not Path(path).is_file():
         raise InputError(f"{name}={path} is no file; allowed is a .safetensors or .pth file")
+    try:  # what timm raises of a damaged file doesn't name it
+        if Path(path).suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return
+        torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # torch and safetensors raise by kind of damage
+        raise InputError(f"{name}={path} is no readable file of weights: {one_line(error)}") from error
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:

@@ -113,6 +113,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
 
     if run.resume:
         saved = checkpoint.read()
+        checkpoint.check_settings(saved["settings"])  # before its position, which is another one's if they differ
         checkpoint.optimizer = optimizer_of(saved["position"]["stage"])
         checkpoint.restore(saved)
     else:
