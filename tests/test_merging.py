@@ -671,6 +671,38 @@ def test_hooks_of_blocks_see_the_whole_grid(kind):
     assert torch.equal(model(x), value)
 
 
+@pytest.mark.parametrize("kind", ["class", "eva"])
+@pytest.mark.parametrize("wrapped", ["forward", "module"])
+def test_what_wraps_a_block_hands_keywords_on(wrapped, kind):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, **kwargs):
+            return self.block(x, **kwargs)
+
+    class Deaf(Wrapper):
+        def forward(self, x, rope=None, attn_mask=None):
+            return self.block(x, rope=rope) if kind == "eva" else self.block(x)
+
+    model, x = host(kind), images()
+    timm_vix.convert(model, "softmax", merge=MERGE)
+    value, block = model(x), model.blocks[2]
+    own = block.forward
+    if wrapped == "forward":
+        block.forward = lambda x, **kwargs: own(x, **kwargs)
+    else:
+        model.blocks[2] = Wrapper(block)
+    assert distance(model(x), value) < rounding(torch.float32)
+    if wrapped == "forward":
+        block.forward = lambda x, rope=None, attn_mask=None: own(x)
+    else:
+        model.blocks[2] = Deaf(block)
+    with pytest.raises(InputError, match="blocks.2 is called by a forward or a wrapper without keyword arguments"):
+        model(x)
+
+
 def test_two_sizes_in_turn_with_checkpointing():
     model = merging("vix_rope", dynamic_img_size=True, merge=4)
     pair = [torch.randn(1, 3, 56, 40), torch.randn(1, 3, 40, 64)]

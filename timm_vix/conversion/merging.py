@@ -10,6 +10,7 @@ Where a ViT calls all blocks at once, ``blocks(x)``, and no block has hooks, gro
 copied. This isn't so in ``Eva``, which loops over its blocks itself, with a mask, or with gradient checkpointing.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, Optional
 
@@ -31,7 +32,7 @@ class MergingBlock(nn.Module):
     """What a block of a host becomes where tokens are merged: in a pass it does as the pass says."""
 
     def forward(self, x: torch.Tensor, in_pass: Optional["BlockInPass"] = None, **kwargs: Any) -> torch.Tensor:
-        return super().forward(x, **kwargs) if in_pass is None else in_pass.run(x, **kwargs)
+        return super().forward(x, **kwargs) if in_pass is None else in_pass.run(self, x, **kwargs)
 
 
 class MergingVitBlock(MergingBlock, Block):
@@ -105,6 +106,12 @@ def is_watched(block: nn.Module) -> bool:
     return has_hooks(block) or not isinstance(block, (Block, EvaBlock))
 
 
+def takes_pass(block: nn.Module) -> bool:
+    """Whether what is called in place of a block takes the keyword argument by which it learns of its pass."""
+    parameters = inspect.signature(block.forward).parameters
+    return "in_pass" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
 class BlockInPass:
     """A block in one forward pass, called as the host calls a block: the whole grid in, the whole grid out.
 
@@ -143,15 +150,20 @@ class BlockInPass:
     def __call__(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.groups[self.layer] is None and not self.blocks.steps[self.layer]:
             return self.block(x, **kwargs)
+        if ("forward" in vars(self.block) or not isinstance(self.block, MergingBlock)) and not takes_pass(self.block):
+            raise InputError(
+                f"blocks.{self.layer} is called by a forward or a wrapper without keyword arguments, which its merging "
+                "of tokens needs; expected forward(x, **kwargs) that hands them on, or merge=0"
+            )
         return self.block(x, in_pass=self, **kwargs)
 
-    def run(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """What the block does in this pass, called by it."""
+    def run(self, block: MergingBlock, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """What the block does in this pass, called by it; ``self.block`` may be what wraps it."""
         groups = self.groups[self.layer]
         if groups is not None:
             x = take_one(x, groups)
         step, num_prefix_tokens = self.blocks.steps[self.layer], self.blocks.num_prefix_tokens
-        x, groups = run_block(self.block, step, num_prefix_tokens, x, groups, **kwargs)
+        x, groups = run_block(block, step, num_prefix_tokens, x, groups, **kwargs)
         self.groups[self.layer + 1] = groups
         return x if groups is None else copy_back(x, groups)
 
