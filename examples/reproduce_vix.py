@@ -78,7 +78,7 @@ PAPER: dict[str, tuple[str, int]] = {
 # every other model of this size is trained, too
 OTHERS = [name for name in timm.list_models("*_cifar*", module=timm_vix.models.__all__) if name not in PAPER]
 SYSTEMS = {**PAPER, **dict.fromkeys(OTHERS, ("", 128))}
-# the keyword of what attends for the tokens, and whose it is
+# keywords for the number of landmarks or projected tokens, and the names of the systems that have them
 FEW = {
     "num_landmarks": ("vix_nystrom", "hybrid_vin", "ccn", "cvn", "levin", "pin", "hybrid_pin"),
     "num_proj_tokens": ("vix_linformer", "hybrid_vil"),

@@ -164,14 +164,14 @@ def calls(run: argparse.Namespace, mixer: str) -> list[Callable[[], None]]:
 
 
 def costs(run: argparse.Namespace, mixer: str) -> dict[str, Any]:
-    """What ``costs_here`` gives in a process of its own, since the memory of a process is that of all it did.
+    """The result of ``costs_here`` in a process of its own, since peak memory is that of all that a process did.
 
-    Nothing if it fails there, as for want of memory: a training isn't lost for that.
+    The result is empty if the measurement fails, for example for lack of memory, so that the training isn't lost.
     """
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(costs_here, run, mixer).result()
-    except Exception as error:  # models and devices are other people's; a process that was killed raises, too
+    except Exception as error:  # models and devices may raise anything; a process that was killed raises, too
         print(
             f"the costs of {mixer} could not be measured: {explain(error)}; its row has none. If that row is removed, "
             "the same command measures them again",

@@ -70,6 +70,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": training.parts,
     "deployment": deployment.deployment,
     "folded norms": norms.folded,
+    "axial variants": conversion.axial_variants,
     "other mechanisms": mechanisms.other_mechanisms,
     "all mechanisms": mechanisms.all_mechanisms,
     "context": context.context,

@@ -5,7 +5,7 @@ from typing import Optional, TypeGuard
 
 
 class InputError(ValueError):
-    """What a user gave can't be used: an argument, a file or a combination of them.
+    """An input that can't be used: an argument, a file or a combination of them that the user gave.
 
     The message is one line that names what was given and what is allowed. The command line shows it without a
     traceback; any other exception is a defect and keeps its traceback.

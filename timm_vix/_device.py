@@ -41,8 +41,8 @@ def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
 def device_name(device: str) -> str:
     """The name of an accelerator, e.g. "NVIDIA H200", or of a processor with its instruction sets.
 
-    The same name of a processor may stand for several generations: on one without bfloat16 instructions, what is
-    measured in bfloat16 says nothing about one with them. Where the kernel tells no instruction sets, the name is all.
+    Processors of several generations may share a name, and a time in bfloat16 depends on whether there are bfloat16
+    instructions. If the operating system doesn't list instruction sets, the result is the name alone.
 
     Example:
         >>> device_name("cpu")

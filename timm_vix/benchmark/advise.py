@@ -67,8 +67,8 @@ def advice(records: list[Record]) -> str:
         smallest = min(sized, key=lambda record: record["peak_memory_mib"])
         answer += f", smallest {mechanism(smallest)}"
     lines.append(
-        f"\n{answer}. This is cost only. What a trained model keeps, with merged tokens among the choices, says "
-        "`timm-vix plan`; what each mechanism learns, `timm-vix compare`."
+        f"\n{answer}. This is cost only. `timm-vix plan` measures what accuracy a trained model keeps, also with "
+        "merged tokens; `timm-vix compare` measures what accuracy each mechanism reaches in training."
     )
     return "\n".join(lines)
 
@@ -118,11 +118,11 @@ def mechanism(record: Record) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--img-size", type=positive, required=True, help="side of the images in pixels")
-    add("--patch-size", type=positive, default=16, help="side of a patch in pixels: 16")
-    add("--mode", choices=("infer", "train"), default="infer", help="a forward pass, or a training step: infer")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products: float32")
-    add("--batch-size", type=positive, default=1, help="images a call: 1")
-    add("--depth", type=positive, default=2, help="blocks that are measured: 2")
+    add("--patch-size", type=positive, default=16, help="side of a patch in pixels; default: 16")
+    add("--mode", choices=("infer", "train"), default="infer", help="forward pass or training step; default: infer")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products; default: float32")
+    add("--batch-size", type=positive, default=1, help="images per call; default: 1")
+    add("--depth", type=positive, default=2, help="number of blocks that are measured; default: 2")
     add("--memory", action="store_true", help="peak memory too, each model in a process of its own: slower")
     add("--out", type=Path, help="keep the rows here, and continue from them; default: nowhere")
     add_machine(parser)

@@ -112,8 +112,8 @@ def can_run_fused(baseline: str) -> bool:
 
 
 def attention_of(baseline: str, wanted: list[str]) -> list[str]:
-    """How a softmax baseline is measured in rows of its own: of "fused" and "unfused", what is wanted and true of it.
+    """How a softmax baseline is measured in rows of its own: as ``wanted``, a list of "fused" and "unfused".
 
-    One that never runs fused is measured as what it is, whatever is wanted.
+    A baseline that never runs a fused kernel is measured as "unfused" only, unless ``wanted`` is empty.
     """
     return wanted if not wanted or can_run_fused(baseline) else ["unfused"]

@@ -214,7 +214,7 @@ def start_of(weights: Optional[str]) -> str:
 def checksum_of(*splits: Items) -> str:
     """A checksum of the names and sizes of images: equal for the same images in another folder.
 
-    Of a data set that timm's readers index, of its labels.
+    For a data set that timm's readers index, it is a checksum of the labels.
     """
 
     def describe(image: Any, label: int) -> Any:

@@ -222,11 +222,11 @@ def summary(records: list[Record]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="a name of timm.list_models(), or 'NAME key=value ...'")
-    add("--img-size", type=positive, nargs="+", default=[224], help="sides of the images in pixels: 224")
-    add("--batch-size", type=positive, nargs="+", default=[1], help="images a call: 1")
-    add("--mode", nargs="+", choices=("infer", "train"), default=["infer"], help="forward pass, training step: infer")
-    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of matrix products: float32")
-    add("--compile", nargs="+", choices=("off", "on"), default=["off"], help="whether torch.compile is used: off")
+    add("--img-size", type=positive, nargs="+", default=[224], help="sides of the images in pixels; default: 224")
+    add("--batch-size", type=positive, nargs="+", default=[1], help="images per call; default: 1")
+    add("--mode", nargs="+", choices=("infer", "train"), default=["infer"], help="what is timed; default: infer")
+    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of matmuls; default: float32")
+    add("--compile", nargs="+", choices=("off", "on"), default=["off"], help="use torch.compile; default: off")
     add(
         "--baseline",
         metavar="MODEL",
@@ -254,7 +254,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         default=JOB["seconds"],
-        help="that more rounds may fill, if --rounds take less: 5",
+        help="time in seconds that further rounds may fill, if --rounds take less; default: 5",
     )
     parser.add_argument("--retry-failed", action="store_true", help="measure again what failed")
 

@@ -34,7 +34,7 @@ def find_images(
     Without validation images, a share of every class is held out, the same in every run.
 
     Raises:
-        ValueError: for a folder or a data set that is not so, naming it.
+        ValueError: for a folder or a data set of another structure; the error names it.
     """
     for name, value in (("val_dir", val_dir), ("data_root", data_root)):
         if data_dir is None and value is not None:
@@ -172,7 +172,7 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def read_labels(folder: Path, num_classes: int) -> tuple[Items, list[str]]:
-    """``labelled_folder`` of a table."""
+    """``labelled_folder`` for a folder with the table ``labels.csv``."""
     table = folder / "labels.csv"
     if not table.is_file():
         raise InputError(f"{folder} has no labels.csv; expected one with lines of FILE,CLASS, and the images beside it")

@@ -39,8 +39,8 @@ def seed_of(*key: int) -> int:
 def as_shown(image: Image.Image, mode: str) -> Image.Image:
     """A picture upright and in 8 bits, of PIL's mode "RGB" or "L".
 
-    A camera that was held upright stores a picture that lies, and says so. Grey of 16 bits is scaled down, since PIL
-    would cut it off at 255.
+    A camera that was turned stores the pixels as the sensor saw them, and the rotation in the EXIF data. It is applied
+    here. 16-bit grey values are scaled down, since PIL would clip them at 255.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -57,7 +57,7 @@ def reseed(*key: int) -> None:
 
 
 def transforms(data_config: dict[str, Any], augment: str, flip: float) -> tuple[Any, Any, Any]:
-    """Split timm's pipelines into what is done once, for training and for validation; uint8 tensors come out.
+    """Split timm's transforms into a step done once, those of training and those of validation, which give uint8.
 
     Images are kept at the size that the first step of validation gives, so validation is exactly timm's, but for
     photographs whose EXIF data say that they are turned.
@@ -140,7 +140,7 @@ class Images(Dataset):
             self.damaged = set()
 
     def decode(self, indices: Iterable[int]) -> Iterator[Decoded]:
-        """Decode those images that are not known yet, by all threads; a worker has one, since workers are many."""
+        """Decode images that are not in memory, with a thread for each core; a worker process uses one thread only."""
         missing = [index for index in indices if index not in self.cache and index not in self.damaged]
         if len(missing) < 2 or get_worker_info():
             yield from map(self.try_to_decode, missing)

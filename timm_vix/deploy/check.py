@@ -91,7 +91,7 @@ def parity(model: Runner, exported: Runner, batches: list[torch.Tensor], dtype: 
 
 @torch.inference_mode()
 def accuracy(runners: dict[str, Runner], items: Items, classes: list[str], config: dict[str, Any]) -> dict[str, Any]:
-    """Top-1 in % of each runner, and in how many % of the images each agrees with the first; and the images."""
+    """Top-1 of each runner, its agreement with the first runner, both in % of the images, and the number of images."""
     data, normalise = open_images(items, classes, config, lazy=True), normaliser(config, "cpu")
     right, same, total = dict.fromkeys(runners, 0), dict.fromkeys(runners, 0), 0
     batches = data.batches(BATCH)

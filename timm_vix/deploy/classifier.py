@@ -110,10 +110,10 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 def note_of_weights(name: str, model: nn.Module) -> str:
-    """What to say of weights that come from a softmax model: those of our names with other attention.
+    """A warning for a model of this package whose default weights are a softmax model's; empty for any other model.
 
     Raises:
-        InputError: where they say nothing, since nothing of the model has queries, keys and values.
+        InputError: if such weights are useless, since no mixer of the model has queries, keys and values.
     """
     ours = timm.list_models(module=models.__all__)
     mixers = {mixer_name(host) for host in hosts_of(model).values()} - {"softmax"}
@@ -128,7 +128,7 @@ def note_of_weights(name: str, model: nn.Module) -> str:
 
 
 class Classifier:
-    """A trained model with its classes and what its pictures go through.
+    """A trained model with the names of its classes and the preparation of its pictures.
 
     Args:
         model: "NAME key=value ...", with a name as for ``load_trained``.

@@ -170,7 +170,7 @@ def export_model(
     threads: int = 2,
     note: str = "",
 ) -> tuple[Runner, dict[str, Any]]:
-    """Write a model to ``out`` once it computes there what it does in eager mode.
+    """Write a model to the file ``out``, which is kept only if its outputs match those of eager mode.
 
     Args:
         model: In eval mode, float32.
@@ -182,10 +182,10 @@ def export_model(
         note: What there is to know about the weights, for the metadata of the file.
 
     Returns:
-        What calls the file, and its size in MB with the rows of ``parity``.
+        A function that runs the file, and a dict with its size in MB and the rows of ``parity``.
 
     Raises:
-        ValueError: for what the format can't hold, with the operator and a remedy, and for other values than eager's.
+        ValueError: for an operator that the format lacks, with a remedy, and for outputs that differ from eager mode's.
         OSError: for a file that can't be written.
 
     Example:
@@ -228,7 +228,7 @@ def export_model(
 
 
 def check_dynamic(model: nn.Module, to: str) -> None:
-    """Raise ValueError for a model that no file holds for images of any size, before minutes of export."""
+    """Raise ValueError for a model that can't be exported for images of any size, before minutes of export."""
     for path, host in hosts_of(model).items():
         if getattr(host.core, "exports_one_grid", False):  # softmax may be torch's own core
             raise fixed_size(f"mixer={mixer_name(host)!r}", f"{path} counts the patches of one grid")

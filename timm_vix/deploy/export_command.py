@@ -128,8 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibrate-images", type=positive, default=400, help="how many of them, spread over the folder: 400")
     add("--data-dir", type=Path, help="labelled images for top-1: class folders, or labels.csv with FILE,CLASS")
     add("--limit", type=positive, help="how many of these, spread over the folder; default: all")
-    add("--threads", type=positive, default=min(2, os.cpu_count() or 1), help="of the latency: 2")
-    add("--rounds", type=positive, default=9, help="least number of rounds of the latency: 9")
+    add("--threads", type=positive, default=min(2, os.cpu_count() or 1), help="CPU threads for timing; default: 2")
+    add("--rounds", type=positive, default=9, help="least number of rounds of timing; default: 9")
 
 
 def main(arguments: argparse.Namespace) -> None:

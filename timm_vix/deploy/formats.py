@@ -46,7 +46,7 @@ MISREAD = ("DFT",)
 
 @contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """One line for a library that isn't installed, which names the extra that brings it."""
+    """Context that turns the ImportError of a library into a line that names the extra to install."""
     try:
         yield
     except ImportError as error:
@@ -57,7 +57,7 @@ def needs(extra: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_by(to: str, dtype: str, dynamic_size: bool = False) -> Iterator[None]:
-    """One line for what a format can't hold: the operator, as far as the library names it, and what to try instead."""
+    """Context that turns the error of an exporter or runtime into a line with the operator and what to try instead."""
     try:
         yield
     except (InputError, OSError, MemoryError):

@@ -34,8 +34,8 @@ from .classifier import load_trained
 
 FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-# an absolute path of Unix, of a home or of Windows, where a text may have one; an address has two slashes
-# and so does a link within a site
+# an absolute path of Unix, of a home folder or of Windows within a text; neither a web address, which has two slashes
+# after the colon, nor a Markdown link within a site
 ABSOLUTE = re.compile(
     r"(?:^|(?<!\])\(|[\s\"'`=:,|\[*>{;])((?:file:/+|/|~/|[A-Za-z]:\\|\\\\)[\w.~-]+(?:[/\\][^\s\"'`)\]*<|}]*)?)"
 )

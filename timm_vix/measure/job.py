@@ -50,7 +50,7 @@ JOB: dict[str, Any] = dict(
     seconds=5.0,
 )
 MOST_ROUNDS = 200
-# Seconds from which a first call is one like the others: what it spends on getting warm is a few percent at most.
+# A first call of more seconds than this counts as a timed one, since its warm-up is a few percent of it at most.
 LONG_CALL = 60.0
 
 
@@ -80,7 +80,7 @@ def build(spec: str, job: dict[str, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def size_in_error(spec: str, job: dict[str, Any]) -> Iterator[None]:
-    """Where a model of timm fails at another size than its own, the error says which one that is."""
+    """If a timm model fails at a size other than its own, raise an error that names its own size."""
     try:
         yield
     except InputError:
@@ -241,7 +241,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """The measured columns of a row; call it in a process that did nothing else, since memory is the process's.
 
     Args:
-        job: ``model`` ("NAME key=value ..."), and what of ``JOB`` is to be otherwise.
+        job: ``model`` ("NAME key=value ..."), and the entries of ``JOB`` that differ from its defaults.
 
     Returns:
         Columns of the cost table, ``fused``, see ``count_columns``, and ``no_baseline``: why there is none, or None.

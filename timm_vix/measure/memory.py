@@ -43,7 +43,7 @@ class PeakMemory:
         return (self.resident("VmHWM") - self.before - files) / 2**10
 
     def resident(self, field: str) -> int:
-        """KiB of this process."""
+        """A memory field of this process in KiB; without /proc the peak of ``getrusage``, and 0 for "RssFile"."""
         value = kibibytes("/proc/self/status", field)
         if value is not None or field == "RssFile":
             return value or 0

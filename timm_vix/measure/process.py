@@ -18,7 +18,7 @@ import torch
 
 from .._files import one_line
 
-# begins the result, as in JSON text sequences (RFC 7464), so that nothing else that is printed is it
+# begins the result, as in JSON text sequences (RFC 7464), so that no other printed line is taken for the result
 RECORD_SEPARATOR = "\x1e"
 # what torch says where it raises a RuntimeError for memory that it doesn't get
 OUT_OF_MEMORY = (
@@ -77,7 +77,7 @@ def call_in_process(function: Callable[[Any], Any], argument: Any, interactive: 
 
 
 def explain(error: BaseException) -> str:
-    """The reason of a failure in one line; one that is for want of memory begins with "out of memory"."""
+    """The reason of a failure in one line; it begins with "out of memory" if the memory was too small."""
     text = one_line(error, 200)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text for sign in OUT_OF_MEMORY):
         return f"out of memory: {text}"
@@ -98,7 +98,7 @@ def main() -> None:
         result = function(argument)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # models, devices and file systems are other people's
+    except Exception as error:  # models, devices and file systems may raise anything
         result = dict(error=explain(error))
     print(f"{RECORD_SEPARATOR}{json.dumps(result)}", flush=True)
 

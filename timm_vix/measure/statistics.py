@@ -9,7 +9,7 @@ import numpy as np
 def exponent(tokens: Sequence[float], costs: Sequence[float]) -> Optional[float]:
     """The b of cost = a · tokens^b, by least squares of logarithms; None for fewer than two sizes.
 
-    Fitted where the tokens are above the geometric middle of their range: below, what doesn't depend on them dominates.
+    Only sizes above the geometric mean of the smallest and the largest are fitted: below, a constant cost dominates.
 
     Example:
         >>> exponent([100, 1000, 10000], [1, 10, 1000])
@@ -42,7 +42,7 @@ def crossing(tokens: Sequence[float], ratios: Sequence[float]) -> Optional[float
 def crossover(
     tokens: Sequence[float], ratios: Sequence[float], lows: Sequence[float], highs: Sequence[float]
 ) -> tuple[Optional[float], Optional[float], Optional[float]]:
-    """Where a mechanism overtakes: by its ratios, and the earliest and latest tokens that their spread allows."""
+    """The number of tokens from which a mechanism is faster, and the smallest and largest that the spread allows."""
     order = sorted(range(len(tokens)), key=lambda i: tokens[i])
     sizes = [tokens[i] for i in order]
     median, earliest, latest = (crossing(sizes, [r[i] for i in order]) for r in (ratios, highs, lows))

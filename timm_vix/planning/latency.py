@@ -1,11 +1,11 @@
-"""What a plan costs on this machine: times of blocks, from which a plan's is estimated, and of whole models.
+"""The cost of a plan on this machine: estimated from the times of blocks, or measured as the time of a whole model.
 
     T(plan) = T_rest + sum over layers of t(mixer, share of the patches that is left) + what merging costs there
 
-The t are measured on one block, for all blocks are alike: with softmax and with each candidate on the whole grid, and
-with softmax and the mixers that merged tokens allow at several shares, between which t is interpolated. All are timed
-in turn. The estimate orders the steps of a search, where differences are smaller than the noise of a whole model's
-time; what a plan is chosen by, and what is reported, is the time of the whole model beside softmax.
+The times t are measured on one block, since all blocks are alike. On the whole grid the block has softmax or a
+candidate. At smaller shares it has softmax or a mixer that takes merged tokens, and t is interpolated between the
+shares. All are timed in turn. The estimate orders the steps of a search, whose differences are smaller than the noise
+of a whole model's time. A plan is chosen by the measured time of the whole model beside softmax.
 """
 
 import copy
@@ -136,7 +136,7 @@ class Latency:
         return Costs(self.model, costs, Cost(model, gflops))
 
     def measure_blocks(self, works: list[Work]) -> list[Cost]:
-        """Time a block of the middle in turn as each of the works has it."""
+        """Time the middle block as each of the works describes it, all in turn."""
         layer = len(self.model.blocks) // 2
         x, keywords = self.input_of(layer)
         layout = layout_of(self.model)
@@ -192,7 +192,7 @@ class Latency:
         return found[0]
 
     def attention_of(self, work: Work, layer: int) -> list[nn.Module]:
-        """What stands in the places of attention of a block for a work."""
+        """The modules that take the place of a block's attention in a work."""
         merge = [int(i == layer) for i in range(len(self.model.blocks))]
         slot = work.mixer is None and (work.merges or work.share < 1.0)
         plan = Plan({layer: work.mixer} if work.mixer else {}, merge if slot else 0)
@@ -240,7 +240,7 @@ class Costs:
             share, r = left / self.patches, num_merged(step, self.patches, left)
             cost += self.of_mixer(plan.get(layer), name, share) - self.of_mixer(None, name)
             if r:
-                # measured for another number: what differs is the MLP of few tokens
+                # timed with another number of merged tokens, which changes only how many tokens the MLP has
                 cost += self.of_mixer(None, name, share, True) - self.of_mixer(None, name, share)
             left -= r
         return cost

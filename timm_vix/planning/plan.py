@@ -144,9 +144,9 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
 
 
 def tell_resolution(keep: Optional[float], images: int) -> None:
-    """Print that a share to keep means every one of so few images, where it does.
+    """Print a note if there are so few images that ``keep`` allows no image to change.
 
-    ``images``: those that choose; with labels, those of which the source predicts the label.
+    ``images``: the number of images that choose; with labels, of those whose label the source predicts.
     """
     # 10 - 0.9 * 10 is a little below 1
     if keep is not None and keep < 1 and (1 - keep) * images < 1 - 1e-9:
@@ -206,7 +206,7 @@ def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.inference_mode()
 def num_right(model: nn.Module, batches: list[torch.Tensor], labels: torch.Tensor) -> int:
-    """Of how many images a model predicts the label."""
+    """The number of images whose label a model predicts."""
     predicted = torch.cat([model(images).argmax(1).cpu() for images in batches])
     return int((predicted == labels).sum())
 
@@ -218,9 +218,9 @@ def scale_source(
     labels: Optional[torch.Tensor],
     plain: Optional[int],
 ) -> None:
-    """Scale the logits of the source if that is asked for, or if it predicts the labels of the batches better so.
+    """Scale the logits of the source if ``scale_logits`` says so, or if it then predicts more labels of the batches.
 
-    ``plain``: of how many images it predicts the label as it is; None without labels.
+    ``plain``: the number of images whose label the source predicts without scaling; None without labels.
     """
     if scale_logits is not None:
         if scale_logits != 0:

@@ -49,18 +49,18 @@ class PlanSettings(Settings):
         "columns are a file, there or in images/, and the number of its class",
     )
     speedup: Optional[float] = setting(
-        None, "instead of keep: the most faithful model that is so many times as fast as softmax", FROM_1
+        None, "instead of keep: the most faithful model that is at least so many times as fast as softmax", FROM_1
     )
     budget_gflops: Optional[float] = setting(
         None,
-        "instead of keep: the most faithful model of so many GFLOPs an image, a multiply-add counted as two",
+        "instead of keep: the most faithful model of at most so many GFLOPs per image, a multiply-add counted as two",
         ABOVE_0,
     )
     scale_logits: Optional[Union[str, int]] = setting(
         None,
         "log, or the number of tokens in training: the logits of the source are scaled, and those of the plan, see "
-        "timm_vix.convert; 0: they stay as they are; None: with labels they are scaled where that is right more often. "
-        "Agreement is that with the scaled source, and keep with labels the share of the top-1 that it has unscaled",
+        "timm_vix.convert; 0: they stay as they are; None: with labels they are scaled if that raises the top-1. "
+        "Agreement is measured with the scaled source; with labels keep is a share of the unscaled source's top-1",
         parse=parse_scale,
     )
     source_kwargs: Optional[dict[str, Any]] = setting(  # noqa: RUF009

@@ -90,7 +90,7 @@ class Search:
         self.alone = self.measure_alone()
         starts = [Plan()]
         if self.in_each and (alike := self.merge_alike()).merge:
-            starts.insert(0, alike)  # it has come far already, should the time not last for both
+            starts.insert(0, alike)  # first, since it is nearer to the target if there is no time for both
         for start in starts:
             self.improve(self.descend(start, set()))
         if self.stopped:
@@ -98,7 +98,7 @@ class Search:
         return self.best()
 
     def best(self) -> Plan:
-        """The best plan that was tried. It is timed for longer: the fastest of many is also one of the luckiest."""
+        """The best plan that was tried. It is timed for longer, since noise makes the fastest of many seem too fast."""
         timed: set[str] = set()
         while allowed := [what for what, tried in self.curve.items() if self.target.allows(tried)]:
             best = max(allowed, key=lambda what: self.target.worth(self.curve[what]))
@@ -146,7 +146,7 @@ class Search:
         return [mixer for mixer in mixers if self.saving(mixer) > LEAST_SAVING]
 
     def promising(self, mixers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A few mixers: those that no other beats in cost and in distance, where all layers have them, come first."""
+        """A few mixers, first the Pareto front of cost and distance; the mixer is in all layers for the distance."""
         if len(mixers) <= MOST_CANDIDATES:
             return mixers
         found: list[dict[str, Any]] = []
@@ -260,7 +260,7 @@ class Search:
         return plan
 
     def merge_alike(self) -> Plan:
-        """As much merging in all layers alike as the target allows, or as doesn't reach it yet."""
+        """The most merging, alike in all layers, that ``keep`` allows or that is still short of a speedup or budget."""
         plan, new = Plan(), self.with_more_everywhere(Plan())
         softmax = self.costs.of_plan(plan, self.target.cost)
         # no layer merges more than half of its tokens, so that more may change nothing
@@ -273,9 +273,9 @@ class Search:
         return plan if self.costs.of_plan(plan, self.target.cost) < softmax else Plan()
 
     def undone(self, plan: Plan) -> list[tuple[str, Plan]]:
-        """The plan without each of its conversions or its merging in a layer; the largest distance freed comes first.
+        """Plans with one conversion, or some merging in one layer, taken back; the smallest estimated distance first.
 
-        Names are those of the steps that lead back.
+        Each has the name of the step that leads back to ``plan``.
         """
         found = [
             (f"{layer} {json.dumps(mixer)}", Plan({i: m for i, m in plan.items() if i != layer}, plan.merge))
@@ -288,7 +288,7 @@ class Search:
         return sorted(found, key=lambda pair: self.estimate(pair[1]))
 
     def improve(self, plan: Plan) -> None:
-        """Undo what a reached target doesn't need; where a share is kept, exchange what costs most of it for others."""
+        """Undo changes that a speedup or a budget doesn't need; with ``keep`` replace the change that distorts most."""
         if self.target.keep is not None:
             if self.has_time() and (back := self.undone(plan)):
                 name, without = back[0]

@@ -94,7 +94,7 @@ def count_gflops(model: nn.Module, image: torch.Tensor) -> float:
 
 
 def is_finite(features: torch.Tensor, classes: Optional[torch.Tensor]) -> torch.Tensor:
-    """Of which images features and logits are finite, (B,), for what ``Sensitivity.predict`` returns."""
+    """For each image, (B,), whether its features and logits are finite, given what ``Sensitivity.predict`` returns."""
     finite = features.flatten(1).isfinite().all(1)
     return finite if classes is None else finite & (classes >= 0)
 
@@ -108,8 +108,8 @@ class Sensitivity:
         table: to which rows are appended, and which knows earlier ones.
         run: text that identifies everything the results depend on besides the plan.
         labels: classes of all images, (images,).
-        part: what of a run's images these are, for errors.
-        right: of how many images the source predicts the label; None: as many as ``model``.
+        part: name of this part of a run's images, for error messages.
+        right: number of images whose label the source predicts; None: counted with ``model``.
 
     Raises:
         ValueError: for labels of which the model predicts none, when something is measured.
@@ -177,7 +177,7 @@ class Sensitivity:
                         stored.tokens = tokens[i]
                     new_features, new_classes = (features, classes) if unchanged else self.predict(images)
                     finite = is_finite(new_features, new_classes)
-                    # as far off as zeros, and of no class; in place of numbers that would make all others useless
+                    # such outputs count as zeros and as no class, since one NaN would make all sums NaN
                     new_features = new_features.masked_fill(~finite.view(-1, *[1] * (features.dim() - 1)), 0.0)
                     if classes is None or new_classes is None:
                         same = F.cosine_similarity(new_features, features, dim=2).mean(1)

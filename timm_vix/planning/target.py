@@ -32,7 +32,7 @@ class Target(NamedTuple):
         return "milliseconds" if self.gflops is None else "gflops"
 
     def allows(self, tried: Tried) -> bool:
-        """Whether a model may be chosen, if faster or more faithful ones aren't there."""
+        """Whether a model meets the target, so that it may be chosen."""
         if self.keep is not None:
             return tried.kept >= self.keep
         if self.speedup is not None:

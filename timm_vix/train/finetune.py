@@ -1,6 +1,6 @@
 """Fine-tunes any model of timm's registry on a folder of images, or on scikit-learn's handwritten digits.
 
-A run that was killed continues with the numbers of one that was not. Nothing random has a state that could be lost: the
+A killed run that continues gives the same numbers as one that ran through. No random state can be lost: the
 order of the images is a function of (seed, epoch), the augmentation of an image of (seed, epoch, image), and mixup,
 dropout and stochastic depth of (seed, epoch, step). So the checkpoint holds weights, optimizer and position, and no
 generator. On a CPU, with as many threads, this is exact to the last bit; on CUDA up to kernels that add in no fixed

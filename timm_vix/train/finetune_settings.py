@@ -54,7 +54,7 @@ class FinetuneSettings(Settings):
     )
     val_dir: Optional[str] = setting(None, "validation folder of class folders, where it is elsewhere", may_change=True)
     held_out: float = setting(
-        0.2, "share of every class that validates, where there are no validation images", BETWEEN_0_AND_1
+        0.2, "share of every class that is held out for validation, if there are no validation images", BETWEEN_0_AND_1
     )
     img_size: Optional[int] = setting(None, by_data("side of the images in pixels", "img_size"), ABOVE_0)
     in_chans: Optional[int] = setting(None, "channels of the images: 1 (grey) or 3 (RGB)", ABOVE_0)

@@ -24,7 +24,7 @@ class Loop:
         asked: Set when the user wants the run to stop, see ``deferred_interrupt``.
         save: Saves the checkpoint, and whatever else belongs beside it.
         show: Whether a progress bar is shown, if the output is a terminal.
-        remedy: What continues a run that was stopped.
+        remedy: Name of what continues a stopped run, such as "the same command", for the message after Ctrl-C.
     """
 
     def __init__(

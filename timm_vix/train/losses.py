@@ -13,7 +13,8 @@ class BlockMatching(nn.Module):
     Args:
         layers: the converted ones.
         mean_free: weight of the error without its mean over the tokens.
-        pass_through: weight of the error behind the rest of the teacher. It is one more value, of one layer a step.
+        pass_through: weight of the error after the teacher's last block. It is one more value; each step it is the
+            error that comes from one of the layers.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ def relative(error: torch.Tensor, change: torch.Tensor, tokens: torch.Tensor) ->
 
 
 def mean_of_processes(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a scalar without a gradient over the processes that share a batch; itself where there is one.
+    """The mean over the processes that share a batch, of a scalar without a gradient; in one process the scalar itself.
 
     DistributedDataParallel takes the mean of the gradients. With such a mean in the denominator, that is the gradient
     of the whole batch.

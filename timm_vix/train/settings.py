@@ -34,7 +34,7 @@ TYPES: dict[type, tuple[type, str]] = {
 
 
 class Range(NamedTuple):
-    """What a setting may be: in words, and as a function that tells whether a value is."""
+    """The allowed values of a setting: in words, and as a function that returns whether a value is allowed."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -181,9 +181,9 @@ def documented(kind: type[Settings]) -> Callable[[Function], Function]:
 
 
 def check_ranges(run: Any, ranges: Ranges) -> None:
-    """Raise InputError for a setting out of its range: names, what is allowed in words, and whether a value is.
+    """Raise InputError for a setting out of its range; a setting that is None is not checked.
 
-    A setting that is None is not looked at.
+    ``ranges``: for each range the names of its settings, the allowed values in words, and a function that checks one.
     """
     for names, allowed, holds in ranges:
         for name in names.split():

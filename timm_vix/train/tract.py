@@ -84,7 +84,7 @@ def tract(layer: nn.Module, strength: float = 0.1) -> Tract:
         strength: lambda, above 0; inputs are taken to be standardised.
 
     Returns:
-        What has ``remove()``.
+        The hooks. Their method ``remove()`` takes them off the layer.
 
     Raises:
         ValueError: for another layer, a frozen one, or a convolution with groups, dilation or padding other than zeros.

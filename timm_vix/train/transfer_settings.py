@@ -59,7 +59,7 @@ class TransferSettings(Settings):
     )
     pass_through: float = setting(
         0.0,
-        "weight, in stage 1, of the error at the end of the original when one block's output is the converted block's",
+        "weight, in stage 1, of the error after the original's last block when one of its blocks is the converted one",
         FROM_0,
     )
     mean_free: float = setting(
