@@ -287,13 +287,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="FILE", help="initial weights of the MODELs: .safetensors or .pth")
     add("--pretrained", action="store_true", help="start the MODELs from the weights that timm knows for each name")
     add("--from-scratch", nargs="+", default=[], metavar="MODEL", help="further models, from random weights")
-    add("--seeds", type=int, nargs="+", default=[0], help="a run for each: 0")
+    add("--seeds", type=int, nargs="+", default=[0], help="a run for each; default: 0")
     meanings = {own.name: description(own, "; default: ") for own in fields(FinetuneSettings)}
     for name, kind in RECIPE.items():
         add(f"--{name.replace('_', '-')}", type=kind, help=meanings[name].replace("%", "%%"))
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--threads", type=positive, help="of the CPU; default: torch's number")
-    add("--workers", type=int, default=0, help="processes that load images: 0")
+    add("--workers", type=int, default=0, help="processes that load images; default: 0")
     add("--runs", type=Path, default=Path("runs/compare"), help="folder of checkpoints and models")
     add("--out", type=Path, default=Path("compare.csv"), help="rows are appended; finished runs are not repeated")
 

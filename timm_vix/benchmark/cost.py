@@ -240,7 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["fused", "unfused"],
         help="softmax baselines that get rows of their own; without a value: none",
     )
-    add("--epoch-images", type=positive, default=50000, help="images of an epoch, for its time: 50000")
+    add("--epoch-images", type=positive, default=50000, help="images of an epoch, for its time; default: 50000")
     add("--out", type=Path, default=Path("cost.csv"), help="rows are appended; what is there is not measured again")
     add_machine(parser)
 

@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fixed = ", ".join(name for name, mixer in MIXERS.items() if mixer.exports_one_grid)
     add("model", metavar="MODEL", help="a name, a folder or hf-hub:USER/NAME; or 'NAME key=value ...'")
     add("--to", required=True, choices=tuple(SUFFIXES), help="the format")
-    add("--dtype", choices=DTYPES, default="float32", help="of weights and matrix products: float32")
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and matrix products; default: float32")
     add("--out", required=True, type=Path, help=f"the file; {', '.join(f'{k}: {v}' for k, v in SUFFIXES.items())}")
     add("--weights", help="file with the weights, .safetensors or .pth (a state dict; nothing else is unpickled)")
     add("--pretrained", action="store_true", help="timm's weights of the model")
@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of images, or folders below it, to calibrate int8",
     )
-    add("--calibrate-images", type=positive, default=400, help="how many of them, spread over the folder: 400")
+    add("--calibrate-images", type=positive, default=400, help="how many of them, spread over the folder; default: 400")
     add("--data-dir", type=Path, help="labelled images for top-1: class folders, or labels.csv with FILE,CLASS")
     add("--limit", type=positive, help="how many of these, spread over the folder; default: all")
     add("--threads", type=positive, default=min(2, os.cpu_count() or 1), help="CPU threads for timing; default: 2")
