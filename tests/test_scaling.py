@@ -160,7 +160,9 @@ def test_models_are_built_by_name_with_scaled_logits(mixer, merge, tmp_path) -> 
     # which a conversion couldn't record, nor take back
     value = model(images)
     for other in (0, 19):
-        with pytest.raises(InputError, match=f"scale_logits={other}: the model was created with 17; pass another one"):
+        with pytest.raises(
+            InputError, match=f"scale_logits={other}: the model was created with 17; pass another to create_model"
+        ):
             timm_vix.convert(model, layers={0: "linformer"}, num_proj_tokens=4, scale_logits=other)
     assert torch.equal(model(images), value)
     timm_vix.convert(model, layers={0: "linformer"}, num_proj_tokens=4, scale_logits=17)

@@ -29,10 +29,10 @@ from .slots import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What became of one place of attention: its block and path, the class before and after, the mixer's keywords.
+    """A row of the report: an attention module's block and path, its class before and after, the mixer's keywords.
 
-    ``merged``: the patch tokens that merge after it, at the size for which the model is built; None: as many as are
-    alike.
+    ``merged``: the number of patch tokens that merge after it, at the size for which the model is built; None: it
+    depends on the image, since a threshold decides.
     """
 
     layer: int
@@ -89,8 +89,8 @@ def convert(
     """Replace the attention of some layers of a timm ViT by a token mixer, in place; weights are shared, not copied.
 
     Args:
-        model: timm ``VisionTransformer``, ``Eva`` (EVA-02, DINOv3, rope-vit, Perception Encoder) or ``NaFlexVit``, with
-            mixers that take padded sequences; padding changes nothing. Landmarks are pooled in the sequence's order.
+        model: timm ``VisionTransformer``, ``Eva`` (EVA-02, DINOv3, rope-vit, Perception Encoder) or ``NaFlexVit``. The
+            last takes mixers for padded sequences. Padding changes nothing; landmarks are pooled in sequence order.
         mixer: a name in ``MIXERS``; "softmax" gives a converted layer its own attention back. None: "nystrom", or with
             only ``merge`` or ``scale_logits`` the attention that each layer has. A layer that is given a mixer gets a
             new one, without what an earlier one has learned.
@@ -136,14 +136,16 @@ def convert(
     trained = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
     named = scale_of_name(sites)
     if named and trained != named:
-        raise InputError(f"scale_logits={scale_logits!r}: the model was created with {named}; pass another one there")
+        raise InputError(
+            f"scale_logits={scale_logits!r}: the model was created with {named}; pass another to create_model"
+        )
     if merge is None:
         merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
     steps = merge_steps(merge, len(sites))
     built = merge_of_name(model)
     if built is not None and steps != merge_steps(built, len(sites)):
-        raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another one there")
-    # tokens stand for several from a merge on, and the model wasn't built for that; or logits are scaled
+        raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another to create_model")
+    # softmax attention needs a slot if logits are scaled, and from the first merge on, unless it has one
     first = first_merge(steps) if built is None else None
     need_slots = [trained > 0 or (first is not None and layer >= first) for layer in range(len(sites))]
     planned = planned_sites(model, sites, wanted, need_slots)
@@ -184,7 +186,7 @@ def wanted_mixers(
     """The mixer that a conversion records, and name and keywords of what is wanted for each layer that is to change.
 
     Args:
-        keeps_mixers: no mixer is named, and there is something else to do.
+        keeps_mixers: whether no mixer is named, and only ``merge`` or ``scale_logits`` is to be applied.
 
     Raises:
         ValueError: for a mixer, layer or keyword that isn't there, or layers for which no mixer is named.
@@ -227,7 +229,7 @@ def check_hooks(attention: dict[str, nn.Module]) -> None:
 
 
 def check_sequence_options(model: nn.Module, merge: Optional[Merge], scale_logits: Optional[ScaleLogits]) -> None:
-    """Raise ValueError for what needs to know how many tokens an image has, where padding is among them."""
+    """Raise ValueError for ``merge`` or ``scale_logits`` in a model whose sequences are padded."""
     for name, value in dict(merge=merge, scale_logits=scale_logits).items():
         if isinstance(model, NaFlexVit) and value:
             raise InputError(

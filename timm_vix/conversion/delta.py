@@ -185,7 +185,7 @@ def difference(saved: Description, model: nn.Module, frozen: dict[str, torch.Ten
 
 
 def completed(mechanism: Optional[list[Any]]) -> Optional[list[Any]]:
-    """A mechanism of ``mechanisms_of`` with the keywords that it may be older than."""
+    """A mechanism of ``mechanisms_of``, completed by the keywords that didn't exist when it was saved."""
     return mechanism and [mechanism[0], {**ADDING_NOTHING, **mechanism[1]}]
 
 
@@ -225,7 +225,7 @@ def read_delta(path: Union[str, Path], mechanisms: dict[str, list[Any]]) -> tupl
         dtypes = set(saved.backbone)
         known = isinstance(saved.backbone, dict) and dtypes and dtypes <= set(DTYPES)
         if forms != list(saved.mechanisms.values()) or not known:
-            raise InputError("it describes no model")
+            raise InputError("mechanisms or checksums have another form")
         return saved, tensors
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is a damaged delta: its metadata cannot be read: {one_line(error)}") from error

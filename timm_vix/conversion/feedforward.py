@@ -209,7 +209,7 @@ def mlp_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Modul
 
 
 def structure(path: str, layer: nn.Linear, kind: str, share: float) -> Any:
-    """A structured layer with at most this share of the weights, not yet initialised.
+    """A structured layer with at most this share of the weights, initialised at random and not yet fitted.
 
     Raises:
         ValueError: where there is none.
@@ -228,6 +228,6 @@ def structure(path: str, layer: nn.Linear, kind: str, share: float) -> Any:
     if not fitting:
         shares = ", ".join(f"{width * (m + n) / (b * m * n):.3f}" for b in possible) or "none"
         raise InputError(
-            f"share={share}: {path} ({m}x{n}) divides into blocks with shares of {shares}; expected no less"
+            f"share={share}: {path} ({m}x{n}) has block structures of these shares: {shares}; expected no less"
         )
     return BlockLinear(n, m, fitting[0], **dd)

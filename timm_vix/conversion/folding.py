@@ -53,7 +53,7 @@ class PrefixAffine(nn.Module):
 
 
 class Folding(NamedTuple):
-    """A batch norm, and the linear layers that alone read it, each with the attention that keeps its bias apart."""
+    """A batch norm, the linear layers, which alone read it, and the attention module that they belong to, if any."""
 
     site: NormSite
     norm: TokenBatchNorm
@@ -68,8 +68,8 @@ def fold_norms(model: nn.Module, last: bool = True) -> None:
 
     Args:
         model: after ``replace_norms``, and after ``finish`` where that had a schedule.
-        last: also the last norm, into the classifier; False where features are read, which then stay what they were,
-            and that norm stays a batch norm.
+        last: fold the last norm too, into the classifier. False keeps it a batch norm. It is for models whose features
+            are used, since folding the last norm would change them.
 
     Raises:
         ValueError: where what reads a norm isn't linear in its channels, or is changed or observed by a hook, an
@@ -108,7 +108,9 @@ def plan(model: nn.Module, site: NormSite) -> Optional[Folding]:
     between = [norm, *([] if site.reader is None else [site.reader])]
     for module in between:
         if has_hooks(module, HOOKS):
-            raise InputError(f"{site.path} can't be folded: {type(module).__name__} after it has hooks that see it")
+            raise InputError(
+                f"{site.path} can't be folded: its {type(module).__name__} has hooks, which would see other values"
+            )
     for name, reader in readers:
         if not is_plain_linear(reader):
             raise InputError(

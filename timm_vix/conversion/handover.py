@@ -61,7 +61,7 @@ class HandoverSchedule:
         self.move_to(min(self.taken + 1, self.steps))
 
     def move_to(self, taken: int) -> None:
-        """Be where the schedule is after so many steps."""
+        """Set the share a to its value after ``taken`` steps."""
         passed = taken / self.steps
         self.taken, self.ended = taken, taken == self.steps
         with torch.no_grad():

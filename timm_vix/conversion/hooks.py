@@ -58,9 +58,9 @@ def remove_hooks(model: nn.Module) -> None:
 
 
 def make_key_masks(model: nn.Module) -> None:
-    """Let a ``NaFlexVit`` mask padding by masks of keys while it has slots; without, its masks are its own again.
+    """Make a ``NaFlexVit`` mask padding by masks of keys while it has slots, and restore its own setting afterwards.
 
-    Its own may be of N x N, with the padding's queries masked too. Nothing reads what these give.
+    Its own masks may be N x N, and mask the queries of padding too. That isn't needed: no output of padding is used.
     """
     if not isinstance(model, NaFlexVit):
         return

@@ -6,8 +6,8 @@ from typing import Any
 from .._checks import InputError, check_choice
 from ..mixers import MIXERS
 
-# keywords with the values at which they add nothing: softmax attention with these is a host's own, and a mixer that was
-# saved before there was one of them had this
+# Keywords with the values at which they have no effect. Softmax attention with these values is the host's own. A mixer
+# that was saved before a keyword existed had this value.
 ADDING_NOTHING: dict[str, Any] = dict(merge_keys=1.0, conv_residual=False, locality=0.0)
 
 

@@ -76,8 +76,8 @@ def merge_similar(
         )
     if isinstance(step, Mapping) and len(x) > 1:
         raise InputError(
-            f"merge={step!r} merges as many tokens as an image has alike, and the images of a batch need the same "
-            f"number: expected a batch of 1, got {len(x)}"
+            f"merge={step!r}: a threshold merges another number of tokens in each image, and images of a batch need "
+            f"the same number: expected a batch of 1, got {len(x)}"
         )
     at_start = groups.place.shape[1] - num_prefix_tokens
     r = left // 2 if isinstance(step, Mapping) else num_merged(step, at_start, left)

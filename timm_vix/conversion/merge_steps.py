@@ -12,7 +12,7 @@ Step = Union[int, float, Mapping[str, float]]
 
 FORMS = (
     "expected a number of tokens that each layer merges, a list with one number for each layer, the share of the patch "
-    "tokens to end with as a float between 0 and 1, without these, or {'threshold': t}, a cosine between -1 and 1; "
+    "tokens left in the end (a float above 0 and below 1), or {'threshold': t}, a cosine between -1 and 1; "
     "the integer 0 merges nothing"
 )
 
@@ -45,9 +45,9 @@ def merge_steps(merge: Merge, depth: int) -> list[Step]:
 
 
 def num_merged(step: Step, at_start: int, left: int) -> int:
-    """How many of ``left`` patch tokens a step other than a threshold merges; ``at_start`` there were so many.
+    """How many of ``left`` patch tokens a layer merges by a number or a share; the first layer has ``at_start``.
 
-    No more than half of what is left: each pair has one of either half.
+    At most half of them merge, since each pair has a token at an even and one at an odd place.
     """
     wanted = left - num_left(step, at_start) if isinstance(step, float) else int(step)  # type: ignore[arg-type]
     return max(0, min(wanted, left // 2))

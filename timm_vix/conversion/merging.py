@@ -29,7 +29,7 @@ from .merge_steps import Merge, Step, first_merge
 
 
 class MergingBlock(nn.Module):
-    """What a block of a host becomes where tokens are merged: in a pass it does as the pass says."""
+    """A host's block in a model that merges tokens: with ``in_pass`` it runs as a part of that forward pass."""
 
     def forward(self, x: torch.Tensor, in_pass: Optional["BlockInPass"] = None, **kwargs: Any) -> torch.Tensor:
         return super().forward(x, **kwargs) if in_pass is None else in_pass.run(self, x, **kwargs)
@@ -107,7 +107,7 @@ def is_watched(block: nn.Module) -> bool:
 
 
 def takes_pass(block: nn.Module) -> bool:
-    """Whether what is called in place of a block takes the keyword argument by which it learns of its pass."""
+    """Whether a block, or what wraps it or its forward, takes the keyword argument ``in_pass``."""
     parameters = inspect.signature(block.forward).parameters
     return "in_pass" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 

@@ -142,7 +142,7 @@ def kinds(x: torch.Tensor, num_prefix_tokens: int) -> list[torch.Tensor]:
 
 
 def norm_sites(model: nn.Module) -> list[NormSite]:
-    """The norms of a ViT or Eva over tokens, which one reader reads each; those inside attention and MLPs aren't.
+    """The norms of a ViT or Eva whose output goes to one module each; norms inside attention and MLPs are left out.
 
     Raises:
         ValueError: for another model, and for blocks whose norms feed the residual stream, into which nothing folds.

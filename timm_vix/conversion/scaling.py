@@ -30,8 +30,8 @@ def scaled_for(model: nn.Module) -> int:
 def trained_tokens(model: nn.Module, scale_logits: ScaleLogits) -> int:
     """N_train for a value of ``scale_logits``: with "log" that of the size in the model's ``pretrained_cfg``.
 
-    "log" takes the patches for those of the training, which ``pretrained_cfg`` doesn't tell: a model whose embedding
-    was resampled to other patches needs the number.
+    "log" assumes that the model was trained with its present patch size, as ``pretrained_cfg`` doesn't hold it. A model
+    whose patch embedding was resampled needs the number of tokens.
 
     Raises:
         ValueError: for another value, or a model that doesn't tell its size.

@@ -109,6 +109,6 @@ def class_name(module: nn.Module) -> str:
 
 
 def source_of(model: nn.Module) -> Optional[str]:
-    """The name of the model that a converted one was, if it had one; None for one that isn't converted."""
+    """The original name of a converted model, if it had one; None for a model that isn't converted."""
     arguments = getattr(model, "_model_args", {})
     return arguments["source"] if "source" in arguments and "layers" in arguments else None

@@ -14,9 +14,9 @@ from ._precision import is_half
 def takes_bias(q: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether ``scaled_dot_product_attention`` is fused for these queries and values and a bias of ``dtype``.
 
-    The kernels want values as wide as the queries, and give no gradient of a bias. A bias in float32 beside queries of
-    half precision, whose logits are in float32 anyway, is taken by the kernel of a CPU alone: exported models may run
-    elsewhere, and autocast would round the bias.
+    The kernels need values as wide as the queries, and compute no gradient of a bias. Only the CPU's kernel takes a
+    bias in float32 with queries of half precision. This isn't used in exported models, which may run on another
+    device, nor under autocast, which would round the bias.
     """
     if torch.is_grad_enabled() or q.shape[3] != v.shape[3]:
         return False
@@ -38,10 +38,10 @@ def is_half_on_cpu(x: torch.Tensor) -> bool:
 def in_whole_vectors(
     k: torch.Tensor, v: torch.Tensor, bias: Optional[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values and bias with masked keys up to a multiple of 32.
+    """Pad keys, values and bias with masked keys to a multiple of 32 keys.
 
-    So many numbers of half precision fill a vector of a CPU, and the rest of a row is slow: softmax over 50 keys takes
-    up to twice as long as over 64.
+    A CPU's register of 512 bits holds 32 numbers of half precision, and the remainder of a row is slow: softmax over 50
+    keys takes up to twice as long as over 64.
     """
     missing = -k.shape[2] % 32
     bias = torch.zeros([1, 1, 1, k.shape[2]], device=k.device, dtype=k.dtype) if bias is None else bias
@@ -54,9 +54,9 @@ def attention(
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D) + bias) v for few queries or few keys.
 
-    Fused kernels want values as wide as the keys. What ``scaled_dot_product_attention`` falls back to checks each row
-    for being fully masked, which is a tenth of LeViT's time. On a CPU the gradient of the fused kernel in half
-    precision takes twice as long as that of the products.
+    Fused kernels need values as wide as the keys. With other values ``scaled_dot_product_attention`` also checks
+    whether a row is fully masked, which takes a tenth of LeViT's time, so the products are computed here. On a CPU
+    the gradient of the fused kernel in half precision takes twice as long as that of the products.
     """
     half_on_cpu = is_half_on_cpu(q)
     if q.shape[3] == v.shape[3] and not (half_on_cpu and torch.is_grad_enabled()):

@@ -44,7 +44,7 @@ def is_plain_linear(module: Any) -> bool:
 
 
 def logit_factor(num_tokens: int, trained_tokens: int) -> float:
-    """What logits are multiplied by: log N / log N_train, at least 1; 0 trained tokens: they aren't scaled."""
+    """The factor of the logits: log N / log N_train, and at least 1. It is 1 if ``trained_tokens`` is 0."""
     if trained_tokens == 0:
         return 1.0
     return max(1.0, math.log(num_tokens) / math.log(trained_tokens))
@@ -96,7 +96,7 @@ class AttentionSlot(MixerSlot):
         self.trained_tokens = 0
 
     def init_from_inputs(self, x: torch.Tensor, rope: Optional[torch.Tensor] = None) -> None:
-        """See input of a trained model (B, N, C) before training, for weights of the mechanism to start from."""
+        """Initialise weights of the mechanism before training, from inputs (B, N, C) in a trained model."""
         layout = self.layout_of(x, None, False)
         q, k, v = self.project(x, 0, 3)
         q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
@@ -117,9 +117,10 @@ class AttentionSlot(MixerSlot):
             return is_plain_linear(self.qkv)
 
     def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:
-        """Some of queries (0), keys (1), values (2), from ``first`` up to ``last``: (B, N, C) -> list of (B, h, N, D).
+        """Project to those of queries (0), keys (1) and values (2) that are in ``range(first, last)``.
 
-        Only the wanted rows of the joint weight are multiplied; queries and keys come normalised.
+        (B, N, C) -> list of (B, h, N, D). Only the needed rows of a plain joint weight are multiplied. Queries and keys
+        are normalised.
         """
         start, stop = first * self.attn_dim, last * self.attn_dim
         if self.qkv is None:

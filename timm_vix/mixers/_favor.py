@@ -13,8 +13,8 @@ from ._attention import attention, takes_bias
 from ._masks import added_to_logits
 from ._precision import dtype_of_products, outside_autocast
 
-# Of an image's features or keys in a block: so few that N x m features never exist at once in a long sequence. Larger
-# blocks are hardly faster, smaller ones are slower.
+# How many numbers the features or keys of an image have in one block. So a long sequence never has all of its N x m
+# features in memory at once. Larger blocks are hardly faster, smaller ones are slower.
 ELEMENTS = 2**18
 # From so many tokens on, training computes features twice rather than keep them all for the gradient.
 LONG = 8192
@@ -35,7 +35,7 @@ def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Te
 def centres(
     q: torch.Tensor, k: torch.Tensor, key_bias: Optional[torch.Tensor] = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """c and u of unscaled queries and keys (B, h, N, D): the mean query, and what it sees of the keys, (B, h, 1, D).
+    """c, the mean of unscaled queries (B, h, N, D), and u, the mean of the keys by the attention of c: (B, h, 1, D).
 
     ``key_bias`` (B, 1, 1, N): the log of the weight of each query in the mean, and of each key.
     """
@@ -140,7 +140,7 @@ def sum_in_blocks(
         else:
             top, values, total = add_keys(k_block, v_block, of_keys, top, values, total, bias_block)
     values = (values / total).to(dtype_of_products(v))
-    # of w^T (q - c) + w^T (k - u) the keys' sums lack -w^T (c + u)
+    # the exponent has w^T (q - c) + w^T (k - u), of which the sums over keys don't contain -w^T (c + u)
     bias = (top + total.log()).transpose(2, 3) - torch.matmul(centre, features.transpose(-2, -1))
     if feature_bias is not None:
         bias = bias + feature_bias.to(dtype)

@@ -84,7 +84,7 @@ def fused_attend_from(
         attended = attend_from(x, q, weight_k, token_bias)
     else:
         attended = checkpoint_if_long(attend_from, x.shape[1] >= LONG, x, q, weight_k, token_bias)
-    # outside of the checkpoint, which ends before its last product: that with all tokens is the large one
+    # outside of the checkpoint, which doesn't compute its last product again: this is the large one, with all tokens
     y = torch.matmul(attended, weight_v.reshape(h, D, x.shape[2]).transpose(1, 2))
     return y if bias_v is None else y + bias_v.reshape(h, 1, D)
 

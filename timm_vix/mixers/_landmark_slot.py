@@ -51,9 +51,9 @@ class LandmarkSlot(AttentionSlot):
         rope: Optional[torch.Tensor],
         masked: Optional[MaskedPooling] = None,
     ) -> list[torch.Tensor]:
-        """Queries, keys and values of the landmarks, (B, h, m, D) each; keys stand for queries that aren't needed.
+        """Queries, keys and values of the landmarks, (B, h, m, D) each.
 
-        Queries come scaled.
+        Queries are scaled. Where the mechanism needs no queries of landmarks, the keys are returned in their place.
         """
         core = self.core
         if core.pools_tokens and core.pools_once:

@@ -3,9 +3,9 @@
     K~, V~ = landmarks' keys and values                  pooled keys and values, or values fitted to queries as well
     Y = softmax(Q K~^T / sqrt(D) + c) V~                 c: log of the number of tokens that a landmark stands for
 
-The methods here are those on projected heads. A ViT can pool before it projects and fuse attention with its projections
-(``LandmarkSlot`` in ``_landmark_slot.py``): the same function, computed with fewer operations, unless queries and keys
-are normalised or Linformer's learned averages don't sum to one, which scales the bias of the projection.
+The methods here work on projected heads. A ViT can pool before it projects and fuse attention with its projections
+(``LandmarkSlot`` in ``_landmark_slot.py``), with fewer operations. The result is the same unless queries and keys are
+normalised, or Linformer's learned averages don't sum to one: then pooled heads have another bias.
 
 Shapes: B images, N = P + H·W tokens, h heads, D width of queries and keys, E of values, m landmarks: the P prefix
 tokens and the cells of a coarser grid.
@@ -66,7 +66,7 @@ class LandmarkAttention(AttentionMechanism):
         values: bool,
         masked: Optional[MaskedPooling] = None,
     ) -> torch.Tensor:
-        """Landmarks of tokens or heads: (..., N, C) -> (..., m, C); ``values`` tells values from queries and keys."""
+        """Pool tokens or heads to landmarks: (..., N, C) -> (..., m, C); ``values``: whether they are for values."""
         if masked is not None:
             return pool_by(masked.values if values else masked.keys, x, layout.num_prefix_tokens)
         return self.pool_all(x, layout, cells, values)
@@ -111,7 +111,7 @@ class LandmarkAttention(AttentionMechanism):
         return v
 
     def is_exact(self, layout: TokenLayout) -> bool:
-        """Whether attention to the landmarks is that to the tokens, since each is one."""
+        """Whether each landmark is a single token, so that attention to landmarks is attention to all tokens."""
         return False
 
     def can_fuse(self) -> bool:

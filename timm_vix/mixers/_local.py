@@ -56,9 +56,9 @@ def power_of_two(x: float) -> float:
 
 
 def axis_places(count: int, key_count: int, like: torch.Tensor) -> torch.Tensor:
-    """Places of ``count`` tokens along an axis of ``key_count`` keys, in steps of these, from their middle.
+    """Coordinates of ``count`` tokens along an axis of ``key_count`` keys: 0 is the middle, 1 the distance of two keys.
 
-    Where there are fewer queries than keys, or more, one is a token in every so many of the other, from the first on.
+    With fewer tokens than keys, tokens are at every s-th key, from the first on; with more, keys at every s-th token.
     """
     step = float(-(-key_count // count)) if count < key_count else 1.0 / -(-count // key_count)
     return torch.arange(count, device=like.device).to(like.dtype) * step - 0.5 * (key_count - 1)
@@ -72,7 +72,7 @@ def patch_places(grid: Grid, key_grid: Grid, like: torch.Tensor) -> torch.Tensor
 
 
 def halves(x: torch.Tensor, limit: float) -> torch.Tensor:
-    """x (N, n), of at most ``limit``, as what eight bits hold and the rest, whose sum it is: (N, 2·n)."""
+    """Split x (N, n), of absolute values up to ``limit``, into the leading eight bits and the rest: (N, 2·n)."""
     step = power_of_two(limit) / 128.0
     high = (x / step).round() * step
     return torch.cat([high, x - high], dim=1)
@@ -88,8 +88,8 @@ def locality_channels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Channels of queries (1, 1, Nq, 8) and of keys (1, 1, Nk, 8), whose product is the bias times sqrt(D + 8).
 
-    Both are of about the same size, which Performer's random features want. What stands beside a part that was split
-    has few bits: places of keys, and powers of two.
+    Both have about the same size, which Performer's random features need. A channel that was split is
+    multiplied by a number of few bits: a coordinate of a key, or a power of two.
     """
     dtype = like.dtype
     like = torch.empty([0], device=like.device, dtype=torch.promote_types(dtype, torch.float32))
@@ -112,9 +112,9 @@ def locality_channels(
 def append_channels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_queries: torch.Tensor, of_keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append channels to queries and keys (B, h, N, D), whose own product keeps its scale under a root of D + 8.
+    """Append channels to queries and keys (B, h, N, D), and scale queries, as logits are divided by sqrt(D + 8) now.
 
-    Values as wide as keys stay so, with zeros: fused kernels want that.
+    Values that are as wide as keys are padded with zeros to the new width, which fused kernels need.
     """
     B, h, _, D = q.shape
     channels = of_keys.shape[3]

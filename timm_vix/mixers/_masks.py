@@ -36,7 +36,7 @@ class MaskedPooling(NamedTuple):
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """What is added to the logit of a masked key: finite, so that an image without any other key is too."""
+    """The number that is added to the logit of a masked key. It is finite, so an image of masked keys gives no NaN."""
     return -3e4 if dtype == torch.float16 else -1e30
 
 
@@ -46,7 +46,7 @@ def is_read(added: torch.Tensor) -> torch.Tensor:
 
 
 def mean_of_read(x: torch.Tensor, read: torch.Tensor, dim: int) -> torch.Tensor:
-    """The mean of x along an axis over what is attended to, with an axis of length 1 there; of nothing: zeros."""
+    """The mean of x along an axis, which is kept, over the tokens where ``read`` is True; zeros if there are none."""
     return ((x * read).sum(dim, keepdim=True) / read.sum(dim, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
@@ -76,7 +76,7 @@ def tokens_read(mask: torch.Tensor, batch: int) -> torch.Tensor:
     """Which tokens are attended to, booleans (B, N), for a mixer that supports no other weights of keys.
 
     Raises:
-        ValueError: for a mask with other numbers than 0 and such below -1000, where its values can be looked at.
+        ValueError: for a mask with numbers other than 0 and those below -1000, except in scripted or compiled models.
     """
     if mask.dtype == torch.bool:
         return mask.expand(batch, 1, 1, mask.shape[3]).flatten(1)

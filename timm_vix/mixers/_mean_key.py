@@ -1,4 +1,4 @@
-"""Windows of patches beside the prefix tokens and a key more: the mean key, whose share tells the window's normaliser.
+"""Keys of windows: patches, prefix tokens, and the mean key, whose attention weight gives the window's normaliser.
 
 The mean of the keys that a window attends to has a logit between theirs, so that its share of the attention is neither
 nearly 0 nor nearly 1, unless logits are far apart.

@@ -1,9 +1,9 @@
 """Base classes of token mixers and of the modules around them.
 
-- A *mixer* is what takes the place of softmax attention between the projections. It is a subclass of
+- A *mixer* takes the place of softmax attention between the projections. It is a subclass of
   ``AttentionMechanism``, with queries, keys and values of each head, or of ``TokenMixing``, which maps the tokens
   themselves. Each mixer is one class in one file, with an entry in ``MIXERS``.
-- A *host* is what a mixer is built into: a timm model, or the module that has the mixer as its sub-module ``core``
+- A *host* contains a mixer. It is a timm model, or the module that has the mixer as its sub-module ``core``
   (``MechanismHost``). It does everything else: projections, rotary positions, merging of heads.
 - A *slot* is the ``MechanismHost`` that takes the place of an attention module in ViT, Eva and PiT (``_slot.py``).
   The hosts in CvT and LeViT are in ``models/``.
@@ -48,7 +48,7 @@ class AttentionShape(NamedTuple):
 
 
 class Mixer(nn.Module):
-    """What all token mixers share: what a host, a plan, an optimizer or a conversion need to know of one.
+    """The base class of all token mixers, with the properties that hosts, plans, optimizers and conversions read.
 
     Each keyword of the constructor after ``shape`` is kept as an attribute of its name. ``build`` takes two more, see
     ``_local.py``: ``conv_residual``, and ``locality`` where there are queries and keys.
@@ -67,9 +67,9 @@ class Mixer(nn.Module):
     # whether attention weights can be dropped, and masked or made causal
     supports_dropout = True
     supports_mask = False
-    # whether tokens can be masked that nobody is to read, see ``_masks.py``
+    # whether a mask of keys, (B, 1, 1, N), is supported, see ``_masks.py``
     supports_key_mask = False
-    # whether tokens may be a sequence of any length, of which places on a grid aren't known, as in NaFlex models
+    # whether tokens may be a sequence of any length without positions on a grid, as in NaFlex models
     takes_sequences = False
     # whether keys may stand for several tokens each: ``forward`` takes what is added to their logits after the layouts
     supports_key_bias = False
@@ -80,15 +80,15 @@ class Mixer(nn.Module):
     # the defaults of the keywords that all mixers share
     conv_residual = False
     locality = 0.0
-    # whether landmarks, rows or groups of the patch grid are counted once and for all when a model is exported
+    # whether an exported model takes one patch grid only, since its landmarks, rows or groups are fixed by the export
     exports_one_grid = False
-    # keywords that count tokens: a host with several grids takes at most as many as each has
+    # keywords that are numbers of tokens: a host with several grids reduces them to the number of patches of each
     token_counts: tuple[str, ...] = ()
     # keywords that need queries on the grid of the keys: a host with other queries leaves them out
     one_grid_keywords: tuple[str, ...] = ("conv_residual",)
     # keywords with which a plan tries the mixer in a trained model; empty: a plan doesn't try it
     candidates: tuple[dict[str, Any], ...] = ()
-    # where parameters begin that the trained weights around them know nothing of
+    # initial values of parameters that a mixer adds to trained softmax attention
     trained_init: dict[str, float] = {}
     __jit_unused_properties__: tuple[str, ...] = ("counts_passes",)
     # parameters on a patch grid, and how each is moved to another grid
@@ -167,7 +167,7 @@ class Mixer(nn.Module):
         return shape.num_heads * shape.value_dim
 
     def enhance(self, y: torch.Tensor, v: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """What a mixer makes of v, without the channels that ``locality`` added, with the convolution of v, if any."""
+        """Remove the channels of ``locality`` from the output y, and add the convolution of the values v, if any."""
         if self.locality > 0.0:
             y = y[..., : v.shape[-1]]
         return y if self.conv is None else y + self.conv(v, layout)
@@ -177,7 +177,7 @@ class Mixer(nn.Module):
         return {name: getattr(self, name) for name in self.keywords()}
 
     def values_beside_trained(self) -> dict[str, float]:
-        """Where parameters begin that the trained weights around them know nothing of."""
+        """Initial values of the parameters that the mixer adds to trained softmax attention."""
         return {"conv.weight": 0.0, **self.trained_init}
 
     @property
@@ -191,7 +191,7 @@ class Mixer(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
-        """Take a new patch grid for good: parameters that live on it are resampled, frozen ones stay frozen."""
+        """Take another patch grid permanently: parameters that live on it are resampled, frozen ones stay frozen."""
         for name, resample in self.grid_parameters.items():
             old = getattr(self, name)
             new = resample(old.detach(), grid).clone()
@@ -227,9 +227,9 @@ class AttentionMechanism(Mixer):
     """Attention between projected heads.
 
     ``forward(q, k, v, queries, keys)``: q (B, h, Nq, D), k (B, h, Nk, D), v (B, h, Nk, E) and their layouts
-    -> (B, h, Nq, E). Queries and keys come normalised and rotated. A mechanism with ``needs_tokens`` gets the tokens
-    that ask, (B, Nq, C), and ``attn_mask`` after these, one with ``supports_mask`` gets ``attn_mask`` and
-    ``is_causal``, another one with ``supports_key_mask`` gets ``attn_mask`` (B, 1, 1, Nk).
+    -> (B, h, Nq, E). Queries and keys come normalised and rotated. Some mechanisms take more arguments after these:
+    with ``needs_tokens``, the tokens of the queries, (B, Nq, C), and ``attn_mask``; with ``supports_mask``,
+    ``attn_mask`` and ``is_causal``; otherwise, with ``supports_key_mask``, ``attn_mask`` (B, 1, 1, Nk).
     """
 
     has_logits = True
@@ -253,7 +253,7 @@ class AttentionMechanism(Mixer):
         self.dropout = float(shape.dropout)
 
     def init_from_inputs(self, q: torch.Tensor, k: torch.Tensor) -> None:
-        """See typical queries and keys (B, h, N, D) of a trained model before training, for weights to start from."""
+        """Initialise weights before training from queries and keys (B, h, N, D) of a trained model, where needed."""
 
     def localise(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: TokenLayout, keys: TokenLayout
@@ -300,7 +300,7 @@ class MechanismHost(nn.Module):
         attn_mask: Optional[torch.Tensor] = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """Call the mechanism with what it takes, see ``AttentionMechanism``, and with what is added to any."""
+        """Call the mechanism with the arguments that it takes, and apply the keywords that all mixers share."""
         q, k, wide = self.core.localise(q, k, v, queries, keys)
         # TorchScript compiles the branch of the constant alone
         if self.needs_tokens:

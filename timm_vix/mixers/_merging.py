@@ -8,9 +8,9 @@ Bolya et al. 2023 (arXiv 2210.09461), section 3: bipartite soft matching, propor
 proposes its most similar odd one, and the r most similar of these pairs merge; several may share an odd token.
 
 *Differs:* the tokens that are left stay in raster order. Rotary positions of a group are the mean direction of its
-patches. With a mask of the whole grid only tokens merge that read the same ones and are read by the same ones, so
-nothing that is hidden becomes part of what isn't, and those that none reads merge first, so that which others merge
-doesn't depend on them; the mask is merged as well.
+patches. With a mask of the whole grid, two tokens merge only if they attend to the same tokens and the same tokens
+attend to them. So no masked token becomes part of an unmasked one. Tokens that no query attends to merge first, so
+they don't decide which other tokens merge. The mask is merged as well.
 
 The result doesn't depend on the rest of the batch. On CUDA sums over groups of three and more tokens have a fixed order
 only with ``torch.use_deterministic_algorithms(True)``.

@@ -60,8 +60,8 @@ def resample_output_weight(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def mean_direction(waves: torch.Tensor) -> torch.Tensor:
-    """Sums of sines and cosines (.., 2·D) with the lengths of a sine and a cosine."""
-    # float16 has no number between 0 and the square below
+    """Scale sums of sines and cosines (.., 2·D) to the sine and cosine of their mean direction."""
+    # float16 would round the lower bound 1e-12 to 0
     sine, cosine = waves.to(torch.promote_types(waves.dtype, torch.float32)).chunk(2, dim=-1)
     # a cell without patches has no direction, and its gradient would be that of a root of 0
     length = torch.sqrt((sine.square() + cosine.square()).clamp(min=1e-12))

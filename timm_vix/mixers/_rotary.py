@@ -93,7 +93,7 @@ class RotaryPositions(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
-        """Move to another grid for good."""
+        """Move to another grid permanently."""
         if grid != self.grid:
             self.grid = grid
             self.table = self.build(grid, grid)

@@ -43,7 +43,7 @@ class GridModule(nn.Module):
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
     def set_grid(self, grid: Grid) -> None:
-        """Take a new patch grid for good."""
+        """Take another patch grid permanently."""
         self.grid = grid
 
     def current_grid(self, num_tokens: int) -> Grid:
@@ -83,7 +83,7 @@ class MixerSlot(MechanismHost, GridModule):
         return self.core.config()
 
     def set_grid(self, grid: Grid) -> None:
-        """Take a new patch grid for good."""
+        """Take another patch grid permanently."""
         super().set_grid(grid)
         self.core.set_grid(grid)
         for module in self.replaced:  # which comes back with revert

@@ -5,8 +5,8 @@
 
 The patch grid is cut into windows of w x w tokens; the last ones are smaller. c_i is the log of the number of tokens
 that a landmark stands for outside of the window. So no token counts twice, and a cell inside the window is left out.
-Where a mask of keys masks tokens, both are of the others. For a long sequence attention weights are computed again in
-the backward pass, see ``_fused.py``.
+With a mask of keys, landmarks and windows consist of the unmasked tokens only. For a long sequence attention weights
+are computed again in the backward pass, see ``_fused.py``.
 
 Shapes: B images, h heads, D head width, m landmarks (P prefix tokens, then cells), n windows.
 """

@@ -80,8 +80,8 @@ class HyenaConvolution(AttentionMechanism):
         num_inner_mlps: its layers between the first and the last.
         emb_dim: numbers that describe an offset along an axis: 1, or 1 and a cosine and a sine for each frequency.
         w: frequency with which the sines of the first layer start, in radians a reference size.
-        short_filter_order: side of the depthwise convolutions of queries, keys and values; odd, 1: scales alone.
-        reference_size: patches that count as 1 in an offset, 14 being a side of 224 px in patches of 16.
+        short_filter_order: odd side of the depthwise convolutions of queries, keys and values; 1: only scale and shift.
+        reference_size: the unit of offsets, in patches. 14 is the side of a 224 px image in patches of 16.
 
     Raises:
         ValueError: for a wrong keyword, naming what is allowed.

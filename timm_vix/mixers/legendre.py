@@ -97,8 +97,7 @@ class LegendreMemory(AttentionMechanism):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # Values without correlation keep a quarter of their variance on 14x14 patches, and 0.4 on large grids:
-        # coefficient k has from (2k + 1) / theta of it, the first, to a tenth of that, the last.
+        # with uncorrelated values the output has a quarter of their variance on 14x14 patches, and 0.4 on large grids
         nn.init.normal_(self.readout, std=0.5 * self.theta**0.5 / self.order)
 
     def forward(

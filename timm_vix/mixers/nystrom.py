@@ -69,7 +69,7 @@ def fit_landmarks(
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = torch.matmul(q.to(dtype), k.to(dtype).transpose(2, 3)) * q.shape[3] ** -0.5
     A = torch.softmax(logits + bias.to(dtype), dim=3)
-    if masked:  # such landmarks ask nothing either, so the others are fitted as if they weren't there
+    if masked:  # the queries of masked landmarks are left out too, so they don't change the fit of the others
         A = A * is_read(bias).to(dtype).transpose(2, 3)
     v = v.to(dtype)
     error = torch.matmul(A.transpose(2, 3), exact.to(dtype) - torch.matmul(A, v))
@@ -82,9 +82,10 @@ class NystromAttention(LandmarkAttention):
     Args:
         num_landmarks: cells over which landmarks are pooled; the largest number, at most this and the number of
             patches, that lies evenly over the patch grid is taken (``cell_grid``). None: 49.
-        pinv_iterations: Newton steps, on accelerators and in compiled or exported models; a CPU solves the system. Each
-            lifts the weakest direction fourfold at first and squares the error in the end: 8 do for the default
-            landmarks, a few hundred want 10 to 12. With fewer, an exported model differs from the one on a CPU.
+        pinv_iterations: Newton steps, on accelerators and in compiled or exported models; a CPU solves the system. At
+            first a step multiplies the smallest eigenvalue of M Z (``_ridge.py``) by up to 4, in the end it squares the
+            error. 8 steps suffice for the default landmarks, a few hundred landmarks need 10 to 12. With fewer, an
+            exported model differs from the one on a CPU.
         ridge: r.
         window_size: side of the windows of the patch grid within which attention is exact; 0: none.
 

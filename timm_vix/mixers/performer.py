@@ -16,8 +16,8 @@ buffer, or with ``learned_features`` parameters of each head, beside ``feature_b
 image, head and feature, and that of the queries per token, so no output depends on the other images of the batch. The
 features are drawn from a seed and are the same for all heads. Sums run over blocks of tokens with a running maximum, as
 in online softmax, so that N x m features never exist at once; for long sequences, training computes the features of a
-block again for its gradient. Without gradients, what the queries read is torch's fused attention. Exponents and
-sums are in float32 at least, products with values in the dtype of the values, or in float32 for float16.
+block again for its gradient. Without gradients, torch's fused attention computes the softmax over features. Exponents
+and sums are in float32 at least, products with values in the dtype of the values, or in float32 for float16.
 
 Queries and keys are centred, which changes nothing in expectation and makes the estimate much less noisy: with c the
 mean query and u a vector taken from all keys,
@@ -53,7 +53,7 @@ from ._layout import TokenLayout
 from ._mechanism import AttentionMechanism, AttentionShape
 
 DEFAULT_FEATURES = 64
-# Of the sums at which features start: found best of 0.5 to 1 (examples/results/convert_tried.csv).
+# Factor of the sums at which learned features start: the best of 0.5 to 1 (examples/results/convert_tried.csv).
 SHRINK = 0.8
 
 

@@ -13,7 +13,7 @@ from ._register import ModelName
 
 
 def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A row's architecture under the user's keywords: with other mixers, without the keywords of the row's own."""
+    """A row's arguments, overridden by the user's; another mixer doesn't get the keywords of the row's mixer."""
     kwargs = without_saved_keywords(row, kwargs)
     chosen = {name: value for name, value in row._asdict().items() if name in ("mixer", "stem", "rope") and value}
     left_out = mixer_keywords(row.mixer) if kwargs.get("mixer", row.mixer) != row.mixer else []

@@ -58,10 +58,10 @@ def stem_keys(model: nn.Module) -> set[str]:
 
 
 def absent_keys(state_dict: dict[str, torch.Tensor], model: nn.Module, new: set[str]) -> set[str]:
-    """What a checkpoint has and the model doesn't, since the model is no softmax ViT: see ``split_checkpoint``.
+    """The keys of a softmax ViT's checkpoint for which the model has no place, see ``split_checkpoint``.
 
-    That is a linear embedding, positions, and softmax attention where none is left: other keys there are another
-    mixer's. ``new`` are the keys of the groups that the checkpoint lacks.
+    They belong to a linear patch embedding, to the position embedding, and to softmax attention that the model doesn't
+    have; keys of other mixers aren't among them. ``new`` are the keys of the groups that the checkpoint lacks.
     """
     bare = [f"{path}." for path, module in model.named_modules() if isinstance(module, TokenSlot)]
     absent = {
@@ -160,7 +160,7 @@ def complete_checkpoint(
     """
     target = model.state_dict()
     resample_weights(state_dict, model)
-    # inherited weights know nothing of what is added to them: it starts as nothing and leaves their function alone
+    # added parameters start at values with which they don't change, or hardly change, what the loaded weights compute
     values = {
         f"{path}.core.{name}": value
         for path, module in hosts_of(model).items()

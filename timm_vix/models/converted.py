@@ -71,7 +71,7 @@ def build(
 
 
 def features_of(model: nn.Module, **wrapping: Any) -> nn.Module:
-    """timm's wrapper for ``features_only``, around a model that was converted whole: it leaves out later layers."""
+    """Wrap a model for ``features_only``; it is converted before, since timm's wrapper drops its last layers."""
     return build_model_with_cfg(
         lambda **kwargs: model,
         NAME,

@@ -3,9 +3,9 @@
 Graham et al. 2021 (arXiv 2104.01136): timm's LeViT. Jeevan & Sethi 2022 (arXiv 2107.02239) put Nyström (LeViN) and
 Performer (LeViP) attention into it; ``mixer="softmax"`` is the control. ``128s`` is LeViT-128S for 224 px and takes its
 weights. LeViT adds a learned bias for each distance to the logits, which is left out: it belongs to a pair of tokens,
-while Nyström's landmarks are cells of tokens, and Performer has no logits. Between stages, only every second
-token has a query; the keys are all tokens. A mechanism with queries and keys on one grid, such as axial attention,
-leaves LeViT's own softmax attention there.
+while Nyström's landmarks are cells of tokens, and Performer has no logits. Between stages, only the
+tokens of every second row and column have queries; the keys are all tokens. A mechanism that needs queries and keys
+on one grid, such as axial attention, leaves LeViT's own softmax attention there.
 
 ``cifar`` is the paper's model: one stage of four layers of 128 channels with 4 heads, every pixel of a 32 px image a
 token, and the mean of the tokens classified.

@@ -7,8 +7,8 @@ image is a token.
 *Differs:* the ``cifar`` models, those of ``cct.py``, ``cvt.py``, ``levin.py`` and ``pin.py`` too, correct the
 following in the official code of Jeevan & Sethi, as far as they have the part in question.
 
-- No value depends on other images of the batch, as in the code by the start of Nyström's inverse and by Performer's
-  largest key. The exception is batch normalisation, in the stems and in LeViT.
+- No value depends on other images of the batch, except by batch normalisation, in the stems and in LeViT. In the code
+  the start of Nyström's inverse and Performer's largest key depend on them.
 - The position embedding and the class token start at timm's scale. Rotary positions don't rotate the class token.
 - Nyström: landmarks are pooled over the image, not over rows of the raster, and rotated by the centres of their cells.
   Nothing is padded. The residual convolution (``conv_residual``, off in other sizes) is a depthwise 5x5 over the image,

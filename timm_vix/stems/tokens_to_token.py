@@ -93,7 +93,7 @@ class TokensToToken(MechanismHost):
         self.mlp = Mlp(WIDTH, WIDTH, **dd)
 
     def set_grid(self, grid: Grid) -> None:
-        """Take another grid for good."""
+        """Take another grid permanently."""
         self.grid = grid
         self.core.set_grid(grid)
 
