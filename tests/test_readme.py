@@ -338,3 +338,13 @@ def test_links_lead_somewhere(path):
 def test_the_contents_list_every_section():
     sections = re.findall(r"^## (.+)$", MEASURED.read_text(encoding="utf-8"), re.MULTILINE)
     assert re.findall(r"^- \[(.+)\]\(#", MEASURED.read_text(encoding="utf-8"), re.MULTILINE) == sections
+
+
+def test_a_figure_of_costs_has_one_row_for_each_point(tables, monkeypatch):
+    """And none of another processor beside it."""
+    figures, drawn = tables.figures, []
+    monkeypatch.setattr(figures, "over_tokens", lambda rows, column: (drawn.append(rows), None))
+    assert len(list(figures.costs())) == len(drawn) == 2
+    for rows in drawn:
+        points = [(row["model"], row["attention"], row["img_size"]) for row in rows]
+        assert len(points) == len(set(points)) > 20

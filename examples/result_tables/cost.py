@@ -106,6 +106,11 @@ def pays_in_a_model(mixer: str) -> str:
     )
 
 
+def has_amx(device_name: Optional[str]) -> bool:
+    """Whether a row is of the processor with matrix instructions for bfloat16."""
+    return "amx_bf16" in (device_name or "")
+
+
 def models(size: str, batch_size: str = "1", dtype: str = "float32", amx: bool = False) -> dict[Key, Row]:
     """Rows of cost_cpu.csv beside a ViT of that size, of processors with or without matrix instructions (AMX)."""
     return {
@@ -113,7 +118,7 @@ def models(size: str, batch_size: str = "1", dtype: str = "float32", amx: bool =
         for row in read("cost_cpu.csv")
         if (row["dtype"], row["batch_size"]) == (dtype, batch_size) and row["baseline"] == f"vit_{size}_patch16_224"
         if row["compile"] == "off"
-        if ("amx_bf16" in row["device_name"]) == amx
+        if has_amx(row["device_name"]) == amx
     }
 
 

@@ -13,7 +13,7 @@ from timm_vix.benchmark.figures import legend_below, over_tokens, png, styles, t
 from timm_vix.train.plots import canvas
 
 from . import RESULTS
-from .cost import LEAST_ROUNDS, is_shown
+from .cost import LEAST_ROUNDS, has_amx, is_shown
 from .training import is_long
 
 IMAGES = 45_000  # of an epoch of CIFAR-10: the others are held out
@@ -30,6 +30,7 @@ def costs() -> Iterator[tuple[str, Any]]:
     records, _ = read_records(RESULTS / "cost_cpu.csv", COLUMNS)
     wanted = [r for r in records if (r["dtype"], r["baseline"]) == ("float32", "vit_tiny_patch16_224")]
     wanted = [r for r in wanted if r["batch_size"] == 1 and not r["error"] and is_shown(r["model"])]
+    wanted = [r for r in wanted if not has_amx(r["device_name"])]  # one processor, that of the README's tables
     timed = [r for r in wanted if r["mode"] == "infer" and r["rounds"] >= LEAST_ROUNDS]
     trained = [r for r in wanted if r["mode"] == "train"]
     for name, rows, column in (("speed", timed, "speedup"), ("memory", trained, "peak_memory_mib")):
