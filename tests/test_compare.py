@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
 from safetensors.torch import load_file, save_file
 
 from timm_vix import cli
@@ -231,7 +232,7 @@ def test_costs_of_which_a_part_is_missing_are_measured_again(digits, tmp_path, t
 def test_other_weights_and_images_of_the_same_name_are_other_runs(digits, tmp_path, trained, monkeypatch) -> None:
     for place in ("first", "second"):
         shutil.copytree(digits, tmp_path / place / "digits")
-        (tmp_path / place / "model.safetensors").write_bytes(place.encode())
+        save_file({place: torch.zeros(1)}, tmp_path / place / "model.safetensors")
     image = tmp_path / "second" / "digits" / "digit0" / "0.png"
     image.write_bytes(image.read_bytes() + b"0")
     shutil.copytree(tmp_path / "first", tmp_path / "moved")

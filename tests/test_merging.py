@@ -783,7 +783,7 @@ def test_onnx(tmp_path):
     [
         (-1, "merge=-1: expected a number"),
         (0.0, "merge=0.0: expected a number"),
-        (1.0, "between 0 and 1"),
+        (1.0, "above 0 and below 1"),
         (True, "merge=True"),
         ("8", "merge='8'"),
         ([1, 2], "has 2 numbers; the model has 4 layers"),
@@ -791,7 +791,7 @@ def test_onnx(tmp_path):
         ({"threshold": 2}, "between -1 and 1"),
         ({"above": 0.5}, "threshold"),
         ({"threshold": math.nan}, "between -1 and 1"),
-        (math.nan, "between 0 and 1"),
+        (math.nan, "above 0 and below 1"),
         (4.0, "merge=4.0: expected a number"),
         ([], "has 0 numbers; the model has 4 layers"),
     ],

@@ -19,7 +19,7 @@ from typing import Any, Optional, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import register_notrace_module, to_2tuple
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
@@ -219,8 +219,12 @@ class LevitXformer(Levit):
         _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """What timm's class computes, written out: TorchScript can't call ``super()``."""
         self.check_image(x)
-        return super().forward_features(x)
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.stages, x)
+        return self.stages(x)
 
     def forward_intermediates(
         self,
