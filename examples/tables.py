@@ -62,6 +62,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reproduced": training.reproduced,
     "longer trainings": training.longer,
     "compared": lambda: training.compared(1),
+    "compared, longer": lambda: training.compared(training.LONG, ["modern"]),
     "conversions": conversion.conversions,
     "merging": conversion.merging,
     "transfers": conversion.transfers,
