@@ -612,7 +612,7 @@ def check_export(model: nn.Module, config: dict, out: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str, tmp_path: Path) -> None:
     model = lively(timm.create_model(name, num_classes=5, **FAMILIES[name]).eval())
-    check_export(model, dict(input_size=(3, *FAMILIES[name]["img_size"])), tmp_path / "model.pt2")
+    check_export(model, dict(CONFIG, input_size=(3, *FAMILIES[name]["img_size"])), tmp_path / "model.pt2")
 
 
 @pytest.mark.slow
