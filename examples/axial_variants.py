@@ -69,7 +69,7 @@ def summaries(
     logits = torch.matmul(q, k.transpose(2, 3)).masked_fill(~outside, -1e30)
     log_p = logits.log_softmax(3)
     p = log_p.exp()
-    entropy = -(p * log_p).sum(3).masked_fill(~outside.any(1), -1e30)
+    entropy = (-p * log_p).sum(3).masked_fill(~outside.any(1), -1e30)  # of a piece within the strip: left out
     mean = torch.matmul(p, k)
     return mean, torch.matmul(p, v), entropy, torch.matmul(p, k.square()) - mean.square()
 

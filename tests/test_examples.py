@@ -95,7 +95,9 @@ def test_variants_of_axial_attention_begin_with_those_of_the_package(keywords, g
     assert (model.blocks[0].attn(x) - variant).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("given", [dict(pieces=3), dict(pieces=5, strip_width=1), dict(curvature=True)], ids=str)
+@pytest.mark.parametrize(
+    "given", [dict(pieces=3), dict(pieces=5, strip_width=1), dict(pieces=5), dict(curvature=True)], ids=str
+)
 def test_variants_of_axial_attention_are_exact_on_one_row(given):
     """Where each group is summarised at its own query, and several rows are not."""
     example = load_example("axial_variants")
