@@ -36,6 +36,11 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
+def picture_mode(channels: int) -> str:
+    """PIL's mode of the pictures for a model of so many channels."""
+    return "RGB" if channels == 3 else "L"
+
+
 def as_shown(image: Image.Image, mode: str) -> Image.Image:
     """A picture upright and in 8 bits, of PIL's mode "RGB" or "L".
 
@@ -114,7 +119,7 @@ class Images(Dataset):
         seed: int,
         lazy: bool = False,
     ) -> None:
-        self.mode = "RGB" if channels == 3 else "L"
+        self.mode = picture_mode(channels)
         self.resize, self.transform, self.seed = resize, transform, seed
         self.items = items
         self.cache: dict[int, np.ndarray] = {}

@@ -17,7 +17,7 @@ from .._names import near_names, parse_model
 from ..conversion.delta import load_delta
 from ..conversion.slots import mixer_name
 from ..data.folders import label_names
-from ..data.images import as_shown
+from ..data.images import as_shown, picture_mode
 from ..mixers._mechanism import AttentionMechanism
 from ..models.checkpoints import hosts_of
 from ..train.settings import check_weights, weights_of_file
@@ -157,7 +157,7 @@ class Classifier:
         if channels not in (1, 3):
             raise InputError(f"model={model} takes images of {channels} channels; allowed is 1 (grey) or 3 (RGB)")
         self.names = class_names(self.net)
-        self.mode = "RGB" if channels == 3 else "L"
+        self.mode = picture_mode(channels)
         self.transform: Any = create_transform(**config)
 
     def prepare(self, picture: Union[str, Path, Image.Image]) -> torch.Tensor:

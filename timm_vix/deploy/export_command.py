@@ -27,6 +27,7 @@ from torch import nn
 from .._checks import InputError
 from ..benchmark.cost import positive
 from ..data.folders import labelled_folder, spread
+from ..data.images import picture_mode
 from ..mixers import MIXERS
 from .check import accuracy, latency, read_calibration
 from .classifier import class_names, note_of_weights
@@ -82,9 +83,8 @@ def metadata_read_by(to: str, out: Path) -> str:
 
 def prepared_by(config: dict[str, Any]) -> str:
     """The Python that prepares a picture of PIL's, by timm's data configuration."""
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
     transform = f"timm.data.create_transform({', '.join(f'{name}={config[name]!r}' for name in PREPARATION)})"
-    return f'{transform}(PIL.ImageOps.exif_transpose(image).convert("{mode}"))'
+    return f'{transform}(PIL.ImageOps.exif_transpose(image).convert("{picture_mode(config["input_size"][0])}"))'
 
 
 def classes_in_words(model: nn.Module) -> str:

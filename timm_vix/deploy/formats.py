@@ -142,10 +142,10 @@ def add_metadata_to_onnx(path: Path, metadata: dict[str, str]) -> None:
 def read_onnx_metadata(path: Path) -> dict[str, str]:
     """The entries of an ONNX file."""
     with needs("onnx"):
-        import onnxruntime
+        import onnx
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.get_modelmeta().custom_metadata_map
+    # read, not opened: a session would optimise the graph, as that which runs the file does once more
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
 def read_onnx_as_openvino(path: Path) -> Any:

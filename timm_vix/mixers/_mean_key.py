@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch.nn.functional import pad
 
-from ._masks import lowest
+from ._masks import lowest, mean_of_read
 
 
 def mean_key(
@@ -32,14 +32,10 @@ def mean_key(
     count = inside.sum(2, keepdim=True)
     if read is None:
         return keys.sum(2, keepdim=True) / count.clamp(min=1.0), None
-    mean = (keys * inside).sum(2, keepdim=True) / count.clamp(min=1.0)
-    P = prefix.shape[1]
-    if P == 0:
-        return mean, count == 0
-    of_prefix = read[:, :P].sum(1, keepdim=True)
-    instead = (prefix * read[:, :P]).sum(1, keepdim=True) / of_prefix.clamp(min=1.0)
-    nothing = (count == 0) & (of_prefix == 0).unsqueeze(1)
-    return torch.where(count == 0, instead.unsqueeze(1), mean), nothing
+    empty, of_prefix = count == 0, read[:, : prefix.shape[1]]
+    instead = mean_of_read(prefix, of_prefix, 1).unsqueeze(1)
+    nothing = empty & (of_prefix.sum(1, keepdim=True) == 0).unsqueeze(1)
+    return torch.where(empty, instead, mean_of_read(keys, inside, 2)), nothing
 
 
 def beside(windows: torch.Tensor, prefix: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

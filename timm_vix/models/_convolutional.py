@@ -11,11 +11,18 @@ import torch
 from einops.layers.torch import Rearrange
 from timm.layers import DropPath, Mlp, QuickGELU, register_notrace_module
 from timm.models import checkpoint_seq
-from torch import nn
+from torch import _assert, nn
 
 from ..mixers import MIXERS
 from ..mixers._layout import Grid, TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost
+
+
+def check_image(x: torch.Tensor, img_size: tuple[int, int]) -> None:
+    """Refuse another image size: one with as many tokens would go through, its rows cut at the wrong places."""
+    height, width = img_size
+    _assert(x.shape[2] == height, f"Input height ({x.shape[2]}) doesn't match model ({height}).")
+    _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
 
 
 def to_image(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:

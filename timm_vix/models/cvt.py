@@ -21,13 +21,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCE
 from timm.layers import calculate_drop_path_rates, get_device_dtype, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
-from torch import _assert, nn
+from torch import nn
 
 from .._checks import InputError, check_choice, is_integer
 from ..conversion.slots import no_decay_names
 from ..mixers._layout import Grid
 from ._build import build_xformer, overridden
-from ._convolutional import Stage, embed_padding, to_image
+from ._convolutional import Stage, check_image, embed_padding, to_image
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, hosts_of, mixer_keys, new_keys, tensors_of
 from .vit import NYSTROM, PERFORMER, check_sizes, projected_keywords
@@ -206,12 +206,6 @@ class ConvolutionalXformer(nn.Module):
             self.reset_classifier(0, "")
         return taken
 
-    def check_image(self, x: torch.Tensor) -> None:
-        """Refuse another image size: one with as many tokens would go through, its rows cut at the wrong places."""
-        height, width = self.img_size
-        _assert(x.shape[2] == height, f"Input height ({x.shape[2]}) doesn't match model ({height}).")
-        _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
-
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -224,7 +218,7 @@ class ConvolutionalXformer(nn.Module):
         """The maps of stages, as timm's models give them, after the last tokens unless ``intermediates_only``."""
         check_choice("output_fmt", output_fmt, ("NCHW",))
         taken, last = feature_take_indices(self.num_stages, indices)
-        self.check_image(x)
+        check_image(x, self.img_size)
         maps = []
         for i, stage in enumerate((self.stage0, self.stage1, self.stage2)):
             if i >= self.num_stages or (i > last and stop_early):
@@ -238,7 +232,7 @@ class ConvolutionalXformer(nn.Module):
         return maps if intermediates_only else (self.norm(tokens) if done == 2 else tokens, maps)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        self.check_image(x)
+        check_image(x, self.img_size)
         x = self.stage0(x)
         if self.num_stages > 1:
             x = self.stage1(to_image(x, self.grids[0]))

@@ -23,7 +23,7 @@ from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
 from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
-from torch import _assert, nn
+from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
 from ..conversion.keywords import is_plain_softmax
@@ -33,6 +33,7 @@ from ..mixers._layout import TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost
 from ..stems import STEMS
 from ._build import build_xformer, overridden
+from ._convolutional import check_image
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
 from .vit import NYSTROM, StemMixer, check_sizes, check_stages, first_convolution, projected_keywords, stem_class
@@ -212,15 +213,9 @@ class LevitXformer(Levit):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return super().group_matcher(coarse) if self.shrinks else dict(stem=r"^stem", blocks=r"^stages\.(\d+)")
 
-    def check_image(self, x: torch.Tensor) -> None:
-        """Refuse another image size: one with as many tokens would go through, its rows cut at the wrong places."""
-        height, width = self.img_size
-        _assert(x.shape[2] == height, f"Input height ({x.shape[2]}) doesn't match model ({height}).")
-        _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """What timm's class computes, written out: TorchScript can't call ``super()``."""
-        self.check_image(x)
+        check_image(x, self.img_size)
         x = self.stem(x).flatten(2).transpose(1, 2)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.stages, x)
@@ -236,7 +231,7 @@ class LevitXformer(Levit):
         intermediates_only: bool = False,
     ) -> Any:
         """The maps of stages, or of a single stage's layers, as timm's models give them."""
-        self.check_image(x)
+        check_image(x, self.img_size)
         if self.shrinks:
             return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
         check_choice("output_fmt", output_fmt, ("NCHW",))

@@ -108,15 +108,14 @@ class Search:
             timed.add(best)
             self.curve[best] = self.curve[best]._replace(**self.latency.time_model(plan, LONGER)._asdict())
         curve = self.curve.values()
-        kept, fastest = max(tried.kept for tried in curve), max(tried.speedup for tried in curve)
-        cheapest = min(tried.gflops for tried in curve)
+        fastest, cheapest = max(tried.speedup for tried in curve), min(tried.gflops for tried in curve)
         if self.stopped:
             raise InputError(
                 f"minutes={self.minutes:g} were over before the target was reached: {self.target.wanted()} was wanted, "
                 f"and models so far are up to {fastest:.2f} times as fast as softmax, with {cheapest:.3f} GFLOPs; the "
                 "same call with more minutes goes on"
             )
-        raise self.target.unreached(kept, fastest, cheapest)
+        raise self.target.unreached(fastest, cheapest)
 
     def measure(self, plan: Plan) -> Tried:
         """Measure a whole model, and put it on the curve."""
@@ -319,7 +318,7 @@ class Search:
             plans.append(Plan(plans[1], [self.patches if layer < 3 else 0 for layer in range(self.depth)]))
         costs = [self.costs.of_plan(plan, self.target.cost) for plan in plans]
         if not any(self.target.is_near(cost, self.costs.whole) for cost in costs):
-            raise self.target.unreached(1.0, self.costs.whole.milliseconds / min(costs), min(costs))
+            raise self.target.unreached(self.costs.whole.milliseconds / min(costs), min(costs))
 
 
 def merges_of(plan: Plan, depth: int) -> list[Any]:

@@ -54,10 +54,8 @@ class Target(NamedTuple):
         names = dict(keep=self.keep, speedup=self.speedup, budget_gflops=self.gflops)
         return " ".join(f"{name}={value:g}" for name, value in names.items() if value is not None)
 
-    def unreached(self, kept: float, speedup: float, gflops: float) -> InputError:
-        """The error for a target that isn't reached, given the best there is."""
-        if self.keep is not None:
-            return InputError(f"{self.wanted()} is beyond the {kept:.4f} of the most faithful model")
+    def unreached(self, speedup: float, gflops: float) -> InputError:
+        """The error for a speedup or a budget that isn't reached, given the best there is."""
         if self.gflops is not None:
             return InputError(f"{self.wanted()} is below the {gflops:.3f} GFLOPs of the cheapest candidates")
         return InputError(f"{self.wanted()} is beyond the {speedup:.2f} of the fastest candidates on this machine")
