@@ -56,6 +56,21 @@ def step(module: torch.nn.Module, x: torch.Tensor, train: bool) -> float:
     return timed(call, x.device.type)
 
 
+def in_turn(ours: torch.nn.Module, other: torch.nn.Module, x: torch.Tensor, train: bool, pairs: int) -> list[float]:
+    """Time two layers in turn.
+
+    Returns:
+        The median milliseconds of either, how many times as fast ours is, the median over the pairs, and its quartiles.
+    """
+    for module in (other, ours):
+        step(module, x, train)
+    times = [(step(ours, x, train), step(other, x, train)) for _ in range(pairs)]
+    ratios = sorted(b / a for a, b in times)
+    milliseconds = [statistics.median(own) * 1e3 for own in zip(*times)]
+    quartiles = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    return [round(number, 3) for number in (*milliseconds, statistics.median(ratios), *quartiles)]
+
+
 def peak_memory(args: argparse.Namespace) -> None:
     """Print the MiB that a training step adds in this process."""
     if args.device == "cpu":
@@ -87,10 +102,7 @@ def row(args: argparse.Namespace) -> dict:
     train = args.mode[0] == "train"
     ours, x = prepare(args, args.only)
     softmax, _ = prepare(args, "softmax")
-    for module in (softmax, ours):
-        step(module, x, train)
-    pairs = [(step(softmax, x, train), step(ours, x, train)) for _ in range(args.pairs)]
-    ratios = sorted(a / b for a, b in pairs)
+    ms, softmax_ms, *ratios = in_turn(ours, softmax, x, train, args.pairs)
     command = [sys.executable, __file__, "--memory", "--only", args.only, "--tokens", str(args.tokens[0])]
     command += ["--dtype", args.dtype[0], "--mode", "train", "--device", args.device]
     command += ["--batch-tokens", str(args.batch_tokens), "--threads", str(args.threads), "--options", *args.options]
@@ -102,11 +114,9 @@ def row(args: argparse.Namespace) -> dict:
         mode=args.mode[0],
         dtype=args.dtype[0],
         options=" ".join(args.options),
-        ms=round(statistics.median(b for _, b in pairs) * 1e3, 3),
-        softmax_ms=round(statistics.median(a for a, _ in pairs) * 1e3, 3),
-        ratio=round(statistics.median(ratios), 3),
-        ratio_low=round(ratios[len(ratios) // 4], 3),
-        ratio_high=round(ratios[-1 - len(ratios) // 4], 3),
+        ms=ms,
+        softmax_ms=softmax_ms,
+        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios)),
         peak_memory_mib=round(float(memory), 1),
         device=device_of(args),
         threads=torch.get_num_threads(),

@@ -42,6 +42,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer, inference": lambda: cost.layer_speed("infer"),
     "layer, training": lambda: cost.layer_speed("train"),
     "layer, memory": cost.layer_memory,
+    "packages, inference": lambda: cost.packages("infer"),
+    "packages, training": lambda: cost.packages("train"),
     "ViT-Ti, inference": lambda: cost.model_speed("tiny", "infer"),
     "ViT-Ti, training": lambda: cost.model_speed("tiny", "train"),
     "ViT-Ti, inference, another processor": lambda: cost.model_speed("tiny", "infer", amx=True),

@@ -42,6 +42,7 @@ def test_a_layer_is_measured_once_with_its_keywords(tmp_path, monkeypatch, capsy
         ("benchmark", ["--tokens", "200"], "tokens=200: expected 1 more than a square"),
         ("benchmark", ["--mixers", "axial", "--options", "window_size=2"], "window_size=2: mixer='axial' takes"),
         ("benchmark", ["--options", "window_size"], "window_size"),
+        ("public_packages", ["--tokens", "200"], "tokens=200: expected 1 more than a square"),
         ("cost_over_resolution", ["--mixers", "nistrom"], "invalid choice: 'nistrom'"),
     ],
 )

@@ -44,6 +44,11 @@ def timed_layers(mode: str) -> list[Row]:
     return [row for row in layers() if row["mode"] == mode and row["ratio_low"] != row["ratio_high"]]
 
 
+def with_quartiles(row: Row) -> str:
+    """The ratio of two layers' times, and its quartiles."""
+    return f"{float(row['ratio']):.2f} ({float(row['ratio_low']):.2f} to {float(row['ratio_high']):.2f})"
+
+
 def layer_speed(mode: str) -> str:
     """Speed of a layer relative to softmax through SDPA, for each number of tokens."""
     rows = timed_layers(mode)
@@ -56,10 +61,22 @@ def layer_speed(mode: str) -> str:
             if mixer == "softmax":
                 line.append(f"{float(row['softmax_ms']):.0f} ms")
             else:
-                spread = f"({float(row['ratio_low']):.2f} to {float(row['ratio_high']):.2f})"
-                line.append(f"{float(row['ratio']):.2f} {spread}")
+                line.append(with_quartiles(row))
         body.append([f"`{mixer}`", *line])
     return markdown(["", *(f"{n:,} tokens" for n in tokens)], body, measured(rows))
+
+
+def packages(mode: str) -> str:
+    """Speed of a layer relative to that of the public package with the same mechanism."""
+    rows = [row for row in read("public_packages.csv") if row["mode"] == mode]
+    tokens = sorted({int(row["tokens"]) for row in rows})
+    cells = {(row["mixer"], row["package"], row["dtype"], int(row["tokens"])): row for row in rows}
+    body = []
+    for mixer, package, dtype in dict.fromkeys(key[:3] for key in cells):
+        own = [cells.get((mixer, package, dtype, n)) for n in tokens]
+        body.append([f"`{mixer}`", package, dtype, *(with_quartiles(row) if row else "" for row in own)])
+    head = ["", "package", "dtype", *(f"{n:,} tokens" for n in tokens)]
+    return markdown(head, body, measured({**row, "dtype": ""} for row in rows))
 
 
 def layer_memory() -> str:
