@@ -307,3 +307,16 @@ def test_a_baseline_has_compiled_before_it_is_timed(monkeypatch) -> None:
 def test_a_processor_is_named_with_the_instructions_that_decide_its_speed(fields, name, monkeypatch) -> None:
     monkeypatch.setattr(_device, "fields_of", lambda path: fields)
     assert _device.device_name("cpu") == name
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0"])
+def test_the_clock_stops_when_the_device_is_done(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(True))
+    job_module.timed(lambda: None, device)
+    assert waited
+
+
+def test_a_gpu_in_the_processor_has_a_name_of_its_own() -> None:
+    """Or a plan would take the times of one for those of the other."""
+    assert _device.device_name("mps:0") == _device.device_name("mps") != _device.device_name("cpu")

@@ -52,6 +52,8 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device)
     fields = fields_of("/proc/cpuinfo")
     name = fields.get("model name") or platform.processor() or platform.machine()
+    if device.startswith("mps"):
+        return f"{name} GPU"
     present = (fields.get("flags") or fields.get("Features", "")).split()
     found = [one for one in INSTRUCTION_SETS if one in present]
     return f"{name} ({' '.join(found)})" if found else name

@@ -133,7 +133,7 @@ def timed(call: Call, device: str) -> float:
     call()
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-    elif device == "mps":
+    elif device.startswith("mps"):  # the device of a tensor has an index
         torch.mps.synchronize()
     return time.perf_counter() - start
 

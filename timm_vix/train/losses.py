@@ -93,7 +93,8 @@ class Distillation(nn.Module):
         feature = relative(squared(tokens.float() - wanted, self.mean_free), size, size)
         # a model without a classifier has no predictions to agree on
         if not self.student.num_classes:
-            return torch.stack([feature, torch.zeros_like(feature)])
+            # zero, but of the head too: DistributedDataParallel waits for the gradients of its parameters
+            return torch.stack([feature, 0.0 * mine.sum()])
         divergence = F.kl_div(mine, logits.log_softmax(-1), log_target=True, reduction="sum")
         return torch.stack([feature, divergence / mean_of_processes(feature.new_tensor(float(len(images))))])
 

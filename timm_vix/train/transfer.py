@@ -160,10 +160,9 @@ def join_processes(run: TransferSettings) -> int:
         raise InputError(f"batch_size={run.batch_size}: allowed is at least 1 for each of the {world} processes")
     if world == 1:
         return 0
-    rank = init_distributed_device_so(device=device)["global_rank"]
-    if device == "cuda":
-        run.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return rank
+    joined = init_distributed_device_so(device=device)
+    run.device = joined["device"]
+    return joined["global_rank"]
 
 
 def settings_of(
@@ -228,7 +227,7 @@ def check_same_mixers(earlier: nn.Module, student: nn.Module) -> None:
     for path in {**ours, **theirs}:
         if theirs.get(path) != ours.get(path):
             there, here = (names.get(path, "softmax") for names in (theirs, ours))
-            raise InputError(f"{path} has {there} attention there, and here {here}")
+            raise InputError(f"{path} has {there} attention there and {here} attention here")
 
 
 def mixers_of(student: nn.Module, report: Conversion) -> dict[str, Any]:
