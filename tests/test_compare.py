@@ -358,3 +358,10 @@ def test_wrong_input_is_one_line_before_anything_is_trained(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_images_in_the_folder_of_the_shell_are_the_same_images(digits, tmp_path, trained, monkeypatch) -> None:
+    assert call(monkeypatch, *command(digits, tmp_path, MODEL)) == 0
+    monkeypatch.chdir(digits)
+    assert call(monkeypatch, *command(Path("."), tmp_path, MODEL)) == 0
+    assert len(trained) == 1

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.transforms import v2
 
 import timm_vix
+from timm_vix._checks import InputError
 from timm_vix.data.folders import find_images, hold_out
 from timm_vix.data.images import Images, transforms
 from timm_vix.train.build import build_model
@@ -109,24 +109,29 @@ def position(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)["position"]
 
 
-def wait_for(condition, seconds=300):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "the run did not get there"
-        time.sleep(0.01)
+# a run that is killed in the fourth step of the second epoch
+PROGRAM = """
+import os, signal
+import timm_vix.train.finetune as module
+
+seed_step = module.seed_step
+
+def seed_or_die(run, epoch, step):
+    if (epoch, step) == (1, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+    seed_step(run, epoch, step)
+
+module.seed_step = seed_or_die
+module.finetune(**{settings!r})
+"""
 
 
 def test_killed_run_continues_exactly(digits, finished, tmp_path):
     out = tmp_path / "out"
-    arguments = command(digits, out, **EXACT, checkpoint_every=1)
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], env=environment)
-    # the first epoch's row is written just before the checkpoint that has it
-    wait_for(lambda: (out / "history.csv").exists() and position(out)["epoch"] == 1 and position(out)["step"] >= 3)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    stopped = position(out)
-    assert stopped["epoch"] == 1 and 3 <= stopped["step"] < 32
+    program = PROGRAM.format(settings=dict(EXACT, data_dir=str(digits), out=str(out), checkpoint_every=2))
+    killed = subprocess.run([sys.executable, "-c", program], env=dict(os.environ, PYTHONPATH=str(ROOT)), check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (position(out)["epoch"], position(out)["step"]) == (1, 2)
     # another process, other workers, another place of the same images
     shutil.copytree(digits, tmp_path / "moved")
     finetune(data_dir=str(tmp_path / "moved"), out=str(out), resume=True, workers=2, **EXACT)
@@ -904,3 +909,76 @@ def test_a_setting_of_another_type_is_named(digits, wrong, words):
 def test_digits_reach_95_percent(tmp_path):
     _, history = finetune(out=str(tmp_path / "out"), threads=1)
     assert history[-1]["top1"] > 95
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        dict(checkpoint="{out}/hub/model.safetensors"),
+        dict(model="local-dir:{out}/hub", model_kwargs=None, pretrained=True),
+    ],
+)
+def test_what_a_run_starts_from_is_not_replaced_by_it(start, digits, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    before = (out / "hub" / "model.safetensors").read_bytes()
+    start = {name: value.format(out=out) if isinstance(value, str) else value for name, value in start.items()}
+    with pytest.raises(InputError, match="lies in out=.*give another out"):
+        finetune(data_dir=str(digits), out=str(out), overwrite=True, **{**TINY, **start})
+    assert (out / "hub" / "model.safetensors").read_bytes() == before and (out / "checkpoint.pt").is_file()
+
+
+def test_keywords_that_no_file_can_hold_are_refused(digits, tmp_path):
+    wrong = dict(TINY, model_kwargs=dict(MODEL_KWARGS, norm_layer=torch.nn.LayerNorm))
+    with pytest.raises(InputError, match="model_kwargs: norm_layer=.*expected numbers, text, lists or mappings"):
+        finetune(data_dir=str(digits), out=str(tmp_path / "out"), **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_norm_after_pooling_refuses_single_images_before_a_run_is_replaced(digits, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    single = dict(TINY, model="levin_cifar", model_kwargs={}, batch_size=1, overwrite=True)
+    with pytest.raises(InputError, match="batch_size=1: model=levin_cifar in training fails"):
+        finetune(data_dir=str(digits), out=str(out), **single)
+    assert position(out) == position(finished[0])
+
+
+def test_killed_before_the_best_epoch_is_written_it_is_written_later(digits, tmp_path, monkeypatch):
+    """The checkpoint comes first, so no weights are the best ones that the history doesn't have."""
+    out, written = tmp_path / "out", []
+    write = timm_vix.train.finetune.write_tensors
+
+    def write_or_stop(path, tensors):
+        written.append(path.name)
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr("timm_vix.train.finetune.write_tensors", write_or_stop)
+    settings = dict(TINY, epochs=1, keep="best", data_dir=str(digits), out=str(out), device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(**settings)
+    assert not (out / "best.pt").exists() and len(position(out)["history"]) == 1
+    model, _ = finetune(**settings, resume=True)
+    assert written == ["best.pt"] * 2
+    saved = torch.load(out / "best.pt", weights_only=True)
+    torch.testing.assert_close(saved, model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_file_of_weights_beside_pretrained_is_refused(digits, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", img_size=32, **MODEL_KWARGS).state_dict(), weights)
+    given = dict(TINY, checkpoint=str(weights), pretrained=True)
+    with pytest.raises(InputError, match="checkpoint and pretrained were both given; allowed is one of them"):
+        finetune(data_dir=str(digits), out=str(tmp_path / "out"), **given)
+
+
+def test_a_default_of_zero_is_documented():
+    assert "workers: processes that load images (0 or more); default: 0." in " ".join(finetune.__doc__.split())
+
+
+def test_the_card_has_both_sides_of_images_that_are_not_square(digits, tmp_path):
+    sides = dict(TINY, img_size=None, model_kwargs=dict(MODEL_KWARGS, img_size=[32, 64]), epochs=1, device="cpu")
+    finetune(data_dir=str(digits), out=str(tmp_path / "out"), **sides)
+    assert "32x64 px" in (tmp_path / "out" / "hub" / "README.md").read_text()

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -30,9 +29,9 @@ from timm_vix.planning.plan import plan_layers
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.finetune import finetune
 from timm_vix.train.losses import BlockMatching, Distillation
-from timm_vix.train.transfer import transfer
+from timm_vix.train.transfer import join_processes, transfer
 from timm_vix.train.transfer_results import mixers_in_words
-from timm_vix.train.transfer_settings import parse_layers
+from timm_vix.train.transfer_settings import TransferSettings, parse_layers
 
 SOURCE = "vit_tiny_patch16_224"
 SMALL = dict(img_size=48, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
@@ -228,27 +227,36 @@ def test_learned_features_start_from_the_teachers_tokens_and_move_faster(weights
         assert (after - before).abs().median() == pytest.approx(1e-3 * factor, rel=0.01), name
 
 
-def command(settings):
-    program = f"from timm_vix.train.transfer import transfer; transfer(**{settings!r})"
-    return [sys.executable, "-c", program]
+# a transfer that is killed before a step
+PROGRAM = """
+import os, signal
+from timm_vix.train.loop import Loop
+from timm_vix.train.transfer import transfer
+
+update = Loop.update
+
+def update_or_die(loop, *arguments):
+    position = loop.checkpoint.position
+    if (position["stage"], position["step"]) == {at!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(loop, *arguments)
+
+Loop.update = update_or_die
+transfer(**{settings!r})
+"""
 
 
-def test_killed_at_any_moment_it_resumes_to_the_same_weights(weights, unlabelled, tmp_path):
-    steps = dict(block_steps=30, distill_steps=30, threads=1)
+def test_killed_in_either_stage_it_resumes_to_the_same_weights(weights, unlabelled, tmp_path):
+    steps = dict(block_steps=6, distill_steps=6, threads=1, checkpoint_every=2)
     whole, _ = transfer(**arguments(weights, unlabelled, tmp_path / "whole", **steps))
     out = tmp_path / "killed"
     settings = arguments(weights, unlabelled, out, **steps)
-    for stage, stop_after in ((1, 3), (2, 33)):
-        process = subprocess.Popen(command(settings), stderr=subprocess.DEVNULL)
-        rows = 0
-        while process.poll() is None and rows < stop_after:
-            time.sleep(0.02)
-            if (out / "steps.csv").exists():
-                rows = len((out / "steps.csv").read_text().splitlines()) - 1
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    for stage in (1, 2):  # in the fourth step, of which the checkpoint has two
+        program = PROGRAM.format(at=(stage, 3), settings=settings)
+        process = subprocess.run([sys.executable, "-c", program], stderr=subprocess.DEVNULL, check=False)
+        assert process.returncode == -signal.SIGKILL
         position = torch.load(out / "checkpoint.pt", weights_only=True)["position"]
-        assert position["stage"] == stage and 0 < position["step"] < 30
+        assert (position["stage"], position["step"]) == (stage, 2)
         settings["resume"] = True
     resumed, _ = transfer(**settings)
     for key, tensor in whole.state_dict().items():
@@ -604,7 +612,7 @@ def test_it_goes_on_at_another_size_and_trains_the_whole_network(weights, unlabe
     # neither has weights by which it could be told from the other
     axial = dict(settings, mixer="axial", block_steps=0, distill_steps=0, layer_decay=1.0, distill_part="attention")
     transfer(**{**axial, "start": None, "out": str(tmp_path / "axial")})
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn has axial attention there, and here nystrom"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn has axial attention there and nystrom attention here"):
         transfer(**{**settings, "start": str(tmp_path / "axial")})
     with pytest.raises(ValueError, match="start=.*nowhere"):
         transfer(**{**settings, "start": str(tmp_path / "nowhere")})
@@ -640,3 +648,46 @@ def test_files_that_hold_no_weights_are_named(name, weights, unlabelled, tmp_pat
             call()
         assert "\n" not in str(error.value)
     assert [one.name for one in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("given", ["cuda", "cuda:0"])
+def test_each_process_has_its_own_gpu_and_it_is_no_setting(given, weights, unlabelled, tmp_path, monkeypatch):
+    """Or no process but the first could continue the run."""
+    run = TransferSettings(**arguments(weights, unlabelled, tmp_path / "run", device=given))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("timm_vix.train.transfer.find_device", lambda name: name)
+    joined = dict(device="cuda:1", global_rank=1)
+    monkeypatch.setattr("timm_vix.train.transfer.init_distributed_device_so", lambda device: joined)
+    assert join_processes(run) == 1 and run.device == "cuda:1"
+    assert "device" not in run.recorded()
+
+
+def test_without_a_classifier_all_that_trains_has_a_gradient():
+    """Of several processes each waits for the gradients of the others."""
+    teacher = model(num_classes=0, global_pool="avg", class_token=False).eval()
+    student = copy.deepcopy(teacher)
+    Distillation(teacher, student)(torch.randn(2, 3, 48, 48)).sum().backward()
+    assert [name for name, parameter in student.named_parameters() if parameter.grad is None] == []
+
+
+def test_what_a_transfer_starts_from_is_not_replaced_by_it(weights, unlabelled, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(weights, out / "weights.safetensors")
+    for start in (dict(start=str(out)), dict(weights=str(out / "weights.safetensors"))):
+        with pytest.raises(InputError, match="lies in out=.*give another out"):
+            transfer(**arguments(weights, unlabelled, out, overwrite=True, **start))
+    assert (out / "weights.safetensors").read_bytes() == Path(weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(source_kwargs=dict(norm_layer=torch.nn.LayerNorm)), "source_kwargs: norm_layer=.*expected numbers, text"),
+        (dict(pretrained=True), "weights and pretrained were both given; allowed is one of them"),
+    ],
+)
+def test_what_no_run_could_finish_with_is_refused(wrong, words, weights, unlabelled, tmp_path):
+    with pytest.raises(InputError, match=words):
+        transfer(**arguments(weights, unlabelled, tmp_path / "run", **wrong))
+    assert not (tmp_path / "run").exists()

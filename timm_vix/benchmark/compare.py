@@ -11,7 +11,7 @@ on the last device.
 """
 
 import argparse
-import json
+import os
 import re
 import statistics
 import zlib
@@ -31,7 +31,7 @@ from ..data.folders import find_images
 from ..measure.job import measure_in_process
 from ..measure.process import call_in_process
 from ..train.finetune_settings import FinetuneSettings
-from ..train.settings import check_weights, description
+from ..train.settings import check_keywords_are_plain, check_weights, description
 from .baselines import baseline_of
 from .cost import positive, round_off
 
@@ -163,7 +163,9 @@ def compare(
     """
     train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"], data_root=where["data_root"])
     data_dir = where["data_dir"]
-    name = f"{data_dir if is_dataset(data_dir) else Path(data_dir).name} ({len(classes)} classes)"
+    # "." and ".." have no name of their own
+    folder = data_dir if is_dataset(data_dir) else Path(os.path.abspath(data_dir)).name
+    name = f"{folder} ({len(classes)} classes)"
     count, checksum = len(train_items) + len(val_items), checksum_of(train_items, val_items)
     dataset = f"{name[:-1]}, {count} images {checksum})"
     starts = {weights: start_of(weights) for _, weights in models}
@@ -233,15 +235,6 @@ def folder_of(key: dict[str, Any]) -> str:
     return f"{name}-seed{key['seed']}-{zlib.crc32(repr(sorted(key.items())).encode()):08x}"
 
 
-def check_plain(model: str, keywords: dict[str, Any]) -> None:
-    """Raise InputError for a keyword that no other process can be given."""
-    for name, value in keywords.items():
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise InputError(f"model={model}: {name}={value!r}: expected numbers, text, lists or mappings") from error
-
-
 def run_one(
     model: str, weights: Optional[str], seed: int, recipe: dict[str, Any], where: dict[str, Any], out: Path
 ) -> dict[str, Any]:
@@ -308,7 +301,8 @@ def main(arguments: argparse.Namespace) -> None:
     device = find_device(arguments.device)
     recipe["amp"] = "bfloat16" if find_dtype(recipe.get("amp", "auto"), device) == torch.bfloat16 else "off"
     for model in [*arguments.models, *arguments.from_scratch]:
-        check_plain(*parse_model(model))  # a wrong name shows before a data set is fetched
+        name, keywords = parse_model(model)  # a wrong name shows before a data set is fetched
+        check_keywords_are_plain(f"model={name}", keywords)
     data_dir = as_folder(arguments.data_dir, arguments.data_root, arguments.runs / "data")
     where = dict(data_dir=data_dir, val_dir=arguments.val_dir, workers=arguments.workers, device=device)
     where["data_root"] = arguments.data_root if data_dir == arguments.data_dir else None  # a folder was made of it

@@ -268,7 +268,7 @@ def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> 
 def run_key(
     model: nn.Module, config: dict[str, Any], pixels: torch.Tensor, labels: Optional[torch.Tensor] = None
 ) -> str:
-    """One line that changes with everything the agreement of a model on some images depends on."""
+    """One line that changes with what the agreement of a model on images depends on, but for versions of libraries."""
     keywords = json.dumps(get_model_args(model), sort_keys=True, default=str)
     weights, images = fingerprint(model.state_dict()), fingerprint({"pixels": pixels})
     labelled = "" if labels is None else f" labelled {fingerprint({'labels': labels})}"

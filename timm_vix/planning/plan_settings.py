@@ -9,7 +9,7 @@ from .._checks import InputError, check_choice
 from ..conversion.keywords import check_keywords
 from ..conversion.scaling import ScaleLogits
 from ..mixers import MIXERS
-from ..train.settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, one_of, setting
+from ..train.settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, check_keywords_are_plain, one_of, setting
 from ..train.teacher import check_teacher
 
 # besides mixers, what a plan may choose
@@ -77,7 +77,11 @@ class PlanSettings(Settings):
     batch_size: int = setting(25, "images a forward pass, where agreement is measured", ABOVE_0)
     latency_batch: int = setting(1, "images a forward pass, where time is measured", ABOVE_0)
     dtype: str = setting("float32", "of weights and images", one_of("float32", "bfloat16"))
-    minutes: float = setting(15.0, "after which no further plan is measured, and the best so far is taken", ABOVE_0)
+    minutes: float = setting(
+        15.0,
+        "after which no further plan is measured; the best so far is taken, or an error tells that none is",
+        ABOVE_0,
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0)
     out: str = setting("plan.json", "the plan, .json; figure and table have the same name with .png and .csv")
@@ -89,7 +93,7 @@ class PlanSettings(Settings):
             raise InputError(f"{' and '.join(targets)} were both given; allowed is one of them")
         if not targets:
             self.keep = 0.99
-        if isinstance(self.mixer, str) or (self.mixer is not None and not self.mixer):
+        if self.mixer is not None and not (isinstance(self.mixer, (list, tuple, Mapping)) and self.mixer):
             raise InputError(f"mixer={self.mixer!r}: expected names, such as ['axial', 'merge']")
         for name in self.mixer or ():
             check_choice("mixer", name, (*CANDIDATES, MERGE))
@@ -104,6 +108,7 @@ class PlanSettings(Settings):
                 if name == MERGE:
                     raise InputError(f"mixer: {MERGE} takes no keywords; allowed is {MERGE}=[]")
                 check_keywords(name, keywords)
+                check_keywords_are_plain(f"mixer: {name}", keywords)
         check_teacher(self)
         if Path(self.out).suffix != ".json":
             raise InputError(f"out={self.out}: expected a name that ends in .json")

@@ -1,6 +1,7 @@
 """The model that is fine-tuned, with its initial weights and the configuration of its images."""
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -79,6 +80,9 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
         config["crop_pct"] = 1.0  # small images have no margin to cut away
     model.to(run.device).eval()
     try_forward(model, f"model={run.model}", run, config, dtype)
+    if run.batch_size == 1:  # a batch norm after pooling has one value for each channel, and fails in training alone
+        training = copy.deepcopy(model).train()
+        try_forward(training, f"batch_size=1: model={run.model} in training", run, config, dtype)
     return model, config
 
 

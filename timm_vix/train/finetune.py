@@ -49,7 +49,8 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
     """Fine-tune a timm model on labelled images.
 
     It writes ``history.csv``, ``curve.png``, ``checkpoint.pt`` and ``hub``, a folder for the Hub, to ``out``. With
-    ``resume=True`` a run continues with the same settings; paths, device, threads and workers may differ.
+    ``resume=True`` a run continues with the same settings; paths, device, threads and workers may differ. The dtype may
+    not, so give ``amp`` where it would be another one on the other device.
 
     Args:
         {settings}
@@ -176,6 +177,8 @@ def start_or_resume(checkpoint: Checkpoint, run: FinetuneSettings) -> None:
                 f"resume: settings differ from those of {checkpoint.path}: checkpoint={before} before, {weights} now"
             )
         checkpoint.restore(state)
+        if checkpoint.position["history"] and not checkpoint.position["step"]:
+            save_best(checkpoint, run)
         if run.keep == "best" and checkpoint.position["history"]:
             read_tensors(checkpoint.path.with_name("best.pt"))  # a damaged file shows now and not after the training
     else:
@@ -210,17 +213,26 @@ def circumstances(net: nn.Module, config: dict[str, Any], dtype: str, device: st
 def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], run: FinetuneSettings) -> None:
     """Write history and checkpoint, and the weights as ``best.pt`` if they are the best so far."""
     folder, history = checkpoint.path.parent, checkpoint.position["history"]
-    if run.keep == "best" and row["top1"] > max((earlier["top1"] for earlier in history), default=-1.0):
-        write_tensors(folder / "best.pt", checkpoint.model.state_dict())
     history.append(row)
     write_history(folder / "history.csv", history)
     checkpoint.position.update(epoch=row["epoch"], step=0, loss=0.0, seconds=0.0)
     checkpoint.save()
+    save_best(checkpoint, run)
     print(
         f"epoch {row['epoch']}/{run.epochs}: loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %, "
         f"top-5 {row['top5']:.2f} %, {row['seconds']:.0f} s",
         flush=True,
     )
+
+
+def save_best(checkpoint: Checkpoint, run: FinetuneSettings) -> None:
+    """After the last step of an epoch, write the weights as ``best.pt`` if no epoch before it was as good.
+
+    The checkpoint comes first: a run that was killed in between does this when it is continued.
+    """
+    *before, last = checkpoint.position["history"]
+    if run.keep == "best" and last["top1"] > max((earlier["top1"] for earlier in before), default=-1.0):
+        write_tensors(checkpoint.path.with_name("best.pt"), checkpoint.model.state_dict())
 
 
 def finish(
@@ -242,13 +254,14 @@ def finish(
     architecture = net.pretrained_cfg["architecture"]
     local = run.model.startswith("local-dir:")  # a path here tells a reader nothing
     start = "a local folder" if local else f"`{run.model}`" if run.model.startswith("hf-hub:") else "timm's weights"
+    height, width = config["input_size"][1:]
     card = finetuned_card(
         architecture if local else run.model,
         run.license,
         ours=timm.model_entrypoint(architecture).__module__.startswith("timm_vix"),
         start=quoted or (start if run.pretrained else "random weights"),
         data=f"{data} ({len(classes)} classes, {images})",
-        row=row,
+        row=dict(row, img_size=width if height == width else f"{height}x{width}"),
         best=run.keep == "best",
         recipe={
             **shown,

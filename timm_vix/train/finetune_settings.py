@@ -17,6 +17,7 @@ from .settings import (
     Settings,
     check_folder,
     check_weights,
+    local_folder,
     one_of,
     setting,
 )
@@ -106,5 +107,8 @@ class FinetuneSettings(Settings):
         if self.mixup and self.batch_size % 2:
             raise InputError(f"batch_size={self.batch_size}: mixup pairs images; allowed is an even number")
         check_model(self.model)
+        if self.checkpoint and self.pretrained and not self.resume:
+            raise InputError("checkpoint and pretrained were both given; allowed is one of them")
         check_weights("checkpoint", self.checkpoint)
-        check_folder(Path(self.out), self.resume, self.overwrite)
+        starts = dict(model=local_folder(self.model), checkpoint=self.checkpoint)
+        check_folder(Path(self.out), self.resume, self.overwrite, **starts)

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import inspect
+import json
 import math
 import os
 import textwrap
@@ -94,6 +95,8 @@ class Settings:
             right = isinstance(value, accepted) and (accepted in (bool, object) or not isinstance(value, bool))
             if not right and not (value is None and is_optional(own)):
                 raise InputError(f"{own.name}={value!r}: allowed is {words}{' or None' if is_optional(own) else ''}")
+            if accepted is Mapping and value is not None:
+                check_keywords_are_plain(own.name, value)
         check_ranges(self, [(own.name, *allowed) for own in fields(self) if (allowed := own.metadata["allowed"])])
         for own in fields(self):
             kind, value = type_of(own), getattr(self, own.name)
@@ -105,6 +108,15 @@ class Settings:
     def recorded(self) -> dict[str, Any]:
         """The settings that must be the same when the run is continued."""
         return {own.name: getattr(self, own.name) for own in fields(self) if not own.metadata["may_change"]}
+
+
+def check_keywords_are_plain(name: str, keywords: Mapping[str, Any]) -> None:
+    """Raise InputError for a keyword that can be neither written to a file nor given to another process."""
+    for keyword, value in keywords.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}: {keyword}={value!r}: expected numbers, text, lists or mappings") from error
 
 
 def is_optional(own: Field) -> bool:
@@ -158,7 +170,8 @@ def description(own: Field, before_default: str) -> str:
     """Meaning, range and default of a field in one line."""
     allowed, meaning = own.metadata["allowed"], own.metadata["meaning"]
     text = f"{meaning} ({allowed.words})" if allowed else meaning
-    return text if own.default in (MISSING, None, False) else f"{text}{before_default}{own.default}"
+    silent = any(own.default is value for value in (MISSING, None, False))  # 0 equals False, but it is a default
+    return text if silent else f"{text}{before_default}{own.default}"
 
 
 def documented(kind: type[Settings]) -> Callable[[Function], Function]:
@@ -212,10 +225,22 @@ def check_weights(name: str, path: Optional[str]) -> None:
         raise InputError(f"{name}={path} is no readable file of weights: {one_line(error)}") from error
 
 
-def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError for a folder of results that can't be continued, or that holds something to keep."""
+def local_folder(name: str) -> Optional[str]:
+    """The folder of a model that timm loads by "local-dir:"; None for another name."""
+    return name.removeprefix("local-dir:") if name.startswith("local-dir:") else None
+
+
+def check_folder(out: Path, resume: bool, overwrite: bool, **starts: Optional[str]) -> None:
+    """Raise ValueError for a folder of results that can't be continued, or that holds something to keep.
+
+    ``starts``: by the names of their settings, the files and folders that the run starts from, or None. It needs them
+    again when it is continued.
+    """
     if resume and overwrite:
         raise InputError("resume and overwrite were both given; allowed is one of them")
+    for name, start in starts.items() if overwrite else ():
+        if start and Path(start).resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{name}={start} lies in out={out}, which overwrite replaces; give another out")
     if resume and not (out / "checkpoint.pt").is_file():
         raise InputError(f"resume: {out} holds no checkpoint.pt; start without resume")
     if not (resume or overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -19,6 +19,8 @@ from .settings import check_weights, weights_of_file
 def check_teacher(run: Any) -> None:
     """Raise InputError for a source that timm doesn't know, or that would have random weights."""
     check_model(run.source, "source")
+    if run.weights and run.pretrained and not getattr(run, "resume", False):
+        raise InputError("weights and pretrained were both given; allowed is one of them")
     check_weights("weights", run.weights)
     if not run.weights and not run.pretrained and ":" not in run.source:
         raise InputError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
@@ -30,6 +32,7 @@ def build_teacher(
     weights: Optional[str] = None,
     img_size: Optional[int] = None,
     device: str = "cpu",
+    called: str = "source",
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The frozen original in eval mode, and timm's data configuration for it.
 
@@ -38,6 +41,7 @@ def build_teacher(
         source_kwargs: Its keywords.
         weights: A file; None: the weights that timm has for the name.
         img_size: Side of the images in pixels; None: the source's own.
+        called: The name of the argument in errors.
 
     Raises:
         InputError: for keywords or weights that don't fit the source, or a file of weights that isn't there.
@@ -54,8 +58,8 @@ def build_teacher(
         teacher = timm.create_model(source, pretrained=True, **arguments)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         given = f" with weights={weights}" if weights else ""
-        raise InputError(f"source={source}{given} cannot be built: {one_line(error)}") from error
-    check_classes(teacher, f"source={source}")
+        raise InputError(f"{called}={source}{given} cannot be built: {one_line(error)}") from error
+    check_classes(teacher, f"{called}={source}")
     size = dict(img_size=img_size) if img_size else {}
     return teacher.to(device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)
 
@@ -64,12 +68,12 @@ def check_classes(model: nn.Module, what: str) -> None:
     """Raise InputError for a classifier of other classes than the weights have: timm leaves it random then."""
     known = model.pretrained_cfg.get("num_classes")
     if model.num_classes and known not in (None, model.num_classes):
-        raise InputError(f"{what} has {model.num_classes} classes, and its weights are for {known} others")
+        raise InputError(f"{what} has {model.num_classes} classes, but its weights are for {known} classes")
 
 
 @torch.no_grad()
 def start_mixers(teacher: nn.Module, mixers: dict[str, MixerSlot], images: torch.Tensor) -> None:
-    """Initialise mixers from the inputs of the teacher's attention at their paths, for some images (B, 3, H, W)."""
+    """Initialise mixers from the inputs of the teacher's attention at their paths, for some images (B, C, H, W)."""
 
     def initialise(mixer: MixerSlot) -> Callable:
         def hook(attn: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Optional, Union
 
 from .._checks import InputError
 from ..conversion.layers import Layers
-from .settings import ABOVE_0, ABOVE_0_TO_1, FROM_0, Settings, check_folder, one_of, setting
+from .settings import ABOVE_0, ABOVE_0_TO_1, FROM_0, Settings, check_folder, local_folder, one_of, setting
 from .teacher import check_teacher
 
 
@@ -70,7 +70,7 @@ class TransferSettings(Settings):
     )
     batch_size: int = setting(16, "images a step, over all processes", ABOVE_0)
     seed: int = setting(0, "of the order and cropping of the images", FROM_0)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
     amp: str = setting("auto", "auto: bfloat16 where the processor has it", one_of("auto", "off", "bfloat16"))
     threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0)
     workers: int = setting(0, "processes that load images", FROM_0, may_change=True)
@@ -89,4 +89,5 @@ class TransferSettings(Settings):
         if self.mixer is None and not {"merge", "scale_logits"} & (self.mixer_kwargs or {}).keys():
             self.mixer = "nystrom"
         check_teacher(self)
-        check_folder(Path(self.out), self.resume, self.overwrite)
+        starts = dict(source=local_folder(self.source), weights=self.weights, start=self.start)
+        check_folder(Path(self.out), self.resume, self.overwrite, **starts)
