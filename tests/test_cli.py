@@ -1,5 +1,6 @@
 """The command ``timm-vix``."""
 
+import argparse
 import importlib
 import json
 import os
@@ -217,3 +218,22 @@ def test_run_is_python_with_our_names(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert json.loads(done.stdout) == ["__main__", [script, *arguments], "beside the script", True]
     assert done.returncode == 7
+
+
+@pytest.mark.parametrize("error", [MemoryError("allocate"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture) -> None:
+    def command(arguments: argparse.Namespace) -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.in_one_line(command)(argparse.Namespace())
+    told = capsys.readouterr().err
+    assert told.startswith("error: out of memory: ") and told.count("\n") == 1
+
+
+def test_another_error_of_torch_keeps_its_traceback() -> None:
+    def command(arguments: argparse.Namespace) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.in_one_line(command)(argparse.Namespace())

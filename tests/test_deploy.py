@@ -12,7 +12,7 @@ import PIL.ImageOps
 import pytest
 import timm
 import torch
-from conftest import DEIT, PLAIN, condition, distance, exit_code, lively, load_example, rounding, since, small
+from conftest import DEIT, PLAIN, condition, distance, exit_code, lively, load_example, rounding, since, small, vit
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
@@ -535,7 +535,7 @@ def test_a_classifier_of_other_classes_than_the_weights_is_refused(tmp_path: Pat
     loaded, _ = export.build(f"local-dir:{tmp_path / 'hub'}")
     x = calibration(model, 2)
     assert torch.equal(loaded(x), model(x))
-    with pytest.raises(InputError, match="has 7 classes, and its weights are for 5 others"):
+    with pytest.raises(InputError, match="has 7 classes, but its weights are for 5 classes"):
         export.build(f"local-dir:{tmp_path / 'hub'} num_classes=7")
 
 
@@ -639,8 +639,7 @@ def test_every_family_in_bfloat16(name: str, tmp_path: Path) -> None:
     "keywords", [dict(mixer="nystrom", layers="last-1", num_landmarks=4), dict(merge=0.3)], ids=str
 )
 def test_a_conversion_that_was_saved(keywords: dict, tmp_path: Path) -> None:
-    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    model = lively(timm.create_model("vit_tiny_patch16_224", **size))
+    model = lively(vit(depth=2))
     timm_vix.convert(model, **keywords)
     save_for_hf(model, tmp_path / "hub", safe_serialization=True)
     check_export(*export.build(str(tmp_path / "hub")), tmp_path / "model.pt2")
@@ -652,7 +651,9 @@ def test_one_image_to_calibrate_on_leaves_the_batch_free(tmp_path: Path) -> None
     model = small("softmax", depth=1)
     run, _ = export.export_model(model, CONFIG, "pt2", "int8", tmp_path / "m.pt2", calibration(model)[:1], threads=1)
     for batch in (1, 3):
-        assert len(run(calibration(model, batch))) == batch
+        x = calibration(model, batch)
+        with torch.inference_mode():
+            assert distance(run(x), model(x)) < 0.15
 
 
 def check_sizes(model: nn.Module, to: str, folder: Path) -> None:
@@ -696,8 +697,8 @@ def test_a_dtype_is_not_blamed_on_the_free_size(tmp_path: Path) -> None:
 def test_int8_keeps_the_accuracy_of_deit(to: str, deit: Path, tmp_path: Path, photographs: Path) -> None:
     import tarfile
 
-    pytest.importorskip("openvino" if to == "openvino" else "onnxruntime")
-    pytest.importorskip("nncf")
+    for library in dict(onnx=["onnxruntime"], openvino=["openvino", "nncf"])[to]:
+        pytest.importorskip(library)
     with tarfile.open(photographs) as archive:
         archive.extractall(tmp_path / "photographs", filter="data")
     (table,) = (tmp_path / "photographs").rglob("labels.csv")

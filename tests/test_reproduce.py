@@ -336,7 +336,7 @@ def test_classify_refuses_a_damaged_folder_in_one_line(damage, run, folder, imag
         "config": "cannot be loaded: it lacks 'architecture'",
         "no JSON": "cannot be loaded: ",
         "keyword": "deepness",
-        "classes": "has 4 classes, and its weights are for 7 others",
+        "classes": "has 4 classes, but its weights are for 7 classes",
         "head": "size mismatch for head.weight",
         "channels": "takes images of 4 channels; allowed is 1 (grey) or 3 (RGB)",
     }[damage]

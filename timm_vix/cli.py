@@ -16,6 +16,7 @@ from typing import Optional
 from . import __version__, models
 from ._checks import InputError
 from ._names import near_names
+from .measure.process import explain
 
 # commands that, once stopped, go on when they are called again
 CONTINUING = ("cost", "compare", "plan")
@@ -116,6 +117,12 @@ def in_one_line(
             sys.exit(1)
         except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            reason = explain(error)
+            if not reason.startswith("out of memory"):
+                raise
+            print(f"error: {reason}; fewer or smaller images need less", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
             print(str(interrupt) or interrupted, file=sys.stderr)

@@ -140,7 +140,7 @@ def answer(rows: list[Record], runs: list[list[Record]]) -> str:
         return f"None of the models that were timed here is known to {limit}."
     text = f"Use {by_size(chosen, rows)}: the fastest of the models that {limit}"
     if baseline in chosen.values() and baseline not in known:
-        text += f"; the accuracy of {baseline}, than which none of these is faster there, isn't known"
+        text += f"; the accuracy of {baseline} isn't known, but no other is faster there"
     if winners != chosen:
         text += f"; without regard to accuracy, {by_size(winners, rows)} would be faster"
     return f"{text}."

@@ -42,7 +42,7 @@ def run_block(
         ValueError: for the causal flag, and for a mask that leaves too few tokens to merge.
     """
     if kwargs.get("is_causal"):
-        raise InputError("is_causal=True: no two tokens read the same ones, so none can merge")
+        raise InputError("is_causal=True: no two tokens attend to the same tokens, so none can merge")
     slot, attn_mask = block.attn, kwargs.get("attn_mask")
     tokens = block.norm1(x)
     if groups is None:

@@ -135,7 +135,7 @@ class Images(Dataset):
                 self.remember(self.decode(own))
             if self.damaged.issuperset(own):
                 raise InputError(
-                    f"class {classes[label]!r}: none of its {len(own)} images can be read, such as {self.name(own[0])}"
+                    f"{classes[label]!r}: none of its {len(own)} images can be read, such as {self.name(own[0])}"
                 )
         if not lazy:
             self.report_damaged()

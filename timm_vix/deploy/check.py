@@ -28,10 +28,7 @@ def read_calibration(folder: Path, count: int, config: dict[str, Any]) -> torch.
     Raises:
         ValueError: for a folder that isn't there or holds no image that can be read.
     """
-    try:
-        data = open_images(spread(find_unlabelled(folder), count), [str(folder)], config)
-    except InputError as error:  # which calls the folder a class
-        raise InputError(str(error).replace("class ", "", 1)) from error
+    data = open_images(spread(find_unlabelled(folder), count), [str(folder)], config)
     return normaliser(config, "cpu")(torch.stack([data[None, i][0] for i in range(len(data))]))
 
 

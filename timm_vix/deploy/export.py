@@ -84,12 +84,11 @@ def build(
     if dynamic_size:
         keywords["dynamic_img_size"] = True
     try:
-        model, config = build_teacher(name, keywords, weights, img_size)
+        model, config = build_teacher(name, keywords, weights, img_size, called="model")
     except InputError as error:
         if dynamic_size and "dynamic_img_size" in str(error):
             raise fixed_size(name, "it takes no dynamic_img_size") from error
-        # what plan and transfer call the source is the model here
-        raise InputError(str(error).replace("source=", "model=", 1)) from error
+        raise
     if delta:
         load_delta(model, delta)
     return model, config

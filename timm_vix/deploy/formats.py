@@ -93,7 +93,7 @@ def cannot_hold(
 def fixed_size(what: str, reason: str) -> InputError:
     """The error for a model that can't be exported for images of any size."""
     return InputError(
-        f"--dynamic-size cannot be had of {what}: {reason}; leave it out, and export a file for each size"
+        f"--dynamic-size is not possible for {what}: {reason}; leave it out, and export a file for each size"
     )
 
 

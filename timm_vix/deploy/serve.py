@@ -82,14 +82,14 @@ def open_page(
 
 
 def check_port(port: int) -> None:
-    """Raise InputError for a port that can't be had."""
+    """Raise InputError for a port that is not available."""
     check_integer("port", port, 1, 65535)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise InputError(f"port={port} cannot be had: {error.strerror}; choose another with --port") from error
+            raise InputError(f"port={port} is not available: {error.strerror}; choose another with --port") from error
 
 
 class Answers:
@@ -106,7 +106,8 @@ class Answers:
         if softmax:
             self.softmax, self.softmax_counts = softmax_baseline(classifier.net)
             if self.softmax is None:
-                raise InputError(f"model={classifier.name} has no efficient attention that softmax could stand beside")
+                kind = "an exported file" if isinstance(classifier.net, ExportedModel) else "a model with softmax"
+                raise InputError(f"--softmax: model={classifier.name} is {kind}; expected one with another mixer")
 
     def of(self, picture: Any) -> tuple[list[dict[str, float]], list[float]]:
         """The likeliest classes with their shares, and the milliseconds, of the model and then of softmax."""

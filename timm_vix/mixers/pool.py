@@ -1,4 +1,4 @@
-"""Pooling: each patch is mixed with the mean of its neighbours, without attention; the lower control.
+"""Pooling: each patch is mixed with the mean of its neighbours, without attention; a control that mixers should beat.
 
     Y_i = mean of V_j over the 3x3 neighbours j of i that exist, i included, - V_i        cost in N: linear, 9·N
 
