@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch.torch_version import TorchVersion
 
 import timm_vix  # noqa: F401  registers the names
 from timm_vix.mixers import MIXERS
+from timm_vix.mixers._mechanism import AttentionMechanism
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEIT = DATA / "deit_tiny_patch16_224.fb_in1k.safetensors"
@@ -72,6 +73,8 @@ VARIANTS = [
     *variants(("axial",), slice(1, None), marks=pytest.mark.slow),
     *variants(("1d",), slice(None), marks=pytest.mark.slow),
 ]
+# what keeps a small converted model from being softmax: few landmarks and projected tokens, and small groups
+FEW = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}, "latent": {"group_size": 2}}
 # prefix tokens: the class token; none; class and registers; registers without a class token
 LAYOUTS = {
     "class": {},
@@ -91,13 +94,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def small_arguments(mixer: str, **kwargs) -> dict:
     """What ``timm.create_model`` is given for a 7x5 patch grid, 2 blocks of 2 heads of width 16, 5 classes.
 
-    Nyström has a third as many landmarks as patches: the default is as many as these, which is softmax.
+    Nyström has a third as many landmarks as patches, and latent attention has groups of at most 3 x 3 patches. With the
+    defaults both are softmax on this grid: it has a landmark for each patch, and lies in one group.
     """
     arguments = dict(img_size=(14, 10), patch_size=2, embed_dim=32, depth=2, num_heads=2, num_classes=5, qkv_bias=True)
     arguments |= dict(mixer=mixer, **kwargs)
     if mixer == "nystrom":
         height, width = (side // arguments["patch_size"] for side in to_2tuple(arguments["img_size"]))
         arguments.setdefault("num_landmarks", max(1, height * width // 3))
+    if mixer == "latent":
+        arguments.setdefault("group_size", 3)
     return arguments
 
 
@@ -139,9 +145,41 @@ def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
 def rounding(dtype: torch.dtype, condition: float = 1.0) -> float:
     """The largest relative distance that rounding explains on any processor: 300 roundings, times the condition.
 
-    The worst that was seen is 19: gradients of Nyström attention, whose landmarks solve a system of equations.
+    The worst that was seen is 19: gradients of Nyström attention, whose landmarks solve a system of equations. A bound
+    that a wrong result may meet fails.
     """
-    return 300 * torch.finfo(dtype).eps * max(1.0, condition)
+    bound = 300 * torch.finfo(dtype).eps * max(1.0, condition)
+    assert bound < 0.1, "a bound that shows nothing"
+    return bound
+
+
+def heads_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Queries, keys and values of tokens (B, N, C), by the formula: (3, B, h, N, D)."""
+    y = x @ module.qkv.weight.T + module.qkv.bias
+    return y.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def joined(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    """The output of a slot for what its heads give, by the formula: (B, h, N, D) -> (B, N, C)."""
+    return y.transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
+
+
+def check_equal(
+    found: torch.Tensor, expected: torch.Tensor, inputs: torch.Tensor | Sequence[torch.Tensor], bound: float
+) -> None:
+    """Values agree within a relative distance, and so do the gradients of a random sum of them, for each input.
+
+    Some gradients are 0 but for rounding: a hundredth of the norm of all gradients is the least norm to compare with.
+    """
+    assert distance(found, expected) < bound
+    weight = torch.randn_like(expected)
+    mine, right = (
+        torch.autograd.grad((y * weight).sum(), inputs, retain_graph=True, materialize_grads=True)
+        for y in (found, expected)
+    )
+    least = 0.01 * torch.cat([gradient.flatten() for gradient in right]).norm()
+    for i, (one, other) in enumerate(zip(mine, right)):
+        assert (one - other).norm() < bound * max(other.norm(), least), f"gradient of input {i}"
 
 
 def condition(function: Callable[..., torch.Tensor], *inputs: nn.Module | torch.Tensor) -> float:
@@ -267,3 +305,22 @@ def exit_code(main: Callable[[], None]) -> int:
     except SystemExit as end:
         return end.code
     return 0
+
+
+def vit(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
+    """A ViT in eval mode, timm's own unless ``name`` says otherwise: 4x4 patches, 4 blocks, 2 heads of width 16."""
+    arguments = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    return timm.create_model(name, **{**arguments, **kwargs}).eval()
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """The Gaussian error linear unit, by its formula."""
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+# mechanisms whose keys may lie on a coarser grid than the queries
+PROJECTED = {
+    name: kind
+    for name, kind in MIXERS.items()
+    if issubclass(kind, AttentionMechanism) and not kind.needs_self_attention
+}

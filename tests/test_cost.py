@@ -19,6 +19,8 @@ from timm_vix._names import parse_model
 from timm_vix._records import append_record, read_records
 from timm_vix.benchmark.baselines import baseline_of
 from timm_vix.benchmark.cost import COLUMNS, plan, summary, sweep
+from timm_vix.mixers._mechanism import MechanismHost
+from timm_vix.mixers.softmax import SoftmaxAttention
 
 ROOT = Path(__file__).parents[1]
 SMALL = "depth=1 embed_dim=32 num_heads=2 patch_size=8"
@@ -77,9 +79,8 @@ def trunk_of(model: nn.Module) -> dict[str, torch.Size]:
 def test_the_baseline_of_every_model_of_ours_is_softmax_on_the_same_trunk(name) -> None:
     baseline = on_meta(baseline_of(name))
     assert trunk_of(baseline) == trunk_of(on_meta(name))
-    mechanisms = ("nystrom", "performer", "linformer", "atrous", "fourier", "mlpmixer")
-    found = [type(module).__name__ for module in baseline.modules()]
-    assert not [name for name in found if name.lower().removeprefix("projected").startswith(mechanisms)]
+    hosts = [module for module in baseline.modules() if isinstance(module, MechanismHost)]
+    assert not [host for host in hosts if not isinstance(host.core, SoftmaxAttention)]
 
 
 def test_the_name_of_a_folder_may_have_spaces(tmp_path):

@@ -5,17 +5,13 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import LAYOUTS, distance, image, lively, rounding, small, small_arguments
+from conftest import LAYOUTS, distance, gelu, image, lively, rounding, small, small_arguments
 from safetensors.torch import save_file
 from timm.layers import Mlp
 
 import timm_vix
 from timm_vix.mixers._layout import TokenLayout
 from timm_vix.models._daff import DepthwiseFeedForward
-
-
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
 
 
 def batch_norm(x, norm):

@@ -5,19 +5,9 @@ import os
 import pytest
 import timm
 import torch
-from conftest import small
+from conftest import small, vit
 
 import timm_vix
-
-
-def vit(num_classes: int = 5, **kwargs) -> torch.nn.Module:
-    """timm's own ViT of three narrow blocks, the same weights in every call."""
-    torch.manual_seed(0)
-    arguments = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
-    model = timm.create_model("deit_tiny_patch16_224", **{**arguments, **kwargs}).eval()
-    if num_classes != model.num_classes:
-        model.reset_classifier(num_classes)
-    return model
 
 
 def trainable(model: torch.nn.Module) -> set[str]:
@@ -28,7 +18,7 @@ def test_attention_trains_with_the_classifier_and_nothing_else() -> None:
     model = vit()
     report = timm_vix.freeze_except(model, "attention")
     assert trainable(model) == {n for n, _ in model.named_parameters() if ".attn." in n or n.startswith("head.")}
-    assert report.trainable == 3 * (32 * 96 + 96 + 32 * 32 + 32) + 32 * 5 + 5
+    assert report.trainable == 4 * (32 * 96 + 96 + 32 * 32 + 32) + 32 * 5 + 5
     assert report.total == sum(p.numel() for p in model.parameters())
 
 
@@ -94,7 +84,7 @@ def test_freezing_again_is_freezing_anew() -> None:
         (vit, "attn", "part='attn': expected one of 'attention', 'mlp', 'mixer', 'head'"),
         (vit, "mixer", "has no mixer, so nothing was added"),
         (lambda: small("nystrom"), "mixer", "has NystromAttention, so nothing was added"),
-        (lambda: vit(0), "head", "has no classifier"),
+        (lambda: vit(num_classes=0), "head", "has no classifier"),
         (lambda: timm.create_model("test_resnet"), "attention", "ResNet has no attention"),
         (lambda: timm.create_model("test_resnet"), "mlp", "ResNet has no feed-forward network.*allowed here: 'head'"),
         (lambda: timm.create_model("vix_fnet_cifar", depth=1), "attention", "allowed here: 'mlp', 'head'"),

@@ -154,7 +154,8 @@ def test_dtypes(dtype):
     x = torch.randn(5, 3, dtype=dtype)
     y = module(x)
     assert y.dtype == dtype
-    assert distance(y, 0.75 * module.old(x) + 0.25 * module.new(x)) < rounding(dtype)
+    bound = rounding(dtype) if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    assert distance(y, 0.75 * module.old(x) + 0.25 * module.new(x)) < bound
 
 
 @since("2.7", "may recompile for other reasons")

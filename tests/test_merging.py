@@ -92,13 +92,27 @@ def merge_in_loops(x, keys, members, P, r):
     return tokens, groups
 
 
-def model_in_loops(model, image, merge):
-    """A ViT with softmax attention and a class token, one image, tokens merged in loops: the features of all tokens."""
+def turned(x, table, members):
+    """Heads (M, h, D) of groups, whose pairs of channels turn by the mean direction of the group's tokens."""
+    sin, cos = table.chunk(2, dim=1)
+    waves = torch.complex(cos, sin)[:, ::2]
+    waves = torch.stack([waves[group].sum(0) for group in members])
+    pairs = torch.view_as_complex(x.unflatten(2, (-1, 2))) * (waves / waves.abs()).unsqueeze(1)
+    return torch.view_as_real(pairs).flatten(2)
+
+
+def model_in_loops(model, image, merge, table=None):
+    """The features of all tokens of one image, in a ViT with softmax attention whose tokens merge in loops.
+
+    ``table``: sines and cosines of rotary positions, (N, 2·D).
+    """
     x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
     N, members = len(x), [[token] for token in range(len(x))]
     for block, r in zip(model.blocks, merge):
         attn, tokens = block.attn, block.norm1(x)
         q, k, v = attn.qkv(tokens).reshape(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
+        if table is not None:
+            q, k = turned(q, table, members), turned(k, table, members)
         heads = []
         for head in range(attn.num_heads):
             weights = torch.exp(q[:, head] @ k[:, head].T / math.sqrt(attn.head_dim))
@@ -116,7 +130,7 @@ def model_in_loops(model, image, merge):
 def test_merging_is_that_of_loops(P, M, r):
     x = torch.randn(2, M, 4, dtype=torch.float64, requires_grad=True)
     keys = torch.randn(2, 3, M, 5, dtype=torch.float64)
-    place = torch.cat([torch.arange(M), torch.randint(P, M, (6,))]).expand(2, -1) if P < M else None
+    place = torch.cat([torch.arange(M), torch.randint(P, M, (6,))]).expand(2, -1)
     counts = torch.stack([torch.bincount(row, minlength=M) for row in place]).float()
     members = [[token for token in range(M + 6) if place[0, token] == group] for group in range(M)]
     r = min(r, (M - P) // 2)
@@ -134,14 +148,13 @@ def test_merging_is_that_of_loops(P, M, r):
         assert distance(ours, theirs) < 1e-12
 
 
-@pytest.mark.parametrize("merge", [MERGE, [4, 0, 6, 1]])
-def test_a_model_is_that_of_loops(merge):
-    model = merging(merge=merge).double()
+@pytest.mark.parametrize("kind, merge", [("class", MERGE), ("class", [4, 0, 6, 1]), ("vix_rope", MERGE)])
+def test_a_model_is_that_of_loops(kind, merge):
+    model, twin = merging(kind, merge).double(), host(kind).double()
     x = images().double()
-    twin = copy.deepcopy(model)
-    timm_vix.revert(twin)
     features = model.forward_features(x)
-    expected = torch.stack([model_in_loops(twin, image, merge) for image in x])
+    table = twin.blocks[0].attn.rope.table if kind == "vix_rope" else None
+    expected = torch.stack([model_in_loops(twin, image, merge, table) for image in x])
     assert distance(features, expected) < 1e-6  # counts and similarities are in float32
     features.square().sum().backward()
     expected.square().sum().backward()
@@ -174,6 +187,24 @@ def test_attention_of_single_groups_is_the_hosts_own(kind):
     attended, keys = attend_groups(slot, *args, single_groups(args[0]), **kwargs)
     assert distance(attended, expected) < rounding(torch.float32)
     assert keys.shape == (2, 2, args[0].shape[1], 16)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", HOSTS)
+def test_blocks_in_which_nothing_merges_are_the_hosts_own(kind, training):
+    """A threshold of 1 merges no pair of these tokens, but each block goes the way of merging blocks."""
+    own = {"init_values": 0.5} if kind == "eva" else {}  # factors of the residuals; eva_biases has none
+    model, x = host(kind, drop_path_rate=0.3, **own).double(), images(1).double().requires_grad_()
+    found = []
+    for merge in (None, {"threshold": 1.0}):
+        if merge is not None:
+            timm_vix.convert(model, "softmax", merge=merge)
+        torch.manual_seed(1)
+        y = model.train(training)(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), x)])
+    assert isinstance(model.blocks, MergingBlocks)
+    for plain, merged in zip(*found):
+        assert distance(merged, plain) < rounding(torch.float32)  # counts and some tables are in float32
 
 
 @pytest.mark.parametrize("kind", HOSTS)
@@ -308,7 +339,7 @@ def test_tokens_of_blocks_that_do_not_read_each_other_stay_apart():
 
 def test_a_mask_that_leaves_too_few_pairs_is_refused():
     model = merging("class", [8, 5, 2, 0])
-    with pytest.raises(InputError, match="is_causal=True: no two tokens read the same ones"):
+    with pytest.raises(InputError, match="is_causal=True: no two tokens attend to the same tokens"):
         model.forward_features(images(), is_causal=True)
     causal = torch.ones(36, 36).tril().bool()
     with pytest.raises(InputError, match=r"attn_mask of shape \[36, 36\]: 8 tokens are to merge, and 0 have another"):

@@ -54,21 +54,19 @@ def test_a_name_says_what_is_built(name):
     [
         ("softmax", {}),
         ("linformer", {"num_proj_tokens": 99}),
-        ("nystrom", {"num_landmarks": 99, "ridge": 0.0, "pinv_iterations": 80}),
+        ("nystrom", {"num_landmarks": 99}),
         ("atrous", {"dilations": 1, "window_size": 9}),
     ],
 )
 def test_the_exact_limit_is_timms_pit(mixer, options, distilled, tmp_path):
     reference = pit(distilled=distilled)
-    for block in (b for stage in reference.transformers for b in stage.blocks):
-        block.attn.qkv.weight.data *= 3  # attention matrices that have an inverse
     save_file(reference.state_dict(), tmp_path / "pit.safetensors")
     reference.double()
     overlay = {"file": str(tmp_path / "pit.safetensors"), "num_classes": 5}
     options = {**SHAPE, "mlp_ratio": 2.0, "distilled": distilled, "mixer": mixer, **options}
     model = timm.create_model("pip_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **options).eval().double()
     x = torch.randn(2, 3, 20, 12, dtype=torch.float64)
-    assert distance(model(x), reference(x)) < 1e-5
+    assert distance(model(x), reference(x)) < 1e-10
 
 
 @pytest.mark.parametrize("stem", ["linear", "conv", "conv_linear", "conv_pool"])
@@ -143,8 +141,9 @@ def test_weights_of_pit_load_at_another_grid(tmp_path, caplog):
         model = timm.create_model("hybrid_pin_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     (line,) = [record.message for record in caplog.records]
     assert "needs fine-tuning" in line and "patch_embed.proj.*" in line
-    assert model.pos_embed.shape == (1, 16, 18, 10)
-    assert distance(model.pos_embed.mean(), reference.pos_embed.mean()) < 0.2
+    assert reference.pos_embed.shape == (1, 16, 9, 5)
+    positions = torch.nn.functional.interpolate(reference.pos_embed, (18, 10), mode="bicubic", antialias=True)
+    assert torch.equal(model.pos_embed, positions)
     assert torch.equal(model.transformers[1].pool.conv.weight, reference.transformers[1].pool.conv.weight)
     linformer = timm.create_model("pin_tiny", mixer="linformer", **arguments)
     save_file(linformer.state_dict(), tmp_path / "pit.safetensors")

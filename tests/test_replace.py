@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import distance
+from conftest import FEW, distance, vit
 from timm.layers import Attention
 
 from timm_vix import convert, revert
@@ -15,11 +15,6 @@ from timm_vix.mixers import MIXERS
 from timm_vix.mixers._mechanism import AttentionMechanism
 
 MECHANISMS = [mixer for mixer in MIXERS if mixer != "softmax"]
-
-
-def vit(**kwargs):
-    arguments = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    return timm.create_model("vit_tiny_patch16_224", **{**arguments, **kwargs}).eval()
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"qk_norm": True}, {"reg_tokens": 4}, {"dynamic_img_size": True}], ids=str)
@@ -42,16 +37,14 @@ def test_weights_are_shared_not_copied(mixer):
     assert kept == before.keys() & after.keys()
     assert all(after[name] is before[name] for name in kept)
     assert {name.split(".attn.")[1].split(".")[0] for name in after.keys() - before.keys()} <= {"core"}
-    assert [mixer_name(slot) for slot in slots_of(model).values()] == [mixer, mixer]
+    assert [mixer_name(slot) for slot in slots_of(model).values()] == [mixer] * 4
 
 
 @pytest.mark.parametrize("mixer", MECHANISMS)
 def test_a_converted_vit_is_the_registered_model(mixer):
-    options = dict(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, mlp_ratio=4, qkv_bias=True
-    )
-    converted, registered = vit(), timm.create_model("vix_softmax_cifar", mixer=mixer, **options).eval()
-    convert(converted, mixer)
+    few = FEW.get(mixer, {})
+    converted, registered = vit(), vit("vix_softmax_cifar", mixer=mixer, mlp_ratio=4, qkv_bias=True, **few)
+    convert(converted, mixer, **few)
     registered.load_state_dict(converted.state_dict())
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(converted(x), registered(x))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import distance, lively, rounding, small
+from conftest import distance, gelu, lively, rounding, small
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed
 
@@ -128,33 +128,37 @@ def normalised(x, norm):
     return x * norm.weight + norm.bias
 
 
-def naive_tokens_to_token(stem, image):
-    """Loops over pieces and over their queries, with the softmax written out."""
+def naive_tokens_to_token(stem, image, locality):
+    """Loops over pieces and over their queries, with the softmax written out; ``locality`` is that of the mixer."""
     patch_size = stem.patch_size[0]
     for layer, stride in zip(stem.proj[:2], STRIDES[patch_size]):
         tokens, height, width = pieces_of(image, *((7, 4, 2) if stride == 4 else (3, stride, 1)))
         x = normalised(tokens, layer.norm1) @ layer.qkv.weight.T + layer.qkv.bias
         q, k, v = x[..., :64], x[..., 64:128], x[..., 128:]
+        places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
         y = []
         for n in range(q.shape[1]):
-            weights = (torch.einsum("bd,bmd->bm", q[:, n], k) / 8).exp()
+            far = (places - places[n]).square().sum(1)
+            weights = (torch.einsum("bd,bmd->bm", q[:, n], k) / 8 - locality * far).exp()
             y.append(torch.einsum("bm,bmd->bd", weights / weights.sum(1, keepdim=True), v))
         x = v + torch.stack(y, dim=1) @ layer.proj.weight.T + layer.proj.bias
-        hidden = normalised(x, layer.norm2) @ layer.mlp.fc1.weight.T + layer.mlp.fc1.bias
-        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+        hidden = gelu(normalised(x, layer.norm2) @ layer.mlp.fc1.weight.T + layer.mlp.fc1.bias)
         x = x + hidden @ layer.mlp.fc2.weight.T + layer.mlp.fc2.bias
         image = x.transpose(1, 2).unflatten(2, (height, width))
     tokens, _, _ = pieces_of(image, 3, STRIDES[patch_size][2], 1)
     return tokens @ stem.proj[2].weight.flatten(1).T + stem.proj[2].bias
 
 
+@pytest.mark.parametrize("locality", [0.0, 0.05])
 @pytest.mark.parametrize("patch_size, img_size", [(1, (5, 3)), (4, (12, 20)), (16, (32, 48)), (8, (8, 24))])
-def test_a_tokens_to_token_stem_is_a_loop_over_pieces(patch_size, img_size):
-    stem = TokensToTokenStem(img_size, patch_size, embed_dim=24, mixer="softmax").double()
+def test_a_tokens_to_token_stem_is_a_loop_over_pieces(patch_size, img_size, locality):
+    """With ``locality`` the loop sees which piece lies in which row and column."""
+    mixer = {"mixer": "softmax", "locality": locality}
+    stem = TokensToTokenStem(img_size, patch_size, embed_dim=24, mixer=mixer).double()
     lively(stem)
     x = torch.randn(2, 3, *img_size, dtype=torch.float64, requires_grad=True)
     results = []
-    for function in (stem, lambda x: naive_tokens_to_token(stem, x)):
+    for function in (stem, lambda x: naive_tokens_to_token(stem, x, locality)):
         y = function(x)
         assert y.shape == (2, img_size[0] * img_size[1] // patch_size**2, 24)
         slopes = torch.autograd.grad(y.square().sum(), [x, *stem.parameters()])
@@ -183,7 +187,7 @@ def test_a_sequential_overlapping_stem_is_a_loop_over_pieces(patch_size, widths,
             mean, var = y.mean((0, 1)), y.var((0, 1), unbiased=False)
         y = (y - mean) / (var + layer.bn.eps).sqrt() * layer.bn.weight + layer.bn.bias
         if i < len(widths) - 1 or len(widths) == 1:
-            y = y * 0.5 * (1 + torch.erf(y / 2**0.5))
+            y = gelu(y)
         image = y.transpose(1, 2).unflatten(2, (height, width))
     expected = naive_affine(image, naive.proj[-1]).flatten(2).transpose(1, 2)
     assert expected.shape == (2, 6, 32)

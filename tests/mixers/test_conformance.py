@@ -30,39 +30,42 @@ TRAITS = [
 ]
 
 
-def check_float32(model: nn.Module) -> None:
+def check_float32(model: nn.Module, x: torch.Tensor) -> None:
     """Outputs and gradients in float32 are those in float64, but for rounding."""
-    x, double = image(model), copy.deepcopy(model).double()
+    double = copy.deepcopy(model).double()
     assert double(x.double()).dtype == torch.float64
     for function in (nn.Module.__call__, gradients):
         bound = rounding(torch.float32, condition(function, model, x))
         assert bound < 1e-3, "an ill-conditioned case shows nothing"
-        assert distance(function(model, x), function(double, x.double())) < bound
+        found, expected = function(model, x), function(double, x.double())
+        assert (found - expected).norm() <= bound * expected.norm()  # also where both are 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
 def test_float32_agrees_with_float64(mixer, rope, options, layout):
-    check_float32(small(mixer, rope, **options, **LAYOUTS[layout]))
+    model = small(mixer, rope, **options, **LAYOUTS[layout])
+    check_float32(model, image(model))
 
 
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
 def test_gradients_are_those_of_finite_differences(mixer, rope, options):
-    model = small(mixer, rope, **options, img_size=(6, 4), embed_dim=8, depth=1)
+    model = small(mixer, rope, **options, img_size=(6, 10), embed_dim=8, depth=1)
     module = model.double().blocks[0].attn
     names = [name for name, _ in module.named_parameters()]
-    x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 16, 8, dtype=torch.float64, requires_grad=True)
 
     def call(x, *parameters):
         return functional_call(module, dict(zip(names, parameters)), (x,))
 
-    assert torch.autograd.gradcheck(call, (x, *module.parameters()), fast_mode=True)
+    assert torch.autograd.gradcheck(call, (x, *module.parameters()), atol=1e-9, rtol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
 def test_traits_of_the_host(mixer, rope, options):
     for traits in TRAITS:
-        check_float32(small(mixer, rope, **{**options, **traits}))
+        model = small(mixer, rope, **{**options, **traits})
+        check_float32(model, image(model))
 
 
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
@@ -111,11 +114,12 @@ def test_half_precision_costs_no_more_than_in_softmax_attention(mixer, rope, opt
         exact = model(x)
         return distance(y, exact), distance(inferred, exact), distance(g, gradients(model, x))
 
+    half_dtype = torch.bfloat16 if dtype == "autocast" else dtype
     model, softmax = small(mixer, rope, **options), small("softmax", rope)
     softmax.load_state_dict({k: v for k, v in model.state_dict().items() if k in softmax.state_dict()}, strict=False)
     x = image(model, batch=4)
     for mine, theirs in zip(error(model), error(softmax)):
-        assert mine < 3 * theirs
+        assert mine < 3 * (theirs + torch.finfo(half_dtype).eps)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -229,10 +233,13 @@ def test_built_with_a_dtype(mixer, rope, options):
 
 
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
-def test_large_inputs_stay_finite(mixer, rope, options):
+def test_small_inputs_are_precise_and_large_ones_stay_finite(mixer, rope, options):
     module = small(mixer, rope, **options).blocks[0].attn
-    for scale in (0.0, 1e-6, 1e3):
-        x = (scale * torch.randn(2, 36, 32)).requires_grad_()
-        y = module(x)
-        y.square().mean().backward()
-        assert y.isfinite().all() and x.grad.isfinite().all(), scale
+    x = torch.randn(2, 36, 32)
+    for scale in (0.0, 1e-6):
+        check_float32(module, scale * x)
+    x = (1e3 * x).requires_grad_()
+    y = module(x)
+    y.square().mean().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()

@@ -52,7 +52,7 @@ def test_half_precision_loses_no_more_than_where_attention_follows_the_projectio
     right = projected(**inputs)
     half = {name: x.detach().to(dtype) for name, x in inputs.items()}
     for ours, theirs, exact in zip(fused(**half), projected(**half), right):
-        assert distance(ours, exact) < 3 * distance(theirs, exact)
+        assert distance(ours, exact) < 3 * (distance(theirs, exact) + torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(

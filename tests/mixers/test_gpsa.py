@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import LAYOUTS, distance, small
+from conftest import LAYOUTS, check_equal, heads_of, joined, small
 from safetensors.torch import save_file
 
 import timm_vix
@@ -25,16 +25,13 @@ def test_equals_the_dense_formula(layout, size):
     module = small("gpsa", img_size=size, **LAYOUTS[layout]).double().blocks[0].attn
     (H, W), P, core = module.grid, module.num_prefix_tokens, module.core
     x = torch.randn(2, P + H * W, 32, dtype=torch.float64, requires_grad=True)
-    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads_of(module, x)
     own = list(zip(core.gating_param, core.pos_proj))
     heads = [
         torch.stack([head_by_formula(q[i, t], k[i, t], v[i, t], P, (H, W), *own[t]) for t in (0, 1)]) for i in (0, 1)
     ]
-    expected = torch.stack(heads).transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
-    assert distance(module(x), expected) < 1e-12
-    weight, inputs = torch.randn_like(expected), (x, core.gating_param, core.pos_proj)
-    mine, right = (torch.autograd.grad((y * weight).sum(), inputs) for y in (module(x), expected))
-    assert all(distance(m, r) < 1e-11 or (m - r).abs().max() < 1e-12 for m, r in zip(mine, right))
+    expected = joined(module, torch.stack(heads))
+    check_equal(module(x), expected, (x, core.gating_param, core.pos_proj), 1e-12)
 
 
 def convit(**kwargs):

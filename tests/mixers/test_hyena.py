@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import LAYOUTS, distance, small
+from conftest import LAYOUTS, check_equal, distance, heads_of, joined, small
 from einops import rearrange
 from torch.nn.functional import conv2d, scaled_dot_product_attention
-
-OTHER = {"emb_dim": 5, "num_inner_mlps": 1, "short_filter_order": 5, "reference_size": 3}
 
 
 def filter_at(core, y, x):
@@ -32,8 +30,8 @@ def filter_at(core, y, x):
 def by_loop(module, x, grid):
     """The slot's output, (B, N, C) -> (B, N, C)."""
     (H, W), P, core = grid, module.num_prefix_tokens, module.core
-    q, k, v = rearrange(x @ module.qkv.weight.T + module.qkv.bias, "b n (t h d) -> t b h n d", t=3, h=2)
-    prefix = scaled_dot_product_attention(q[:, :, :P], k, v).transpose(1, 2).flatten(2)
+    q, k, v = heads_of(module, x)
+    prefix = scaled_dot_product_attention(q[:, :, :P], k, v)
     images = [rearrange(t[:, :, P:], "b h (y x) d -> b (h d) y x", y=H) for t in (q, k, v)]
     q, k, v = (
         conv2d(t, w, b, padding="same", groups=len(w))
@@ -41,11 +39,11 @@ def by_loop(module, x, grid):
     )
     h = {(y, x): filter_at(core, y, x) for y in range(1 - H, H) for x in range(1 - W, W)}
     places = [(i, j) for i in range(H) for j in range(W)]
-    out = [prefix]
+    out = []
     for i, j in places:
         z = sum(h[i - r, j - c] * (k * v)[:, :, r, c] for r, c in places) + core.skip * (k * v)[:, :, i, j]
-        out.append((q[:, :, i, j] * z).unsqueeze(1))
-    return torch.cat(out, dim=1) @ module.proj.weight.T + module.proj.bias
+        out.append((q[:, :, i, j] * z).unflatten(1, (2, 16)))
+    return joined(module, torch.cat([prefix, torch.stack(out, dim=2)], dim=2))
 
 
 @pytest.mark.parametrize(
@@ -59,10 +57,7 @@ def test_equals_a_loop(size, layout, options):
     H, W = module.grid
     x = torch.randn(2, module.num_prefix_tokens + H * W, 32, dtype=torch.float64, requires_grad=True)
     expected = by_loop(module, x, (H, W))
-    assert distance(module(x), expected) < 1e-12
-    weight, inputs = torch.randn_like(expected), (x, *module.parameters())
-    mine, right = (torch.autograd.grad((y * weight).sum(), inputs) for y in (module(x), expected))
-    assert distance(*(torch.cat([g.flatten() for g in each]) for each in (mine, right))) < 1e-12
+    check_equal(module(x), expected, (x, *module.parameters()), 1e-12)
 
 
 def test_another_grid_has_the_same_filter():

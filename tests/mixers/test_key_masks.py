@@ -5,7 +5,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import distance, lively, rounding, small
+from conftest import check_equal, distance, heads_of, joined, lively, rounding, small
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool1d
 
@@ -24,6 +24,7 @@ TAKEN |= {
     "linformer-headwise": {"sharing": "headwise"},
     "linformer-none": {"sharing": "none"},
     "linformer-none-locality": {"sharing": "none", "locality": 0.05},
+    "nystrom-exact": {"num_landmarks": 35},
     "nystrom-windows": {"window_size": 2},
     "linformer-windows": {"window_size": 3},
     "axial-columns": {"first": "columns", "strip_width": 1},
@@ -84,7 +85,10 @@ def test_gradients_with_a_mask(name):
     module = slot_of(name, img_size=(6, 8))
     x, mask = masked_tokens(module, batch=2)
     mask[:, :, :, :2] = True
-    assert torch.autograd.gradcheck(lambda x: module(x, attn_mask=mask), x.requires_grad_(), fast_mode=True)
+    tolerance = dict(atol=1e-9, rtol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda x: module(x, attn_mask=mask), x.requires_grad_(), **tolerance, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("rope", ["axial", "1d"])
@@ -188,6 +192,14 @@ def test_nystrom_is_the_formula_with_what_is_left_of_each_cell(name):
         X = v_m + torch.linalg.solve(AT @ A + 0.01 * eye, AT @ (exact - A @ v_m))
         expected[image] = module.merge((F @ X).unsqueeze(0), x[image : image + 1])[0]
     assert distance(module(x, attn_mask=mask), expected) < rounding(torch.float64, 100)
+
+
+def test_nystrom_with_a_landmark_for_each_patch_is_softmax():
+    module = slot_of("nystrom-exact")
+    x, mask = masked_tokens(module)
+    q, k, v = heads_of(module, x.requires_grad_())
+    weights = (q @ k.transpose(2, 3) / 4).masked_fill(~mask, -torch.inf).softmax(3)
+    check_equal(module(x, attn_mask=mask), joined(module, weights @ v), x, rounding(torch.float64))
 
 
 @pytest.mark.parametrize("name", ["linformer", "linformer-headwise", "linformer-none"])

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import LAYOUTS, condition, distance, gradients, image, rounding, small
+from conftest import LAYOUTS, check_equal, condition, distance, gradients, heads_of, image, joined, rounding, small
+from torch.nn.functional import pad
 
 
 def groups_of(side, size):
@@ -81,14 +82,10 @@ def test_equals_masked_dense_attention(layout, size, group_size, latents, cells)
     module = model.double().blocks[0].attn
     P = module.num_prefix_tokens
     x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
-    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads_of(module, x)
     parts = pooling_matrix(module.grid, group_size, cells)
     y = torch.stack([torch.stack([head(q[b, a], k[b, a], v[b, a], P, *parts) for a in (0, 1)]) for b in (0, 1)])
-    expected = y.transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
-    assert distance(module(x), expected) < 1e-12
-    weight = torch.randn_like(expected)
-    mine, right = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (module(x), expected))
-    assert distance(mine, right) < 1e-12
+    check_equal(module(x), joined(module, y), x, 1e-12)
 
 
 @pytest.mark.parametrize("size, group_size, latents, cells", CASES[:3], ids=str)
@@ -102,14 +99,27 @@ def test_masked_tokens_are_left_out(layout, size, group_size, latents, cells):
     pool, owner, group = pooling_matrix(module.grid, group_size, cells)
     added = torch.randn(module.num_tokens, dtype=torch.float64)
     added[P:][pool[0] > 0] = added[P + 7] = -1e4
-    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads_of(module, x)
     y = torch.stack([head(q[0, a], k[0, a], v[0, a], P, pool, owner, group, added) for a in (0, 1)]).unsqueeze(0)
-    expected = y.transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
-    found = module(x, attn_mask=added[None, None, None, :])
-    assert distance(found, expected) < 1e-12
-    weight = torch.randn_like(expected)
-    mine, right = (torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (found, expected))
-    assert distance(mine, right) < 1e-12
+    check_equal(module(x, attn_mask=added[None, None, None, :]), joined(module, y), x, 1e-12)
+
+
+def test_locality_is_four_channels_of_queries_and_keys():
+    """-a |p_i - p_j|^2 = 2 a p_i p_j - a |p_j|^2 - a |p_i|^2; a latent has the mean channels of its cell's patches."""
+    (size, group_size, latents, cells), a = CASES[1], 0.05
+    model = small("latent", img_size=size, group_size=group_size, latents_per_group=latents, locality=a)
+    module = model.double().blocks[0].attn
+    x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    place = torch.cartesian_prod(torch.arange(7), torch.arange(5)).double()
+    square = place.square().sum(1, keepdim=True)
+    of_q = torch.cat([2 * a * place, torch.ones_like(square), -a * square], dim=1)
+    of_k = torch.cat([place, -a * square, torch.ones_like(square)], dim=1)
+    of_q, of_k = (pad(t, (0, 0, 1, 0)).expand(2, 2, -1, -1) for t in (of_q, of_k))  # none for the class token
+    q, k, v = heads_of(module, x)
+    q, k = torch.cat([q / 4, of_q], dim=3) * math.sqrt(20), torch.cat([k, of_k], dim=3)  # as heads of width 20
+    parts = pooling_matrix(module.grid, group_size, cells)
+    y = torch.stack([torch.stack([head(q[b, i], k[b, i], v[b, i], 1, *parts) for i in (0, 1)]) for b in (0, 1)])
+    check_equal(module(x), joined(module, y), x, 1e-12)
 
 
 @pytest.mark.parametrize("rope", [None, "axial", "1d"])
@@ -131,6 +141,21 @@ def test_is_softmax_attention_where_groups_are_equal_inside():
     x = torch.randn(2, 2, 2, 32).double().repeat_interleave(4, 1).repeat_interleave(4, 2).flatten(1, 2)
     mine, theirs = model.blocks[0].attn(x), softmax.blocks[0].attn(x)
     assert distance(mine, theirs) < rounding(torch.float64, condition(lambda x: softmax.blocks[0].attn(x), x))
+
+
+def test_a_group_whose_patches_are_all_masked_reads_the_others():
+    """Latents lose nothing of the other groups, whose patches are all alike; a cell of them is masked, too."""
+    model = small("latent", img_size=(16, 16), group_size=4).double()
+    softmax = small("softmax", img_size=(16, 16)).double()
+    softmax.load_state_dict(model.state_dict())
+    masked = torch.zeros(8, 8, dtype=torch.bool)
+    masked[:4, :4] = masked[:2, 4:6] = True
+    x = torch.randn(2, 65, 32, dtype=torch.float64)
+    x[:, 1:][:, ~masked.flatten()] = torch.randn(32, dtype=torch.float64)
+    x.requires_grad_()
+    read = torch.cat([torch.ones(1, dtype=torch.bool), ~masked.flatten()])[None, None, None, :]
+    mine, theirs = (net.blocks[0].attn(x, attn_mask=read) for net in (model, softmax))
+    check_equal(mine, theirs, x, rounding(torch.float64, 10))
 
 
 @pytest.mark.parametrize("value", [0, 1.5, True], ids=repr)

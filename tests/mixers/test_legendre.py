@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LAYOUTS, distance, small
+from conftest import LAYOUTS, check_equal, distance, heads_of, joined, small
 from einops import rearrange
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -37,16 +37,15 @@ def by_recurrence(module, x, grid):
     """The slot's output, (B, N, C) -> (B, N, C)."""
     P, core = module.num_prefix_tokens, module.core
     A, B = system(core.order, core.theta)
-    q, k, v = rearrange(x @ module.qkv.weight.T + module.qkv.bias, "b n (t h d) -> t b h n d", t=3, h=2)
-    prefix = scaled_dot_product_attention(q[:, :, :P], k, v).transpose(1, 2).flatten(2)
+    q, k, v = heads_of(module, x)
+    prefix = scaled_dot_product_attention(q[:, :, :P], k, v)
     rows = rearrange(v[:, :, P:], "b h (y x) d -> b (h d) y x", y=grid[0])
     y = 0
     for axis, image in ((0, rows), (1, rows.transpose(2, 3))):
         forwards, backwards = core.readout[axis].split(core.order, dim=1)
         part = remember(image, A, B, forwards) + remember(image.flip(3), A, B, backwards).flip(3)
         y = y + (part if axis == 0 else part.transpose(2, 3))
-    y = torch.cat([prefix, rearrange(y, "b c y x -> b (y x) c")], dim=1)
-    return y @ module.proj.weight.T + module.proj.bias
+    return joined(module, torch.cat([prefix, rearrange(y, "b (h d) y x -> b h (y x) d", h=2)], dim=2))
 
 
 @pytest.mark.parametrize("options", [{}, {"order": 3, "theta": 5}, {"order": 1, "theta": 20.5}], ids=str)
@@ -57,10 +56,7 @@ def test_equals_the_recurrence(size, layout, options):
     H, W = module.grid
     x = torch.randn(2, module.num_prefix_tokens + H * W, 32, dtype=torch.float64, requires_grad=True)
     expected = by_recurrence(module, x, (H, W))
-    assert distance(module(x), expected) < 1e-12
-    weight, inputs = torch.randn_like(expected), (x, *module.parameters())
-    mine, right = (torch.autograd.grad((y * weight).sum(), inputs) for y in (module(x), expected))
-    assert distance(*(torch.cat([g.flatten() for g in each]) for each in (mine, right))) < 1e-12
+    check_equal(module(x), expected, (x, *module.parameters()), 1e-12)
 
 
 def test_another_grid_has_the_same_memory():

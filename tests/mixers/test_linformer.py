@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import distance, rounding, small
-from einops import rearrange
+from conftest import LAYOUTS, check_equal, distance, heads_of, joined, rounding, small
 
 from timm_vix.mixers._layout import TokenLayout
-
-LAYOUTS = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
 
 
 def rotation(position, D: int, kind: str) -> torch.Tensor:
@@ -31,10 +28,10 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
     B, N, C = x.shape
     h, P, (H, W) = module.num_heads, module.num_prefix_tokens, module.grid
     D, k = C // h, cells[0] * cells[1]
-    q, keys, values = rearrange(x @ module.qkv.weight.T + module.qkv.bias, "b n (t h d) -> t b h n d", t=3, h=h)
+    q, keys, values = heads_of(module, x)
     E = module.core.token_proj.flatten(2)
     bias = torch.tensor([0.0] * P + [math.log(H * W / k)] * k, dtype=x.dtype)
-    out = torch.zeros(B, N, h, D, dtype=x.dtype)
+    out = torch.zeros(B, h, N, D, dtype=x.dtype)
     for b in range(B):
         for head in range(h):
             first, second = {"kv": (0, 0), "headwise": (0, 1), "none": (head, h + head)}[module.core.sharing]
@@ -55,35 +52,30 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
                 start = [(0, 0, 0)] * P
                 Q = torch.stack([rotation(p, D, rope) @ v for p, v in zip(start + patches, Q, strict=True)])
                 K = torch.stack([rotation(p, D, rope) @ v for p, v in zip(start + regions, K, strict=True)])
-            out[b, :, head] = torch.softmax(Q @ K.T / math.sqrt(D) + bias, dim=1) @ V
-    return out.reshape(B, N, C) @ module.proj.weight.T + module.proj.bias
+            out[b, head] = torch.softmax(Q @ K.T / math.sqrt(D) + bias, dim=1) @ V
+    return joined(module, out)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=len)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rope", [None, "axial", "1d"])
 @pytest.mark.parametrize("sharing", ["kv", "headwise", "none"])
 def test_equals_a_loop(sharing, rope, layout):
-    model = small("linformer", rope, sharing=sharing, num_proj_tokens=6, **layout).double()
+    model = small("linformer", rope, sharing=sharing, num_proj_tokens=6, **LAYOUTS[layout]).double()
     module = model.blocks[0].attn
     module.core.token_proj.data.normal_(std=0.3)
     x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
-    ours, reference = module(x), naive(module, x, rope, (3, 2))
     bound = rounding(torch.float32 if rope else torch.float64, 10)  # the table of rotations was made in float32
-    assert distance(ours, reference) < bound
-    weight = torch.randn_like(ours)
-    inputs = (x, *module.parameters())
-    for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, reference))):
-        assert distance(mine, theirs) < bound
+    check_equal(module(x), naive(module, x, rope, (3, 2)), (x, *module.parameters()), bound)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=len)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rope", [None, "axial", "1d"])
 @pytest.mark.parametrize("sharing", ["kv", "headwise", "none"])
 def test_a_projection_for_each_patch_is_softmax(sharing, rope, layout):
-    linformer = small("linformer", rope, sharing=sharing, num_proj_tokens=35, **layout).double()
+    linformer = small("linformer", rope, sharing=sharing, num_proj_tokens=35, **LAYOUTS[layout]).double()
     for block in linformer.blocks:
         block.attn.core.reset_parameters()  # the average over a region of one patch: the identity
-    softmax = small("softmax", rope, **layout).double()
+    softmax = small("softmax", rope, **LAYOUTS[layout]).double()
     softmax.load_state_dict({k: v for k, v in linformer.state_dict().items() if "token_proj" not in k})
     x = torch.randn(2, 3, 14, 10, dtype=torch.float64, requires_grad=True)
     ours, theirs = linformer(x), softmax(x)

@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import distance, rounding, small
+from conftest import LAYOUTS, check_equal, distance, heads_of, joined, rounding, small
 from test_linformer import rotation
 from torch.nn.functional import scaled_dot_product_attention
 
 from timm_vix.mixers._layout import TokenLayout
 from timm_vix.mixers.nystrom import fit_landmarks
-
-LAYOUTS = [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
-EXACT = {"ridge": 0.0, "pinv_iterations": 80}
 
 
 def sharpened(model):
@@ -26,17 +23,15 @@ def sharpened(model):
     return model
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=len)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rope", [None, "axial", "1d"])
-def test_a_landmark_for_each_token_is_softmax(rope, layout):
-    nystrom = sharpened(small("nystrom", rope, num_landmarks=35, **EXACT, **layout).double())
-    softmax = small("softmax", rope, **layout).double()
+def test_a_landmark_for_each_patch_is_softmax(rope, layout):
+    """It is computed as that. The next test shows that the formula gives the same."""
+    nystrom = small("nystrom", rope, num_landmarks=35, **LAYOUTS[layout]).double()
+    softmax = small("softmax", rope, **LAYOUTS[layout]).double()
     softmax.load_state_dict(nystrom.state_dict())
     x = torch.randn(2, 3, 14, 10, dtype=torch.float64, requires_grad=True)
-    ours, theirs = nystrom(x), softmax(x)
-    assert distance(ours, theirs) < rounding(torch.float64, 100)
-    mine, reference = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs))
-    assert distance(mine, reference) < rounding(torch.float64, 100)
+    check_equal(nystrom(x), softmax(x), x, rounding(torch.float64, 100))
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.003, 0.3])
@@ -62,9 +57,8 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
 
     Returned with the condition of A^T A + r I, the largest of all images and heads.
     """
-    B, N, C = x.shape
-    h, P, (H, W) = module.num_heads, module.num_prefix_tokens, module.grid
-    D = C // h
+    B, _, C = x.shape
+    P, (H, W), D = module.num_prefix_tokens, module.grid, module.head_dim
     patches = x[:, P:].reshape(B, H, W, C)
     landmarks = [x[:, i] for i in range(P)]
     for i in range(cells[0]):
@@ -73,11 +67,7 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
             rows = slice(i * H // cells[0], -(-(i + 1) * H // cells[0]))
             columns = slice(j * W // cells[1], -(-(j + 1) * W // cells[1]))
             landmarks.append(patches[:, rows, columns].mean(dim=(1, 2)))
-
-    def split(tokens):
-        return (tokens @ module.qkv.weight.T + module.qkv.bias).reshape(B, -1, 3, h, D).permute(2, 0, 3, 1, 4)
-
-    (q, k, v), (Q, K, V) = split(x), split(torch.stack(landmarks, dim=1))
+    (q, k, v), (Q, K, V) = heads_of(module, x), heads_of(module, torch.stack(landmarks, dim=1))
     if rope:
         start = [(0, 0, 0)] * P
         places = start + [(r, c, r * W + c) for r in range(H) for c in range(W)]
@@ -97,26 +87,21 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
         values = V + torch.linalg.solve(squares, A.transpose(2, 3) @ (exact - A @ V))
     else:
         values = torch.linalg.pinv(A) @ exact
-    y = (kernel @ values).transpose(1, 2).reshape(B, N, C)
-    return y @ module.proj.weight.T + module.proj.bias, float(torch.linalg.cond(squares.detach()).max())
+    return joined(module, kernel @ values), float(torch.linalg.cond(squares.detach()).max())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=len)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rope", [None, "axial", "1d"])
 @pytest.mark.parametrize("ridge", [0.0, 0.003, 0.3])
 def test_equals_the_formula(ridge, rope, layout):
     options = {"num_landmarks": 6, "ridge": ridge, "pinv_iterations": 80}
-    module = sharpened(small("nystrom", rope, **options, **layout).double()).blocks[0].attn
+    module = sharpened(small("nystrom", rope, **options, **LAYOUTS[layout]).double()).blocks[0].attn
     x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
     ours, (reference, squared) = module(x), naive(module, x, rope, (3, 2))
     assert squared < 1e4, "an ill-conditioned case shows nothing"
     # the table of rotations was made in float32
     bound = rounding(torch.float32) if rope else rounding(torch.float64, squared)
-    assert distance(ours, reference) < bound
-    weight = torch.randn_like(ours)
-    inputs = (x, module.qkv.weight, module.proj.weight)
-    for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, reference))):
-        assert distance(mine, theirs) < bound
+    check_equal(ours, reference, (x, module.qkv.weight, module.proj.weight), bound)
 
 
 def test_convolution_adds_what_a_loop_adds_from_the_values():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import LAYOUTS, distance, rounding, small
+from conftest import LAYOUTS, check_equal, distance, heads_of, joined, rounding, small
 from einops import rearrange
 from torch.nn.functional import interpolate
 
@@ -17,7 +17,7 @@ from timm_vix.mixers._mechanism import AttentionShape
 def dense(module, x: torch.Tensor, positions: torch.Tensor, rope: str | None) -> torch.Tensor:
     """The slot with an N x N matrix of weights, each row divided by its sum; positions (h, H·W, D)."""
     P = module.num_prefix_tokens
-    q, k, v = rearrange(x @ module.qkv.weight.T + module.qkv.bias, "b n (t h d) -> t b h n d", t=3, h=2)
+    q, k, v = heads_of(module, x)
     if rope is not None:
         layout = TokenLayout(P, module.grid)
         q, k = module.rotate(q, layout, layout.grid), module.rotate(k, layout, layout.grid)
@@ -31,7 +31,7 @@ def dense(module, x: torch.Tensor, positions: torch.Tensor, rope: str | None) ->
         groups=32,
     )
     y[:, :, P:] += rearrange(local, "b (h d) r c -> b h (r c) d", h=2)
-    return rearrange(y, "b h n d -> b n (h d)") @ module.proj.weight.T + module.proj.bias
+    return joined(module, y)
 
 
 @pytest.mark.parametrize("rope", [None, "axial"])
@@ -41,11 +41,19 @@ def test_equals_the_dense_matrix(size, layout, rope):
     module = small("relu", rope, img_size=size, **LAYOUTS[layout]).double().blocks[0].attn
     x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
     positions = rearrange(module.core.key_positions, "(h d) r c -> h (r c) d", h=2)
-    ours, expected = module(x), dense(module, x, positions, rope)
-    assert distance(ours, expected) < 1e-12
     inputs = (x, module.core.key_positions, module.core.conv.weight, module.qkv.weight)
-    for mine, right in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (ours, expected))):
-        assert distance(mine, right) < 1e-12
+    check_equal(module(x), dense(module, x, positions, rope), inputs, 1e-12)
+
+
+@pytest.mark.parametrize("negative", ["queries", "keys"])
+def test_a_query_that_meets_no_key_gives_0(negative):
+    module = small("relu", conv_residual=False).double().blocks[0].attn
+    first = {"queries": 0, "keys": 32}[negative]
+    module.qkv.bias.data[first : first + 32] = -1e3
+    x = torch.randn(2, module.num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    y = module(x)
+    assert torch.equal(y, module.proj.bias.expand_as(y))
+    assert not torch.autograd.grad(y.sum(), x)[0].any()
 
 
 def test_positions_of_keys_are_interpolated_on_another_grid():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import LAYOUTS, distance, small
+from conftest import LAYOUTS, check_equal, heads_of, joined, small
 
 
 def head_by_loop(q, k, v, P, grid, gamma, locality=0.0, added=None):
@@ -49,17 +49,13 @@ def test_equals_a_loop(layout, size, keywords):
     module = small("retention", img_size=size, **keywords, **LAYOUTS[layout]).double().blocks[0].attn
     (H, W), P = module.grid, module.num_prefix_tokens
     x = torch.randn(2, P + H * W, 32, dtype=torch.float64, requires_grad=True)
-    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads_of(module, x)
     a, b = keywords.get("decay_start", 6), keywords.get("decay_range", 4)
     gammas = [1 - 2 ** -(a + b * head / 2) for head in (0, 1)]
     local = keywords.get("locality", 0.0)
     heads = [[head_by_loop(q[i, t], k[i, t], v[i, t], P, (H, W), gammas[t], local) for t in (0, 1)] for i in (0, 1)]
     y = torch.stack([torch.stack(each) for each in heads])
-    expected = y.transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
-    assert distance(module(x), expected) < 1e-12
-    weight = torch.randn_like(expected)
-    mine, right = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (module(x), expected))
-    assert distance(mine, right) < 1e-12
+    check_equal(module(x), joined(module, y), x, 1e-12)
 
 
 @pytest.mark.parametrize("layout", ["class", "no_prefix"])
@@ -70,16 +66,11 @@ def test_masked_tokens_are_left_out(layout):
     x = torch.randn(1, P + H * W, 32, dtype=torch.float64, requires_grad=True)
     added = torch.randn(P + H * W, dtype=torch.float64)
     added[P + 1] = added[P + 2 * W : P + 3 * W] = -1e4
-    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads_of(module, x)
     gammas = [1 - 2 ** -(6 + 4 * head / 2) for head in (0, 1)]
     heads = [head_by_loop(q[0, t], k[0, t], v[0, t], P, (H, W), gammas[t], 0.1, added) for t in (0, 1)]
     y = torch.stack(heads).unsqueeze(0)
-    expected = y.transpose(1, 2).flatten(2) @ module.proj.weight.T + module.proj.bias
-    found = module(x, attn_mask=added[None, None, None, :])
-    assert distance(found, expected) < 1e-12
-    weight = torch.randn_like(expected)
-    mine, right = (torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (found, expected))
-    assert distance(mine, right) < 1e-12
+    check_equal(module(x, attn_mask=added[None, None, None, :]), joined(module, y), x, 1e-12)
 
 
 @pytest.mark.parametrize("wrong", [{"decay_start": 0.5}, {"decay_start": "6"}, {"decay_range": -1}], ids=str)

@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import LAYOUTS, distance, gradients, image, rounding, since, small
+from conftest import LAYOUTS, check_equal, distance, gradients, heads_of, image, joined, rounding, since, small
 from timm.layers import AttentionRope, RotaryEmbeddingCat
 from timm.models import save_for_hf
 
@@ -26,9 +26,9 @@ def timm_twin(module, rope: bool = True) -> AttentionRope:
 
 @pytest.mark.parametrize("img_size", [(14, 10), (8, 8), (2, 18)])
 @pytest.mark.parametrize("masked", ["", "bool", "float", "causal"])
-@pytest.mark.parametrize("layout", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}], ids=len)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_axial_positions_are_those_of_timm(layout, masked, img_size):
-    model = small("softmax", "axial", img_size=img_size, **layout).double()
+    model = small("softmax", "axial", img_size=img_size, **LAYOUTS[layout]).double()
     module = model.blocks[0].attn
     N = module.num_tokens
     mask = {"bool": torch.rand(N, N) < 0.7, "float": torch.randn(N, N, dtype=torch.float64)}.get(masked)
@@ -37,12 +37,8 @@ def test_axial_positions_are_those_of_timm(layout, masked, img_size):
     kwargs = {"attn_mask": mask, "is_causal": masked == "causal"}
     table = RotaryEmbeddingCat(16, in_pixels=False, temperature=100.0, feat_shape=list(module.grid)).get_embed()
     x = torch.randn(2, N, 32, dtype=torch.float64, requires_grad=True)
-    bound = rounding(torch.float32)  # our table was made in float32, as timm's
     ours, theirs = module(x, **kwargs), timm_twin(module)(x, rope=table.double(), **kwargs)
-    assert distance(ours, theirs) < bound
-    weight = torch.randn_like(ours)
-    mine, reference = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, theirs))
-    assert distance(mine, reference) < bound
+    check_equal(ours, theirs, x, rounding(torch.float32))  # our table was made in float32, as timm's
 
 
 def raster_attention(module, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +46,7 @@ def raster_attention(module, x: torch.Tensor) -> torch.Tensor:
     B, N, C = x.shape
     h, P = module.num_heads, module.num_prefix_tokens
     D = C // h
-    qkv = (x @ module.qkv.weight.T + module.qkv.bias).reshape(B, N, 3, h, D)
+    q, k, v = heads_of(module, x)
 
     def turned(vector, token):
         if token < P:
@@ -62,19 +58,19 @@ def raster_attention(module, x: torch.Tensor) -> torch.Tensor:
             pairs += [a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)]
         return torch.stack(pairs)
 
-    out = torch.zeros(B, N, h, D, dtype=x.dtype)
+    out = torch.zeros(B, h, N, D, dtype=x.dtype)
     for b in range(B):
         for head in range(h):
-            keys = torch.stack([turned(qkv[b, t, 1, head], t) for t in range(N)])
+            keys = torch.stack([turned(k[b, head, t], t) for t in range(N)])
             for t in range(N):
-                weights = torch.softmax(keys @ turned(qkv[b, t, 0, head], t) / math.sqrt(D), dim=0)
-                out[b, t, head] = weights @ qkv[b, :, 2, head]
-    return out.reshape(B, N, C) @ module.proj.weight.T + module.proj.bias
+                weights = torch.softmax(keys @ turned(q[b, head, t], t) / math.sqrt(D), dim=0)
+                out[b, head, t] = weights @ v[b, head]
+    return joined(module, out)
 
 
-@pytest.mark.parametrize("layout", [{}, {"class_token": False, "global_pool": "avg"}], ids=len)
+@pytest.mark.parametrize("layout", ["class", "no_prefix"])
 def test_raster_positions_are_those_of_a_loop(layout):
-    module = small("softmax", "1d", img_size=(6, 8), **layout).double().blocks[0].attn
+    module = small("softmax", "1d", img_size=(6, 8), **LAYOUTS[layout]).double().blocks[0].attn
     x = torch.randn(1, math.prod(module.grid) + module.num_prefix_tokens, 32, dtype=torch.float64)
     assert distance(module(x), raster_attention(module, x)) < rounding(torch.float32)  # so is the table's
 
@@ -133,12 +129,7 @@ def test_merged_keys_are_those_of_a_loop(layout, share, left, rope):
             for image in zip(q, k, v)
         ]
     )
-    expected = module.merge(heads, x)
-    found = module(x)
-    assert distance(found, expected) < rounding(torch.float64)
-    weight = torch.randn_like(found)
-    ours, theirs = (torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (found, expected))
-    assert distance(ours, theirs) < rounding(torch.float64)
+    check_equal(module(x), module.merge(heads, x), x, rounding(torch.float64))
 
 
 @torch.no_grad()
