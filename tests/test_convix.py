@@ -8,6 +8,7 @@ import torch
 from conftest import distance, lively
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import save_for_hf
 from timm.models.convit import GPSA
 
 from timm_vix.mixers import MIXERS
@@ -62,6 +63,17 @@ def test_weights_go_to_another_grid(tmp_path):
         assert key == "pos_embed" or torch.equal(value, same.state_dict()[key]), key
     positions = resample_abs_pos_embed(reference.pos_embed, (2, 5), (3, 3), num_prefix_tokens=0)
     assert torch.equal(model.pos_embed, positions)
+
+
+@pytest.mark.parametrize(
+    "old, new", [((2, 8), (4, 4)), ((4, 4), (2, 8)), ((2, 8), (4, 8)), ((3, 5), (4, 8)), ((3, 5), (3, 5))], ids=str
+)
+def test_positions_of_a_saved_model_move_to_another_grid(old, new, tmp_path):
+    before, after = (tuple(16 * side for side in grid) for grid in (old, new))
+    saved = timm.create_model("convix_gpsa_tiny", **{**SHAPE, "img_size": before})
+    save_for_hf(saved, tmp_path, safe_serialization=True)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=after)
+    assert torch.equal(model.pos_embed, resample_abs_pos_embed(saved.pos_embed, new, old, num_prefix_tokens=0))
 
 
 def test_starts_as_timms():

@@ -11,13 +11,21 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models._features_fx import GraphExtractNet
 
+from timm_vix.mixers import MIXERS
 from timm_vix.mixers._layout import TokenLayout
-from timm_vix.mixers._mechanism import AttentionShape
+from timm_vix.mixers._mechanism import AttentionMechanism, AttentionShape
 
 MIXER = {"cvn": "nystrom", "cvp": "performer", "cvt": "softmax"}
 NAMES = [f"{family}_{size}" for family in MIXER for size in ("cifar", "13")]
 SHAPE = dict(img_size=(20, 12), embed_dims=(16, 16, 32), depths=(1, 1, 2), num_heads=(1, 2, 2), num_classes=5)
 # with which keywords a mechanism that approximates softmax attention is that
+# CvT has layers of their own for queries and keys, which no patch compares in these
+VALUES_ONLY = ["pool", "legendre"]
+ON_ONE_GRID = [
+    name
+    for name, kind in MIXERS.items()
+    if issubclass(kind, AttentionMechanism) and name not in (*PROJECTED, *VALUES_ONLY)
+]
 EXACT = {
     "softmax": {},
     "nystrom": {"num_landmarks": 999},
@@ -204,6 +212,39 @@ def test_trains_and_comes_back(mixer, kwargs, tmp_path):
     assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("mixer", ON_ONE_GRID)
+def test_every_parameter_of_a_mechanism_on_one_grid_learns(mixer, class_token):
+    """One without gradient stops distributed training."""
+    kwargs = dict(key_stride=1, class_token=class_token, global_pool="avg", embed_strides=(2, 1, 1))
+    model = small(mixer=mixer, **kwargs).train()
+    model.head(model.forward_features(torch.randn(3, 3, 20, 12))).square().sum().backward()  # of all tokens
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("mixer", VALUES_ONLY)
+@pytest.mark.parametrize("name", ["cvt_13", "cvt_cifar"])
+def test_queries_and_keys_without_effect_are_refused(name, mixer):
+    with pytest.raises(ValueError) as error:
+        timm.create_model(name, mixer=mixer, key_stride=1, device="meta")
+    given, allowed = str(error.value).split(": expected one of ")
+    assert given == f"mixer={mixer!r}"
+    assert sorted(allowed.split(", ")) == sorted(map(repr, [*PROJECTED, *ON_ONE_GRID]))
+
+
+def test_features_are_drawn_anew_in_training():
+    model = timm.create_model("cvp_13", **SHAPE, redraw_interval=2)
+    model.set_grad_checkpointing()  # which runs the blocks again, and counts once
+    cores = [module for module in model.modules() if isinstance(module, MIXERS["performer"])]
+    before = [core.features.clone() for core in cores]
+    assert len(cores) == 4
+    for passes in (1, 2):
+        model.eval()(torch.randn(1, 3, 20, 12))
+        model.train()(torch.randn(4, 3, 20, 12)).sum().backward()
+        assert [int(core.passes) for core in cores] == [passes] * 4
+        assert [torch.equal(core.features, old) for core, old in zip(cores, before)] == [passes == 1] * 4
+
+
 @pytest.mark.parametrize("mixer", PROJECTED)
 def test_an_image_does_not_depend_on_its_batch_mates(mixer):
     model = small(mixer=mixer, embed_strides=(2, 1, 1))
@@ -296,6 +337,8 @@ def test_a_checkpoint_that_lacks_a_mixers_weight_is_refused(name, key, tmp_path)
         ({"img_size": "20"}, ["img_size='20'", "positive integer"]),
         ({"global_pool": "max"}, ["global_pool='max'", "avg"]),
         ({"global_pool": "token", "class_token": False}, ["global_pool='token'", "avg"]),
+        ({"class_token": "x"}, ["class_token='x'", "True, False"]),
+        ({"class_token": 2}, ["class_token=2", "True, False"]),
     ],
     ids=str,
 )

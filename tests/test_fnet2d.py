@@ -76,6 +76,9 @@ def test_an_image_does_not_depend_on_its_batch_mates():
         ({"img_size": 13, "patch_size": 2}, ["img_size=13", "patch_size=2"]),
         ({"global_pool": "token"}, ["global_pool='token'", "avg"]),
         ({"global_pool": ""}, ["global_pool=''", "avg"]),
+        ({"depth": 1.5}, ["depth=1.5", "at least 1"]),
+        ({"depth": -1}, ["depth=-1", "at least 1"]),
+        ({"embed_dim": -1}, ["embed_dim=-1", "at least 1"]),
     ],
     ids=str,
 )

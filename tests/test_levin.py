@@ -219,6 +219,26 @@ def test_the_single_stage_trains_and_comes_back(patch_size, kwargs, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, kwargs, count",
+    [
+        ("levip_128s", {"redraw_interval": 2}, 4),
+        ("levip_128s", {"redraw_interval": 2, "stem": "levit"}, 4),
+        ("levin_128s", {"stem": "t2t", "stem_mixer": {"mixer": "performer", "redraw_interval": 2}}, 2),
+    ],
+    ids=str,
+)
+def test_features_are_drawn_anew_in_training(name, kwargs, count):
+    model = timm.create_model(name, **SHAPE, **kwargs)
+    cores = [module for module in model.modules() if isinstance(module, MIXERS["performer"])]
+    before = [core.features.clone() for core in cores]
+    for passes in (1, 2):
+        model.eval()(torch.randn(1, 3, 80, 48))
+        model.train()(torch.randn(4, 3, 80, 48))
+        assert [int(core.passes) for core in cores] == [passes] * count
+        assert [torch.equal(core.features, old) for core, old in zip(cores, before)] == [passes == 1] * count
+
+
+@pytest.mark.parametrize(
     "kwargs, words",
     [
         ({"num_features": 3}, ["num_features=3", "nystrom", "num_landmarks"]),

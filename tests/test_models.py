@@ -626,3 +626,57 @@ def test_intermediate_maps_are_checkpointed(name):
         assert len(calls) == 1 + enable
         found.append([p.grad.clone() for p in blocks[0].parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+OTHER_GRIDS = [((32, 128), (64, 64)), ((64, 64), (32, 128)), ((32, 128), (64, 128)), ((48, 80), (64, 128))]
+POSITIONS = [(name, *sizes) for name in ("hybrid_vin_tiny", "cct_7", "hybrid_vit_tiny") for sizes in OTHER_GRIDS]
+
+
+@pytest.mark.parametrize("name, old, new", [*POSITIONS, ("t2t_vit_tiny", *OTHER_GRIDS[0])])
+def test_positions_behind_a_stem_move_to_another_grid(name, old, new, tmp_path):
+    """Also to one of as many tokens, or from one of a square number of them."""
+    model = timm.create_model(name, img_size=old, depth=1, num_classes=5)
+    if name == "hybrid_vit_tiny":
+        timm_vix.convert(model, "performer")
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=new)
+    model.set_input_size(img_size=new)
+    assert torch.equal(again.pos_embed, model.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "size, patch_size, new",
+    [((32, 32), 8, (16, 64)), ((16, 64), 8, (32, 32)), ((16, 64), 4, (16, 16)), ((24, 40), 8, (32, 64))],
+    ids=str,
+)
+def test_positions_of_a_linear_embedding_move_behind_a_stem(size, patch_size, new, tmp_path):
+    """The grid of the checkpoint follows from the patches of its own embedding, of 8 pixels."""
+    save_file(vit(img_size=size).state_dict(), tmp_path / "vit.safetensors")
+    overlay = {"file": str(tmp_path / "vit.safetensors"), "num_classes": 5, "input_size": (3, *size)}
+    arguments = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    twin = vit(img_size=[side * 8 // patch_size for side in new], **arguments)
+    model = vit("hybrid_vin_tiny", patch_size=patch_size, img_size=new, **arguments)
+    assert torch.equal(model.pos_embed, twin.pos_embed)
+
+
+@pytest.mark.parametrize("name", ["vix_nystrom_tiny", "hybrid_vin_tiny"])
+@pytest.mark.parametrize(
+    "prefix, options",
+    [
+        (0, {"class_token": False, "global_pool": "avg"}),
+        (0, {"no_embed_class": True}),
+        (5, {"reg_tokens": 4}),
+    ],
+    ids=str,
+)
+def test_positions_of_other_prefix_tokens_are_named(prefix, options, name, tmp_path):
+    save_file(vit().state_dict(), tmp_path / "vit.safetensors")
+    overlay = {"file": str(tmp_path / "vit.safetensors"), "num_classes": 5}
+    told = (
+        f"17 positions, which are no known patch grid beside {prefix} prefix tokens; expected class_token, reg_tokens"
+    )
+    with pytest.raises(ValueError, match=told):
+        vit(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    # of the same layout they load, on any grid
+    save_file(vit(**options).state_dict(), tmp_path / "vit.safetensors")
+    vit(name, img_size=(24, 40), pretrained=True, pretrained_cfg_overlay=overlay, **options)

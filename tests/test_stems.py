@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import distance, gelu, lively, rounding, small
+from conftest import distance, gelu, lively, rounding, small, vit
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed
 
@@ -112,6 +112,17 @@ def test_the_patch_size_stays(stem):
     with pytest.raises(ValueError, match="patch_size=4"):
         model.set_input_size(patch_size=4)
     assert model(torch.randn(1, 3, 14, 10)).isfinite().all()
+
+
+@pytest.mark.parametrize("stem", SEQUENTIAL)
+def test_the_own_patch_size_is_taken_in_every_form(stem):
+    """From JSON it comes as a list."""
+    model = small("softmax", stem=stem)
+    for patch_size, img_size in ((2, (28, 20)), ((2, 2), (14, 10)), ([2, 2], [10, 18])):
+        model.set_input_size(img_size=img_size, patch_size=patch_size)
+    assert (model.patch_embed.patch_size, model.patch_embed.grid_size) == ((2, 2), (5, 9))
+    with pytest.raises(ValueError, match=r"patch_size=\[2, 6\]"):
+        model.set_input_size(patch_size=[2, 6])
 
 
 def pieces_of(image, side, stride, padding):
@@ -271,6 +282,25 @@ def test_a_pretrained_trunk_behind_a_stem(deit):
         key for key in model.state_dict() if key.startswith("patch_embed.")
     }
     assert model.patch_embed.grid_size == (14, 14)
+
+
+@pytest.mark.parametrize("mixer", ["gpsa", "relu", "softmax"])
+def test_a_new_stem_does_not_begin_as_trained(mixer, tmp_path):
+    """Beside trained weights a gate is nearly closed and a convolution 0; a stem has none, unlike the blocks."""
+    save_file(vit().state_dict(), tmp_path / "vit.safetensors")
+    overlay = {"file": str(tmp_path / "vit.safetensors"), "num_classes": 5}
+    arguments = dict(mixer="gpsa", conv_residual=True, stem="t2t")
+    arguments["stem_mixer"] = {"mixer": mixer, "conv_residual": True}
+    torch.manual_seed(3)
+    new = vit("vix_nystrom_tiny", **arguments)
+    torch.manual_seed(3)
+    model = vit("vix_nystrom_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    fresh = new.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, fresh[key]) or not key.startswith("patch_embed."), key
+    assert "patch_embed.proj.1.core.conv.weight" in fresh
+    assert not model.blocks[0].attn.core.conv.weight.any() and new.blocks[0].attn.core.conv.weight.any()
+    assert (new.blocks[0].attn.core.gating_param == 1).all() and (model.blocks[0].attn.core.gating_param == -3).all()
 
 
 @pytest.mark.parametrize(

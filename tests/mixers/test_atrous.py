@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_vix.mixers._dilated import axis_layout, check_dilations
+from timm_vix.mixers.atrous import attend_in_windows
 
 # branches, largest window, image in patches of 2 px: padding at one, both or no sides, grids smaller than a window or
 # than a dilation, a single row and a single patch
@@ -194,3 +195,18 @@ def test_dilations_from_the_command_line():
     kwargs = parser.parse_args(["--model-kwargs", "dilations=1,3", "window_size=4"]).model_kwargs
     module = timm.create_model("vix_atrous_tiny", device="meta", depth=1, **kwargs).blocks[0].attn
     assert (module.core.dilations, module.core.window_size) == ([1, 3], 4)
+
+
+@pytest.mark.parametrize("mean", [5.0, 16.0, 26.0])
+def test_autocast_keeps_the_logits_of_mean_keys(mean):
+    """Rounded to bfloat16, a logit of 26 would be off by up to 1/16, and the weight of its branch by 6 %."""
+    D, grid = 16, (14, 10)
+    offset = math.sqrt(mean / math.sqrt(D))
+    q, k, v = torch.randn(3, 2, 3, 140, D)
+    q, k = ((0.5 * t + offset).bfloat16().float() for t in (q, k))
+    v, gates = v.bfloat16(), torch.zeros(2, 3, 140, 2, dtype=torch.bfloat16)
+    arguments = (gates.double(), 0, grid, [1, 2], 3, None)
+    expected = attend_in_windows(q.double(), k.double(), v.double(), *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend_in_windows(q, k, v, gates, *arguments[1:])
+    assert distance(found, expected) < 0.005

@@ -3,10 +3,15 @@
 import math
 
 import pytest
+import timm
 import torch
-from conftest import LAYOUTS, check_equal, distance, heads_of, joined, rounding, small
+from conftest import LAYOUTS, check_equal, distance, heads_of, image, joined, lively, rounding, small, vit
+from timm.models import save_for_hf
 
+import timm_vix
 from timm_vix.mixers._layout import TokenLayout
+from timm_vix.mixers._resample import resample_input_weight
+from timm_vix.models.checkpoints import hosts_of
 
 
 def rotation(position, D: int, kind: str) -> torch.Tensor:
@@ -108,3 +113,71 @@ def test_a_region_meets_queries_by_relative_position(rope):
     logits = (module.rotate(q, layout, layout.grid) @ k.transpose(2, 3))[0, 0, 1:, 1:].reshape(8, 6, 4, 3)
     assert distance(logits[2:, 2:, 1:, 1:], logits[:-2, :-2, :-1, :-1]) < rounding(torch.float32)
     assert distance(logits[2:, 2:, 1:, :-1], logits[:-2, :-2, :-1, 1:]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "options, regions",
+    [
+        ({"num_proj_tokens": 6}, (3, 2)),
+        ({"num_proj_tokens": 35}, (7, 5)),  # one for each patch, and more than the patches of the other grid
+        ({"num_proj_tokens": 8, "window_size": 2}, (4, 2)),
+        ({"num_proj_tokens": 8, "rope": "axial"}, (4, 2)),
+        ({"num_proj_tokens": 8, "sharing": "none", "stem": "conv"}, (4, 2)),
+        ({}, (7, 5)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(10, 14), (4, 10)], ids=str)
+def test_regions_of_a_saved_model_stay_on_another_grid(size, options, regions, tmp_path):
+    """A number of projected tokens alone would give others there."""
+    model = small("linformer", **options)
+    assert model.blocks[0].attn.core.regions == regions
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size).eval()
+    model.set_input_size(img_size=size)
+    assert [block.attn.core.regions for block in again.blocks] == [regions] * 2
+    x = image(model)
+    assert distance(again(x), model(x)) < rounding(torch.float32, 3)
+
+
+FAMILIES = {
+    "pin_tiny": dict(img_size=(20, 12), patch_size=4, stride=2, base_dims=(16, 16), depth=(1, 2), heads=(1, 2)),
+    "convix_gpsa_tiny": dict(img_size=(80, 48), depth=3, local_up_to_layer=2, embed_dim=8, num_heads=4),
+    "levin_128s": dict(img_size=(160, 96), embed_dim=(32, 64), key_dim=8, num_heads=(2, 4), depth=(1, 2)),
+    "cvn_13": dict(img_size=(40, 24), embed_dims=(16, 16, 32), depths=(1, 1, 2), num_heads=(1, 2, 2)),
+    "vix_softmax_cifar": dict(img_size=(20, 12), patch_size=4, stem="t2t", depth=1, stem_mixer="linformer"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_regions_stay_in_every_family(name, tmp_path):
+    arguments = dict(FAMILIES[name], mixer="linformer", num_proj_tokens=8)
+    if name == "vix_softmax_cifar":  # in the stem
+        arguments["stem_mixer"] = {"mixer": arguments.pop("mixer"), "num_proj_tokens": arguments.pop("num_proj_tokens")}
+    model = lively(timm.create_model(name, **arguments))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    size = arguments["img_size"][::-1]
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size).eval()
+    moved = 0
+    for saved, loaded in zip(hosts_of(model).values(), hosts_of(again).values(), strict=True):
+        assert loaded.core.regions == saved.core.regions
+        weight = resample_input_weight(saved.core.token_proj, loaded.core.token_proj.shape[2:])
+        assert torch.equal(loaded.core.token_proj, weight)
+        moved += saved.core.regions[0] != saved.core.regions[1]
+    assert moved
+    assert again(torch.randn(2, 3, *size)).isfinite().all()
+
+
+@pytest.mark.parametrize("num_proj_tokens, regions, size", [(8, (2, 4), (48, 32)), (60, (6, 10), (16, 32))])
+def test_regions_in_the_stem_of_a_converted_model_stay(num_proj_tokens, regions, size, tmp_path):
+    """What is recorded of a conversion are the regions of its blocks."""
+    mixer = {"mixer": "linformer", "num_proj_tokens": num_proj_tokens, "window_size": 2}
+    model = vit("t2t_vit_tiny", stem_mixer=mixer, img_size=(32, 48), depth=1)
+    timm_vix.convert(model, "performer")
+    lively(model)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size).eval()
+    model.set_input_size(size)
+    assert [again.patch_embed.proj[step].core.regions for step in (0, 1)] == [regions] * 2
+    x = image(model)
+    assert distance(again(x), model(x)) < rounding(torch.float32, 3)

@@ -29,8 +29,9 @@ class CountPasses:
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
-    """The patch embedding of a host."""
-    return model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+    """The patch embedding of a host, the first stage's where it has several."""
+    names = ("patch_embed", "embeds", "stem", "stage0.patch_embed")  # the last are of NaFlexVit, LeViT and CvT
+    return next(model.get_submodule(name) for name in names if hasattr(model, name.partition(".")[0]))
 
 
 def update_hooks(model: nn.Module) -> None:

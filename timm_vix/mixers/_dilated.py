@@ -31,7 +31,7 @@ def check_dilations(dilations: Union[int, str, tuple[int, ...], None]) -> list[i
         except (ValueError, SyntaxError):
             values = ()
     values = list(values) if isinstance(values, (list, tuple)) else [values]
-    if not values or len(set(values)) < len(values) or not all(type(d) is int and d > 0 for d in values):
+    if not values or not all(type(d) is int and d > 0 for d in values) or len(set(values)) < len(values):
         raise InputError(f"dilations={dilations!r}: expected different integers of at least 1, such as (1, 2, 4)")
     return values
 

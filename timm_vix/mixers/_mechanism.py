@@ -237,6 +237,8 @@ class AttentionMechanism(Mixer):
     # whether queries and keys must be the same tokens, and whether values may have another width then
     needs_self_attention = False
     takes_wide_values = False
+    # whether queries and keys of patches have no effect, so that separate projections of them would learn nothing
+    uses_values_only = False
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__(shape)

@@ -122,6 +122,8 @@ def attend_in_windows(
     half = gates is not None and gates.dtype == torch.float16
     if half:  # the share of the mean key is below float16's smallest number where logits are 17 apart
         q, k, v = q.float(), k.float(), v.float()
+    elif gates is not None and gates.dtype == torch.bfloat16:  # or autocast would round the logits of mean keys, too
+        q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
     if not torch.jit.is_scripting() and half:
         with outside_autocast(q.device):
             y = join_windows(q, k, v, gates, num_prefix_tokens, grid, dilations, window_size, read)

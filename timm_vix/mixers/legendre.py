@@ -83,6 +83,7 @@ class LegendreMemory(AttentionMechanism):
     # only prefix tokens compare queries with keys
     has_logits = False
     needs_self_attention = True
+    uses_values_only = True
 
     def __init__(self, shape: AttentionShape, order: int = 16, theta: float = 14.0) -> None:
         super().__init__(shape)

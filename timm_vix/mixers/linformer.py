@@ -85,10 +85,12 @@ class LinformerAttention(LandmarkAttention):
             for side in num_proj_tokens:
                 check_integer("num_proj_tokens", side, 1)
             self.regions = (num_proj_tokens[0], num_proj_tokens[1])
+            self.asked_for = 0
         else:
             num_proj_tokens = DEFAULT_PROJ_TOKENS if num_proj_tokens is None else num_proj_tokens
             check_integer("num_proj_tokens", num_proj_tokens, 1)
             self.regions = cell_grid(num_proj_tokens, grid)
+            self.asked_for = num_proj_tokens
         self.sharing = sharing
         self.pools_tokens = sharing != "none"
         self.pools_once = sharing == "kv"
@@ -96,6 +98,20 @@ class LinformerAttention(LandmarkAttention):
         size = (groups, self.regions[0] * self.regions[1], *grid)
         self.token_proj = nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
         self.reset_parameters()
+
+    def keep_regions(self, weight: torch.Tensor) -> None:
+        """Take the regions that a checkpoint's weights (n, k, H, W) have on their own grid, if a number was asked for.
+
+        The same number may lie otherwise over the grid of this model.
+        """
+        if not self.asked_for or weight.ndim != 4:
+            return
+        regions = cell_grid(self.asked_for, (weight.shape[2], weight.shape[3]))
+        if regions != self.regions and regions[0] * regions[1] == weight.shape[1]:
+            self.regions, old = regions, self.token_proj
+            size = (old.shape[0], weight.shape[1], *old.shape[2:])
+            self.token_proj = nn.Parameter(old.new_empty(size), old.requires_grad)
+            self.reset_parameters()
 
     @property
     def num_proj_tokens(self) -> list[int]:

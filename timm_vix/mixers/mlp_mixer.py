@@ -64,7 +64,7 @@ class TokenMlp(TokenMixing):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(recurse=False):  # not those of the residual convolution
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:

@@ -33,6 +33,7 @@ class Pooling(AttentionMechanism):
     supports_dropout = False
     has_logits = False
     needs_self_attention = True
+    uses_values_only = True
     supports_key_mask = True
 
     def forward(

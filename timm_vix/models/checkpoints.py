@@ -5,10 +5,13 @@ into groups, its mixers and its stem; a group of which a checkpoint has no key a
 """
 
 import logging
+import math
 import re
-from typing import Any
+from typing import Any, Optional
 
 import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models._input import get_pretrained_grid_size
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
@@ -16,6 +19,7 @@ from .._checks import InputError
 from ..conversion.slots import resample_weights
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot, rename_core_keys
+from ..mixers.linformer import LinformerAttention
 from ..mixers.softmax import SoftmaxAttention
 from ._daff import DepthwiseFeedForward
 
@@ -139,6 +143,14 @@ def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict
     return state_dict, dict(new=new, ours=ours, dropped=dropped, paired=pairs)
 
 
+def keep_regions(state_dict: dict[str, Any], model: nn.Module) -> None:
+    """Give the Linformer attention of a model the regions of a checkpoint."""
+    for path, module in hosts_of(model).items():
+        weight = state_dict.get(f"{path}.core.token_proj")
+        if isinstance(module.core, LinformerAttention) and weight is not None:
+            module.core.keep_regions(weight)
+
+
 def complete_checkpoint(
     state_dict: dict[str, Any],
     model: nn.Module,
@@ -158,14 +170,16 @@ def complete_checkpoint(
     Raises:
         ValueError: if keys or shapes don't fit.
     """
+    keep_regions(state_dict, model)
     target = model.state_dict()
     resample_weights(state_dict, model)
+    in_stem = stem_keys(model)
     # added parameters start at values with which they don't change, or hardly change, what the loaded weights compute
     values = {
         f"{path}.core.{name}": value
         for path, module in hosts_of(model).items()
         for name, value in module.core.values_beside_trained().items()
-        if not ours
+        if not ours and f"{path}.core.{name}" not in in_stem  # a new stem has no trained weights
     }
     zeros = {key for key in new if key.endswith("attn.qkv.bias")} | feed_forward_keys(model, zeros=True)
     values |= dict.fromkeys(zeros, 0.0)
@@ -181,6 +195,61 @@ def complete_checkpoint(
             f"Newly initialized: {summary(new)}. Unused: {summary(dropped)}."
         )
     return state_dict
+
+
+def grid_of_positions(
+    positions: torch.Tensor, model: nn.Module, num_prefix_tokens: int, kernel: Optional[torch.Tensor]
+) -> Optional[tuple[int, int]]:
+    """The patch grid of a checkpoint's position embedding (1, tokens, C), or None where it has none.
+
+    It is that of the size in the configuration, or else the model's own, or else a square one.
+
+    Args:
+        kernel: the weights of a linear patch embedding, from which timm takes the patch size; None: that of the model.
+    """
+    patch = model.patch_embed.patch_size if kernel is None or kernel.ndim != 4 else kernel.shape[-2:]
+    count, own = positions.shape[1] - num_prefix_tokens, tuple(model.patch_embed.grid_size)
+    found = get_pretrained_grid_size(model, torch.empty(0, 0, *patch, device="meta"), count)
+    if found is not None or count < 1:
+        return found
+    if count == own[0] * own[1]:
+        return own
+    side = math.isqrt(count)
+    return (side, side) if side**2 == count else None
+
+
+def resample_positions(
+    state_dict: dict[str, torch.Tensor],
+    model: nn.Module,
+    num_prefix_tokens: int,
+    kernel: Optional[torch.Tensor] = None,
+) -> None:
+    """Move the position embedding of a checkpoint to the patch grid of the model, in place.
+
+    timm's own function reads the grid of the checkpoint off the kernel of a linear patch embedding, and a stem of
+    several layers has none. Arguments are those of ``grid_of_positions``.
+    """
+    positions = state_dict.get("pos_embed")
+    if positions is None or positions.ndim != 3 or model.pos_embed is None:
+        return
+    old, new = grid_of_positions(positions, model, num_prefix_tokens, kernel), tuple(model.patch_embed.grid_size)
+    if old is not None and old != new:
+        state_dict["pos_embed"] = resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens)
+
+
+def check_positions(
+    state_dict: dict[str, torch.Tensor], model: nn.Module, num_prefix_tokens: int, kernel: Optional[torch.Tensor]
+) -> None:
+    """Raise ValueError for a position embedding that isn't of a patch grid and the model's prefix tokens."""
+    positions = state_dict.get("pos_embed")
+    if positions is None or positions.ndim != 3 or getattr(model, "pos_embed", None) is None:
+        return
+    if grid_of_positions(positions, model, num_prefix_tokens, kernel) is None:
+        raise InputError(
+            f"the checkpoint doesn't fit {model.pretrained_cfg.get('architecture', 'the model')}: it has "
+            f"{positions.shape[1]} positions, which are no known patch grid beside {num_prefix_tokens} prefix tokens; "
+            "expected class_token, reg_tokens and no_embed_class of the checkpoint's model"
+        )
 
 
 def from_convit(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

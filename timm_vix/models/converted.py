@@ -124,7 +124,7 @@ def vix_from_timm(
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)
     arguments = dict(mixer=mixer, layers=layers, keywords=dict(keywords), merge=merge, scale_logits=scale_logits)
-    if conversion:
+    if conversion is not None and conversion != {}:
         mixer, layers, keywords, merge, scale_logits = resolved_arguments(conversion, arguments)
     keywords |= {
         name: value for name, value in dict(merge=merge, scale_logits=scale_logits).items() if value is not None

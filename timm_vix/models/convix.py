@@ -12,7 +12,7 @@ Queries, keys and values are projected as one, and positional attention is compu
 from typing import Any, Optional, Union
 
 import torch
-from timm.layers import Attention, resample_abs_pos_embed, to_2tuple
+from timm.layers import Attention, to_2tuple
 from timm.models import generate_default_cfgs, get_pretrained_cfg
 from timm.models.convit import ConVit
 from torch import nn
@@ -26,7 +26,7 @@ from ..mixers._layout import TokenLayout
 from ..mixers.gpsa import GatedPositionalAttention
 from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
-from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
+from .checkpoints import complete_checkpoint, resample_positions, split_checkpoint, tensors_of
 from .vit import check_sizes, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {"tiny": dict(embed_dim=48, num_heads=4, local_up_to_layer=10)}
@@ -106,10 +106,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ConvitXformer) -> di
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
     state_dict, found = split_checkpoint(tensors_of(state_dict), model)
-    positions = state_dict.get("pos_embed")
-    if positions is not None and positions.ndim == 3 and positions.shape[1] != model.num_patches:
-        size = list(model.patch_embed.grid_size)
-        state_dict["pos_embed"] = resample_abs_pos_embed(positions, size, num_prefix_tokens=0)
+    resample_positions(state_dict, model, 0, state_dict.get("patch_embed.proj.weight"))
     return complete_checkpoint(state_dict, model, **found)
 
 

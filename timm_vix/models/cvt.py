@@ -24,6 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from .._checks import InputError, check_choice, is_integer
+from ..conversion.hooks import update_hooks
 from ..conversion.slots import no_decay_names
 from ..mixers._layout import Grid
 from ._build import build_xformer, overridden
@@ -92,10 +93,11 @@ class ConvolutionalXformer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        keywords = projected_keywords(mixer, kwargs)
+        keywords = projected_keywords(mixer, kwargs, separate=True)
         if kwargs:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(kwargs)}")
         check_choice("projection", projection, ("conv", "linear"))
+        check_choice("class_token", class_token, (True, False))
         check_choice("key_stride", key_stride, (1, 2))
         stages = dict(
             embed_dims=embed_dims, depths=depths, num_heads=num_heads, embed_kernels=embed_kernels,
@@ -139,6 +141,7 @@ class ConvolutionalXformer(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(before, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights(needs_reset=False)
+        update_hooks(self)
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """CvT's initialisation: truncated normal weights of standard deviation 0.02 for linear layers and class token.

@@ -29,7 +29,7 @@ from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, regis
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from .._checks import check_choice
+from .._checks import check_choice, check_integer
 from ..stems import STEMS
 from ._build import build_xformer
 from .checkpoints import check_keys, tensors_of
@@ -90,6 +90,8 @@ class FourierMap(nn.Module):
         check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
         check_pooling(global_pool, num_classes)
         check_sizes(img_size, patch_size, False)
+        for name, value in (("embed_dim", embed_dim), ("depth", depth)):
+            check_integer(name, value, 1)
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim

@@ -26,6 +26,7 @@ from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
+from ..conversion.hooks import update_hooks
 from ..conversion.keywords import is_plain_softmax
 from ..conversion.slots import no_decay_names
 from ..mixers import MIXERS
@@ -204,6 +205,7 @@ class LevitXformer(Levit):
             self.feature_info: list[dict[str, Any]] = [
                 dict(info, module=f"stages.{i}") for i in range(len(self.stages))
             ]
+        update_hooks(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

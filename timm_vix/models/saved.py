@@ -8,10 +8,10 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
-from timm.models import create_model, load_pretrained, load_state_dict_from_hf
+from timm.models import create_model, load_pretrained, load_state_dict, load_state_dict_from_hf
 from timm.models._hub import load_state_dict_from_path
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as eva_checkpoint_filter_fn
@@ -22,7 +22,7 @@ from .._checks import InputError, is_integer
 from .._files import one_line
 from ..conversion.slots import resample_weights, slots_of
 from ..mixers._slot import TokenSlot, rename_core_keys
-from .checkpoints import tensors_of
+from .checkpoints import keep_regions, resample_positions, tensors_of
 from .vit import VisionXformer
 
 # far beyond every published model, and small enough to be counted before memory is taken
@@ -92,14 +92,16 @@ def check_saved(cfg: dict[str, Any], arguments: dict[str, Any], saved: dict[str,
             raise InputError(f"{name}={value!r}: a saved configuration names a module here, or several")
 
 
-def read_weights(cfg: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a model that ``save_for_hf`` or ``push_to_hf_hub`` stored.
+def read_weights(cfg: dict[str, Any], cache_dir: Any, file: Optional[str] = None) -> dict[str, torch.Tensor]:
+    """The tensors of a model that ``save_for_hf`` or ``push_to_hf_hub`` stored, or those of a file of the caller's.
 
     Raises:
         ValueError: for anything but tensors.
     """
-    place = cfg["file"] if cfg["source"] == "local-dir" else cfg["hf_hub_id"]
+    place = file or (cfg["file"] if cfg["source"] == "local-dir" else cfg["hf_hub_id"])
     try:
+        if file:
+            return tensors_of(load_state_dict(file, weights_only=True))
         if cfg["source"] == "local-dir":
             return tensors_of(load_state_dict_from_path(Path(place), weights_only=True))
         return tensors_of(load_state_dict_from_hf(place, weights_only=True, cache_dir=cache_dir))
@@ -124,6 +126,9 @@ def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     filter_fn = eva_checkpoint_filter_fn if isinstance(model, Eva) else vit_checkpoint_filter_fn
     if not isinstance(model, VisionXformer) or isinstance(model.patch_embed.proj, nn.Conv2d):
         state_dict = filter_fn(state_dict, model)
+    else:
+        resample_positions(state_dict, model, 0 if model.no_embed_class else model.num_prefix_tokens)
+    keep_regions(state_dict, model)  # of a stem, which no conversion records
     resample_weights(state_dict, model)
     return state_dict
 
@@ -149,9 +154,10 @@ def build_saved(
     check_saved(cfg, arguments, kwargs.get("pretrained_model_args") or {})
     # the configuration isn't trusted: what it says about other places of weights is not for the source's loader
     taken = ("num_classes", "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "first_conv")
-    trusted = {name: cfg[name] for name in (*taken, "classifier") if name in cfg}
+    overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}  # of the caller, who may name a file of weights
+    trusted = {name: value for name, value in {**cfg, **overlay}.items() if name in (*taken, "classifier")}
     kwargs["pretrained_cfg"] = {**trusted, "architecture": source.partition(".")[0]}
-    weights = read_weights(cfg, cache_dir) if pretrained else {}
+    weights = read_weights(cfg, cache_dir, overlay.get("file")) if pretrained else {}
     try:
         with torch.device("meta"):
             size = sum(tensor.numel() for tensor in create(**kwargs).state_dict().values())

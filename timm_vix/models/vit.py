@@ -45,7 +45,7 @@ from ..stems import STEMS
 from ._build import build_xformer, overridden
 from ._daff import replace_mlps
 from ._register import ModelName
-from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
+from .checkpoints import check_positions, complete_checkpoint, resample_positions, split_checkpoint, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
@@ -237,13 +237,18 @@ def take_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs.pop(name) for name in names & kwargs.keys()}
 
 
-def projected_keywords(mixer: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def projected_keywords(mixer: str, kwargs: dict[str, Any], separate: bool = False) -> dict[str, Any]:
     """Take the keywords of a mixer out of ``kwargs``, for a host that projects queries, keys and values itself.
+
+    Args:
+        separate: whether it has layers of their own for queries and keys, which would learn nothing where a mixer uses
+            the values of patches only.
 
     Raises:
         ValueError: for an unknown mixer, one without queries and keys, or a keyword of another one.
     """
-    check_choice("mixer", mixer, tuple(name for name in MIXERS if issubclass(MIXERS[name], AttentionMechanism)))
+    kinds = {name: kind for name, kind in MIXERS.items() if issubclass(kind, AttentionMechanism)}
+    check_choice("mixer", mixer, tuple(name for name in kinds if not (separate and kinds[name].uses_values_only)))
     keywords = take_keywords(kwargs)
     check_keywords(mixer, keywords)
     return keywords
@@ -287,10 +292,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> di
     Raises:
         ValueError: if it is neither, with the keys that are missing, unexpected or of another shape.
     """
-    state_dict, found = split_checkpoint(tensors_of(state_dict), model)
+    state_dict = tensors_of(state_dict)
+    kernel = state_dict.get("patch_embed.proj.weight")  # which is left out where the model has a stem
+    state_dict, found = split_checkpoint(state_dict, model)
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    check_positions(state_dict, model, prefix, kernel)
     if isinstance(model.patch_embed.proj, nn.Conv2d):
         state_dict = vit_checkpoint_filter_fn(state_dict, model)
     elif "pos_embed" in state_dict:
+        resample_positions(state_dict, model, prefix, kernel)
         stem_keys = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith("patch_embed.")}
         state_dict = {**vit_checkpoint_filter_fn(state_dict, model), **stem_keys}
     return complete_checkpoint(state_dict, model, **found)

@@ -2,7 +2,7 @@
 
 from typing import Any, Optional, Union
 
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_2tuple
 
 from .._checks import InputError
 
@@ -47,6 +47,6 @@ class SequentialStem(PatchEmbed):
 
     def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[Size] = None) -> None:
         """Take another image size; the patch size is the stride of the layers and stays."""
-        if patch_size is not None and patch_size not in (self.patch_size[0], self.patch_size):
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise InputError(f"patch_size={patch_size}: {self.kind} stem was built for {self.patch_size[0]}")
         super().set_input_size(img_size=img_size)
