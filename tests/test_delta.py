@@ -10,13 +10,23 @@ import torch
 from conftest import image, small
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_freeze import trainable, vit
+from test_freeze import trainable
 from timm.models import save_for_hf
 from timm.utils import unwrap_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import timm_vix
 from timm_vix.conversion.identity import fingerprint
+
+
+def vit(num_classes: int = 5, **kwargs) -> torch.nn.Module:
+    """timm's own ViT of three narrow blocks, the same backbone weights in every call."""
+    torch.manual_seed(0)
+    arguments = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+    model = timm.create_model("deit_tiny_patch16_224", **{**arguments, **kwargs}).eval()
+    if num_classes != model.num_classes:
+        model.reset_classifier(num_classes)
+    return model
 
 
 def train(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -40,7 +50,7 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
 def test_two_tasks_share_one_backbone(tmp_path) -> None:
     expected = {}
     for seed, classes in ((1, 7), (2, 3)):
-        model = vit(classes)
+        model = vit(num_classes=classes)
         timm_vix.freeze_except(model, "attention")
         expected[classes] = answer(train(model, seed))
         timm_vix.save_delta(model, tmp_path / f"{classes}.safetensors")
@@ -189,6 +199,31 @@ def test_what_is_no_delta_of_this_model_is_refused(tmp_path) -> None:
             timm_vix.load_delta(other, path)
         assert str(path) in str(error.value) and "does not fit this model" in str(error.value)
         torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_classifier_of_another_width_is_refused(tmp_path) -> None:
+    """Also by a model that has no classifier to compare it with."""
+    model = vit(num_classes=7)
+    timm_vix.freeze_except(model, "head")
+    path = tmp_path / "delta.safetensors"
+    timm_vix.save_delta(model, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    wrong = {
+        "head.weight": [torch.zeros(7, 99), torch.zeros(7), torch.zeros(7, 32, 1), torch.zeros(7, 32, dtype=torch.int)],
+        "head.bias": [torch.zeros(7, 1), torch.zeros(())],
+    }
+    for name, others in wrong.items():
+        for tensor in others:
+            save_file(tensors | {name: tensor}, path, metadata)
+            other = vit(num_classes=0)
+            with pytest.raises(ValueError, match=f"{name}.* have another shape"):
+                timm_vix.load_delta(other, path)
+            assert other.num_classes == 0 and isinstance(other.head, torch.nn.Identity)
+    save_file(tensors, path, metadata)
+    timm_vix.load_delta(other, path)
+    assert torch.equal(other.head.weight, model.head.weight) and torch.equal(other.head.bias, model.head.bias)
 
 
 def test_other_files_are_refused(tmp_path) -> None:

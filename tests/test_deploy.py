@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -201,6 +202,8 @@ def test_a_file_that_is_no_export_is_named(tmp_path: Path) -> None:
         ("input_size", [3], "metadata that cannot be used: "),
         ("interpolation", "foo", "metadata that cannot be used: KeyError 'foo'"),
         ("mean", "x", "metadata that cannot be used: "),
+        ("parameters", "x", "metadata that cannot be used: .*parameters='x': expected an integer"),
+        ("parameters", None, "metadata that cannot be used: .*parameters=None: expected an integer"),
     ],
 )
 def test_metadata_of_another_program_are_named(exported_pool: Path, name: str, value: object, words: str) -> None:
@@ -438,6 +441,70 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
         export.export_model(small("pool", depth=1), CONFIG, "pt2", "float32", out)
     assert "--to onnx or openvino or aoti" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"] and out.read_bytes() == b"before"
+
+
+def test_weights_beside_the_file_that_are_of_no_such_model_stay(tmp_path: Path, monkeypatch) -> None:
+    """OpenVINO's second file has a name that timm and the Hub give to weights of torch."""
+
+    def write(*arguments: object) -> None:
+        arguments[4].write_bytes(b"new model")
+        arguments[4].with_suffix(".bin").write_bytes(b"new weights")
+
+    model, out, weights = small("pool", depth=1), tmp_path / "m.xml", tmp_path / "m.bin"
+    monkeypatch.setattr(export, "write", write)
+    monkeypatch.setitem(export.OPEN, "openvino", lambda *_: model)
+    weights.write_bytes(b"of torch")
+    with pytest.raises(InputError, match=r"OpenVINO writes weights to .*m.bin, which is there without such a model"):
+        export.export_model(model, CONFIG, "openvino", "float32", out, threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.bin"] and weights.read_bytes() == b"of torch"
+    weights.unlink()
+    weights.mkdir()
+    out.write_bytes(b"a model")
+    with pytest.raises(InputError, match="OpenVINO writes weights to"):
+        export.export_model(model, CONFIG, "openvino", "float32", out, threads=1)
+    assert out.read_bytes() == b"a model"
+    weights.rmdir()
+    weights.write_bytes(b"its weights")
+    export.export_model(model, CONFIG, "openvino", "float32", out, threads=1)
+    assert (out.read_bytes(), weights.read_bytes()) == (b"new model", b"new weights")
+    assert {path.name for path in tmp_path.iterdir()} == {"m.xml", "m.bin"}
+
+
+@pytest.mark.parametrize(
+    "failing, left",
+    [(".bin", {"m.xml": b"old model", "m.bin": b"old weights"}), (".xml", {"m.bin": b"new weights"})],
+)
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_model_is_never_left_with_the_weights_of_another(failing, left, error, tmp_path: Path, monkeypatch) -> None:
+    out, partial, replace = tmp_path / "m.xml", tmp_path / "m.xml.partial", os.replace
+    partial.mkdir()
+    for folder, age in ((tmp_path, b"old"), (partial, b"new")):
+        (folder / "m.xml").write_bytes(age + b" model")
+        (folder / "m.bin").write_bytes(age + b" weights")
+
+    def stop(source: Path, target: Path) -> None:
+        if (source.parent, source.suffix) == (partial, failing):
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(error):
+        export.replace_files([partial / "m.bin", partial / "m.xml"], out, partial / "former")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == left
+
+
+def test_weights_and_sizes_are_given_once(tmp_path: Path) -> None:
+    name, file = "vix_axial_cifar", str(tmp_path / "weights.safetensors")
+    sizes = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=5)
+    save_file(timm.create_model(name, img_size=32, **sizes).state_dict(), file)
+    spec = " ".join([name, *(f"{key}={value}" for key, value in sizes.items())])
+    with pytest.raises(InputError, match="weights and pretrained were both given"):
+        export.build(spec, file, pretrained=True)
+    with pytest.raises(InputError, match="img_size=64 and img_size=32 were both given"):
+        export.build(f"{spec} img_size=32", file, img_size=64)
+    for given, img_size in ((f"{spec} img_size=32", None), (f"{spec} img_size=32", 32), (spec, 32)):
+        model, config = export.build(given, file, img_size=img_size)
+        assert model.patch_embed.img_size == (32, 32) and config["input_size"] == (3, 32, 32)
 
 
 @pytest.mark.parametrize(

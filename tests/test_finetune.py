@@ -25,6 +25,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from timm.models import save_for_hf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.transforms import v2
 
@@ -577,6 +578,28 @@ def test_initial_weights_come_from_the_checkpoint(digits, tmp_path, suffix):
     for key in weights.keys() - {"head.weight", "head.bias"}:
         torch.testing.assert_close(trained[key], weights[key], rtol=0, atol=1e-6)
     assert f"trained from `{file.name}`" in (out / "hub" / "README.md").read_text()
+
+
+def test_a_checkpoint_replaces_the_weights_of_a_converted_folder(digits, tmp_path):
+    """With those of its mixers, which the model that it was converted from lacks."""
+
+    def converted(number):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7, **MODEL_KWARGS)
+        timm_vix.convert(model, "linformer", num_proj_tokens=4)
+        for _ in range(number):
+            lively(model)
+        return model
+
+    save_for_hf(converted(1), tmp_path / "hub", safe_serialization=True)
+    weights = converted(2).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    given = dict(model=f"local-dir:{tmp_path / 'hub'}", checkpoint=str(tmp_path / "weights.safetensors"))
+    run = FinetuneSettings(data_dir=str(digits), out=str(tmp_path / "out"), img_size=32, **given)
+    model, _ = build_model(SimpleNamespace(**vars(run) | dict(drop_path=0, device="cpu")), torch.float32, 4)
+    found = model.state_dict()
+    assert found["head.weight"].shape == (4, 32) and "blocks.0.attn.core.token_proj" in weights
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in weights.keys() - {"head.weight", "head.bias"})
 
 
 def test_overwrite_replaces_only_the_run(digits, finished, tmp_path):

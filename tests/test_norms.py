@@ -122,6 +122,29 @@ def test_converted_models_fold(kind, mixer):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("by_name", [False, True])
+def test_norms_of_a_saved_model_whose_attention_was_not_saved(by_name, tmp_path):
+    """Token mixing has no queries and keys: what it replaced can't come back, and need not for other norms."""
+    if by_name:
+        options = dict(source="vit_tiny_patch16_224", mixer="fnet", layers="last-1", **SIZE)
+        model = lively(timm.create_model("vix_from_timm", **options).eval())
+    else:
+        model = host().float()
+        timm_vix.convert(model, "fnet", layers=[1])
+    save_for_hf(model, tmp_path / "first", safe_serialization=True)
+    model = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True).eval()
+    x, before = images().float(), copy.deepcopy(model)
+    timm_vix.replace_norms(model, images(4).float())
+    trained(model)
+    assert distance(model(x), before(x)) > 0.01
+    save_for_hf(model, tmp_path / "second", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True).eval()
+    kinds = [type(block.attn).__name__ for block in again.blocks]
+    assert kinds == ["Attention", type(model.blocks[1].attn).__name__] and kinds[1] != "Attention"
+    assert torch.equal(again(x), model(x))
+
+
+@torch.no_grad()
 def test_gates_that_read_a_norm_are_refused():
     model = host()
     timm_vix.convert(model, "atrous", window_size=2)

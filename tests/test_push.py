@@ -18,6 +18,7 @@ from timm.data import resolve_input_data_config
 import timm_vix
 from timm_vix import cli
 from timm_vix._checks import InputError
+from timm_vix.deploy.classifier import Classifier
 from timm_vix.deploy.push import ABSOLUTE, FILES, LOADING, check_folder, push
 from timm_vix.train.finetune import finetune
 from timm_vix.train.hub import model_card, write_hub
@@ -265,6 +266,20 @@ def test_nothing_is_uploaded_of_a_folder_that_fails_a_check(damage, run, login, 
     change, words = DAMAGE[damage]
     change(run / "hub")
     check_refused(["push", str(run), "me/flowers"], words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [dict(interpolation="x"), dict(interpolation=5), dict(crop_pct="x"), dict(std=[None] * 3), dict(mean="x")],
+    ids=str,
+)
+def test_a_preparation_that_cannot_be_used_is_named(entry, run):
+    hub = run / "hub"
+    changed(hub / "config.json", lambda config: config["pretrained_cfg"].update(entry))
+    for read in (check_folder, lambda hub: Classifier(str(hub))):
+        with pytest.raises(InputError, match="hub has a preparation of images that cannot be used: ") as error:
+            read(hub)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -529,6 +529,14 @@ def test_a_file_is_replaced_by_a_file_only_and_the_reason_is_the_systems(tmp_pat
         assert str(error.value).endswith(end) and path.read_bytes() == b"old"
 
 
+def test_an_interrupted_write_leaves_the_former_file_alone(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+
+
 def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path):
     text = (ROOT / "examples" / "results" / "reproduce_vix.csv").read_text()
     (tmp_path / "r.csv").write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))

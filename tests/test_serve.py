@@ -17,6 +17,7 @@ import timm
 import torch
 from conftest import DEIT, lively
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
@@ -100,8 +101,45 @@ def test_an_exported_file_answers_as_its_model(tmp_path):
     (best, _), (expected, _) = (answer.of(picture) for answer in reversed(answers))
     assert best[0] == pytest.approx(expected[0], abs=1e-4)
     assert title_of(answers[1].classifier.net) == "hybrid_pin_cifar"
-    with pytest.raises(InputError, match="file.onnx is an exported file; expected one with another mixer"):
+    with pytest.raises(InputError, match="file.onnx is an exported file; expected one with a mixer other than softmax"):
         Answers(Classifier(str(tmp_path / "file.onnx")), softmax=True)
+
+
+def test_a_file_of_weights_replaces_those_of_a_converted_folder(tmp_path):
+    def converted(number):
+        model = timm.create_model("vit_tiny_patch16_224", embed_dim=32, num_heads=2, **SIZES).eval()
+        timm_vix.convert(model, "linformer", num_proj_tokens=4)
+        for _ in range(number):
+            lively(model)
+        return model
+
+    first, second = converted(1), converted(2)
+    folder, file = save(first, tmp_path / "hub"), str(tmp_path / "other.safetensors")
+    save_file(second.state_dict(), file)
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(first(x), second(x), atol=1e-3)
+    assert torch.equal(load_trained(folder)(x), first(x))
+    for net in (load_trained(folder, weights=file), build(folder, file)[0]):
+        assert torch.equal(net(x), second(x))
+    save_file(timm.create_model("vit_tiny_patch16_224", embed_dim=48, num_heads=2, **SIZES).state_dict(), file)
+    with pytest.raises(InputError, match="cannot be loaded: the weights don't fit vit_tiny_patch16_224"):
+        load_trained(folder, weights=file)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vix_nystrom_cifar", "vix_from_timm"])
+def test_a_file_of_weights_has_its_own_number_of_classes(name, tmp_path):
+    sizes = SIZES | dict(embed_dim=32, num_heads=2, num_classes=7)
+    converts = name == "vix_from_timm"
+    model = lively(timm.create_model("vit_tiny_patch16_224" if converts else name, **sizes).eval())
+    file = str(tmp_path / "weights.safetensors")
+    save_file(model.state_dict(), file)
+    spec = " ".join([name, *(f"{key}={value}" for key, value in sizes.items())])
+    if converts:  # the file is one of the source
+        timm_vix.convert(model, "linformer", num_proj_tokens=4)
+        spec += " source=vit_tiny_patch16_224 mixer=linformer num_proj_tokens=4"
+    classifier, x = Classifier(spec, file), torch.randn(2, 3, 32, 32)
+    assert classifier.names == [str(i) for i in range(7)]
+    assert torch.equal(classifier.net(x), model(x))
 
 
 def test_softmax_has_nothing_beside_it(tmp_path):
@@ -236,7 +274,7 @@ def test_what_cannot_be_served_is_one_line(tmp_path, monkeypatch, capsys):
             (["vix_fnet_cifar"], ["model=vix_fnet_cifar has no trained weights", "hf-hub:USER/NAME"]),
             ([str(tmp_path / "none")], ["none is not there", "config.json"]),
             (["vix_nystrom_tine"], ["vix_nystrom_tine is not there", "near names: vix_nystrom_tiny"]),
-            ([softmax, "--softmax"], ["is a model with softmax; expected one with another mixer"]),
+            ([softmax, "--softmax"], ["is a model without efficient attention; expected one with a mixer other"]),
             ([softmax, "--port", taken], [f"port={taken} is not available", "--port"]),
             ([softmax, "--port", "70000"], ["port=70000: expected an integer from 1 to 65535"]),
         ]:

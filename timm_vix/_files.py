@@ -34,9 +34,11 @@ def write_whole(path: Path, data: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if not isinstance(error, OSError):
+            raise
         reason = f"cannot write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}"
         kept = "; the previous one is intact" if path.exists() else ""
         room = "; make room, then resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""

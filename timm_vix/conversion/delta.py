@@ -119,8 +119,10 @@ def load_delta(model: nn.Module, path: Union[str, Path]) -> None:
     target = {unwrapped_name(name): tensor for name, tensor in model.state_dict().items()}
 
     def fits(name: str, tensor: torch.Tensor) -> bool:
-        if name not in target:
-            return name in heads  # the rows of a classifier are a task's own
+        if name not in target:  # a classifier that the model lacks: its rows are a task's own, its columns are features
+            width = getattr(model, "head_hidden_size", model.num_features)
+            columns = (width,) if name.endswith("weight") else ()
+            return name in heads and tensor.is_floating_point() and tensor.ndim > 0 and tensor.shape[1:] == columns
         own = target[name]
         same = (tensor.ndim, tensor.is_floating_point()) == (own.ndim, own.is_floating_point())
         return same and tensor.shape[name in heads :] == own.shape[name in heads :]

@@ -70,11 +70,13 @@ def record_conversion(
 
 def record_norms(model: nn.Module, norms: str) -> None:
     """Record that layer norms were replaced, "batch", or folded, "folded" or without the last "folded_blocks"."""
-    arguments = getattr(model, "_model_args", {}) if source_of(model) is not None else {}
+    if source_of(model) is not None:  # what is recorded of its attention stays as it is
+        model._model_args = {**model._model_args, "norms": norms}
+        return
     # a model without a name of timm records no layers, and its mixers have parameters that weight decay spares as well
-    converted = arguments.get("layers") or any(slot.replaced for slot in slots_of(model).values())
+    converted = any(slot.replaced for slot in slots_of(model).values())
     sites = attention_sites(model, sequences=True) if converted else []
-    record_conversion(model, sites, arguments.get("mixer", "softmax"), norms)
+    record_conversion(model, sites, "softmax", norms)
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:

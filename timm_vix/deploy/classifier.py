@@ -78,7 +78,9 @@ def load_trained(model: str, weights: Optional[str] = None, delta: Optional[str]
     # a conversion has the weights of its source
     address = address_of(model, trained=not weights and "source" not in keywords)
     if weights:
-        keywords["pretrained_cfg_overlay"] = weights_of_file(weights)
+        # the file's own number of classes, or timm leaves its classifier out
+        classes = {"num_classes": keywords["num_classes"]} if "num_classes" in keywords else {}
+        keywords["pretrained_cfg_overlay"] = weights_of_file(weights, **classes)
     try:
         net = timm.create_model(address, pretrained=True, **keywords).eval()
     except Exception as error:  # timm, torch, safetensors and the Hub's client raise by kind of damage
@@ -127,6 +129,23 @@ def note_of_weights(name: str, model: nn.Module) -> str:
     return "The weights are those of a softmax model, with other attention and not fine-tuned: many answers are wrong."
 
 
+def preparation_of(net: nn.Module, what: str) -> tuple[dict[str, Any], Any]:
+    """timm's data configuration of a model, and the transform of pictures that it stands for.
+
+    Raises:
+        InputError: for a configuration that is damaged; ``what`` is its name.
+    """
+    try:
+        config = resolve_input_data_config(net)
+        transform: Any = create_transform(**config)
+        if config["input_size"][0] in (1, 3):
+            transform(Image.new(picture_mode(config["input_size"][0]), (8, 8)))
+    except Exception as error:  # whatever a damaged entry leads to
+        reason = f"{type(error).__name__} {one_line(error)}"
+        raise InputError(f"{what} has a preparation of images that cannot be used: {reason}") from error
+    return config, transform
+
+
 class Classifier:
     """A trained model with the names of its classes and the preparation of its pictures.
 
@@ -152,13 +171,12 @@ class Classifier:
             self.note = "" if weights or delta else note_of_weights(name, self.net)
         if not self.net.num_classes:
             raise InputError(f"model={model} has no classifier")
-        config = resolve_input_data_config(self.net)
+        config, self.transform = preparation_of(self.net, f"model={model}")
         channels, *self.size = config["input_size"]
         if channels not in (1, 3):
             raise InputError(f"model={model} takes images of {channels} channels; allowed is 1 (grey) or 3 (RGB)")
         self.names = class_names(self.net)
         self.mode = picture_mode(channels)
-        self.transform: Any = create_transform(**config)
 
     def prepare(self, picture: Union[str, Path, Image.Image]) -> torch.Tensor:
         """What the model sees of a picture or its file, (1, C, H, W).

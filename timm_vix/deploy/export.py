@@ -77,9 +77,13 @@ def build(
     name, keywords = parse_model(spec, lambda name: address_of(name, trained=False))
     if "pretrained" in keywords:
         raise InputError(f"pretrained={keywords['pretrained']}: expected --pretrained or --weights FILE instead")
+    if weights and pretrained:
+        raise InputError("weights and pretrained were both given; allowed is one of them")
     check_weights("weights", weights)
     if not weights and not pretrained and ":" not in name:
         raise InputError(f"model={name} would have random weights; give --weights FILE or --pretrained")
+    if img_size and keywords.get("img_size", img_size) != img_size:
+        raise InputError(f"img_size={img_size} and img_size={keywords['img_size']} were both given; allowed is one")
     img_size = keywords.pop("img_size", img_size)
     if dynamic_size:
         keywords["dynamic_img_size"] = True
@@ -200,6 +204,11 @@ def export_model(
     if (dtype == "int8") != (calibration is not None):
         raise InputError(f"dtype={dtype}: images to calibrate on are for int8, which needs them (--calibrate DIR)")
     check_writable(out)
+    weights = out.with_suffix(".bin")
+    if to == "openvino" and weights.exists() and not (out.is_file() and weights.is_file()):
+        raise InputError(
+            f"out={out}: OpenVINO writes weights to {weights}, which is there without such a model; choose another name"
+        )
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
@@ -217,13 +226,31 @@ def export_model(
             rows = parity(model, OPEN[to](written, dtype, threads), batches, dtype)
         files = [path for path in (written.with_suffix(".bin"), written) if path.exists()]
         size = sum(path.stat().st_size for path in files) / 1e6
-        if len(files) > 1:  # of OpenVINO: no former model may be read with the new weights
-            out.unlink(missing_ok=True)
-        for path in files:  # the weights first, since the file that is named makes the pair a model
-            os.replace(path, out.with_name(path.name))
+        replace_files(files, out, partial / "former")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return OPEN[to](out, dtype, threads), dict(size_mb=size, parity=rows)
+
+
+def replace_files(files: list[Path], out: Path, aside: Path) -> None:
+    """Put the files of a model in their place: weights first, since the file that is named makes a pair a model.
+
+    On a failure the former model is there again, or none: it must not be read with the new weights.
+
+    Args:
+        files: a file of weights, where there is one, and the file that is named.
+        out: the place of the last of them.
+        aside: where the former model waits.
+    """
+    try:
+        if len(files) > 1 and out.exists():
+            os.replace(out, aside)
+        for path in files:
+            os.replace(path, out.with_name(path.name))
+    except BaseException:
+        if aside.exists() and files[0].exists():
+            os.replace(aside, out)
+        raise
 
 
 def check_dynamic(model: nn.Module, to: str) -> None:

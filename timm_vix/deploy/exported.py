@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
-from .._checks import InputError
+from .._checks import InputError, check_integer
 from .._files import one_line
 from ..data.images import picture_mode
 from .formats import OPEN, READ_METADATA, SUFFIXES
@@ -54,6 +54,7 @@ class ExportedModel(nn.Module):
             black = transform(Image.new(picture_mode(config["input_size"][0]), (8, 8)))
             outputs = self.run(black.unsqueeze(0)).shape[1]
             names = list(map(str, config["classes"]))
+            check_integer("parameters", config["parameters"], 0)
         except Exception as error:  # whatever the entries of another program lead to
             reason = f"{type(error).__name__} {one_line(error)}"
             raise InputError(f"{path} has metadata that cannot be used: {reason}") from error

@@ -30,7 +30,7 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line
 from .check import known_images, one_by_one
-from .classifier import load_trained
+from .classifier import load_trained, preparation_of
 
 FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
@@ -138,7 +138,7 @@ def reason_of(error: Exception) -> str:
 
 
 def check_folder(hub: Path) -> tuple[nn.Module, ModelCard]:
-    """The model of a Hub folder in eval mode and in the dtype of its file, and its card.
+    """The model of a Hub folder in eval mode, in bfloat16 where its file is and else in float32, and its card.
 
     Raises:
         InputError: for a folder that should not be uploaded, naming why.
@@ -160,6 +160,7 @@ def check_folder(hub: Path) -> tuple[nn.Module, ModelCard]:
     check_config(hub / "config.json", config)
     check_card(hub / "README.md", card)
     model, again = load_trained(f"local-dir:{hub}"), load_trained(f"local-dir:{hub}")
+    preparation_of(model, str(hub))
     images = known_images(model.pretrained_cfg["input_size"])
     outputs = one_by_one(model, images)
     if not outputs.isfinite().all():

@@ -106,8 +106,11 @@ class Answers:
         if softmax:
             self.softmax, self.softmax_counts = softmax_baseline(classifier.net)
             if self.softmax is None:
-                kind = "an exported file" if isinstance(classifier.net, ExportedModel) else "a model with softmax"
-                raise InputError(f"--softmax: model={classifier.name} is {kind}; expected one with another mixer")
+                exported = isinstance(classifier.net, ExportedModel)
+                kind = "an exported file" if exported else "a model without efficient attention"
+                raise InputError(
+                    f"--softmax: model={classifier.name} is {kind}; expected one with a mixer other than softmax"
+                )
 
     def of(self, picture: Any) -> tuple[list[dict[str, float]], list[float]]:
         """The likeliest classes with their shares, and the milliseconds, of the model and then of softmax."""

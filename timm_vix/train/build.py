@@ -51,14 +51,14 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
         ValueError: for keywords or weights that don't fit the model, or a model that fails on images of this size.
     """
     extra: dict[str, Any] = dict(run.model_kwargs or {})
-    if run.checkpoint:
-        extra["pretrained_cfg_overlay"] = weights_of_file(run.checkpoint)
     if run.drop_path:
         extra["drop_path_rate"] = run.drop_path
     weighted = bool(run.pretrained or run.checkpoint)
     try:
         given = resolve_model_input_args(run.model, dict(img_size=run.img_size, in_chans=run.in_chans), **extra)
         given["num_classes"] = num_classes  # instead of those that a saved converted model records
+        if run.checkpoint:  # not resolved before, or a saved model would lose the folder or the place that it is from
+            given["pretrained_cfg_overlay"] = weights_of_file(run.checkpoint)
         with keys_that_differ() as notes:
             # a continued run has its weights in its own checkpoint
             model = timm.create_model(**given, pretrained=weighted and not run.resume)

@@ -112,6 +112,11 @@ def clear(out: Path, files: Iterable[str]) -> None:
         raise OSError(f"out={out} cannot be written: {error.strerror}; choose a folder that can") from error
 
 
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows that ``write_history`` wrote, as text; none where there is no file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
     """One row per epoch as CSV."""
     text = io.StringIO()
