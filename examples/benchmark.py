@@ -22,8 +22,8 @@ import timm
 import torch
 
 import timm_vix  # noqa: F401  registers the names
-from timm_vix._checks import InputError
-from timm_vix._device import device_name
+from timm_vix._checks import InputError, check_integer
+from timm_vix._device import device_name, find_device
 from timm_vix._names import parse_model
 from timm_vix._records import Columns, append_record, earlier_records, key_of
 from timm_vix.cli import in_one_line
@@ -106,7 +106,9 @@ def row(args: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--memory", "--only", args.only, "--tokens", str(args.tokens[0])]
     command += ["--dtype", args.dtype[0], "--mode", "train", "--device", args.device]
     command += ["--batch-tokens", str(args.batch_tokens), "--threads", str(args.threads), "--options", *args.options]
-    memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout if train else "nan"
+    # a process that ends for lack of memory leaves the times
+    done = subprocess.run(command, capture_output=True, text=True) if train else None
+    memory = done.stdout if done and done.returncode == 0 else "nan"
     return dict(
         mixer=args.only,
         tokens=args.tokens[0],
@@ -132,11 +134,14 @@ def device_of(args: argparse.Namespace) -> str:
 
 def measure_all(args: argparse.Namespace) -> None:
     """Measure what has no row yet."""
+    for name in ("threads", "pairs", "batch_tokens"):
+        check_integer(name, getattr(args, name), 1)
     for tokens in args.tokens:
         if tokens < 2 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
             raise InputError(f"tokens={tokens}: expected 1 more than a square, such as 197, for a class token")
     for mixer in [args.only] if args.only else args.mixers:
         check_keywords(mixer, keywords_of(args.options))
+    args.device = find_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.memory:

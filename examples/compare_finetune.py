@@ -11,7 +11,6 @@ models are skipped, because their rows are in examples/results/finetune_<table>.
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from timm_vix._names import parse_model
 from timm_vix._records import header_of
 from timm_vix.cli import in_one_line
 from timm_vix.measure.job import measure_in_process
-from timm_vix.train.checkpoint import write_history
+from timm_vix.train.checkpoint import read_history, write_history
 from timm_vix.train.finetune import finetune
 
 # DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.
@@ -76,13 +75,15 @@ def run_all(given: argparse.Namespace) -> None:
     settings, models = TABLES[given.table]
     # float32, so that rows of any processor can be compared
     settings = dict(settings, data_dir=given.data_dir, checkpoint=given.weights, device=given.device, amp="off")
-    settings.update(epochs=given.epochs or settings["epochs"], threads=given.threads, workers=given.workers)
-    settings["img_size"] = given.img_size or settings["img_size"]
+    settings.update(threads=given.threads, workers=given.workers)
+    for name in ("epochs", "img_size"):
+        if getattr(given, name) is not None:
+            settings[name] = getattr(given, name)
     path = Path(given.results) / f"finetune_{given.table}.csv"
     columns = COLUMNS + PARTS_COLUMNS if given.table.startswith("parts_") else COLUMNS
     if path.exists() and (header := header_of(path)) and sorted(header) != sorted(columns):
         raise InputError(f"{path} has the columns {' '.join(header)}; expected {' '.join(columns)}")
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = read_history(path)
     saved = [text.partition("=") for text in given.saved or ()]
     folders = {name: folder for name, _, folder in saved if folder}
     if given.models or saved:
@@ -106,8 +107,9 @@ def run_all(given: argparse.Namespace) -> None:
             start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
         net, history = finetune(**{**settings, **start}, out=str(out), resume=resume, overwrite=not resume)
         extra = step_cost(model, net, history[-1]) if given.table.startswith("parts_") else {}
-        rows += [dict(model=model, dataset=given.table, **row, **extra) for row in history]
-        write_history(path, rows)  # as a whole, so that a model's rows are all there or none
+        # read again: another run may have added its rows; written as a whole, so a model's rows are all there or none
+        rows = read_history(path) + [dict(model=model, dataset=given.table, **row, **extra) for row in history]
+        write_history(path, rows)
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ rounded weights predict.
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -25,15 +25,17 @@ from tqdm import tqdm
 import timm_vix
 from timm_vix._checks import InputError
 from timm_vix._device import device_name
+from timm_vix._files import write_whole
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import read_labels
 from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import time_interleaved
 from timm_vix.measure.statistics import compare_times
-from timm_vix.train.checkpoint import write_history
+from timm_vix.train.checkpoint import read_history, write_history
 from timm_vix.train.hub import delta_card
 from timm_vix.train.settings import check_weights
+from timm_vix.train.teacher import build_teacher
 
 SOURCE = "deit_tiny_patch16_224"
 HUB = "the folder hub/ of a run of timm-vix transfer, and a name for its rows"
@@ -71,8 +73,7 @@ UNTRAINED: dict[str, dict[str, Any]] = {
 
 
 def softmax(weights: str, img_size: int) -> nn.Module:
-    overlay = dict(file=weights, source=None)
-    return timm.create_model(SOURCE, pretrained=True, pretrained_cfg_overlay=overlay, img_size=img_size).eval()
+    return build_teacher(SOURCE, weights=weights, img_size=img_size)[0].requires_grad_(True)
 
 
 def read_images(folder: Path, count: int, transform: Callable) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,15 +141,20 @@ def write_delta(
     hub: str, folder: Path, weights: str, images: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor
 ) -> None:
     """Save a transferred model as a delta, with a card of what it predicts; ``reference`` is what softmax predicts."""
-    model, keywords = save_transferred(hub, folder / "delta.safetensors", weights)
+    with TemporaryDirectory() as temporary:
+        saved = Path(temporary) / "delta.safetensors"
+        model, keywords = save_transferred(hub, saved, weights)
+        content = saved.read_bytes()
     predicted = predict(model, images, folder.name)
     right, before, same = (
         f"{100 * float(hits.float().mean()):.1f} % of {len(images)} photographs"
         for hits in (predicted == labels, reference == labels, predicted == reference)
     )
     figures = {"top-1": right, "top-1 of the original": before, "predicts what the original predicts": same}
-    megabytes = (folder / "delta.safetensors").stat().st_size / 1e6
-    delta_card(keywords, megabytes, figures).save(folder / "README.md")
+    megabytes = len(content) / 1e6
+    (folder / "README.md").unlink(missing_ok=True)  # no card stands beside weights that it doesn't describe
+    write_whole(folder / "delta.safetensors", content)
+    write_whole(folder / "README.md", f"{delta_card(keywords, megabytes, figures)}\n".encode())
     print(f"{folder}: {megabytes:.2f} MB, top-1 {right}", flush=True)
 
 
@@ -158,6 +164,14 @@ def named_folder(text: str) -> tuple[str, str]:
     if not name or not Path(folder).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER with a folder of timm-vix transfer")
     return name, folder
+
+
+def known_rows(
+    rows: list[dict[str, Any]], name: str, training: str, img_size: int, images: int
+) -> list[dict[str, Any]]:
+    """The rows of a model at a size, on so many images."""
+    key = (name, training, img_size, images)
+    return [row for row in rows if (row["model"], row["training"], int(row["img_size"]), int(row["images"])) == key]
 
 
 def measure_all(given: argparse.Namespace) -> None:
@@ -184,7 +198,7 @@ def measure_all(given: argparse.Namespace) -> None:
     jobs += [(name, "transfer", lambda f=folder: loaded(f)) for name, folder in given.transferred]
     if given.plan:
         jobs.append((f"plan ({given.plan.stem})", "none", lambda: converted(layers=str(given.plan))))
-    rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
+    rows = read_history(given.out)
     if rows and "device_name" not in rows[0]:
         raise InputError(f"{given.out} was written by another version: it lacks device_name; choose another --out")
     # with --again no accuracy is wanted
@@ -197,14 +211,15 @@ def measure_all(given: argparse.Namespace) -> None:
         for name, folder in given.transferred:
             write_delta(folder, given.deltas / name, given.weights, images, labels, reference)
     for name, training, build in jobs:
-        known = [r for r in rows if (r["model"], r["training"], int(r["img_size"])) == (name, training, size)]
-        known = [r for r in known if int(r["images"]) == len(images)]
+        known = known_rows(read_history(given.out), name, training, size, len(images))
         if bool(known) != given.again:
             print(f"{name}, {training}: {'already' if known else 'not yet'} in {given.out}", flush=True)
             continue
         model = build()
         if known:
-            known[0].update(costs(model, baseline, image))
+            measured = costs(model, baseline, image)
+            rows = read_history(given.out)  # read again, since another run may have added its rows
+            known_rows(rows, name, training, size, len(images))[0].update(measured)
         else:
             predicted = predict(model, images, name)
             top1 = 100 * float((predicted == labels).float().mean())
@@ -218,7 +233,8 @@ def measure_all(given: argparse.Namespace) -> None:
                 relative=round(100 * top1 / accuracy, 1),
                 agreement=round(100 * float((predicted == reference).float().mean()), 1),
             )
-            rows.append({**row, **costs(model, baseline, image)})
+            row |= costs(model, baseline, image)
+            rows = [*read_history(given.out), row]
             print(row, flush=True)
         write_history(given.out, rows)
 

@@ -9,7 +9,6 @@ measured again.
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ import timm_vix
 from timm_vix._device import device_name
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import find_unlabelled
-from timm_vix.train.checkpoint import write_history
+from timm_vix.train.checkpoint import read_history, write_history
 from timm_vix.train.settings import check_weights
+from timm_vix.train.teacher import build_teacher
 
 SOURCE = "vit_small_patch14_dinov2"
 CONVERSIONS: dict[str, dict[str, Any]] = {
@@ -70,12 +70,11 @@ def measure_all(given: argparse.Namespace) -> None:
     check_weights("weights", given.weights)
     if given.threads:
         torch.set_num_threads(given.threads)
-    rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
+    rows = read_history(given.out)
     for size in given.img_size:
 
         def softmax(size: int = size) -> nn.Module:
-            overlay = dict(file=given.weights, source=None, num_classes=0)
-            return timm.create_model(SOURCE, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size).eval()
+            return build_teacher(SOURCE, dict(num_classes=0), given.weights, size)[0].requires_grad_(True)
 
         def converted(mixer: str, layers: Any = "all", size: int = size, **keywords: Any) -> nn.Module:
             model = softmax(size)
@@ -123,9 +122,8 @@ def measure_all(given: argparse.Namespace) -> None:
                 torch=torch.__version__,
                 timm=timm.__version__,
             )
-            rows.append(row)
             print(row, flush=True)
-            write_history(given.out, rows)
+            write_history(given.out, [*read_history(given.out), row])  # another run may have added its rows
 
 
 def main() -> None:

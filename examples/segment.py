@@ -200,10 +200,12 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(run: argparse.Namespace) -> None:
     check_model(run.model)
     check_weights("weights", None if run.weights is None else str(run.weights))
-    check_size(run)
     for name in ("batch_size", "patch_size", "rounds", "checkpoint_every", "count", "threads"):
         if getattr(run, name) is not None:
             check_integer(name, getattr(run, name), 1)
+    for side in run.img_size:
+        check_integer("img_size", side, 1)
+    check_size(run)
     check_integer("seed", run.seed, 0)
     for name in ("epochs", "seconds"):
         if getattr(run, name) is not None:

@@ -28,6 +28,7 @@ from result_tables import (
     training,
 )
 
+from timm_vix._files import write_whole
 from timm_vix.mixers import MIXERS
 
 DOCUMENTS = (ROOT / "README.md", RESULTS / "RESULTS.md")
@@ -119,7 +120,7 @@ def main() -> int:
         if after != before:
             stale.append(path.name)
             if not arguments.check:
-                path.write_text(after, encoding="utf-8")
+                write_whole(path, after.encode())
     if arguments.check and stale:
         print(f"error: {', '.join(stale)} differ from the results; run python examples/tables.py", file=sys.stderr)
         return 1

@@ -6,7 +6,9 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import exit_code, lively, load_example
+from conftest import exit_code, lively, load_example, vit
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import timm_vix
@@ -36,6 +38,9 @@ def test_a_layer_is_measured_once_with_its_keywords(tmp_path, monkeypatch, capsy
     assert out.read_text() == before and len(built) == 2
 
 
+BRIEF = ["--mixers", "pool", "--tokens", "5", "--mode", "infer", "--dtype", "float32", "--pairs", "1"]
+
+
 @pytest.mark.parametrize(
     "name, words, told",
     [
@@ -43,6 +48,12 @@ def test_a_layer_is_measured_once_with_its_keywords(tmp_path, monkeypatch, capsy
         ("benchmark", ["--mixers", "axial", "--options", "window_size=2"], "window_size=2: mixer='axial' takes"),
         ("benchmark", ["--options", "window_size"], "window_size"),
         ("public_packages", ["--tokens", "200"], "tokens=200: expected 1 more than a square"),
+        ("benchmark", ["--threads", "0"], "error: threads=0: expected an integer of at least 1"),
+        ("benchmark", ["--pairs", "0"], "error: pairs=0: expected an integer of at least 1"),
+        ("benchmark", [*BRIEF, "--batch-tokens", "-1"], "error: batch_tokens=-1: expected an integer of at least 1"),
+        ("benchmark", ["--device", "foo"], "error: device='foo' is not on this machine"),
+        ("public_packages", ["--threads", "0"], "error: threads=0: expected an integer of at least 1"),
+        ("public_packages", ["--pairs", "0"], "error: pairs=0: expected an integer of at least 1"),
         ("cost_over_resolution", ["--mixers", "nistrom"], "invalid choice: 'nistrom'"),
     ],
 )
@@ -59,6 +70,73 @@ def test_a_table_of_other_columns_is_noticed_before_a_training(tmp_path, monkeyp
     code, _, errors = run(example, monkeypatch, capsys, *words)
     assert code == 2 and errors.count("\n") == 1 and "has the columns model dataset epoch train_loss top1" in errors
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option, words", [("--epochs", "epochs=0: allowed"), ("--img-size", "img_size=0: allowed")])
+def test_zero_is_not_the_number_of_the_table(option, words, digits, tmp_path, monkeypatch, capsys):
+    example = load_example("compare_finetune")
+    command = ["cifar10", "--data-dir", digits, "--results", tmp_path, "--runs", tmp_path / "runs", option, 0]
+    command += ["--models", "vix_softmax_cifar depth=1"]
+    code, _, errors = run(example, monkeypatch, capsys, *command)
+    assert code == 2 and errors.count("\n") == 1 and words in errors
+    assert not (tmp_path / "finetune_cifar10.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["convert_deit", "dense_features", "axial_variants"])
+def test_weights_of_another_model_are_one_line(name, tmp_path, monkeypatch, capsys):
+    weights = tmp_path / "weights.safetensors"
+    save_file(vit().state_dict(), weights)
+    for label in range(2):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / str(label) / "0.png")
+    words = ["--images", tmp_path / "images", "--weights", weights, "--out", tmp_path / "out.csv"]
+    code, _, errors = run(load_example(name), monkeypatch, capsys, *words)
+    assert code == 2 and errors.count("\n") == 1
+    assert f"with weights={weights} cannot be built: " in errors
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_an_interrupted_delta_leaves_the_former_one_with_its_card(tmp_path, monkeypatch):
+    example = load_example("convert_deit")
+    labels = torch.tensor([1, 2, 3, 4])
+    content = b"former"
+
+    def save(hub, path, weights):
+        path.write_bytes(content)
+        return None, dict(source="deit_tiny_patch16_224", mixer="axial")
+
+    def state():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def write(predicted):
+        monkeypatch.setattr(example, "predict", predicted)
+        example.write_delta("hub", tmp_path, "weights", torch.zeros(4, 3, 8, 8), labels, labels)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "save_transferred", save)
+    write(lambda *_: torch.tensor([1, 2, 3, 0]))
+    former = state()
+    assert former.keys() == {"README.md", "delta.safetensors"} and former["delta.safetensors"] == b"former"
+    assert b"75.0 % of 4 photographs" in former["README.md"]
+    content = b"new"
+    with pytest.raises(KeyboardInterrupt):
+        write(interrupted)
+    assert state() == former
+    write(lambda *_: torch.tensor([1, 2, 0, 0]))
+    assert state()["delta.safetensors"] == b"new" and b"50.0 % of 4 photographs" in state()["README.md"]
+
+    def full(path, data):
+        if path.name == "README.md":
+            raise OSError("no room")
+        path.write_bytes(data)
+
+    content = b"newest"
+    monkeypatch.setattr(example, "write_whole", full)
+    with pytest.raises(OSError, match="no room"):
+        write(lambda *_: labels)
+    assert state() == {"delta.safetensors": b"newest"}
 
 
 def test_kept_memory_is_counted_once_and_without_weights():

@@ -118,6 +118,30 @@ def test_a_ratio_is_told_with_enough_rounds_only(tables):
     assert cost.speed(dict(row, speedup_low="", speedup_high="")) == ""
 
 
+def test_tables_of_a_layer_leave_out_what_was_not_measured(tables, monkeypatch):
+    """A stopped benchmark lacks the last tokens of some mixers; a failed one has times without memory."""
+    cost = importlib.import_module("result_tables.cost")
+    facts = dict(dtype="float32", batch="2", device="cpu", threads="1", torch="2", timm="1", softmax_ms="7.0")
+    facts |= dict(ratio="1.5", ratio_low="1.2", ratio_high="1.7", mode="train")
+    rows = [
+        dict(facts, mixer=mixer, tokens=str(tokens), peak_memory_mib=memory)
+        for mixer, tokens, memory in [
+            *(("softmax", 1025, "20.0"), ("softmax", 4097, "320.0")),
+            *(("axial", 1025, "10.0"), ("nystrom", 1025, "30.0"), ("nystrom", 4097, "nan")),
+        ]
+    ]
+    monkeypatch.setattr(cost, "read", lambda name: rows)
+    ratio = "1.50 (1.20 to 1.70)"
+    assert cost.layer_speed("train").splitlines()[2:5] == [
+        *("| `softmax` | 7 ms | 7 ms |", f"| `axial` | {ratio} |  |", f"| `nystrom` | {ratio} | {ratio} |")
+    ]
+    assert cost.layer_memory().splitlines()[2:5] == [
+        *("| `softmax` | 10 MiB | 160 MiB | 2.00 |", "| `axial` | 5 MiB |  |  |", "| `nystrom` | 15 MiB |  |  |")
+    ]
+    rows[1:2] = rows[4:] = []  # one number of tokens has no exponent
+    assert cost.layer_memory().splitlines()[2] == "| `softmax` | 10 MiB |  |"
+
+
 def test_crossovers_are_interpolated_on_logarithmic_axes(tables):
     cost = importlib.import_module("result_tables.cost")
     spread = dict(speedup_low="0.5", speedup_high="0.5", rounds="5")

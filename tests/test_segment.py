@@ -132,6 +132,9 @@ def test_bad_data_is_one_line(spoil, words, folder, start, module, capsys) -> No
         (["--trained-blocks", 7], "trained_blocks=7: expected an integer from 0 to 6"),
         (["--weights", "none.safetensors"], "weights=none.safetensors is no file"),
         (["--model", "vit_tinny"], "is not registered in timm; near names: "),
+        (["--patch-size", 0], "patch_size=0: expected an integer of at least 1"),
+        (["--img-size", 0, 0], "img_size=0: expected an integer of at least 1"),
+        (["--img-size", 32, -32], "img_size=-32: expected an integer of at least 1"),
         (["--epochs", 0], "epochs=0.0: expected a finite number of at least 0.01"),
     ],
 )

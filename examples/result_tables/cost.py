@@ -57,8 +57,10 @@ def layer_speed(mode: str) -> str:
     body = []
     for mixer in dict.fromkeys(row["mixer"] for row in rows):
         line = []
-        for row in (cells[mixer, n] for n in tokens):
-            if mixer == "softmax":
+        for row in (cells.get((mixer, n)) for n in tokens):
+            if row is None:
+                line.append("")
+            elif mixer == "softmax":
                 line.append(f"{float(row['softmax_ms']):.0f} ms")
             else:
                 line.append(with_quartiles(row))
@@ -82,13 +84,16 @@ def packages(mode: str) -> str:
 def layer_memory() -> str:
     """Peak memory of a training step of one layer and image, and its exponent in the number of tokens."""
     rows = [row for row in layers() if row["mode"] == "train" and int(row["tokens"]) > 1000]
+    rows = [row for row in rows if row["peak_memory_mib"] not in ("", "nan")]
     tokens = sorted({int(row["tokens"]) for row in rows})
     cells = {(row["mixer"], int(row["tokens"])): float(row["peak_memory_mib"]) / int(row["batch"]) for row in rows}
     body = []
     for mixer in dict.fromkeys(row["mixer"] for row in rows):
-        used = [cells[mixer, n] for n in tokens]
-        slope = math.log(used[-1] / used[-2]) / math.log(tokens[-1] / tokens[-2])
-        body.append([f"`{mixer}`", *(f"{value:.0f} MiB" for value in used), f"{slope:.2f}"])
+        used = [cells.get((mixer, n)) for n in tokens]
+        line = ["" if value is None else f"{value:.0f} MiB" for value in used]
+        known = len(used) > 1 and None not in used[-2:]
+        slope = f"{math.log(used[-1] / used[-2]) / math.log(tokens[-1] / tokens[-2]):.2f}" if known else ""
+        body.append([f"`{mixer}`", *line, slope])
     return markdown(["", *(f"{n:,} tokens" for n in tokens), "exponent"], body, measured(rows))
 
 

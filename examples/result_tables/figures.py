@@ -7,6 +7,7 @@ from typing import Any
 
 from reproduction.cards import CURVE, read_rows
 
+from timm_vix._files import write_whole
 from timm_vix._records import Record, key_of, read_records
 from timm_vix.benchmark.cost import COLUMNS
 from timm_vix.benchmark.figures import legend_below, over_tokens, png, styles, trade_off
@@ -22,7 +23,7 @@ IMAGES = 45_000  # of an epoch of CIFAR-10: the others are held out
 def draw_all() -> None:
     """Write every figure to examples/results."""
     for name, figure in itertools.chain(costs(), trainings()):
-        (RESULTS / f"{name}.png").write_bytes(png(figure))
+        write_whole(RESULTS / f"{name}.png", png(figure))
 
 
 def costs() -> Iterator[tuple[str, Any]]:
