@@ -177,9 +177,9 @@ def start_or_resume(checkpoint: Checkpoint, run: FinetuneSettings) -> None:
                 f"resume: settings differ from those of {checkpoint.path}: checkpoint={before} before, {weights} now"
             )
         checkpoint.restore(state)
-        if checkpoint.position["history"] and not checkpoint.position["step"]:
-            save_best(checkpoint, run)
         if run.keep == "best" and checkpoint.position["history"]:
+            if not checkpoint.position["step"]:
+                save_best(checkpoint)
             read_tensors(checkpoint.path.with_name("best.pt"))  # a damaged file shows now and not after the training
     else:
         clear(checkpoint.path.parent, FILES)
@@ -217,7 +217,8 @@ def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], run: FinetuneSettings
     write_history(folder / "history.csv", history)
     checkpoint.position.update(epoch=row["epoch"], step=0, loss=0.0, seconds=0.0)
     checkpoint.save()
-    save_best(checkpoint, run)
+    if run.keep == "best":
+        save_best(checkpoint)
     print(
         f"epoch {row['epoch']}/{run.epochs}: loss {row['train_loss']:.3f}, top-1 {row['top1']:.2f} %, "
         f"top-5 {row['top5']:.2f} %, {row['seconds']:.0f} s",
@@ -225,13 +226,13 @@ def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], run: FinetuneSettings
     )
 
 
-def save_best(checkpoint: Checkpoint, run: FinetuneSettings) -> None:
+def save_best(checkpoint: Checkpoint) -> None:
     """After the last step of an epoch, write the weights as ``best.pt`` if no epoch before it was as good.
 
     The checkpoint comes first: a run that was killed in between does this when it is continued.
     """
     *before, last = checkpoint.position["history"]
-    if run.keep == "best" and last["top1"] > max((earlier["top1"] for earlier in before), default=-1.0):
+    if last["top1"] > max((earlier["top1"] for earlier in before), default=-1.0):
         write_tensors(checkpoint.path.with_name("best.pt"), checkpoint.model.state_dict())
 
 
