@@ -146,7 +146,11 @@ def sum_in_blocks(
         bias = bias + feature_bias.to(dtype)
     if fused:
         keys = features.to(q.dtype).expand(B, h, m, D)
-        return F.scaled_dot_product_attention(q, keys, values.to(q.dtype), attn_mask=bias, scale=1.0).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, keys, values.to(q.dtype), attn_mask=bias, scale=1.0).to(v.dtype)
+        # the layout of the result depends on the kernel, of which an exported graph knows nothing
+        if not torch.jit.is_scripting() and torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+            y = y.contiguous()
+        return y
     out: list[torch.Tensor] = []
     for q_block in q.split(block_sizes(q.shape[2], block), 2):
         if not torch.jit.is_scripting() and again:
