@@ -127,6 +127,15 @@ def row(args: argparse.Namespace) -> dict:
     )
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise InputError for numbers of threads, pairs or tokens with which no layer can be timed."""
+    for name in ("threads", "pairs"):
+        check_integer(name, getattr(args, name), 1)
+    for tokens in args.tokens:
+        if tokens < 2 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
+            raise InputError(f"tokens={tokens}: expected 1 more than a square, such as 197, for a class token")
+
+
 def device_of(args: argparse.Namespace) -> str:
     """The device as a row has it."""
     return device_name(args.device)
@@ -134,11 +143,8 @@ def device_of(args: argparse.Namespace) -> str:
 
 def measure_all(args: argparse.Namespace) -> None:
     """Measure what has no row yet."""
-    for name in ("threads", "pairs", "batch_tokens"):
-        check_integer(name, getattr(args, name), 1)
-    for tokens in args.tokens:
-        if tokens < 2 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
-            raise InputError(f"tokens={tokens}: expected 1 more than a square, such as 197, for a class token")
+    check_numbers(args)
+    check_integer("batch_tokens", args.batch_tokens, 1)
     for mixer in [args.only] if args.only else args.mixers:
         check_keywords(mixer, keywords_of(args.options))
     args.device = find_device(args.device)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import in_turn, layer
+from benchmark import check_numbers, in_turn, layer
 from torch import nn
 
-from timm_vix._checks import InputError, check_integer
+from timm_vix._checks import InputError
 from timm_vix._device import device_name, versions
 from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
@@ -102,11 +102,7 @@ def measure(mixer: str, tokens: int, mode: str, dtype: str, pairs: int) -> dict[
 
 def measure_all(given: argparse.Namespace) -> None:
     """Measure what has no row yet."""
-    for name in ("threads", "pairs"):
-        check_integer(name, getattr(given, name), 1)
-    for tokens in given.tokens:
-        if tokens < 2 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
-            raise InputError(f"tokens={tokens}: expected 1 more than a square, such as 197, for a class token")
+    check_numbers(given)
     torch.set_num_threads(given.threads)
     packages = {mixer: package_of(mixer) for mixer in given.mixers}
     check_writable(given.out)

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import image, small
+from conftest import vit as small_vit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_freeze import trainable
@@ -22,8 +23,7 @@ from timm_vix.conversion.identity import fingerprint
 def vit(num_classes: int = 5, **kwargs) -> torch.nn.Module:
     """timm's own ViT of three narrow blocks, the same backbone weights in every call."""
     torch.manual_seed(0)
-    arguments = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
-    model = timm.create_model("deit_tiny_patch16_224", **{**arguments, **kwargs}).eval()
+    model = small_vit("deit_tiny_patch16_224", **{"depth": 3, **kwargs})
     if num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     return model

@@ -35,3 +35,10 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise InputError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise InputError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def check_at_most_one(**settings: object) -> None:
+    """Raise InputError if several of these settings were given; None, False and an empty text were not."""
+    given = [name for name, value in settings.items() if value]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} were both given; allowed is one of them")

@@ -21,7 +21,7 @@ from typing import Any, Optional
 
 import torch
 
-from .._checks import InputError
+from .._checks import InputError, check_at_most_one
 from .._device import device_name, find_device, find_dtype, versions
 from .._files import name_and_checksum
 from .._names import parse_model
@@ -295,8 +295,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Run the comparison that the command line asks for, and print its table."""
     if not arguments.models and not arguments.from_scratch:
         raise InputError("no model given; expected names of timm.list_models(), such as vix_nystrom_tiny")
-    if arguments.checkpoint and arguments.pretrained:
-        raise InputError("checkpoint and pretrained were both given; allowed is one of them")
+    check_at_most_one(checkpoint=arguments.checkpoint, pretrained=arguments.pretrained)
     recipe = {name: getattr(arguments, name) for name in RECIPE if getattr(arguments, name) is not None}
     device = find_device(arguments.device)
     recipe["amp"] = "bfloat16" if find_dtype(recipe.get("amp", "auto"), device) == torch.bfloat16 else "off"

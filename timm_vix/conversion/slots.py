@@ -82,7 +82,10 @@ def set_grid(model: nn.Module, grid: Grid) -> None:
 
 
 def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Move what a checkpoint has of the mixers' weights on a grid to the grids of ``model``, in place."""
+    """Move what a checkpoint has of the mixers' weights on a grid to the grids of ``model``, in place.
+
+    A mixer may take over from them what depends on their own grid.
+    """
     for path, host in model.named_modules():
         if not isinstance(host, MechanismHost):
             continue
@@ -93,6 +96,7 @@ def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> N
             key = f"{path}.core.{name}"
             # a tensor with another number of axes is left as it is, and refused later as one of another shape
             if key in state_dict and state_dict[key].ndim == getattr(host.core, name).ndim:
+                host.core.before_resampling(name, state_dict[key])
                 state_dict[key] = resample(state_dict[key], grid)
 
 

@@ -78,9 +78,7 @@ def load_trained(model: str, weights: Optional[str] = None, delta: Optional[str]
     # a conversion has the weights of its source
     address = address_of(model, trained=not weights and "source" not in keywords)
     if weights:
-        # the file's own number of classes, or timm leaves its classifier out
-        classes = {"num_classes": keywords["num_classes"]} if "num_classes" in keywords else {}
-        keywords["pretrained_cfg_overlay"] = weights_of_file(weights, **classes)
+        keywords["pretrained_cfg_overlay"] = weights_of_file(weights, keywords.get("num_classes"))
     try:
         net = timm.create_model(address, pretrained=True, **keywords).eval()
     except Exception as error:  # timm, torch, safetensors and the Hub's client raise by kind of damage

@@ -14,7 +14,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from .._checks import InputError, check_choice
+from .._checks import InputError, check_at_most_one, check_choice
 from .._names import parse_model
 from .._records import check_writable
 from ..conversion.delta import load_delta
@@ -77,8 +77,7 @@ def build(
     name, keywords = parse_model(spec, lambda name: address_of(name, trained=False))
     if "pretrained" in keywords:
         raise InputError(f"pretrained={keywords['pretrained']}: expected --pretrained or --weights FILE instead")
-    if weights and pretrained:
-        raise InputError("weights and pretrained were both given; allowed is one of them")
+    check_at_most_one(weights=weights, pretrained=pretrained)
     check_weights("weights", weights)
     if not weights and not pretrained and ":" not in name:
         raise InputError(f"model={name} would have random weights; give --weights FILE or --pretrained")

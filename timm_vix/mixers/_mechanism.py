@@ -188,6 +188,9 @@ class Mixer(nn.Module):
     def count_pass(self) -> None:
         """Count a forward pass."""
 
+    def before_resampling(self, name: str, weight: torch.Tensor) -> None:
+        """See a parameter of ``grid_parameters`` in a checkpoint before it is moved to this mixer's grid."""
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:

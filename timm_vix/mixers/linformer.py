@@ -99,12 +99,12 @@ class LinformerAttention(LandmarkAttention):
         self.token_proj = nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
         self.reset_parameters()
 
-    def keep_regions(self, weight: torch.Tensor) -> None:
+    def before_resampling(self, name: str, weight: torch.Tensor) -> None:
         """Take the regions that a checkpoint's weights (n, k, H, W) have on their own grid, if a number was asked for.
 
         The same number may lie otherwise over the grid of this model.
         """
-        if not self.asked_for or weight.ndim != 4:
+        if not self.asked_for:
             return
         regions = cell_grid(self.asked_for, (weight.shape[2], weight.shape[3]))
         if regions != self.regions and regions[0] * regions[1] == weight.shape[1]:

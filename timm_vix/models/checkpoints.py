@@ -19,7 +19,6 @@ from .._checks import InputError
 from ..conversion.slots import resample_weights
 from ..mixers._mechanism import MechanismHost
 from ..mixers._slot import TokenSlot, rename_core_keys
-from ..mixers.linformer import LinformerAttention
 from ..mixers.softmax import SoftmaxAttention
 from ._daff import DepthwiseFeedForward
 
@@ -143,14 +142,6 @@ def split_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> tuple[dict
     return state_dict, dict(new=new, ours=ours, dropped=dropped, paired=pairs)
 
 
-def keep_regions(state_dict: dict[str, Any], model: nn.Module) -> None:
-    """Give the Linformer attention of a model the regions of a checkpoint."""
-    for path, module in hosts_of(model).items():
-        weight = state_dict.get(f"{path}.core.token_proj")
-        if isinstance(module.core, LinformerAttention) and weight is not None:
-            module.core.keep_regions(weight)
-
-
 def complete_checkpoint(
     state_dict: dict[str, Any],
     model: nn.Module,
@@ -170,9 +161,8 @@ def complete_checkpoint(
     Raises:
         ValueError: if keys or shapes don't fit.
     """
-    keep_regions(state_dict, model)
-    target = model.state_dict()
     resample_weights(state_dict, model)
+    target = model.state_dict()
     in_stem = stem_keys(model)
     # added parameters start at values with which they don't change, or hardly change, what the loaded weights compute
     values = {
@@ -218,6 +208,12 @@ def grid_of_positions(
     return (side, side) if side**2 == count else None
 
 
+def positions_of(state_dict: dict[str, torch.Tensor], model: nn.Module) -> Optional[torch.Tensor]:
+    """The position embedding of a checkpoint, (1, tokens, C); None where it or the model has none of that form."""
+    positions = state_dict.get("pos_embed")
+    return None if positions is None or positions.ndim != 3 or model.pos_embed is None else positions
+
+
 def resample_positions(
     state_dict: dict[str, torch.Tensor],
     model: nn.Module,
@@ -229,8 +225,8 @@ def resample_positions(
     timm's own function reads the grid of the checkpoint off the kernel of a linear patch embedding, and a stem of
     several layers has none. Arguments are those of ``grid_of_positions``.
     """
-    positions = state_dict.get("pos_embed")
-    if positions is None or positions.ndim != 3 or model.pos_embed is None:
+    positions = positions_of(state_dict, model)
+    if positions is None:
         return
     old, new = grid_of_positions(positions, model, num_prefix_tokens, kernel), tuple(model.patch_embed.grid_size)
     if old is not None and old != new:
@@ -241,10 +237,8 @@ def check_positions(
     state_dict: dict[str, torch.Tensor], model: nn.Module, num_prefix_tokens: int, kernel: Optional[torch.Tensor]
 ) -> None:
     """Raise ValueError for a position embedding that isn't of a patch grid and the model's prefix tokens."""
-    positions = state_dict.get("pos_embed")
-    if positions is None or positions.ndim != 3 or getattr(model, "pos_embed", None) is None:
-        return
-    if grid_of_positions(positions, model, num_prefix_tokens, kernel) is None:
+    positions = positions_of(state_dict, model)
+    if positions is not None and grid_of_positions(positions, model, num_prefix_tokens, kernel) is None:
         raise InputError(
             f"the checkpoint doesn't fit {model.pretrained_cfg.get('architecture', 'the model')}: it has "
             f"{positions.shape[1]} positions, which are no known patch grid beside {num_prefix_tokens} prefix tokens; "

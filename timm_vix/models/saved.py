@@ -22,7 +22,7 @@ from .._checks import InputError, is_integer
 from .._files import one_line
 from ..conversion.slots import resample_weights, slots_of
 from ..mixers._slot import TokenSlot, rename_core_keys
-from .checkpoints import keep_regions, resample_positions, tensors_of
+from .checkpoints import resample_positions, tensors_of
 from .vit import VisionXformer
 
 # far beyond every published model, and small enough to be counted before memory is taken
@@ -128,7 +128,6 @@ def fit_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[s
         state_dict = filter_fn(state_dict, model)
     else:
         resample_positions(state_dict, model, 0 if model.no_embed_class else model.num_prefix_tokens)
-    keep_regions(state_dict, model)  # of a stem, which no conversion records
     resample_weights(state_dict, model)
     return state_dict
 

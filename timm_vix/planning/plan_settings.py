@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from .._checks import InputError, check_choice
+from .._checks import InputError, check_at_most_one, check_choice
 from ..conversion.keywords import check_keywords
 from ..conversion.scaling import ScaleLogits
 from ..mixers import MIXERS
@@ -88,10 +88,9 @@ class PlanSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        targets = [name for name in ("keep", "speedup", "budget_gflops") if getattr(self, name) is not None]
-        if len(targets) > 1:
-            raise InputError(f"{' and '.join(targets)} were both given; allowed is one of them")
-        if not targets:
+        targets = dict(keep=self.keep, speedup=self.speedup, budget_gflops=self.budget_gflops)
+        check_at_most_one(**targets)
+        if all(value is None for value in targets.values()):
             self.keep = 0.99
         if self.mixer is not None and not (isinstance(self.mixer, (list, tuple, Mapping)) and self.mixer):
             raise InputError(f"mixer={self.mixer!r}: expected names, such as ['axial', 'merge']")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from .._checks import InputError
+from .._checks import InputError, check_at_most_one
 from .._names import check_model
 from ..conversion.freeze import PARTS
 from .settings import (
@@ -107,8 +107,8 @@ class FinetuneSettings(Settings):
         if self.mixup and self.batch_size % 2:
             raise InputError(f"batch_size={self.batch_size}: mixup pairs images; allowed is an even number")
         check_model(self.model)
-        if self.checkpoint and self.pretrained and not self.resume:
-            raise InputError("checkpoint and pretrained were both given; allowed is one of them")
+        if not self.resume:  # an earlier version took both, and such a run may be continued
+            check_at_most_one(checkpoint=self.checkpoint, pretrained=self.pretrained)
         check_weights("checkpoint", self.checkpoint)
         starts = dict(model=local_folder(self.model), checkpoint=self.checkpoint)
         check_folder(Path(self.out), self.resume, self.overwrite, **starts)

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from timm.utils import ParseKwargs
 
-from .._checks import InputError
+from .._checks import InputError, check_at_most_one
 from .._files import one_line
 
 Ranges = Iterable[tuple[str, str, Callable[[Any], bool]]]
@@ -205,9 +205,13 @@ def check_ranges(run: Any, ranges: Ranges) -> None:
                 raise InputError(f"{name}={value}: allowed is {allowed}")
 
 
-def weights_of_file(path: Any, **config: Any) -> dict[str, Any]:
-    """timm's ``pretrained_cfg_overlay`` for a file of weights in place of the Hub's, with further entries."""
-    return dict(file=path, source=None, custom_load=False, **config)
+def weights_of_file(path: Any, num_classes: Optional[int] = None) -> dict[str, Any]:
+    """timm's ``pretrained_cfg_overlay`` for a file of weights in place of the Hub's.
+
+    ``num_classes``: those of the file, or timm leaves its classifier out; None: as many as the weights of the name.
+    """
+    classes = {} if num_classes is None else dict(num_classes=num_classes)
+    return dict(file=path, source=None, custom_load=False, **classes)
 
 
 def check_weights(name: str, path: Optional[str]) -> None:
@@ -236,8 +240,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool, **starts: Optional[st
     ``starts``: by the names of their settings, the files and folders that the run starts from, or None. It needs them
     again when it is continued.
     """
-    if resume and overwrite:
-        raise InputError("resume and overwrite were both given; allowed is one of them")
+    check_at_most_one(resume=resume, overwrite=overwrite)
     for name, start in starts.items() if overwrite else ():
         if start and Path(start).resolve().is_relative_to(out.resolve()):
             raise InputError(f"{name}={start} lies in out={out}, which overwrite replaces; give another out")

@@ -8,7 +8,7 @@ import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from .._checks import InputError
+from .._checks import InputError, check_at_most_one
 from .._files import one_line
 from .._names import check_model
 from ..mixers._attention_slot import AttentionSlot
@@ -19,8 +19,8 @@ from .settings import check_weights, weights_of_file
 def check_teacher(run: Any) -> None:
     """Raise InputError for a source that timm doesn't know, or that would have random weights."""
     check_model(run.source, "source")
-    if run.weights and run.pretrained and not getattr(run, "resume", False):
-        raise InputError("weights and pretrained were both given; allowed is one of them")
+    if not getattr(run, "resume", False):  # an earlier version took both, and such a run may be continued
+        check_at_most_one(weights=run.weights, pretrained=run.pretrained)
     check_weights("weights", run.weights)
     if not run.weights and not run.pretrained and ":" not in run.source:
         raise InputError(f"source={run.source} would have random weights; give weights=FILE or pretrained=True")
@@ -51,9 +51,7 @@ def build_teacher(
     if img_size:
         arguments["img_size"] = img_size
     if weights:
-        # the file's own number of classes, or timm leaves its classifier out
-        classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
-        arguments["pretrained_cfg_overlay"] = weights_of_file(weights, **classes)
+        arguments["pretrained_cfg_overlay"] = weights_of_file(weights, arguments.get("num_classes"))
     try:
         teacher = timm.create_model(source, pretrained=True, **arguments)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
