@@ -59,6 +59,25 @@ def test_inverse_under_vmap_and_forward_derivatives():
     assert distance(moved, -Z @ tangent @ Z) < 1e-10
 
 
+@pytest.mark.parametrize("lowest", [1e-3, 0.05, 1.0])
+def test_the_scale_of_a_step_lifts_the_lowest_eigenvalue_most(lowest):
+    """The scales that Pan and Schreiber's section 4 gives from step to step, here on eigenvalues themselves."""
+    eigenvalues = torch.linspace(lowest, 1.0, 6, dtype=torch.float64)
+    steps, low, error = 6, lowest, eigenvalues.clone()
+    for step in range(steps):
+        scale = 2.0 / (1.0 + low) if step < steps - 1 else 1.0  # the last step is plain
+        error, low = (error * scale) * (2.0 - error * scale), scale * low * (2.0 - scale * low)
+    found = newton_inverse(torch.diag(eigenvalues)[None], lowest, steps)[0]
+    assert distance(found.diagonal() * eigenvalues, error) < 1e-10
+
+
+def test_compiles_however_many_steps():
+    """A recursion of numbers is written out as a tree by torch.compile: with so many steps it would never end."""
+    M = system(attention_weights(torch.float32)).flatten(0, 1)
+    compiled = torch.compile(lambda m: newton_inverse(m, RIDGE, 12))
+    assert distance(compiled(M), torch.linalg.inv(M.double())) < rounding(torch.float32, condition(torch.linalg.inv, M))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_without_a_ridge_a_singular_matrix_gives_numbers(dtype):
     A = torch.full((1, 1, 8, 8), 1 / 8, dtype=dtype)

@@ -18,21 +18,21 @@ def newton_inverse(M: torch.Tensor, lowest: float, iterations: int) -> torch.Ten
     """M^-1 by Newton's iteration Z <- a Z (2 I - a M Z): (n, m, m), symmetric with eigenvalues from ``lowest`` on.
 
     The eigenvalues of M Z lie in [low, 1]; a = 2 / (1 + low) is the scale that lifts the lowest one most (Pan &
-    Schreiber 1991, "An improved Newton iteration for the generalized inverse of a matrix", section 4).
+    Schreiber 1991, "An improved Newton iteration for the generalized inverse of a matrix", section 4). A step takes low
+    to 4 low / (1 + low)^2. So step i has a = 1 + 1 / cosh(2^i p), where p = 2 artanh(sqrt(low)) at first.
     """
     eye = torch.eye(M.shape[1], device=M.device, dtype=M.dtype)
     with torch.no_grad():
         norm = M.abs().sum(2, keepdim=True).amax(1, keepdim=True)
         # with a ridge near zero the lowest eigenvalue is unknown, and this one is as good as any
-        low = max(lowest, 1e-3) / norm
+        low = (max(lowest, 1e-3) / norm).clamp(max=1.0)
         Z = eye / norm
-        a = torch.ones_like(low)
+        # not from step to step: torch.compile writes such a recursion out as a tree, which took it minutes
+        p = 2.0 * torch.atanh(low.sqrt())
         for i in range(iterations - 1):
             if i > 0:
                 Z = newton_step(M, Z, eye)
-            a = 2.0 / (1.0 + low)
-            Z = a * Z
-            low = low * a * (2.0 - a * low)
+            Z = (1.0 + 1.0 / torch.cosh(2.0**i * p)) * Z
     # The inverse is a fixed point of a step: the last two steps have its derivatives up to the third order, and earlier
     # ones need not be kept for the gradient.
     if iterations > 1:
