@@ -232,23 +232,30 @@ def export_model(
 
 
 def replace_files(files: list[Path], out: Path, aside: Path) -> None:
-    """Put the files of a model in their place: weights first, since the file that is named makes a pair a model.
-
-    On a failure the former model is there again, or none: it must not be read with the new weights.
+    """Put the files of a model in their place, or on a failure leave those of the former model there.
 
     Args:
-        files: a file of weights, where there is one, and the file that is named.
-        out: the place of the last of them.
-        aside: where the former model waits.
+        files: a file of weights, where there is one, and last the file that is named.
+        out: the place of the file that is named.
+        aside: a folder, which isn't there yet, for the files of the former model meanwhile.
     """
+    if len(files) == 1:
+        os.replace(files[0], out)
+        return
+    places = [out.with_name(path.name) for path in files]
+    former = [place for place in reversed(places) if place.exists()]
     try:
-        if len(files) > 1 and out.exists():
-            os.replace(out, aside)
-        for path in files:
-            os.replace(path, out.with_name(path.name))
+        aside.mkdir()
+        for place in former:  # the named file first: a pair of old and new must never be read as a model
+            os.replace(place, aside / place.name)
+        for path, place in zip(files, places):
+            os.replace(path, place)
     except BaseException:
-        if aside.exists() and files[0].exists():
-            os.replace(aside, out)
+        for path, place in zip(files, places):
+            if (kept := aside / place.name).exists():
+                os.replace(kept, place)
+            elif place not in former and not path.exists():
+                place.unlink()
         raise
 
 
