@@ -13,11 +13,24 @@ from timm.data import ImageDataset
 
 from timm_vix.data import datasets
 from timm_vix.data.datasets import Sample, as_folder
-from timm_vix.data.folders import find_images, find_unlabelled, list_images
+from timm_vix.data.folders import find_images, find_unlabelled, list_images, name_of
 from timm_vix.data.images import Images, open_image
 from timm_vix.train.finetune import finetune
 
 load_digits = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits
+
+
+@pytest.mark.parametrize(
+    "data_dir, name",
+    [
+        (".", "photos"), ("..", "images"), ("../../scans", "scans"), ("deeper/", "deeper"),
+        ("torch/cifar10", "torch/cifar10"), ("hfds/uoft-cs/cifar10", "hfds/uoft-cs/cifar10"),
+    ],
+)  # fmt: skip
+def test_images_have_a_name_that_no_path_is_needed_for(data_dir, name, tmp_path, monkeypatch):
+    (tmp_path / "images" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "images" / "photos")
+    assert name_of(data_dir) == name
 
 
 def test_links_to_folders_are_followed_as_timm_follows_them(digits, tmp_path):
@@ -93,7 +106,7 @@ def test_a_data_set_that_can_be_indexed_is_used_as_it_is(mnist, tmp_path):
     assert not [path for path in tmp_path.rglob("*.png") if path.name != "curve.png"]
     again, _ = finetune(**settings, epochs=2, out=str(tmp_path / "again"))
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert "`mnist` (10 classes, 60 images; validation: 20)" in (tmp_path / "run" / "hub" / "README.md").read_text()
+    assert "`torch/mnist` (10 classes, 60 images; validation: 20)" in (tmp_path / "run" / "hub" / "README.md").read_text()
 
 
 def test_other_pixels_of_a_data_set_are_another_checksum(mnist, tmp_path):

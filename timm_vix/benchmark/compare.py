@@ -11,7 +11,6 @@ on the last device.
 """
 
 import argparse
-import os
 import re
 import statistics
 import zlib
@@ -26,8 +25,8 @@ from .._device import device_name, find_device, find_dtype, versions
 from .._files import name_and_checksum
 from .._names import parse_model
 from .._records import Columns, Record, aligned, append_record, check_writable, earlier_records, grouped, key_of
-from ..data.datasets import Items, as_folder, is_dataset
-from ..data.folders import find_images
+from ..data.datasets import Items, as_folder
+from ..data.folders import find_images, name_of
 from ..measure.job import measure_in_process
 from ..measure.process import call_in_process
 from ..train.finetune_settings import FinetuneSettings
@@ -162,10 +161,7 @@ def compare(
         InputError: for data that cannot be used, or a file of another version; before anything is trained.
     """
     train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"], data_root=where["data_root"])
-    data_dir = where["data_dir"]
-    # "." and ".." have no name of their own
-    folder = data_dir if is_dataset(data_dir) else Path(os.path.abspath(data_dir)).name
-    name = f"{folder} ({len(classes)} classes)"
+    name = f"{name_of(where['data_dir'])} ({len(classes)} classes)"
     count, checksum = len(train_items) + len(val_items), checksum_of(train_items, val_items)
     dataset = f"{name[:-1]}, {count} images {checksum})"
     starts = {weights: start_of(weights) for _, weights in models}

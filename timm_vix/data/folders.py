@@ -58,6 +58,11 @@ def find_images(
     return *hold_out(train, held_out), classes
 
 
+def name_of(data_dir: str) -> str:
+    """What a reader elsewhere is told of a ``data_dir``: a folder's own name, or the name of a data set of timm's."""
+    return data_dir if is_dataset(data_dir) else Path(os.path.abspath(data_dir)).name  # "." and ".." have no name
+
+
 def list_digits() -> tuple[Items, list[str]]:
     """The 1,797 handwritten digits of scikit-learn, 8x8 grey pixels each, and their names."""
     try:

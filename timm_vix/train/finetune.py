@@ -29,7 +29,7 @@ from .._device import autocast, find_device, find_dtype
 from ..conversion.delta import save_delta
 from ..conversion.freeze import freeze_except
 from ..data.datasets import Items
-from ..data.folders import find_images
+from ..data.folders import find_images, name_of
 from ..data.images import STEP, Images, normaliser, reseed, seed_of, transforms
 from .build import build_model, construction
 from .checkpoint import Checkpoint, clear, read_tensors, write_history, write_tensors
@@ -250,7 +250,7 @@ def finish(
     if run.train_only:
         save_delta(net, folder / "delta.safetensors")
     quoted = f"`{weights}`" if weights else None
-    data = f"`{Path(run.data_dir).absolute().name}`" if run.data_dir else "scikit-learn's handwritten digits"
+    data = f"`{name_of(run.data_dir)}`" if run.data_dir else "scikit-learn's handwritten digits"
     shown = {name: value for name, value in checkpoint.settings.items() if name != "construction"}
     architecture = net.pretrained_cfg["architecture"]
     local = run.model.startswith("local-dir:")  # a path here tells a reader nothing
