@@ -22,7 +22,7 @@ to the absolute sum that E and F had, and the logit carries the log of N/k times
 which is a grid of one row, masked tokens are removed, and E and F are resampled to the number of the others. So the
 result is that of the sequence without the masked tokens. NaFlex models have sequences.
 
-*Pays:* one attention layer of ViT-Ti is 1.72, 3.3, 4.3 and 19 times as fast as with softmax through SDPA at 197, 577,
+*Pays:* one attention layer of ViT-Ti is 1.53, 3.1, 4.4 and 17 times as fast as with softmax through SDPA at 197, 577,
 1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
 (``examples/results/mixers.csv``).
 

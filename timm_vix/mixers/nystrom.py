@@ -29,7 +29,7 @@ others. On a grid of several rows the cells stay where they are. A sequence, whi
 equal pieces of its unmasked tokens, in their order. So its result is that of the sequence without the masked tokens,
 and so is that of any grid with as many landmarks as patches. NaFlex models have sequences.
 
-*Pays:* one attention layer of ViT-Ti is 0.76, 1.76, 2.4 and 11 times as fast as with softmax through SDPA at 197, 577,
+*Pays:* one attention layer of ViT-Ti is 0.68, 1.64, 2.4 and 9.5 times as fast as with softmax through SDPA at 197, 577,
 1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
 (``examples/results/mixers.csv``).
 
