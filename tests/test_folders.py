@@ -106,7 +106,8 @@ def test_a_data_set_that_can_be_indexed_is_used_as_it_is(mnist, tmp_path):
     assert not [path for path in tmp_path.rglob("*.png") if path.name != "curve.png"]
     again, _ = finetune(**settings, epochs=2, out=str(tmp_path / "again"))
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert "`torch/mnist` (10 classes, 60 images; validation: 20)" in (tmp_path / "run" / "hub" / "README.md").read_text()
+    card = (tmp_path / "run" / "hub" / "README.md").read_text()
+    assert "`torch/mnist` (10 classes, 60 images; validation: 20)" in card
 
 
 def test_other_pixels_of_a_data_set_are_another_checksum(mnist, tmp_path):
