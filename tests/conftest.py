@@ -4,6 +4,7 @@ A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds ke
 """
 
 import copy
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 import timm_vix  # noqa: F401  registers the names
+from timm_vix._names import parse_model
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._mechanism import AttentionMechanism
 
@@ -121,6 +123,23 @@ def lively(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@functools.cache
+def on_meta(spec: str) -> nn.Module:
+    """The model of "NAME key=value ..." without values, for tests that look at it and change nothing."""
+    name, keywords = parse_model(spec)
+    return timm.create_model(name, device="meta", **keywords)
+
+
+def is_narrow(name: str) -> bool:
+    """Whether a name is of a width that is tested by default: small and base differ from tiny in nothing else."""
+    return not {"small", "base"} & set(name.split("_"))
+
+
+def wide_are_slow(names: Sequence[str]) -> list:
+    """The names, of which those that aren't narrow are slow tests."""
+    return [pytest.param(name, marks=[] if is_narrow(name) else pytest.mark.slow) for name in names]
 
 
 def check_every_mixer(name: str) -> None:

@@ -323,6 +323,13 @@ def test_other_resolutions(host, patch, mixer):
     assert distance(fixed(x), y) < 1e-5
 
 
+# plain ViTs, and one of each reason for a refusal
+BY_DEFAULT = (
+    "vision_transformer", "deit", "eva", "beit", "vision_transformer_sam", "naflexvit", "cait", "xcit", "hiera",
+    "levit", "swin_transformer", "pit",
+)  # fmt: skip
+
+
 def registry():
     modules = [
         "vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit", "vision_transformer_sam",
@@ -332,7 +339,7 @@ def registry():
     for module in modules:
         names = timm.list_models(module=module)
         for start in range(0, len(names), 40):
-            marks = [pytest.mark.slow] if start > 0 or module == "vision_transformer_hybrid" else []
+            marks = [] if start == 0 and module in BY_DEFAULT else [pytest.mark.slow]
             yield pytest.param(module, names[start : start + 40], id=f"{module}-{start}", marks=marks)
 
 

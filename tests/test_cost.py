@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import exit_code
+from conftest import exit_code, on_meta
 from torch import nn
 
 from timm_vix import cli, models
@@ -64,11 +64,6 @@ def test_a_fused_row_of_a_model_that_ran_no_fused_kernel_is_a_failure(tmp_path) 
     records = sweep([job | QUICK, job | QUICK | dict(attention="fused")], tmp_path / "cost.csv")
     assert records[0]["attention"] == "unfused" and records[0]["latency_p50_ms"] > 0
     assert "fused" in records[1]["error"] and records[1]["latency_p50_ms"] is None
-
-
-def on_meta(spec: str) -> nn.Module:
-    name, keywords = parse_model(spec)
-    return timm.create_model(name, device="meta", **keywords)
 
 
 def trunk_of(model: nn.Module) -> dict[str, torch.Size]:

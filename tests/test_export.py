@@ -17,6 +17,13 @@ SLOW_CASES = [
     pytest.param(*v.values, id=v.id, marks=[] if FIRST[v.values[0]] == v.id else pytest.mark.slow) for v in CASES
 ]
 
+# positions are rotated by one function, which softmax and Nyström call for tokens and for landmarks
+SCRIPTED = [
+    pytest.param(*v.values, id=v.id, marks=pytest.mark.slow if rope and mixer not in ("softmax", "nystrom") else [])
+    for v in CASES
+    for mixer, rope, _ in [v.values]
+]
+
 # what torch itself deprecates, inside its exporters
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -44,8 +51,6 @@ def test_compiles_in_one_graph(mixer, rope, options):
     )
     compiled, x = torch.compile(model.train(), fullgraph=True, backend="aot_eager"), image(model)
     assert agree(model, compiled, x, gradients)
-    with torch.no_grad():
-        assert agree(model.eval(), compiled.eval(), x)
 
 
 @since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
@@ -79,7 +84,7 @@ def test_torch_export(mixer, rope, options):
     assert agree(model, program.module(), image(model, batch=3))
 
 
-@pytest.mark.parametrize("mixer, rope, options", CASES)
+@pytest.mark.parametrize("mixer, rope, options", SCRIPTED)
 def test_torchscript(mixer, rope, options):
     # drawing features anew is a hook of training, and TorchScript takes no such hooks
     model = small(
@@ -124,7 +129,7 @@ def test_onnx(mixer, rope, options, tmp_path):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("mixer, rope, options", CASES)
+@pytest.mark.parametrize("mixer, rope, options", SLOW_CASES)
 def test_checkpointing_leaves_gradients_alone(mixer, rope, options, dynamic):
     model = small(mixer, rope, **options, dynamic_img_size=dynamic).train()
     twin = copy.deepcopy(model)

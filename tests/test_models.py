@@ -18,7 +18,9 @@ from conftest import (
     condition,
     distance,
     image,
+    is_narrow,
     lively,
+    on_meta,
     rounding,
     small,
     small_arguments,
@@ -40,7 +42,7 @@ from timm_vix.stems import STEMS
 # Of the plain ViT with a mixer and a stem; of these, the ones that differ in more than their widths.
 NAMES = [name for name in REGISTERED if name.startswith(("vix_", "hybrid_", "t2t_")) and "_pi" not in name]
 NAMES.remove("vix_from_timm")
-NARROW = [name for name in NAMES if not {"small", "base"} & set(name.split("_"))]
+NARROW = [name for name in NAMES if is_narrow(name)]
 TINY = [name for name in NAMES if "_tiny" in name]
 # width, depth, heads, patch, pixels: Touvron et al. 2021 table 1, Dosovitskiy et al. 2021 table 1, Jeevan & Sethi 2022
 SIZES = {
@@ -56,7 +58,7 @@ HYBRIDS = {"vit": "softmax", "vil": "linformer", "vip": "performer", "vin": "nys
 def test_a_name_says_what_is_built(name):
     family, mixer, size, *rope = name.split("_")
     mixer = HYBRIDS.get(mixer, mixer)
-    model = timm.create_model(name, device="meta")
+    model = on_meta(name)
     width, depth, heads, patch, pixels = SIZES[size]
     kind = Attention if mixer == "softmax" and not rope else MIXERS[mixer]
     assert [type(getattr(block.attn, "core", block.attn)) for block in model.blocks] == [kind] * depth
@@ -91,7 +93,7 @@ def test_biases_and_features_keep_their_size_in_training(mixer, rope, options, f
 
 @pytest.mark.parametrize("name", NAMES)
 def test_default_configuration(name):
-    model = timm.create_model(name, device="meta")
+    model = on_meta(name)
     cfg, state = model.pretrained_cfg, model.state_dict()
     assert f"{cfg['classifier']}.weight" in state
     if name.startswith("t2t_"):  # which normalises pieces of the image first, so nothing there takes other channels

@@ -6,7 +6,7 @@ import logging
 import pytest
 import timm
 import torch
-from conftest import VARIANTS, distance, image, lively, small, small_arguments
+from conftest import VARIANTS, distance, image, lively, on_meta, small, small_arguments, wide_are_slow
 from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from timm.models import save_for_hf
@@ -89,10 +89,10 @@ def test_a_parallel_model_is_dynamic_trains_and_copies(mixer, rope, options):
 NAMES = timm.list_models(["vix_*", "hybrid_*", "pi[np]_*", "cc*"], exclude_filters=["vix_from_timm", "*_7"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", wide_are_slow(NAMES))
 def test_every_name_takes_it(name):
     model = timm.create_model(name, device="meta", block="parallel")
-    sequential = timm.create_model(name, device="meta")
+    sequential = on_meta(name)
     for ours, theirs in zip(stages(model), stages(sequential), strict=True):
         layers = [len(block.attns) for block in ours]
         assert layers == [2] * (len(theirs) // 2) + [1] * (len(theirs) % 2)

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
-from conftest import REGISTERED, since
+from conftest import REGISTERED, is_narrow, since
 
 import timm_vix
 
@@ -75,7 +75,7 @@ def timm_tests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def all_names() -> list[str]:
     """Every registered name but the widths that differ from tiny in nothing else, and the one that wraps a host."""
-    return [name for name in REGISTERED if not {"small", "base"} & set(name.split("_")) and name != "vix_from_timm"]
+    return [name for name in REGISTERED if is_narrow(name) and name != "vix_from_timm"]
 
 
 def run_suites(test_models: Path, names: list[str], folder: Path, workers: int = 0) -> None:
