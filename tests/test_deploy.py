@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +346,32 @@ def test_parity_finds_another_function() -> None:
         parity(model, lambda images: -0.1 * model(images), [x], "int8")
     with pytest.raises(InputError, match=r"outputs of \(2, 4\), eager \(2, 5\)"):
         parity(model, lambda images: model(images)[:, :4], [x], "int8")
+
+
+@pytest.mark.parametrize("rounding_error, allowed", [(0.01, 0.14), (0.1, 0.29), (0.5, 0.99)])
+def test_in_bfloat16_a_file_is_not_much_farther_off_than_eager_mode(rounding_error: float, allowed: float) -> None:
+    model = small("softmax", depth=1)
+    x = torch.randn(2, 3, 14, 10)
+
+    def off_by(share: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: (1 - share) * model(images)
+
+    parity(model, off_by(allowed), [x], "bfloat16", off_by(rounding_error))
+    with pytest.raises(
+        InputError, match="bfloat16 is too coarse for it here, so no file is written; try another --dty"
+    ):
+        parity(model, off_by(allowed + 0.02), [x], "bfloat16", off_by(rounding_error))
+
+
+@pytest.mark.slow
+def test_a_runtime_that_solves_in_bfloat16_gets_no_nystrom_attention(tmp_path: Path, deit: Path) -> None:
+    """OpenVINO computes everything in bfloat16, and the equations of the landmarks need more."""
+    pytest.importorskip("openvino")
+    spec = "vix_from_timm source=deit_tiny_patch16_224 mixer=nystrom"
+    model, config = export.build(spec, str(deit))
+    with pytest.raises(InputError, match="bfloat16 is too coarse for it here"):
+        export.export_model(model, config, "openvino", "bfloat16", tmp_path / "model.xml", threads=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_calibration_images_a_tenth_is_held_out_and_told(tmp_path: Path, monkeypatch) -> None:

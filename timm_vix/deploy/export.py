@@ -222,7 +222,8 @@ def export_model(
         with held_by(to, dtype, dynamic_size):
             batches = trials(config, calibration, dynamic_size, model)
             batches += [] if held_out is None else [held_out]
-            rows = parity(model, OPEN[to](written, dtype, threads), batches, dtype)
+            rounded = WithFloat32(model, torch.bfloat16) if dtype == "bfloat16" else None
+            rows = parity(model, OPEN[to](written, dtype, threads), batches, dtype, rounded)
         files = [path for path in (written.with_suffix(".bin"), written) if path.exists()]
         size = sum(path.stat().st_size for path in files) / 1e6
         replace_files(files, out, partial / "former")
