@@ -157,8 +157,11 @@ def transfers() -> str:
     body = []
     for row in rows:
         settings = [row["tokens"], row["images"], row["block_steps"], row["distill_steps"], row["batch_size"]]
-        found = [f"{float(row['agreement']):.1f}", row["feature_distance"], f"{float(row['seconds']) / 60:.0f}"]
-        body.append([f"{row['mixer']}, {row['keywords']}", *settings, row["dtype"], *found])
+        # without a classifier there is nothing to agree on
+        agreement = f"{float(row['agreement']):.1f}" if row["agreement"] else ""
+        found = [agreement, row["feature_distance"], f"{float(row['seconds']) / 60:.0f}"]
+        other = "" if row["source"].startswith("deit_tiny") else f", in `{row['source']}`"
+        body.append([f"{row['mixer']}, {row['keywords']}{other}", *settings, row["dtype"], *found])
     head = ["converted", "tokens", "images", "steps of stage 1", "steps of stage 2", "batch", "dtype"]
     return markdown([*head, "agreement, %", "error of last tokens", "minutes"], body, measured(rows))
 
