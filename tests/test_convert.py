@@ -323,7 +323,7 @@ def test_other_resolutions(host, patch, mixer):
     assert distance(fixed(x), y) < 1e-5
 
 
-# plain ViTs, and one of each reason for a refusal
+# plain ViTs, and some of the models that are refused
 BY_DEFAULT = (
     "vision_transformer", "deit", "eva", "beit", "vision_transformer_sam", "naflexvit", "cait", "xcit", "hiera",
     "levit", "swin_transformer", "pit",
