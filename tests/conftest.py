@@ -137,11 +137,6 @@ def is_narrow(name: str) -> bool:
     return not {"small", "base"} & set(name.split("_"))
 
 
-def wide_are_slow(names: Sequence[str]) -> list:
-    """The names, of which those that aren't narrow are slow tests."""
-    return [pytest.param(name, marks=[] if is_narrow(name) else pytest.mark.slow) for name in names]
-
-
 def check_every_mixer(name: str) -> None:
     """A registered model takes each of ``MIXERS`` instead of its own."""
     for mixer in MIXERS:

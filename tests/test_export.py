@@ -4,6 +4,8 @@ import copy
 import io
 import os
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +13,18 @@ from conftest import FEW_VARIANTS, condition, distance, gradients, image, roundi
 from torch import nn
 
 CASES = FEW_VARIANTS
+
+
+def slow_where(is_slow: Callable[[Any], object]) -> list:
+    """The cases, of which some are slow tests."""
+    return [pytest.param(*v.values, id=v.id, marks=pytest.mark.slow if is_slow(v) else []) for v in CASES]
+
+
 # compilers and exporters are slow: by default the first variant of each mixer
 FIRST = {variant.values[0]: variant.id for variant in reversed(CASES)}
-SLOW_CASES = [
-    pytest.param(*v.values, id=v.id, marks=[] if FIRST[v.values[0]] == v.id else pytest.mark.slow) for v in CASES
-]
-
+SLOW_CASES = slow_where(lambda variant: FIRST[variant.values[0]] != variant.id)
 # positions are rotated by one function, which softmax and Nyström call for tokens and for landmarks
-SCRIPTED = [
-    pytest.param(*v.values, id=v.id, marks=pytest.mark.slow if rope and mixer not in ("softmax", "nystrom") else [])
-    for v in CASES
-    for mixer, rope, _ in [v.values]
-]
+SCRIPTED = slow_where(lambda variant: variant.values[1] and variant.values[0] not in ("softmax", "nystrom"))
 
 # what torch itself deprecates, inside its exporters
 pytestmark = [
@@ -51,6 +53,8 @@ def test_compiles_in_one_graph(mixer, rope, options):
     )
     compiled, x = torch.compile(model.train(), fullgraph=True, backend="aot_eager"), image(model)
     assert agree(model, compiled, x, gradients)
+    with torch.no_grad():
+        assert agree(model.eval(), compiled.eval(), x)
 
 
 @since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")

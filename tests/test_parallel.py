@@ -6,7 +6,7 @@ import logging
 import pytest
 import timm
 import torch
-from conftest import VARIANTS, distance, image, lively, on_meta, small, small_arguments, wide_are_slow
+from conftest import VARIANTS, distance, image, is_narrow, lively, on_meta, small, small_arguments
 from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from timm.models import save_for_hf
@@ -89,7 +89,7 @@ def test_a_parallel_model_is_dynamic_trains_and_copies(mixer, rope, options):
 NAMES = timm.list_models(["vix_*", "hybrid_*", "pi[np]_*", "cc*"], exclude_filters=["vix_from_timm", "*_7"])
 
 
-@pytest.mark.parametrize("name", wide_are_slow(NAMES))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if is_narrow(n) else pytest.mark.slow) for n in NAMES])
 def test_every_name_takes_it(name):
     model = timm.create_model(name, device="meta", block="parallel")
     sequential = on_meta(name)
