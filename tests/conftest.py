@@ -75,6 +75,12 @@ VARIANTS = [
     *variants(("axial",), slice(1, None), marks=pytest.mark.slow),
     *variants(("1d",), slice(None), marks=pytest.mark.slow),
 ]
+# the same for tests that take long: by default each mixer once
+OTHERS_ARE_SLOW = [
+    *PLAIN,
+    *variants((None,), slice(1, None), marks=pytest.mark.slow),
+    *variants(("axial", "1d"), slice(None), marks=pytest.mark.slow),
+]
 # what keeps a small converted model from being softmax: few landmarks and projected tokens, and small groups
 FEW = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}, "latent": {"group_size": 2}}
 # prefix tokens: the class token; none; class and registers; registers without a class token
@@ -125,11 +131,19 @@ def lively(model: nn.Module) -> nn.Module:
     return model
 
 
+def without_values(name: str, **keywords) -> nn.Module:
+    """A model on the meta device. What draws and scales initial values does nothing: it takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_"):
+            patch.setattr(torch.Tensor, method, lambda tensor, *_, **__: tensor)
+        return timm.create_model(name, device="meta", **keywords)
+
+
 @functools.cache
 def on_meta(spec: str) -> nn.Module:
     """The model of "NAME key=value ..." without values, for tests that look at it and change nothing."""
     name, keywords = parse_model(spec)
-    return timm.create_model(name, device="meta", **keywords)
+    return without_values(name, **keywords)
 
 
 def is_narrow(name: str) -> bool:
@@ -140,7 +154,7 @@ def is_narrow(name: str) -> bool:
 def check_every_mixer(name: str) -> None:
     """A registered model takes each of ``MIXERS`` instead of its own."""
     for mixer in MIXERS:
-        model = timm.create_model(name, mixer=mixer, device="meta")
+        model = without_values(name, mixer=mixer)
         expected = Attention if mixer == "softmax" else MIXERS[mixer]
         assert expected in {type(module) for module in model.modules()}
 

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -246,18 +245,6 @@ def test_what_is_kept_aside_moves_with_the_model(mixer):
         timm_vix.revert(model)
         x = torch.randn(2, 3, 4 * patch, 4 * patch, dtype=torch.float64)
         assert torch.equal(model(x), reference(x))
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_converted_models_script(mixer):
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
-    ).eval()
-    timm_vix.convert(model, mixer, **FEW.get(mixer, {}))
-    file, x = io.BytesIO(), torch.randn(2, 3, 32, 32)
-    torch.jit.save(torch.jit.script(model), file)
-    file.seek(0)
-    assert distance(torch.jit.load(file)(x), model(x)) < 1e-5
 
 
 def test_features_are_those_of_the_whole_model():

@@ -6,7 +6,7 @@ import logging
 import pytest
 import timm
 import torch
-from conftest import VARIANTS, distance, image, is_narrow, lively, on_meta, small, small_arguments
+from conftest import VARIANTS, distance, image, is_narrow, lively, on_meta, small, small_arguments, without_values
 from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from timm.models import save_for_hf
@@ -91,7 +91,7 @@ NAMES = timm.list_models(["vix_*", "hybrid_*", "pi[np]_*", "cc*"], exclude_filte
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if is_narrow(n) else pytest.mark.slow) for n in NAMES])
 def test_every_name_takes_it(name):
-    model = timm.create_model(name, device="meta", block="parallel")
+    model = without_values(name, block="parallel")
     sequential = on_meta(name)
     for ours, theirs in zip(stages(model), stages(sequential), strict=True):
         layers = [len(block.attns) for block in ours]

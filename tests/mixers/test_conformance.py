@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import LAYOUTS, VARIANTS, condition, distance, gradients, image, rounding, small
+from conftest import LAYOUTS, OTHERS_ARE_SLOW, VARIANTS, condition, distance, gradients, image, rounding, small
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_finite_differences(mixer, rope, options):
     assert torch.autograd.gradcheck(call, (x, *module.parameters()), atol=1e-9, rtol=1e-6, fast_mode=True)
 
 
-@pytest.mark.parametrize("mixer, rope, options", VARIANTS)
+@pytest.mark.parametrize("mixer, rope, options", OTHERS_ARE_SLOW)
 def test_traits_of_the_host(mixer, rope, options):
     for traits in TRAITS:
         model = small(mixer, rope, **{**options, **traits})
