@@ -490,11 +490,13 @@ def test_the_figure_of_training_has_the_hours_of_each_system():
     from result_tables.figures import hours_per_epoch, over_time  # needs matplotlib
 
     # the slow one was trained while the machine was twice as fast
-    timed = [("slow_cifar", 25.0, 0.5), ("fast_cifar", 62.5, 2.5)]
-    names = ("system", "images_per_second", "faster_than_softmax")
+    timed = [("slow_cifar", 25.0, 0.5, "float32"), ("fast_cifar", 62.5, 2.5, "float32")]
+    timed.append(("half_cifar", 50.0, 0.5, "bfloat16"))  # in which softmax is faster, too
+    names = ("system", "images_per_second", "faster_than_softmax", "dtype")
     hours = hours_per_epoch([dict(zip(names, row)) for row in timed])
     softmax = (50.0 + 25.0) / 2
-    assert hours == pytest.approx({"slow_cifar": 12.5 / (0.5 * softmax), "fast_cifar": 12.5 / (2.5 * softmax)})
+    expected = {"slow_cifar": 12.5 / (0.5 * softmax), "fast_cifar": 12.5 / (2.5 * softmax), "half_cifar": 12.5 / 50.0}
+    assert hours == pytest.approx(expected)
     run = dict(recipe="modern", epochs=20, patch_size=4, seed=0, dtype="float32", threads=1, train_loss=1.0)
     rows = [
         dict(run, system=system, epoch=epoch, seconds=seconds, held_out_top1=top1)

@@ -57,13 +57,17 @@ def trainings() -> Iterator[tuple[str, Any]]:
 
 
 def hours_per_epoch(rows: list[Record]) -> dict[str, float]:
-    """The hours of an epoch of each system, by the time of its step in turn with softmax.
+    """The hours of an epoch of each system, by the time of its step in turn with softmax of its dtype.
 
     The seconds of the trainings themselves depend on what else the machine did.
     """
-    timed = [row for row in rows if row["faster_than_softmax"] and row["images_per_second"]]
-    softmax = statistics.median([row["images_per_second"] / row["faster_than_softmax"] for row in timed] or [1.0])
-    return {row["system"]: IMAGES / (softmax * row["faster_than_softmax"]) / 3600 for row in timed}
+    hours = {}
+    for dtype in {row["dtype"] for row in rows}:
+        timed = [row for row in rows if row["faster_than_softmax"] and row["images_per_second"]]
+        timed = [row for row in timed if row["dtype"] == dtype]
+        softmax = statistics.median([row["images_per_second"] / row["faster_than_softmax"] for row in timed] or [1.0])
+        hours |= {row["system"]: IMAGES / (softmax * row["faster_than_softmax"]) / 3600 for row in timed}
+    return hours
 
 
 def over_time(epochs: list[Record], hours: dict[str, float]) -> Any:
