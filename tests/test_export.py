@@ -4,29 +4,30 @@ import copy
 import io
 import os
 import socket
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from conftest import FEW_VARIANTS, condition, distance, gradients, image, rounding, since, small
+from conftest import (
+    FEW,
+    FEW_VARIANTS,
+    OTHERS_ARE_SLOW,
+    condition,
+    distance,
+    gradients,
+    image,
+    lively,
+    rounding,
+    since,
+    small,
+    vit,
+)
 from torch import nn
+
+import timm_vix
+from timm_vix.mixers import MIXERS
 
 CASES = FEW_VARIANTS
 
-
-def slow_where(is_slow: Callable[[Any], object]) -> list:
-    """The cases, of which some are slow tests."""
-    return [pytest.param(*v.values, id=v.id, marks=pytest.mark.slow if is_slow(v) else []) for v in CASES]
-
-
-# compilers and exporters are slow: by default the first variant of each mixer
-FIRST = {variant.values[0]: variant.id for variant in reversed(CASES)}
-SLOW_CASES = slow_where(lambda variant: FIRST[variant.values[0]] != variant.id)
-# positions are rotated by one function, which softmax and Nyström call for tokens and for landmarks
-SCRIPTED = slow_where(
-    lambda v: FIRST[v.values[0]] != v.id and not (v.values[1] and v.values[0] in ("softmax", "nystrom"))
-)
 
 # what torch itself deprecates, inside its exporters
 pytestmark = [
@@ -46,17 +47,54 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
-@pytest.mark.parametrize("mixer, rope, options", SLOW_CASES)
-def test_compiles_in_one_graph(mixer, rope, options):
-    # a redraw reads a counter on the host, which breaks the graph
-    model = small(
-        mixer, rope, **{**options, **({"redraw_interval": 0} if "redraw_interval" in options else {})}, depth=1
-    )
+def all_mixers() -> nn.Module:
+    """A ViT in which each layer has another mixer: compilers and exporters take long, so by default they run on it."""
+    model = lively(vit(depth=len(MIXERS)))
+    timm_vix.convert(model, layers={i: {"mixer": mixer, **FEW.get(mixer, {})} for i, mixer in enumerate(MIXERS)})
+    return lively(model)
+
+
+def check_compiled(model: nn.Module) -> None:
+    """Compiled without a break it has the same gradients in training and the same value in inference."""
     compiled, x = torch.compile(model.train(), fullgraph=True, backend="aot_eager"), image(model)
     assert agree(model, compiled, x, gradients)
     with torch.no_grad():
         assert agree(model.eval(), compiled.eval(), x)
+
+
+def check_exported(model: nn.Module) -> None:
+    """Exported for batches of any size it has the same value with another batch."""
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (image(model),), dynamic_shapes=({0: batch},))
+    assert agree(model, program.module(), image(model, batch=3))
+
+
+@torch.no_grad()
+def check_scripted(model: nn.Module) -> None:
+    """Scripted, saved and loaded it has the same value, in batches of two and of one."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    scripted, x = torch.jit.load(file), image(model)
+    assert agree(model, scripted, x)
+    assert agree(model, scripted, x[:1])
+
+
+def without_redraw(options: dict) -> dict:
+    """Options without the counter of passes, which breaks a graph and is a hook that TorchScript doesn't take."""
+    return options | {"redraw_interval": 0} if "redraw_interval" in options else options
+
+
+@since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
+def test_all_mixers_compile_in_one_graph():
+    check_compiled(all_mixers())
+
+
+@since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer, rope, options", CASES)
+def test_compiles_in_one_graph(mixer, rope, options):
+    check_compiled(small(mixer, rope, **without_redraw(options), depth=1))
 
 
 @since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
@@ -82,27 +120,34 @@ def test_a_compiled_dynamic_model_follows_the_image(mixer, rope, options):
 
 
 @since("2.9", "exports no autograd function with a batch of any size, and no forward hook that keeps something")
-@pytest.mark.parametrize("mixer, rope, options", SLOW_CASES)
+def test_all_mixers_are_exported_by_torch():
+    check_exported(all_mixers())
+
+
+@since("2.9", "exports no autograd function with a batch of any size, and no forward hook that keeps something")
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_torch_export(mixer, rope, options):
-    model = small(mixer, rope, **options, depth=1)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (image(model),), dynamic_shapes=({0: batch},))
-    assert agree(model, program.module(), image(model, batch=3))
+    check_exported(small(mixer, rope, **options, depth=1))
 
 
-@pytest.mark.parametrize("mixer, rope, options", SCRIPTED)
+def test_all_mixers_are_scripted():
+    check_scripted(all_mixers())
+
+
+# by default our own ViT, and rotary positions of tokens and of landmarks
+SCRIPTED = [("nystrom", None), ("softmax", "axial"), ("nystrom", "axial")]
+
+
+@pytest.mark.parametrize(
+    "mixer, rope, options",
+    [
+        pytest.param(*v.values, id=v.id, marks=[] if v.values[:2] in SCRIPTED and not v.values[2] else pytest.mark.slow)
+        for v in CASES
+    ],
+)
 def test_torchscript(mixer, rope, options):
-    # drawing features anew is a hook of training, and TorchScript takes no such hooks
-    model = small(
-        mixer, rope, **{**options, "redraw_interval": 0} if "redraw_interval" in options else options, depth=1
-    )
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(model), file)
-    file.seek(0)
-    scripted, x = torch.jit.load(file), image(model)
-    with torch.no_grad():
-        assert agree(model, scripted, x)
-        assert agree(model, scripted, x[:1])
+    check_scripted(small(mixer, rope, **without_redraw(options), depth=1))
 
 
 @since("2.9", "traces not even timm's own attention, which reads a flag while it is traced")
@@ -135,7 +180,7 @@ def test_onnx(mixer, rope, options, tmp_path):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("mixer, rope, options", SLOW_CASES)
+@pytest.mark.parametrize("mixer, rope, options", OTHERS_ARE_SLOW)
 def test_checkpointing_leaves_gradients_alone(mixer, rope, options, dynamic):
     model = small(mixer, rope, **options, dynamic_img_size=dynamic).train()
     twin = copy.deepcopy(model)

@@ -1,6 +1,5 @@
 """Processes of their own: what they return, why they failed, and that they end with the process that asked."""
 
-import math
 import os
 import signal
 import subprocess
@@ -16,24 +15,17 @@ from timm_vix.measure.process import call_in_process, explain
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_function_in_a_process_of_its_own(capfd) -> None:
-    assert call_in_process(math.sqrt, 9) == 3
-    assert call_in_process(print, '{"error": "printed, not returned"}') is None
-    assert capfd.readouterr().out == ""
-    assert call_in_process(print, "epoch 1", interactive=True) is None
-    assert capfd.readouterr().out == "  epoch 1\n"
+def print_without_end(text: str) -> int:
+    print(f'epoch 1\n{{"error": "printed, not returned"}}\n{text}', end="")
+    return len(text)
 
 
-def print_without_end(text: str) -> str:
-    print(text, end="")
-    return text
-
-
-def test_a_result_follows_a_line_without_an_end(capfd, monkeypatch) -> None:
+def test_a_result_is_what_was_returned_and_not_what_was_printed(capfd, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    assert call_in_process(print_without_end, "loading ...") == "loading ..."
-    assert call_in_process(print_without_end, "loading ...", interactive=True) == "loading ..."
-    assert capfd.readouterr().out == "  loading ...\n"
+    assert call_in_process(print_without_end, "loading ...") == 11
+    assert capfd.readouterr().out == ""
+    assert call_in_process(print_without_end, "loading ...", interactive=True) == 11
+    assert capfd.readouterr().out == '  epoch 1\n  {"error": "printed, not returned"}\n  loading ...\n'
 
 
 def test_a_failure_in_another_process_is_its_reason_in_one_line() -> None:

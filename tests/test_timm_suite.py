@@ -28,16 +28,13 @@ HOSTS = {
     "levin": "levit_128s",
     "fnet2d": "pit_ti_224",
 }
-# of each architecture and stem, of mixers with and without a grid, features, rotary positions, and attention at all
+# of each architecture and stem, of mixers with and without a grid, features, rotary positions, and attention at all;
+# those of one host in one process
 A_FEW = [
-    "vix_nystrom_cifar",
-    "ccn_cifar",
-    "levip_cifar",
-    "fnet2d_cifar",
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("hybrid_vil_cifar_rope", "cvn_cifar", "hybrid_pin_cifar")
-    ),
+    ["vix_nystrom_cifar", "ccn_cifar"],
+    ["levip_cifar"],
+    pytest.param(["hybrid_vil_cifar_rope"], marks=pytest.mark.slow),
+    pytest.param(["fnet2d_cifar", "cvn_cifar", "hybrid_pin_cifar"], marks=pytest.mark.slow),
 ]
 # tests that every host runs, whatever timm adds
 OF_EVERY_HOST = {
@@ -125,9 +122,9 @@ def run_suite(test_models: Path, host: str, names: list[str], report: Path, work
     assert tests_of[names[0]] >= OF_EVERY_HOST
 
 
-@pytest.mark.parametrize("name", A_FEW)
-def test_timm_suite_on_a_few_names(name: str, timm_tests: Path, tmp_path: Path) -> None:
-    run_suites(timm_tests, [name], tmp_path)
+@pytest.mark.parametrize("names", A_FEW, ids=" ".join)
+def test_timm_suite_on_a_few_names(names: list[str], timm_tests: Path, tmp_path: Path) -> None:
+    run_suites(timm_tests, names, tmp_path)
 
 
 @pytest.mark.slow
