@@ -6,6 +6,7 @@ A mixer that is in ``MIXERS`` is tested by being there; ``OPTIONS`` only adds ke
 import copy
 import functools
 import importlib.util
+import io
 import multiprocessing
 import os
 import signal
@@ -29,7 +30,7 @@ from timm.layers import Attention, to_2tuple
 from torch import nn
 from torch.torch_version import TorchVersion
 
-import timm_vix  # noqa: F401  registers the names
+import timm_vix
 from timm_vix._names import parse_model
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._mechanism import AttentionMechanism
@@ -339,6 +340,21 @@ def vit(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
     """A ViT in eval mode, timm's own unless ``name`` says otherwise: 4x4 patches, 4 blocks, 2 heads of width 16."""
     arguments = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
     return timm.create_model(name, **{**arguments, **kwargs}).eval()
+
+
+def with_each_mixer(host: Callable[..., nn.Module], mixers: Sequence[str] = tuple(MIXERS)) -> nn.Module:
+    """A converted model in which each layer has another mixer, for compilers and exporters, which take long."""
+    model = host(depth=len(mixers))
+    timm_vix.convert(model, layers={i: {"mixer": mixer, **FEW.get(mixer, {})} for i, mixer in enumerate(mixers)})
+    return model
+
+
+def scripted(model: nn.Module) -> nn.Module:
+    """The model in TorchScript, saved and loaded."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    return torch.jit.load(file)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

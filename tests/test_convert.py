@@ -1,7 +1,6 @@
 """Conversion of timm's own models: exact where it must be, refused with a reason where it can't be, and saved whole."""
 
 import copy
-import io
 import json
 import pickle
 import re
@@ -11,7 +10,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from conftest import FEW, condition, distance, gradients, lively, rounding, vit
+from conftest import FEW, condition, distance, gradients, lively, rounding, scripted, vit, with_each_mixer
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.layers import Attention
@@ -147,22 +146,16 @@ def test_a_model_of_ours_whose_mixer_was_overridden_comes_back(tmp_path):
 
 
 def check_scripted(model):
-    """Scripted at another size than it was built for, saved and loaded it is the same function."""
+    """Scripted at another size than it was built for it is the same function."""
     patch = model.patch_embed.patch_size[0]
     size = (3 * patch, 5 * patch)
     model.set_input_size(size)
     x = torch.randn(2, 3, *size)
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(model), file)
-    file.seek(0)
-    assert distance(torch.jit.load(file)(x), model(x)) < rounding(torch.float32)
+    assert distance(scripted(model)(x), model(x)) < 1e-5
 
 
 def test_all_mixers_are_scripted_in_a_host_with_rotary_positions():
-    mixers = [mixer for host, mixer in CONVERSIONS if host is eva]
-    model = eva(depth=len(mixers))
-    timm_vix.convert(model, layers={i: {"mixer": mixer, **FEW.get(mixer, {})} for i, mixer in enumerate(mixers)})
-    check_scripted(model)
+    check_scripted(with_each_mixer(eva, [mixer for host, mixer in CONVERSIONS if host is eva]))
 
 
 @pytest.mark.slow

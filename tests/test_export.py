@@ -1,14 +1,12 @@
 """Compilers, exporters, checkpointing and data parallelism, over all mixers."""
 
 import copy
-import io
 import os
 import socket
 
 import pytest
 import torch
 from conftest import (
-    FEW,
     FEW_VARIANTS,
     OTHERS_ARE_SLOW,
     condition,
@@ -17,17 +15,21 @@ from conftest import (
     image,
     lively,
     rounding,
+    scripted,
     since,
     small,
     vit,
+    with_each_mixer,
 )
 from torch import nn
 
-import timm_vix
-from timm_vix.mixers import MIXERS
-
 CASES = FEW_VARIANTS
-
+in_one_graph = since(
+    "2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients"
+)
+for_any_batch = since(
+    "2.9", "exports no autograd function with a batch of any size, and no forward hook that keeps something"
+)
 
 # what torch itself deprecates, inside its exporters
 pytestmark = [
@@ -45,13 +47,6 @@ def agree(model: nn.Module, other: nn.Module, x: torch.Tensor, function=nn.Modul
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
-
-
-def all_mixers() -> nn.Module:
-    """A ViT in which each layer has another mixer: compilers and exporters take long, so by default they run on it."""
-    model = lively(vit(depth=len(MIXERS)))
-    timm_vix.convert(model, layers={i: {"mixer": mixer, **FEW.get(mixer, {})} for i, mixer in enumerate(MIXERS)})
-    return lively(model)
 
 
 def check_compiled(model: nn.Module) -> None:
@@ -72,12 +67,22 @@ def check_exported(model: nn.Module) -> None:
 @torch.no_grad()
 def check_scripted(model: nn.Module) -> None:
     """Scripted, saved and loaded it has the same value, in batches of two and of one."""
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(model), file)
-    file.seek(0)
-    scripted, x = torch.jit.load(file), image(model)
-    assert agree(model, scripted, x)
-    assert agree(model, scripted, x[:1])
+    loaded, x = scripted(model), image(model)
+    assert agree(model, loaded, x)
+    assert agree(model, loaded, x[:1])
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check_compiled, marks=in_one_graph),
+        pytest.param(check_exported, marks=for_any_batch),
+        check_scripted,
+    ],
+)
+def test_a_model_with_each_mixer_in_a_layer(check):
+    """Each mixer alone, with its options, is a slow test of the same checks."""
+    check(lively(with_each_mixer(vit)))
 
 
 def without_redraw(options: dict) -> dict:
@@ -85,19 +90,14 @@ def without_redraw(options: dict) -> dict:
     return options | {"redraw_interval": 0} if "redraw_interval" in options else options
 
 
-@since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
-def test_all_mixers_compile_in_one_graph():
-    check_compiled(all_mixers())
-
-
-@since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
+@in_one_graph
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_compiles_in_one_graph(mixer, rope, options):
     check_compiled(small(mixer, rope, **without_redraw(options), depth=1))
 
 
-@since("2.14", "compiles some mixers with a graph break, and torch 2.11 Fourier mixing with wrong gradients")
+@in_one_graph
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_compiles_with_inductor(mixer, rope, options):
@@ -119,20 +119,11 @@ def test_a_compiled_dynamic_model_follows_the_image(mixer, rope, options):
         assert agree(twin, compiled, torch.randn(2, 3, *size)), size
 
 
-@since("2.9", "exports no autograd function with a batch of any size, and no forward hook that keeps something")
-def test_all_mixers_are_exported_by_torch():
-    check_exported(all_mixers())
-
-
-@since("2.9", "exports no autograd function with a batch of any size, and no forward hook that keeps something")
+@for_any_batch
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_torch_export(mixer, rope, options):
     check_exported(small(mixer, rope, **options, depth=1))
-
-
-def test_all_mixers_are_scripted():
-    check_scripted(all_mixers())
 
 
 # by default our own ViT, and rotary positions of tokens and of landmarks

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
@@ -15,16 +16,17 @@ from timm_vix.measure.process import call_in_process, explain
 ROOT = Path(__file__).parents[1]
 
 
-def print_without_end(text: str) -> int:
+def print_without_end(text: str) -> Optional[str]:
     print(f'epoch 1\n{{"error": "printed, not returned"}}\n{text}', end="")
-    return len(text)
+    return text or None
 
 
 def test_a_result_is_what_was_returned_and_not_what_was_printed(capfd, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    assert call_in_process(print_without_end, "loading ...") == 11
+    assert call_in_process(print_without_end, "") is None
+    assert call_in_process(print_without_end, "loading ...") == "loading ..."
     assert capfd.readouterr().out == ""
-    assert call_in_process(print_without_end, "loading ...", interactive=True) == 11
+    assert call_in_process(print_without_end, "loading ...", interactive=True) == "loading ..."
     assert capfd.readouterr().out == '  epoch 1\n  {"error": "printed, not returned"}\n  loading ...\n'
 
 

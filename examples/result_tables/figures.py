@@ -8,7 +8,7 @@ from typing import Any
 from reproduction.cards import CURVE, read_rows
 
 from timm_vix._files import write_whole
-from timm_vix._records import Record, key_of, read_records
+from timm_vix._records import Record, grouped, key_of, read_records
 from timm_vix.benchmark.cost import COLUMNS
 from timm_vix.benchmark.figures import legend_below, over_tokens, png, styles, trade_off
 from timm_vix.train.plots import canvas
@@ -61,13 +61,12 @@ def hours_per_epoch(rows: list[Record]) -> dict[str, float]:
 
     The seconds of the trainings themselves depend on what else the machine did.
     """
-    hours = {}
-    for dtype in {row["dtype"] for row in rows}:
-        timed = [row for row in rows if row["faster_than_softmax"] and row["images_per_second"]]
-        timed = [row for row in timed if row["dtype"] == dtype]
-        softmax = statistics.median([row["images_per_second"] / row["faster_than_softmax"] for row in timed] or [1.0])
-        hours |= {row["system"]: IMAGES / (softmax * row["faster_than_softmax"]) / 3600 for row in timed}
-    return hours
+    timed = [row for row in rows if row["faster_than_softmax"] and row["images_per_second"]]
+    softmax = {
+        dtype: statistics.median(row["images_per_second"] / row["faster_than_softmax"] for row in mine)
+        for (dtype,), mine in grouped(timed, ("dtype",)).items()
+    }
+    return {row["system"]: IMAGES / (softmax[row["dtype"]] * row["faster_than_softmax"]) / 3600 for row in timed}
 
 
 def over_time(epochs: list[Record], hours: dict[str, float]) -> Any:

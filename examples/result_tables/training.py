@@ -7,6 +7,7 @@ from typing import Any
 import timm
 
 from timm_vix import models
+from timm_vix._records import grouped
 from timm_vix.benchmark.baselines import baseline_of
 from timm_vix.mixers import MIXERS
 
@@ -124,9 +125,7 @@ def is_long(row: Mapping[str, Any]) -> bool:
 def longer() -> str:
     """The longer trainings by the modern recipe, best first: the paper's number, ours, and what each costs."""
     rows = [row for row in read("reproduce_vix.csv") if is_long(row)]
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key_of(row), []).append(row)
+    groups = grouped(rows, ("system", "patch_size", "epochs", "dtype"))
     body = []
     for (name, patch_size, epochs, dtype), mine in sorted(groups.items(), key=lambda item: -float(mean_top1(item[1]))):
         first = mine[0]
