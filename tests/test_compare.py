@@ -47,6 +47,7 @@ def call(monkeypatch, *arguments: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_runs_are_those_of_finetune_and_a_failing_one_is_a_row(digits, tmp_path, monkeypatch, capfd) -> None:
     broken = f"{MODEL} num_landmarks=3"  # timm's class takes no such keyword
     arguments = command(digits, tmp_path, broken, MODEL)
@@ -271,6 +272,7 @@ def test_a_part_of_a_model_trains(digits, tmp_path, monkeypatch) -> None:
     assert set(load_file(delta)) == {"head.weight", "head.bias"}
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_continues(digits, tmp_path) -> None:
     # enough epochs that it is still training when it is stopped
     name, keywords = parse_model(OTHER)

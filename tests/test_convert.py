@@ -154,6 +154,7 @@ def check_scripted(model):
     assert distance(scripted(model)(x), model(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_all_mixers_are_scripted_in_a_host_with_rotary_positions():
     check_scripted(with_each_mixer(eva, [mixer for host, mixer in CONVERSIONS if host is eva]))
 

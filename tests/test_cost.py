@@ -238,6 +238,7 @@ def test_the_table_shows_the_smallest_batch_whatever_the_order(tmp_path, monkeyp
     assert " 14 (1)" in text and "224" not in text
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(tmp_path, capsys) -> None:
     models = [f"vix_softmax_cifar {SMALL}", f"vix_nystrom_cifar {SMALL} num_landmarks=0"]
     planned = [*jobs(models[1:]), *jobs(models[:1], batch_size=[10**11]), *jobs(models[:1])]
@@ -256,6 +257,7 @@ def test_what_fails_is_a_row_with_its_reason_and_the_sweep_goes_on(tmp_path, cap
     assert (tmp_path / "cost.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_continues_where_it_stopped(tmp_path) -> None:
     path = tmp_path / "cost.csv"
     mark = "mlp_ratio=1.25"  # tells this test's processes from those of tests beside it

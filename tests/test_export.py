@@ -126,17 +126,8 @@ def test_torch_export(mixer, rope, options):
     check_exported(small(mixer, rope, **options, depth=1))
 
 
-# by default our own ViT, and rotary positions of tokens and of landmarks
-SCRIPTED = [("nystrom", None), ("softmax", "axial"), ("nystrom", "axial")]
-
-
-@pytest.mark.parametrize(
-    "mixer, rope, options",
-    [
-        pytest.param(*v.values, id=v.id, marks=[] if v.values[:2] in SCRIPTED and not v.values[2] else pytest.mark.slow)
-        for v in CASES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer, rope, options", CASES)
 def test_torchscript(mixer, rope, options):
     check_scripted(small(mixer, rope, **without_redraw(options), depth=1))
 

@@ -52,10 +52,11 @@ def operators(call) -> set[str]:
     return {event.key for event in profiled.key_averages()}
 
 
+OFTEN = ("vix_softmax_cifar", "cvt_cifar")  # timm's own attention, and one of ours
 CONTROLS = sorted({baseline_of(name) for name in timm.list_models(module=models.__all__)})
 
 
-@pytest.mark.parametrize("control", [pytest.param(c, marks=[] if "cifar" in c else pytest.mark.slow) for c in CONTROLS])
+@pytest.mark.parametrize("control", [pytest.param(c, marks=[] if c in OFTEN else pytest.mark.slow) for c in CONTROLS])
 def test_rows_of_a_softmax_control_run_the_kernels_that_they_name(control) -> None:
     """In inference, and of the small ones in training too."""
     img_size = timm.get_pretrained_cfg(control.split()[0]).input_size[-1]

@@ -96,6 +96,7 @@ def test_the_source_distribution_can_be_tested(built: Path) -> None:
     assert tests | {"README.md", "LICENSE", "pyproject.toml", "examples/finetune.py"} <= packed
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
     """Its dependencies are those of the environment at hand, which stands behind the clean one."""
     run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)

@@ -143,6 +143,7 @@ def test_a_wrong_setting_is_named(setting, words, images, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once_and_cards_are_theirs(run, images, tmp_path):
     arguments = ["--data-dir", images, "--systems", "vix_softmax_cifar", "--recipes", "modern", "--patch-size", 4]
     arguments += ["--epochs", 2, "--device", "cpu", "--threads", 1, "--runs", tmp_path / "runs"]
@@ -218,6 +219,7 @@ def test_shipped_models_are_small_and_their_cards_say_what_is_stored(run):
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason=f"{CIFAR10.name} is not beside the repository")
+@pytest.mark.slow
 def test_shipped_models_recognise_photographs_as_their_cards_say(run, tmp_path):
     photos = []
     with tarfile.open(CIFAR10, "r|xz") as archive:

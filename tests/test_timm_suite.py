@@ -31,8 +31,9 @@ HOSTS = {
 # of each architecture and stem, of mixers with and without a grid, features, rotary positions, and attention at all;
 # those of one host in one process
 A_FEW = [
-    ["vix_nystrom_cifar", "ccn_cifar"],
-    ["levip_cifar"],
+    ["vix_nystrom_cifar"],
+    pytest.param(["ccn_cifar"], marks=pytest.mark.slow),
+    pytest.param(["levip_cifar"], marks=pytest.mark.slow),
     pytest.param(["hybrid_vil_cifar_rope"], marks=pytest.mark.slow),
     pytest.param(["fnet2d_cifar", "cvn_cifar", "hybrid_pin_cifar"], marks=pytest.mark.slow),
 ]

@@ -351,6 +351,7 @@ def test_without_a_classifier_tokens_are_compared(weights, unlabelled, tmp_path,
     assert "predicts" not in card and "image-feature-extraction" in card and "agreement: None" not in card
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):
     few = dict(mixer="nystrom", mixer_kwargs=dict(num_landmarks=4))
     one, _ = transfer(**arguments(weights, unlabelled, tmp_path / "one", **few))

@@ -41,7 +41,10 @@ def check_float32(model: nn.Module, x: torch.Tensor) -> None:
         assert (found - expected).norm() <= bound * expected.norm()  # also where both are 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+OTHER_LAYOUTS = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "class"]
+
+
+@pytest.mark.parametrize("layout", ["class", *OTHER_LAYOUTS])
 @pytest.mark.parametrize("mixer, rope, options", VARIANTS)
 def test_float32_agrees_with_float64(mixer, rope, options, layout):
     model = small(mixer, rope, **options, **LAYOUTS[layout])
