@@ -36,7 +36,7 @@ def train(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, FinetuneSettings)
-    in_one_line(train)(parser)
+    in_one_line(train, "interrupted; the same command with --resume continues")(parser)
 
 
 if __name__ == "__main__":

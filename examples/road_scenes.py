@@ -75,6 +75,14 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
 
+def checksum_of(scenes: list[Scene]) -> str:
+    """A checksum of all images and masks."""
+    checksum = 0
+    for part in (part for scene in scenes for part in scene):
+        checksum = zlib.crc32(part.contiguous().numpy().data, checksum)
+    return f"{checksum:08x}"
+
+
 class Scenes:
     """Training scenes whose randomness has no state, so that a run that was killed continues with the same batches.
 
@@ -88,13 +96,6 @@ class Scenes:
         aspect = size[1] / size[0]
         crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(0.85 * aspect, 1.15 * aspect), antialias=True)
         self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3)])
-
-    def digest(self) -> str:
-        """A checksum of all images and masks."""
-        checksum = 0
-        for part in (part for scene in self.scenes for part in scene):
-            checksum = zlib.crc32(part.contiguous().numpy().data, checksum)
-        return f"{checksum:08x}"
 
     def batches(self, first: int, last: Optional[int]) -> Iterator[Scene]:
         """The batches from step ``first`` to before ``last``: pixels (B, 3, h, w), classes (B, h, w); None: endless."""

@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from road_scenes import CLASSES, IGNORED, Scene, Scenes, confusion, picture, predicted, read_scenes, resized, scores
+from road_scenes import (
+    CLASSES,
+    IGNORED,
+    Scene,
+    Scenes,
+    checksum_of,
+    confusion,
+    picture,
+    predicted,
+    read_scenes,
+    resized,
+    scores,
+)
 from segmenter import MIXERS, Objective, build, check_size, costs, optimizer_of
 from torch import nn
 from tqdm import tqdm
@@ -62,8 +74,7 @@ def train(net: nn.Module, scenes: Scenes, settings: dict[str, Any], run: argpars
     """Train, from the last checkpoint if there is one; return the position at the end: steps and seconds."""
     optimizer, objective = optimizer_of(net, run), Objective(net, run)
     position: dict[str, Any] = dict(step=0, seconds=0.0)
-    identity = dict(settings, weights=name_and_checksum(run.weights) if run.weights else None, scenes=scenes.digest())
-    checkpoint = Checkpoint(folder / "checkpoint.pt", identity, net, optimizer, position)
+    checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position)
     if checkpoint.path.exists():
         checkpoint.restore(checkpoint.read())
     total = math.ceil(run.epochs * scenes.per_epoch) if run.seconds is None else None  # None: the time decides
@@ -102,19 +113,19 @@ def evaluate(net: nn.Module, scenes: list[Scene], run: argparse.Namespace) -> tu
     return scores(matrix), predictions
 
 
-def settings_of(run: argparse.Namespace, mixer: str, scenes: Scenes) -> dict[str, Any]:
-    """The columns by which a training is known; ``data`` is a checksum of its images and masks."""
+def settings_of(run: argparse.Namespace, mixer: str, train: list[Scene], val: list[Scene]) -> dict[str, Any]:
+    """The columns by which a row is known; ``data`` has checksums of images and masks of training and validation."""
     height, width = run.img_size
     return dict(
         model=run.model,
-        weights=run.weights.name if run.weights else None,
+        weights=name_and_checksum(run.weights) if run.weights else None,
         mixer=mixer,
         keywords=" ".join(f"{name}={value}" for name, value in MIXERS[mixer].items()) or None,
         img_size=f"{height}x{width}",
         head=run.head,
-        images=len(scenes.scenes),
-        data=scenes.digest(),
-        budget=f"{run.epochs:g} epochs" if run.seconds is None else f"{run.seconds:g} s",
+        images=len(train),
+        data=f"{checksum_of(train)} {checksum_of(val)}",
+        budget=f"{run.epochs:g} epoch{'s' * (run.epochs != 1)}" if run.seconds is None else f"{run.seconds:g} s",
         dtype=str(run.dtype).removeprefix("torch."),
         **{name: getattr(run, name) for name in ("patch_size", "trained_blocks", "batch_size", "lr", "layer_decay")},
         **{name: getattr(run, name) for name in ("weight_decay", "seed")},
@@ -143,7 +154,7 @@ def run_all(run: argparse.Namespace) -> None:
     rows, _ = earlier_records(run.out, COLUMNS)
     known = {key_of(row, SETTINGS) for row in rows}
     for mixer in run.mixers:
-        settings = settings_of(run, mixer, scenes)
+        settings = settings_of(run, mixer, train_scenes, val_scenes)
         if key_of(settings, SETTINGS) in known:
             print(f"{mixer}: already in {run.out}")
             continue

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 
 from timm_vix import cli
 from timm_vix._names import parse_model
@@ -338,6 +339,7 @@ def read(path: Path) -> str:
         ([MODEL, "--data-dir", "absent"], "does not exist"),
         ([MODEL, "--checkpoint", "x.pth", "--pretrained"], "both given"),
         ([MODEL, "--checkpoint", "x.pth"], "checkpoint=x.pth is no file"),
+        ([MODEL, "--checkpoint", "pretrained"], "checkpoint=pretrained is no file"),
         ([MODEL, "--out", "other.csv"], "another version"),
         ([MODEL, "--lr", "0"], "lr=0"),
         ([f"{MODEL} dilations={{1,2}}"], "dilations={1, 2}: expected numbers, text, lists or mappings"),
@@ -367,3 +369,23 @@ def test_images_in_the_folder_of_the_shell_are_the_same_images(digits, tmp_path,
     monkeypatch.chdir(digits)
     assert call(monkeypatch, *command(Path("."), tmp_path, MODEL)) == 0
     assert len(trained) == 1
+
+
+def test_a_folder_whose_weights_or_plan_changed_is_another_start(digits, tmp_path, trained, monkeypatch) -> None:
+    hub = tmp_path / "runs" / "earlier" / "hub"  # models of an earlier comparison may be compared again
+    model = timm.create_model("vix_softmax_cifar", num_classes=3, depth=1)
+    save_for_hf(model, hub, safe_serialization=True)
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}")
+    models = [f"local-dir:{hub}", f"vix_from_timm layers={plan}"]
+
+    def start() -> int:
+        assert call(monkeypatch, *command(digits, tmp_path, *models), "--pretrained") == 0
+        return len(trained)
+
+    assert start() == 2 and start() == 2
+    model.head.bias.data += 1
+    save_for_hf(model, hub, safe_serialization=True)
+    assert start() == 3 and start() == 3
+    plan.write_text("{ }")
+    assert start() == 4 and len(set(trained)) == 4

@@ -7,6 +7,7 @@ import re
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,6 +18,7 @@ from timm.layers import Attention
 from timm.models import save_for_hf
 
 import timm_vix
+from timm_vix._checks import InputError
 from timm_vix.conversion.convert import attention_sites
 from timm_vix.conversion.slots import mixer_name
 from timm_vix.mixers import MIXERS
@@ -744,3 +746,55 @@ def test_layers_of_a_conversion_that_cannot_be_saved_are_refused(tmp_path):
     timm_vix.convert(model := vit(), "linformer", layers=range(2), num_proj_tokens=4)  # recorded as a mapping
     save_for_hf(model, tmp_path, safe_serialization=True)
     assert converted(timm.create_model(f"local-dir:{tmp_path}", pretrained=True)) == [0, 1]
+
+
+def test_blocks_that_are_one_module_are_refused():
+    model = vit()
+    model.blocks[2] = model.blocks[0]
+    before, x = copy.deepcopy(model), images(model)
+    for change in (dict(mixer="axial", layers=[3]), dict(merge=2)):
+        with pytest.raises(ValueError, match="blocks.2 is the same module as blocks.0"):
+            timm_vix.convert(model, **change)
+    assert len(model.blocks) == 4 and torch.equal(model(x), before(x))
+
+
+@pytest.mark.parametrize("mixer", ["fnet", "nystrom"])
+def test_what_was_frozen_is_frozen_when_it_comes_back(mixer):
+    model = vit()
+    timm_vix.convert(model, mixer)
+    model.requires_grad_(False)
+    timm_vix.revert(model)
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_a_saved_model_may_have_an_argument_of_its_source_in_two_places(tmp_path):
+    arguments = dict(source="vit_tiny_patch16_224", mixer="nystrom", layers="last-1", img_size=32, num_classes=3)
+    model = timm.create_model("vix_from_timm", **arguments, source_kwargs=dict(depth=2)).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert len(again.blocks) == 2 and torch.equal(again(x := images(model)), model(x))
+    with pytest.raises(ValueError, match="depth=3 and source_kwargs: depth=2 differ"):
+        timm.create_model("vix_from_timm", **arguments, depth=3, source_kwargs=dict(depth=2))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(layers=["0", 0]), "names layer 0 twice"),
+        (dict(layers=np.array([0, 1]), merge=3), "these are layers for a mixer"),
+        (dict(scale_logits=np.array([5, 6])), "scale_logits=array"),
+        (dict(mixer="nystrom", num_landmarks=np.int64(4)), "num_landmarks=np.int64(4): expected a Python int"),
+        (dict(layers={0: {"mixer": "nystrom", "x": 1, 5: 3}}), "mixer='nystrom' takes"),
+    ],
+    ids=str,
+)
+def test_arrays_and_keys_that_are_no_text_are_one_line(arguments, words):
+    with pytest.raises(InputError) as error:
+        timm_vix.convert(vit(), **arguments)
+    assert words in str(error.value)
+
+
+def test_what_is_no_model_is_named():
+    for call in (timm_vix.convert, timm_vix.revert):
+        with pytest.raises(InputError, match="model=None: expected a model of timm"):
+            call(None)

@@ -242,7 +242,9 @@ def test_full_disk(digits, tmp_path, script):
         code, stderr = script(*command(digits, disk / "out", **EXACT))
         assert code == 2 and stderr.count("\n") == 1
         assert stderr.startswith("error: cannot write") and "No space left on device" in stderr
-        assert position(disk / "out") == dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[], weights=None)
+        assert position(disk / "out") == dict(
+            epoch=0, step=0, loss=0.0, seconds=0.0, damaged=[[], []], history=[], weights=None
+        )
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -1005,3 +1007,83 @@ def test_the_card_has_both_sides_of_images_that_are_not_square(digits, tmp_path)
     sides = dict(TINY, img_size=None, model_kwargs=dict(MODEL_KWARGS, img_size=[32, 64]), epochs=1, device="cpu")
     finetune(data_dir=str(digits), out=str(tmp_path / "out"), **sides)
     assert "32x64 px" in (tmp_path / "out" / "hub" / "README.md").read_text()
+
+
+def test_images_that_are_gone_are_not_damaged(digits, tmp_path, monkeypatch, script):
+    shutil.copytree(digits, tmp_path / "data")
+
+    def taken_away(run, epoch, step):
+        if step == 1:
+            (tmp_path / "data").rename(tmp_path / "elsewhere")
+        seed_step(run, epoch, step)
+
+    monkeypatch.setattr("timm_vix.train.finetune.seed_step", taken_away)
+    arguments = command(tmp_path / "data", tmp_path / "out", **TINY, epochs=1, checkpoint_every=1, device="cpu")
+    code, errors = script(*arguments)
+    assert code == 2 and "can't be read: its folder is no longer there" in errors
+    (tmp_path / "elsewhere").rename(tmp_path / "data")
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--resume"])
+    assert exit_code(load_example("finetune").main) == 0
+    assert len(read_history(tmp_path / "out")) == 1
+
+
+def test_a_continued_run_counts_the_same_images(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "data")
+    for number in range(5):
+        (tmp_path / "data" / "digit1" / f"damaged{number}.png").write_text("no image")
+    settings = dict(TINY, epochs=1, device="cpu", data_dir=str(tmp_path / "data"), out=str(tmp_path / "out"))
+    finetune(**settings)
+    card = (tmp_path / "out" / "hub" / "README.md").read_text()
+    counted = [int(number) for number in re.search(r"(\d+) images; validation: (\d+)", card).groups()]
+    assert sum(counted) == 160
+    finetune(**settings, resume=True)
+    assert (tmp_path / "out" / "hub" / "README.md").read_text() == card
+
+
+def test_names_that_are_no_text_and_formulas(digits, tmp_path, capsys):
+    try:
+        shutil.copytree(digits, folder := tmp_path / os.fsdecode(b"caf\xe9 $_$"))
+        (folder / "digit1" / os.fsdecode(b"\xe9.png")).write_text("no image")
+    except OSError as error:
+        pytest.skip(f"this file system has text alone for names: {error}")
+    finetune(**TINY, epochs=1, device="cpu", data_dir=str(folder), out=str(tmp_path / "first"))
+    assert "\\udce9.png" in capsys.readouterr().out
+    assert "caf\\udce9 $_$" in (tmp_path / "first" / "hub" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "first").rename(place := tmp_path / "a$_$b")
+    settings = dict(TINY, model=f"local-dir:{place}/hub", model_kwargs={}, pretrained=True, epochs=1, device="cpu")
+    finetune(**settings, data_dir=str(digits), out=str(tmp_path / "second"))
+    assert (tmp_path / "second" / "curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(num_classes=7), "model_kwargs: num_classes=7 is given by the images"),
+        (dict(drop_path_rate=0.5), "drop_path=0.2 and model_kwargs: drop_path_rate=0.5 were both given"),
+    ],
+    ids=str,
+)
+def test_what_is_given_twice_is_refused(given, words, digits, tmp_path):
+    settings = dict(EXACT, model_kwargs=MODEL_KWARGS | given)
+    with pytest.raises(InputError) as error:
+        finetune(data_dir=str(digits), out=str(tmp_path / "out"), **settings)
+    assert words in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda state: [state], "holds a list; expected a checkpoint"),
+        (lambda state: state | dict(settings=None), "has no settings"),
+        (lambda state: state | dict(model={}), "is not of this training"),
+        (lambda state: state | dict(optimizer={}), "is not of this training"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_one_line(damage, words, digits, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    path = tmp_path / "out" / "checkpoint.pt"
+    torch.save(damage(torch.load(path, weights_only=True)), path)
+    with pytest.raises(InputError) as error:
+        finetune(data_dir=str(digits), out=str(tmp_path / "out"), **EXACT, resume=True)
+    assert words in str(error.value) and "\n" not in str(error.value)

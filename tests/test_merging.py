@@ -867,3 +867,28 @@ def test_other_blocks_are_refused():
 def test_torchscript_is_refused():
     with pytest.raises(InputError, match=r"torch\.export"):
         torch.jit.script(merging())
+
+
+def test_opposite_positions_have_no_direction_in_any_dtype():
+    """DINOv3's shortest wave is half of the grid, so that two tokens may have opposite angles."""
+    angles = torch.tensor([[0.3, 1.0], [0.3 + math.pi, 1.2]], dtype=torch.float64)
+    groups = Groups(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[2.0]]))
+    tables = [torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype) for dtype in (torch.float32, torch.float64)]
+    single, double = (merge_table(table, groups)[0, 0, 0].double() for table in tables)
+    assert torch.allclose(single, double, atol=1e-4)
+    assert double[[0, 2]].abs().max() < 1e-12
+    assert torch.allclose(double[[1, 3]], torch.tensor([math.sin(1.1), math.cos(1.1)], dtype=torch.float64))
+
+
+def test_blocks_that_came_later_are_not_left_out():
+    model = host()
+    timm_vix.convert(model, "softmax", merge=2)
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    x = torch.randn(1, 3, 56, 40)
+    for call in (model, model.forward_intermediates):
+        with pytest.raises(InputError, match="has 5 blocks, and tokens were to merge in 4"):
+            call(x)
+    timm_vix.convert(model, merge=1)
+    other = copy.deepcopy(model)
+    timm_vix.revert(other)
+    assert distance(model(x), other(x)) > 1e-3 and len(other.blocks) == 5

@@ -228,7 +228,7 @@ def test_what_is_said_of_the_tables_holds(tables):
     assert score["attention", "Caltech-101"] < score["all", "Caltech-101"]
     rows = tables.conversion.read("segment_camvid.csv")
     camvid, lost = {}, {}
-    for budget, model in ("2 epochs", "deit_tiny_patch16_224"), ("1 epochs", "vit_small_patch14_dinov2"):
+    for budget, model in ("2 epochs", "deit_tiny_patch16_224"), ("1 epoch", "vit_small_patch14_dinov2"):
         mine = [row for row in rows if (row["budget"], row["model"]) == (budget, model)]
         faster = {row["mixer"]: float(row["faster_training"]) for row in mine}
         miou = {row["mixer"]: float(row["miou"]) for row in mine}

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from timm_vix import cli
+from timm_vix._records import earlier_records
 from timm_vix.benchmark import compare, cost
 from timm_vix.benchmark.answer import answer, fastest, mean_top1, speedups
 from timm_vix.benchmark.figures import legend, over_tokens, png, png_of_page, series_of, trade_off
@@ -392,7 +393,9 @@ def test_a_run_without_a_data_set_is_a_damaged_line(tmp_path) -> None:
     assert ["compare.csv", "comparison", "7", "0", "1"] in cells
 
 
-@pytest.mark.parametrize("cell", [{"tokens": -5}, {"peak_memory_mib": -1.0}, {"speedup": float("inf")}], ids=str)
+@pytest.mark.parametrize(
+    "cell", [{"tokens": -5}, {"peak_memory_mib": -1.0}, {"speedup": float("nan")}, {"speedup": float("inf")}], ids=str
+)
 def test_a_number_that_nothing_can_be_is_a_damaged_line(cell, tmp_path) -> None:
     path = write(tmp_path / "cost.csv", cost.COLUMNS, [*costs(), costs()[0] | cell])
     page, *_ = report([path], tmp_path / "report.html")
@@ -506,3 +509,20 @@ def test_a_browser_shows_and_sorts_it(width, tables, tmp_path) -> None:
 def test_an_error_in_the_console_would_be_seen(tmp_path) -> None:
     _, console = browse("<body><script>absent.click()</script></body>", 390, tmp_path)
     assert len(console) == 1 and "absent is not defined" in console[0]
+
+
+@pytest.mark.parametrize("out", ["", ".", "folder"])
+def test_a_page_needs_the_name_of_a_file(out, tables, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="is a folder; expected the name of a file"):
+        report(tables, Path(out))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_table_of_zeros_is_no_empty_table(tmp_path) -> None:
+    path = tmp_path / "cost.csv"
+    path.write_bytes(bytes(200_000))  # after a power failure; longer than the longest cell that Python reads
+    with pytest.raises(ValueError, match="was written by another version or program"):
+        earlier_records(path, cost.COLUMNS)

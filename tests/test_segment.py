@@ -340,3 +340,19 @@ def test_unreadable_checkpoint_or_other_settings_are_one_line(folder, start, mod
     segment.train(segmenter.build(run, "softmax"), scenes, dict(lr=0.1), run, tmp_path)
     with pytest.raises(InputError, match="lr=0.1 before, 0.2 now"):
         segment.train(segmenter.build(run, "softmax"), scenes, dict(lr=0.2), run, tmp_path)
+
+
+def test_other_weights_and_other_validation_scenes_are_other_rows(folder, start, module) -> None:
+    segment = module("segment")
+
+    def key(*more: object) -> tuple:
+        train, val = (module("road_scenes").read_scenes(folder / split) for split in ("train", "val"))
+        return tuple(segment.settings_of(start(folder, *more), "softmax", train, val).items())
+
+    for name, value in (("first", 0.0), ("second", 1.0)):
+        (folder / name).mkdir()
+        save_file({"weight": torch.full((2,), value)}, folder / name / "model.safetensors")
+    first, second = (key("--weights", folder / name / "model.safetensors") for name in ("first", "second"))
+    assert first != second
+    (folder / "val/images/0.jpg").write_bytes((folder / "val/images/1.jpg").read_bytes())
+    assert key("--weights", folder / "first/model.safetensors") != first

@@ -1,5 +1,7 @@
 """``timm-vix serve``: the page in a browser, and what it shows beside softmax."""
 
+import json
+import math
 import re
 import shutil
 import signal
@@ -374,3 +376,30 @@ def test_a_file_that_is_no_picture_is_told_and_the_page_goes_on(content, page, t
     page.wait_for_selector("input[type=file]", state="attached")
     page.set_input_files("input[type=file]", tmp_path / "good.png")
     page.wait_for_selector("#best0 .confidence")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("label_names", 3), ("label_names", "x"), ("label_descriptions", "x"), ("label_descriptions", [1])],
+)
+def test_names_of_another_form_are_named(name, value, tmp_path):
+    folder = save(timm.create_model("vix_softmax_cifar", **SIZES), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= dict(label_names=["a", "b", "c", "d"])
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(InputError, match=f"{name}={re.escape(repr(value))}; expected"):
+        Classifier(folder)
+
+
+def test_numbers_that_are_not_finite_are_no_answer(tmp_path):
+    model = timm.create_model("vix_softmax_cifar", **SIZES)
+    folder = save(model, tmp_path / "mean")
+    config = json.loads((tmp_path / "mean" / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [math.nan] * 3
+    (tmp_path / "mean" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"cannot be used: InputError mean=.*give no finite numbers"):
+        Classifier(folder)
+    model.head.bias.data[0] = math.nan
+    classifier = Classifier(save(model, tmp_path / "weights"))
+    with pytest.raises(InputError, match="gives logits that aren't finite for this picture"):
+        classifier.best(torch.zeros(1, 3, 32, 32), 3)

@@ -1,6 +1,7 @@
 """Checks of arguments: one clear error that names what was given and what is allowed."""
 
 import math
+from collections.abc import Hashable
 from typing import Optional, TypeGuard
 
 
@@ -22,7 +23,9 @@ def check_integer(name: str, value: object, lowest: int, highest: Optional[int] 
     limit = math.inf if highest is None else highest
     if not is_integer(value) or not lowest <= value <= limit:
         allowed = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise InputError(f"{name}={value!r}: expected an integer {allowed}")
+        # an integer of NumPy couldn't be saved in JSON
+        kind = "a Python int" if type(value).__module__ == "numpy" else "an integer"
+        raise InputError(f"{name}={value!r}: expected {kind} {allowed}")
 
 
 def check_number(name: str, value: object, lowest: float) -> None:
@@ -33,7 +36,7 @@ def check_number(name: str, value: object, lowest: float) -> None:
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise InputError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, Hashable) or value not in choices:  # an array is compared element by element
         raise InputError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
 
 

@@ -18,6 +18,11 @@ def one_line(error: Any, width: int = 300) -> str:
     return text if len(text) <= width else f"{text[:width]} ..."
 
 
+def printable(path: Union[str, Path]) -> str:
+    """A path as text; bytes of a name that are none are shown by their numbers."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
 def write_whole(path: Path, data: Any) -> None:
     """Replace a file, or on any failure leave the previous one.
 

@@ -6,6 +6,7 @@ and each line is read by itself, so that a line that was cut off inside quotatio
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -109,15 +110,15 @@ def header_of(path: Path) -> list[str]:
 
 
 def earlier_records(path: Path, columns: Columns) -> tuple[list[Record], int]:
-    """The rows to which others are to be appended, as ``read_records`` gives them; none for a file without a header."""
-    return read_records(path, columns, exact=True) if path.exists() and header_of(path) else ([], 0)
+    """The rows to which others are to be appended, as ``read_records`` gives them; none for an empty file."""
+    return read_records(path, columns, exact=True) if path.exists() and lines_of(path) else ([], 0)
 
 
 def read_records(path: Path, columns: Columns, exact: bool = False) -> tuple[list[Record], int]:
     """The good rows, and the number of damaged lines.
 
-    A line is damaged if it has too few or too many cells, or a cell that is not of its column's type. Columns that are
-    not asked for are left out.
+    A line is damaged if it has too few or too many cells, or a cell that is not of its column's type, as a number that
+    is not finite. Columns that are not asked for are left out.
 
     Args:
         exact: Ask for these columns and no other, since rows are to be appended.
@@ -140,7 +141,10 @@ def read_records(path: Path, columns: Columns, exact: bool = False) -> tuple[lis
             (cells,) = csv.DictReader([line], header, strict=True)
             if None in cells or None in cells.values():
                 raise InputError("too many or too few cells")
-            records.append({name: kind(cells[name]) if cells[name] else None for name, kind in columns.items()})
+            record = {name: kind(cells[name]) if cells[name] else None for name, kind in columns.items()}
+            if not all(math.isfinite(value) for value in record.values() if isinstance(value, float)):
+                raise InputError("a number that no measurement gives")
+            records.append(record)
         except (ValueError, csv.Error):
             damaged += 1
     return records, damaged

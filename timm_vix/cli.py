@@ -110,6 +110,8 @@ def in_one_line(
     """
 
     def call(arguments: argparse.Namespace) -> None:
+        # a file's name may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
             command(arguments)
         except BrokenPipeError:

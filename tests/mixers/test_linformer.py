@@ -1,6 +1,7 @@
 """Linformer against a loop written from the paper's equation 7, and against softmax where they coincide."""
 
 import math
+import statistics
 
 import pytest
 import timm
@@ -28,6 +29,11 @@ def rotation(position, D: int, kind: str) -> torch.Tensor:
     return R
 
 
+def mean_places(length: int, cells: int) -> list[float]:
+    """The mean place of the patches that each cell of an axis touches."""
+    return [statistics.mean(range(i * length // cells, -(-(i + 1) * length // cells))) for i in range(cells)]
+
+
 def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> torch.Tensor:
     """softmax(Q (E K)^T / sqrt(D) + log(tokens in a region)) (F V), a head at a time, prefix tokens unprojected."""
     B, N, C = x.shape
@@ -51,8 +57,7 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
             Q = q[b, head]
             if rope:
                 patches = [(r, c, r * W + c) for r in range(H) for c in range(W)]
-                rows = [(i + 0.5) * H / cells[0] - 0.5 for i in range(cells[0])]
-                columns = [(j + 0.5) * W / cells[1] - 0.5 for j in range(cells[1])]
+                rows, columns = mean_places(H, cells[0]), mean_places(W, cells[1])
                 regions = [(r, c, r * W + c) for r in rows for c in columns]
                 start = [(0, 0, 0)] * P
                 Q = torch.stack([rotation(p, D, rope) @ v for p, v in zip(start + patches, Q, strict=True)])

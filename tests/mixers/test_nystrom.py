@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import LAYOUTS, check_equal, distance, heads_of, joined, rounding, small
-from test_linformer import rotation
+from test_linformer import mean_places, rotation
 from torch.nn.functional import scaled_dot_product_attention
 
 from timm_vix.mixers._layout import TokenLayout
@@ -71,11 +71,10 @@ def naive(module, x: torch.Tensor, rope: str | None, cells: tuple[int, int]) -> 
     if rope:
         start = [(0, 0, 0)] * P
         places = start + [(r, c, r * W + c) for r in range(H) for c in range(W)]
-        rows = [(i + 0.5) * H / cells[0] - 0.5 for i in range(cells[0])]
-        columns = [(j + 0.5) * W / cells[1] - 0.5 for j in range(cells[1])]
-        centres = start + [(r, c, r * W + c) for r in rows for c in columns]
+        rows, columns = mean_places(H, cells[0]), mean_places(W, cells[1])
+        means = start + [(r, c, r * W + c) for r in rows for c in columns]
         turn = torch.stack([rotation(place, D, rope) for place in places])
-        turn_cells = torch.stack([rotation(place, D, rope) for place in centres])
+        turn_cells = torch.stack([rotation(place, D, rope) for place in means])
         q, k = (torch.einsum("nij,bhnj->bhni", turn, t) for t in (q, k))
         Q, K = (torch.einsum("nij,bhnj->bhni", turn_cells, t) for t in (Q, K))
     # a cell stands for as many patches as it averages; torch counts those on a border twice, the bias does not

@@ -16,7 +16,7 @@ import statistics
 import zlib
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 
@@ -70,6 +70,7 @@ COSTS = (
     *("speedup_infer", "speedup_train", "baseline"),
 )
 MEANS = ("top1", "top5", "train_s_per_epoch", "infer_s_per_epoch", *COSTS[:-1])
+FILES_OF_A_MODEL = ("config.json", "model.safetensors", "pytorch_model.bin")  # in a folder that timm loads
 # where costs are measured; with other values they can't be averaged
 PLACE = ("device", "device_name", "threads", "torch", "timm")
 # keywords of ``finetune`` that make the recipe, and those that don't change a run
@@ -142,7 +143,7 @@ def costs_of(model: str, num_classes: int, at: dict[str, Any]) -> dict[str, Any]
 
 
 def compare(
-    models: list[tuple[str, Optional[str]]],
+    models: list[tuple[str, Union[str, bool]]],
     seeds: list[int],
     recipe: dict[str, Any],
     where: dict[str, Any],
@@ -152,7 +153,8 @@ def compare(
     """Train what ``path`` has no good row of, append a row for each run, and return the rows of all.
 
     Args:
-        models: "NAME key=value ..." and the file of its initial weights, or "pretrained", or None: from scratch.
+        models: "NAME key=value ...", and the file of its initial weights; True: those that timm knows for the name;
+            False: from scratch.
         recipe: Keywords of ``finetune``, the same for all.
         where: Its ``data_dir``, ``data_root``, ``val_dir``, ``workers``, ``device`` and ``threads``.
         runs: Folder of unfinished runs and trained models.
@@ -164,7 +166,7 @@ def compare(
     name = f"{name_of(where['data_dir'])} ({len(classes)} classes)"
     count, checksum = len(train_items) + len(val_items), checksum_of(train_items, val_items)
     dataset = f"{name[:-1]}, {count} images {checksum})"
-    starts = {weights: start_of(weights) for _, weights in models}
+    starts = {(model, weights): start_of(model, weights) for model, weights in models}
     recipe_text = " ".join(f"{key}={value}" for key, value in sorted(recipe.items()))
     records, damaged = earlier_records(path, COLUMNS)
     if damaged:
@@ -174,9 +176,11 @@ def compare(
     mine = []
     for seed in seeds:
         for model, weights in models:
-            start = starts[weights]
+            start = starts[model, weights]
             key = dict(model=model, start=start, seed=seed, dataset=dataset, recipe=recipe_text)
-            names_only = {**key, "start": Path(weights or start).name, "dataset": name}
+            # rows of earlier versions have no checksums of files that are given
+            named = Path(weights).name if isinstance(weights, str) else start
+            names_only = {**key, "start": named, "dataset": name}
             good = [r for r in records if r["error"] is None and {name: r[name] for name in key} in (key, names_only)]
             if good:
                 row = good[-1] | key
@@ -201,12 +205,20 @@ def compare(
     return mine
 
 
-def start_of(weights: Optional[str]) -> str:
-    """What a run starts from: "scratch", "pretrained", or the name and checksum of a file."""
-    if weights is None or weights == "pretrained":
-        return weights or "scratch"
-    check_weights("checkpoint", weights)
-    return name_and_checksum(weights)
+def start_of(model: str, weights: Union[str, bool]) -> str:
+    """What a run starts from: "scratch", "pretrained", or name and checksum of a file; of a local folder those of all.
+
+    A file that a keyword names, as that of a plan, counts, too.
+    """
+    name, keywords = parse_model(model)
+    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
+    files = [] if folder is None else [folder / file for file in FILES_OF_A_MODEL]
+    files += [Path(value) for value in keywords.values() if isinstance(value, str)]
+    known = [name_and_checksum(file) for file in files if file.is_file()]
+    if isinstance(weights, str):
+        check_weights("checkpoint", weights)
+        return " ".join([name_and_checksum(weights), *known])
+    return " ".join(["pretrained" if weights else "scratch", *known])
 
 
 def checksum_of(*splits: Items) -> str:
@@ -232,11 +244,11 @@ def folder_of(key: dict[str, Any]) -> str:
 
 
 def run_one(
-    model: str, weights: Optional[str], seed: int, recipe: dict[str, Any], where: dict[str, Any], out: Path
+    model: str, weights: Union[str, bool], seed: int, recipe: dict[str, Any], where: dict[str, Any], out: Path
 ) -> dict[str, Any]:
     """Train one model in a process of its own: the columns of its row, or ``error`` with the reason."""
     name, keywords = parse_model(model)
-    start: dict[str, Any] = dict(pretrained=True) if weights == "pretrained" else dict(checkpoint=weights)
+    start: dict[str, Any] = dict(checkpoint=weights) if isinstance(weights, str) else dict(pretrained=weights)
     start["train_only"] = keywords.pop("train_only", None)
     settings = {**recipe, **where, **start, "model": name, "model_kwargs": keywords, "seed": seed, "out": str(out)}
     return call_in_process(train, settings, interactive=True)
@@ -305,9 +317,10 @@ def main(arguments: argparse.Namespace) -> None:
     seeds = list(dict.fromkeys(arguments.seeds))
     name, _ = parse_model([*arguments.models, *arguments.from_scratch][0])
     for seed in seeds:  # a wrong value of the recipe shows before anything is trained
-        FinetuneSettings(**recipe, **where, model=name, seed=seed, out=str(arguments.runs), overwrite=True)
-    weights = "pretrained" if arguments.pretrained else arguments.checkpoint
-    models = [(model, weights) for model in arguments.models] + [(model, None) for model in arguments.from_scratch]
+        # each run has a folder of its own in arguments.runs, where models of earlier comparisons may lie
+        FinetuneSettings(**recipe, **where, model=name, seed=seed, out=str(arguments.runs / "new"), overwrite=True)
+    weights = arguments.checkpoint or arguments.pretrained
+    models = [(model, weights) for model in arguments.models] + [(model, False) for model in arguments.from_scratch]
     records = compare(list(dict.fromkeys(models)), seeds, recipe, where, arguments.out, arguments.runs)
     print(f"\n{summary(records)}\n\n{arguments.out}: {len(records)} runs of this comparison")
     failed = [record for record in records if record["error"] is not None]

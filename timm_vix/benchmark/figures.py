@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from .._records import Record
 from ..measure.statistics import crossover, crossover_text, exponent, pareto
-from ..train.plots import COLOURS, canvas
+from ..train.plots import COLOURS, canvas, plain_text
 from ..train.plots import png as png
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
@@ -162,11 +162,6 @@ def trade_off(runs: list[list[Record]], cost: str, accuracy: str = "validation t
 def legend_below(figure: Any) -> None:
     """The legend outside of the axes, where it hides no point."""
     figure.legend(fontsize=9, loc="outside lower center", ncols=2)
-
-
-def plain_text(name: str) -> str:
-    """The name without mathematics: a dollar sign would start a formula."""
-    return name.replace("$", r"\$")
 
 
 def plain_numbers(axis: Any) -> None:

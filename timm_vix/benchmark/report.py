@@ -99,6 +99,8 @@ def report(paths: list[Path], out: Path) -> list[Path]:
         ValueError: for a file that is no such table, or a page in a table's place; nothing is written.
         OSError: for a file that cannot be written.
     """
+    if not out.name or out.is_dir():
+        raise InputError(f"out={out} is a folder; expected the name of a file, such as report.html")
     if out.resolve() in {path.resolve() for path in paths}:
         raise InputError(f"out={out} is one of the tables, which the page would replace; give another name")
     tables = read_tables(paths)

@@ -103,8 +103,9 @@ def convert(
             pairs whose keys have a cosine of at least t, with a batch of 1. A layer merges at most half of its patch
             tokens, and never prefix tokens. Layers after the first merge need "softmax" or "performer". None keeps the
             present setting, or takes that of a plan; 0 disables merging. Features, pooling, masks and hooks of blocks
-            see all N tokens. With an ``attn_mask``, only tokens that it treats alike merge. ``is_causal=True`` raises
-            ValueError.
+            see all N tokens. Iterating over ``model.blocks`` then gives calls within one forward pass; the modules are
+            ``model.blocks.children()``. With an ``attn_mask``, only tokens that it treats alike merge.
+            ``is_causal=True`` raises ValueError.
         scale_logits: "log" multiplies the logits of all layers, whatever ``layers`` says, by max(1, log N / log
             N_train), with N_train from the image size in ``pretrained_cfg`` and the patch size. An integer is N_train
             itself, which a model with resampled patches needs. None keeps the present setting, or takes that of a plan;
@@ -196,7 +197,7 @@ def wanted_mixers(
             raise InputError(f"{', '.join(keywords)}: the plan converts no layer that could take keywords of a mixer")
         return recorded_mixer(model), {}
     if keeps_mixers and not isinstance(layers, Mapping):
-        if layers != "all":
+        if not isinstance(layers, str) or layers != "all":
             raise InputError(
                 f"layers={layers!r}: these are layers for a mixer, and none is named. merge and scale_logits act on "
                 "the whole model; allowed is mixer=, or merge as a list with one number for each layer"
@@ -321,8 +322,11 @@ def revert(model: nn.Module) -> None:
     if not converted:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
     check_hooks({site.path: getattr(site.parent, site.name) for site in converted})
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
     for site in converted:
         setattr(site.parent, site.name, site.attn)
+        if frozen:  # weights that a mixer without queries and keys kept aside were not there to be frozen
+            site.attn.requires_grad_(False)
     if getattr(model, "merge", None) is None:
         set_merging(model, None, [])
     record_conversion(model, sites, "softmax")

@@ -29,7 +29,7 @@ def all_keywords() -> set[str]:
 def check_keywords(mixer: str, keywords: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown mixer, or a keyword that it doesn't take."""
     allowed = mixer_keywords(mixer)
-    for name, value in sorted(keywords.items()):
+    for name, value in sorted(keywords.items(), key=str):  # a mapping from a user may have keys that are no text
         if name not in allowed:
             owners = " or ".join(f"mixer={other!r}" for other in MIXERS if name in mixer_keywords(other))
             belongs = f"; {name} belongs to {owners}" if owners else ""

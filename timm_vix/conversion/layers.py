@@ -50,7 +50,9 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any
             raise InputError(f"layers: {key!r} is no layer; the model has {depth}, from 0 to {depth - 1}")
         own = dict(value) if isinstance(value, Mapping) else {"mixer": value}
         name = own.pop("mixer", mixer)
-        if not isinstance(name, str) or index in found:
+        if index in found:
+            raise InputError(f"layers={layers!r} names layer {index} twice")
+        if not isinstance(name, str):
             raise InputError(
                 f"layers: {value!r} at layer {index}: expected one mixer's name, or a mapping with 'mixer'"
             )

@@ -65,7 +65,16 @@ class MergingBlocks(nn.ModuleList):
         self.steps = steps
         self.num_prefix_tokens = num_prefix_tokens
 
+    def check_length(self) -> None:
+        """Raise ValueError if blocks were added or removed, since each step belongs to one."""
+        if len(self) != len(self.steps):
+            raise InputError(
+                f"the model has {len(self)} blocks, and tokens were to merge in {len(self.steps)}; timm_vix.convert "
+                "with merge= sets this anew"
+            )
+
     def __iter__(self) -> Iterator[Any]:
+        self.check_length()
         groups: list[Optional[Groups]] = [None] * (len(self) + 1)
         return iter([BlockInPass(self, layer, groups) for layer in range(len(self))])
 
@@ -84,6 +93,7 @@ class MergingBlocks(nn.ModuleList):
             for block_in_pass in self:
                 x = block_in_pass(x)
             return x
+        self.check_length()
         groups: Optional[Groups] = None
         for block, step in zip(self.children(), self.steps):
             if groups is None and not step:

@@ -36,7 +36,7 @@ def trained_tokens(model: nn.Module, scale_logits: ScaleLogits) -> int:
     Raises:
         ValueError: for another value, or a model that doesn't tell its size.
     """
-    if scale_logits == "log":
+    if isinstance(scale_logits, str) and scale_logits == "log":
         size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
         if not size:
             raise InputError(

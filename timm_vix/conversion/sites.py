@@ -40,6 +40,8 @@ def attention_sites(model: nn.Module, sequences: bool = False) -> list[list[Atte
     Raises:
         ValueError: for a model whose attention no mixer can replace, naming the module and the reason.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model={model!r}: expected a model of timm, an nn.Module")
     if not isinstance(model, HOSTS):
         for path, module in model.named_modules():
             if isinstance(module, HOSTS):
@@ -66,6 +68,13 @@ def attention_sites(model: nn.Module, sequences: bool = False) -> list[list[Atte
             f"{type(model).__name__} takes sequences of patches and has no patch grid, which this needs; what takes it "
             "is timm_vix.convert, without a plan and without merging"
         )
+    own: dict[int, str] = {}
+    for index, block in model.blocks._modules.items():  # ``children()`` leaves out what comes again
+        if own.setdefault(id(block), index) != index:
+            raise InputError(
+                f"blocks.{index} is the same module as blocks.{own[id(block)]}, and a conversion sets each by itself; "
+                "what can be converted is a model whose blocks are modules of their own, as copy.deepcopy makes them"
+            )
     found: list[list[AttentionSite]] = []
     for index, block in enumerate(model.blocks.children()):
         sites = [

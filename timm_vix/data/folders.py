@@ -17,7 +17,7 @@ from timm.utils.misc import natural_key
 from torch import nn
 
 from .._checks import InputError
-from .._files import one_line
+from .._files import one_line, printable
 from .datasets import Items, class_names, is_dataset, labelled_images, open_dataset
 
 Item = TypeVar("Item")
@@ -60,7 +60,9 @@ def find_images(
 
 def name_of(data_dir: str) -> str:
     """What a reader elsewhere is told of a ``data_dir``: a folder's own name, or the name of a data set of timm's."""
-    return data_dir if is_dataset(data_dir) else Path(os.path.abspath(data_dir)).name  # "." and ".." have no name
+    if is_dataset(data_dir):
+        return data_dir
+    return printable(Path(os.path.abspath(data_dir)).name)  # "." and ".." have no name
 
 
 def list_digits() -> tuple[Items, list[str]]:
@@ -169,8 +171,14 @@ def labelled_folder(folder: Path, model: nn.Module) -> tuple[Items, list[str]]:
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """The names of a model's classes in the order of labels, as its configuration has them; none: no names."""
+    """The names of a model's classes in the order of labels, as its configuration has them; none: no names.
+
+    Raises:
+        InputError: for an entry of another form.
+    """
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or []
+    if not isinstance(names, (Mapping, list, tuple)):
+        raise InputError(f"the model's configuration has label_names={names!r}; expected a list, or names by label")
     if isinstance(names, Mapping):  # by label, which is text in a JSON file
         return [names[label] for label in sorted(names, key=lambda label: order(str(label)))]
     return list(names)

@@ -4,6 +4,7 @@ The order of the images is a function of (seed, epoch), the augmentation of one 
 that stops in mid-epoch is continued by skipping batches, and the number of workers changes nothing.
 """
 
+import errno
 import os
 import random
 import zlib
@@ -21,9 +22,12 @@ from torchvision.transforms import Compose, RandomCrop
 from tqdm import tqdm
 
 from .._checks import InputError
+from .._files import one_line, printable
 from .datasets import Items, Sample, Source
 
 CACHE_BYTES = 2 << 30  # decoded pixels kept in memory per split; images beyond are decoded again in every epoch
+# what the system says of a disk that fails, a server that is gone, and too many open files
+FAILING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE)
 CHECKED = 1000  # images whose content enters the digest, evenly spread
 ORDER, SAMPLE, STEP = range(3)  # what is drawn: the first word of every seed
 
@@ -159,11 +163,20 @@ class Images(Dataset):
             pool.shutdown(cancel_futures=True)  # else Ctrl-C waits for all images
 
     def try_to_decode(self, index: int) -> Decoded:
-        """The pixels of an image; None if it can't be read."""
+        """The pixels of an image; None if it can't be read.
+
+        Raises:
+            InputError: if its folder is no longer there, as when a disk was taken away, or if the disk fails.
+        """
+        source = self.items[index][0]
         try:
-            with open_image(self.items[index][0]) as image:
+            with open_image(source) as image:
                 return index, np.asarray(self.resize(as_shown(image, self.mode)))
-        except Exception:  # what a damaged file raises differs between PIL's readers
+        except Exception as error:  # what a damaged file raises differs between PIL's readers
+            gone = isinstance(source, Path) and not source.parent.is_dir()
+            if gone or (isinstance(error, OSError) and error.errno in FAILING):
+                reason = "its folder is no longer there" if gone else one_line(error)
+                raise InputError(f"{self.name(index)} can't be read: {reason}") from error
             return index, None
 
     def remember(self, decoded: Iterable[Decoded]) -> None:
@@ -186,7 +199,7 @@ class Images(Dataset):
     def name(self, index: int) -> str:
         """How messages call an image."""
         source = self.items[index][0]
-        return str(source) if isinstance(source, Path) else f"number {getattr(source, 'number', index)}"
+        return printable(source) if isinstance(source, Path) else f"number {getattr(source, 'number', index)}"
 
     def __len__(self) -> int:
         return len(self.items)

@@ -1,6 +1,7 @@
 """Trained models by name, and what they answer to a picture."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -94,11 +95,16 @@ def class_names(model: nn.Module) -> list[str]:
     """The name of each class: those in its configuration, else ImageNet's if it has as many, else numbers.
 
     Classes of one name also have their number: a crane is a bird, and another crane a machine.
+
+    Raises:
+        InputError: for a configuration whose names or descriptions have another form.
     """
     names = label_names(model)
     numbers = range(model.num_classes)
     if len(names) == model.num_classes:
         described = model.pretrained_cfg.get("label_descriptions") or {}
+        if not isinstance(described, Mapping):
+            raise InputError(f"the model's configuration has label_descriptions={described!r}; expected texts by name")
         found = [str(described.get(name, name)) for name in names]
     elif names or not (subset := infer_imagenet_subset(model)):
         found = [str(i) for i in numbers]
@@ -137,7 +143,9 @@ def preparation_of(net: nn.Module, what: str) -> tuple[dict[str, Any], Any]:
         config = resolve_input_data_config(net)
         transform: Any = create_transform(**config)
         if config["input_size"][0] in (1, 3):
-            transform(Image.new(picture_mode(config["input_size"][0]), (8, 8)))
+            black = transform(Image.new(picture_mode(config["input_size"][0]), (8, 8)))
+            if not black.isfinite().all():
+                raise InputError(f"mean={config['mean']} and std={config['std']} give no finite numbers")
     except Exception as error:  # whatever a damaged entry leads to
         reason = f"{type(error).__name__} {one_line(error)}"
         raise InputError(f"{what} has a preparation of images that cannot be used: {reason}") from error
@@ -199,6 +207,12 @@ class Classifier:
 
         Args:
             net: another model of the same classes that is to answer.
+
+        Raises:
+            InputError: for logits that aren't finite, of which the largest would mean nothing.
         """
-        shares = (net or self.net)(pixels).softmax(1)[0].topk(min(number, len(self.names)))
+        logits = (net or self.net)(pixels)
+        if not logits.isfinite().all():
+            raise InputError(f"model={self.name} gives logits that aren't finite for this picture")
+        shares = logits.softmax(1)[0].topk(min(number, len(self.names)))
         return {self.names[i]: share for share, i in zip(shares.values.tolist(), shares.indices.tolist())}

@@ -265,6 +265,8 @@ def check_dynamic(model: nn.Module, to: str) -> None:
     for path, host in hosts_of(model).items():
         if getattr(host.core, "exports_one_grid", False):  # softmax may be torch's own core
             raise fixed_size(f"mixer={mixer_name(host)!r}", f"{path} counts the patches of one grid")
+        if getattr(host, "trained_tokens", 0):
+            raise fixed_size("scale_logits", f"the factor of the logits of {path} is that of one number of tokens")
     if to == "openvino" and getattr(model, "pos_embed", None) is not None:
         raise fixed_size("to=openvino", "OpenVINO resamples learned positions otherwise than torch")
 

@@ -175,7 +175,7 @@ class AttentionSlot(MixerSlot):
         rope: Optional[torch.Tensor] = None,
         cell_weight: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the centres of ``cells`` of the grid."""
+        """Rotate queries or keys (B, h, P + n, D) by their positions, or by the mean ones of ``cells``."""
         table = self.rotary_table(layout, cells, rope, cell_weight)
         return x if table is None else apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
 

@@ -168,7 +168,7 @@ def merge_table(table: torch.Tensor, groups: Groups) -> torch.Tensor:
     waves = waves.reshape((1,) * (4 - table.ndim) + table.shape).expand(B, -1, -1, -1)
     sums = add_rows(waves.transpose(1, 2).flatten(2), groups.place, M)
     sums = sums.reshape(B, M, waves.shape[1], waves.shape[3]).transpose(1, 2)
-    return mean_direction(sums).to(table.dtype)
+    return mean_direction(sums / groups.counts[:, None, :, None]).to(table.dtype)
 
 
 def merge_mask(mask: Optional[torch.Tensor], groups: Groups) -> torch.Tensor:

@@ -60,11 +60,14 @@ def resample_output_weight(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def mean_direction(waves: torch.Tensor) -> torch.Tensor:
-    """Scale sums of sines and cosines (.., 2·D) to the sine and cosine of their mean direction."""
-    # float16 would round the lower bound 1e-12 to 0
+    """Scale means of sines and cosines (.., 2·D) to the sine and cosine of their mean direction.
+
+    Opposite angles have none. Where the mean is shorter than a hundredth, rounding errors would decide it, so that it
+    isn't scaled to length 1 but by 100, and is 0 where there are no patches.
+    """
+    # float16 would round the lower bound to less
     sine, cosine = waves.to(torch.promote_types(waves.dtype, torch.float32)).chunk(2, dim=-1)
-    # a cell without patches has no direction, and its gradient would be that of a root of 0
-    length = torch.sqrt((sine.square() + cosine.square()).clamp(min=1e-12))
+    length = torch.sqrt((sine.square() + cosine.square()).clamp(min=1e-4))
     return torch.cat([sine / length, cosine / length], dim=-1).to(waves.dtype)
 
 

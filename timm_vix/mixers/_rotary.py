@@ -17,14 +17,21 @@ from torch import nn
 
 from .._checks import InputError
 from ._layout import Grid
+from ._resample import averages
 
 THETA = {"axial": 100.0, "1d": 10000.0}
 
 
-def centres(grid: Grid, cells: Grid, device: torch.device) -> list[torch.Tensor]:
-    """Row and column of the centre of each of ``cells`` over a ``grid``, (cells, 1) each, in units of patches."""
-    rows = (torch.arange(cells[0], device=device) + 0.5) * (grid[0] / cells[0]) - 0.5
-    columns = (torch.arange(cells[1], device=device) + 0.5) * (grid[1] / cells[1]) - 0.5
+def mean_places(grid: Grid, cells: Grid, device: torch.device) -> list[torch.Tensor]:
+    """Mean row and mean column of the patches of each of ``cells`` over a ``grid``, (cells, 1) each.
+
+    Where cells don't divide the grid, a patch at their border belongs to two of them, as in the pooling of tokens.
+    """
+    rows = torch.arange(grid[0], device=device, dtype=torch.float32)
+    columns = torch.arange(grid[1], device=device, dtype=torch.float32)
+    if cells != grid:
+        rows = torch.mv(averages(grid[0], cells[0], rows), rows)
+        columns = torch.mv(averages(grid[1], cells[1], columns), columns)
     row = rows.reshape(-1, 1).expand(cells[0], cells[1]).reshape(-1, 1)
     column = columns.reshape(1, -1).expand(cells[0], cells[1]).reshape(-1, 1)
     return [row, column]
@@ -99,7 +106,7 @@ class RotaryPositions(nn.Module):
             self.table = self.build(grid, grid)
 
     def build(self, grid: Grid, cells: Grid, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
-        row, column = centres(grid, cells if weight is None else grid, self.table.device)
+        row, column = mean_places(grid, cells if weight is None else grid, self.table.device)
         if weight is not None:
             share = weight.to(row.dtype)
             row, column = torch.matmul(share, row), torch.matmul(share, column)
@@ -107,7 +114,7 @@ class RotaryPositions(nn.Module):
         return rotary_table(self.table, row, column, grid[1], P, D, self.theta, self.raster)
 
     def forward(self, grid: Grid, cells: Grid, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Sine and cosine at the centres of ``cells`` over the tokens' ``grid``: (P + cells, 2·D).
+        """Sine and cosine at the mean places of ``cells`` over the tokens' ``grid``: (P + cells, 2·D).
 
         ``weight`` (B, 1, cells, H·W): of the patches in each cell, where some of them are masked; then the places are
         the means of these patches, and the result is (B, 1, P + cells, 2·D).

@@ -149,6 +149,7 @@ class AtrousAttention(AttentionMechanism):
     supports_key_mask = True
     needs_tokens = True
     needs_self_attention = True
+    exports_one_grid = True
     candidates = ({}, {"dilations": [1], "window_size": 14})  # the second is exact attention in windows
 
     def __init__(

@@ -84,6 +84,7 @@ class LegendreMemory(AttentionMechanism):
     has_logits = False
     needs_self_attention = True
     uses_values_only = True
+    exports_one_grid = True
 
     def __init__(self, shape: AttentionShape, order: int = 16, theta: float = 14.0) -> None:
         super().__init__(shape)

@@ -14,8 +14,8 @@ keeps part of its accuracy; prefix tokens are attended to as they are. A region 
 carries log(N/k): without it a prefix token would weigh N/k times too much. With ``window_size`` w each patch attends to
 the tokens of its w x w window and to the projected ones for the rest (``_windows.py``): it doubles the cost and keeps
 most of a pretrained softmax model's accuracy without training. With rotary positions the projected keys are rotated by
-the centres of their regions. Rotating before the projection would mix keys of different angles, and no product would
-depend on relative position.
+the mean positions of their patches. Rotating before the projection would mix keys of different angles, and no product
+would depend on relative position.
 
 Tokens that a mask of keys hides enter no projection. On a grid of several rows the weights of the others are scaled up
 to the absolute sum that E and F had, and the logit carries the log of N/k times the share that is left. In a sequence,

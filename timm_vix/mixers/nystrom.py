@@ -22,7 +22,7 @@ attentions are fused with the projections where that is cheaper (``_fused.py``).
 With as many landmarks as patches Y is softmax attention, and is computed as that. With ``window_size`` w each patch
 attends to the tokens of its w x w window and to the landmarks for the rest (``_windows.py``): it doubles the cost and
 keeps most of a pretrained softmax model's accuracy without training. With rotary positions landmarks are rotated by the
-centres of their cells.
+mean positions of their patches.
 
 Tokens that a mask of keys masks enter neither the means nor the exact attention of the landmarks, and c counts only the
 others. On a grid of several rows the cells stay where they are. A sequence, which is a grid of one row, is pooled over

@@ -55,7 +55,10 @@ def build(
     **kwargs: Any,
 ) -> nn.Module:
     """Create the source with its keywords, and convert it. ``keywords`` are the mixer's, and those of ``convert``."""
-    model = create_model(source, **kwargs, **source_kwargs)
+    for name, value in source_kwargs.items():
+        if name in kwargs and kwargs[name] != value:
+            raise InputError(f"{name}={kwargs[name]!r} and source_kwargs: {name}={value!r} differ; allowed is one")
+    model = create_model(source, **{**kwargs, **source_kwargs})  # a saved model has some of them in both places
     # first the norms: a mixer that reads them otherwise than attention can be put in after they are folded, not before
     if norms is not None:
         replace_norms(model, None)

@@ -49,7 +49,8 @@ class Checkpoint:
     def read(self) -> dict[str, Any]:
         """The content of the file; raise ValueError for a damaged one."""
         state = read_tensors(self.path)
-        missing = [name for name in ("settings", "model", "optimizer", "position") if name not in state]
+        parts = ("settings", "model", "optimizer", "position")
+        missing = [name for name in parts if not isinstance(state.get(name), dict)]
         if missing:
             raise InputError(f"resume: {self.path} has no {missing[0]}; expected a checkpoint of this training")
         return state
@@ -68,8 +69,11 @@ class Checkpoint:
     def restore(self, state: dict[str, Any]) -> None:
         """Take weights, optimizer and position of what ``read`` gave; raise ValueError for other settings."""
         self.check_settings(state["settings"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # torch raises by kind of damage
+            raise InputError(f"resume: {self.path} is not of this training: {one_line(error)}") from error
         self.position.update(state["position"])
 
 
@@ -95,9 +99,12 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
 def read_tensors(path: Path) -> dict[str, Any]:
     """What ``write_tensors`` wrote, on the CPU; raise ValueError for a file that is missing or damaged."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises by kind of damage
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}; expected a checkpoint")
+    return content
 
 
 def clear(out: Path, files: Iterable[str]) -> None:

@@ -95,12 +95,20 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
     smoothing = 0.0 if mix else run.label_smoothing  # mixup smooths its labels itself
     normalise = normaliser(config, run.device)
     position: dict[str, Any] = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
+    position["damaged"] = [[], []]  # images of training and validation, which a continued run doesn't decode again
     position["weights"] = Path(run.checkpoint).name if run.checkpoint else None
     checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position)
     start_or_resume(checkpoint, run)
+    train.damaged.update(position["damaged"][0])
+    val.damaged.update(position["damaged"][1])
     history = position["history"]
+
+    def save() -> None:
+        position["damaged"] = [sorted(train.damaged), sorted(val.damaged)]
+        checkpoint.save()
+
     with deferred_interrupt() as asked:
-        loop = Loop(checkpoint, run.checkpoint_every, asked, checkpoint.save)
+        loop = Loop(checkpoint, run.checkpoint_every, asked, save)
         for epoch in range(position["epoch"], run.epochs):
             net.train()
             loader = train.loader(train.batches(batch_size, epoch)[position["step"] :], run.workers)
@@ -129,7 +137,7 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
                 images_per_second=steps * batch_size / position["seconds"],
                 **circumstances(net, config, settings["amp"], run.device, batch_size),
             )
-            end_epoch(checkpoint, row, run)
+            end_epoch(checkpoint, row, run, save)
     finish(checkpoint, run, config, classes, f"{train.readable:,} images; validation: {val.readable:,}")
     return net, history
 
@@ -210,13 +218,13 @@ def circumstances(net: nn.Module, config: dict[str, Any], dtype: str, device: st
     )
 
 
-def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], run: FinetuneSettings) -> None:
-    """Write history and checkpoint, and the weights as ``best.pt`` if they are the best so far."""
+def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], run: FinetuneSettings, save: Callable[[], None]) -> None:
+    """Write history and, by ``save``, the checkpoint; and the weights as ``best.pt`` if they are the best so far."""
     folder, history = checkpoint.path.parent, checkpoint.position["history"]
     history.append(row)
     write_history(folder / "history.csv", history)
     checkpoint.position.update(epoch=row["epoch"], step=0, loss=0.0, seconds=0.0)
-    checkpoint.save()
+    save()
     if run.keep == "best":
         save_best(checkpoint)
     print(
@@ -239,10 +247,9 @@ def save_best(checkpoint: Checkpoint) -> None:
 def finish(
     checkpoint: Checkpoint, run: FinetuneSettings, config: dict[str, Any], classes: list[str], images: str
 ) -> None:
-    """Draw the curve, choose the epoch, and write its weights as a folder for the Hub and as a delta."""
+    """Choose the epoch, write its weights as a delta and as a folder for the Hub, and draw the curve."""
     folder, net = checkpoint.path.parent, checkpoint.model
     weights, history = checkpoint.position["weights"], checkpoint.position["history"]
-    write_figure(folder / "curve.png", learning_curve, history, run.model)
     row = history[-1]
     if run.keep == "best":
         row = max(history, key=lambda earlier: earlier["top1"])
@@ -271,6 +278,7 @@ def finish(
         },
     )
     write_hub(folder / "hub", net.eval(), config, card, classes)
+    write_figure(folder / "curve.png", learning_curve, history, run.model)
 
 
 @torch.inference_mode()

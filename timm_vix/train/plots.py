@@ -53,6 +53,11 @@ def write_figure(path: Path, draw: Callable[..., Any], *arguments: Any) -> None:
     write_whole(path, png(figure, 150))
 
 
+def plain_text(name: str) -> str:
+    """The name without mathematics: a dollar sign would start a formula."""
+    return name.replace("$", r"\$")
+
+
 def learning_curve(history: list[dict[str, Any]], title: str) -> Any:
     """Training loss and validation top-1 over the epochs."""
     figure, pairs = canvas(8, 3.2, 2)
@@ -62,7 +67,7 @@ def learning_curve(history: list[dict[str, Any]], title: str) -> Any:
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(plain_text(title))
     return figure
 
 
@@ -81,7 +86,8 @@ def layer_errors(errors: list[list[float]], layers: list[int], title: str) -> An
         axes.bar([layer + shift for layer in layers], means, 0.4, label=label, color=color, hatch=hatch)
     # a mixer that is exact on this grid leaves no error, and a logarithm nothing to draw
     scale = "log" if torch.tensor(errors).gt(0).any() else "linear"
-    axes.set(xlabel="layer", ylabel="relative squared error of the block", yscale=scale, title=title, xticks=layers)
+    axes.set(xlabel="layer", ylabel="relative squared error of the block", yscale=scale, xticks=layers)
+    axes.set_title(plain_text(title))
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     return figure

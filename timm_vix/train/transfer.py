@@ -98,7 +98,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     start = load_start(student, run.start) if run.start else ""
     settings = dict(settings_of(run, images, dtype, teacher, config), start=start)
     normalise = normaliser(config, run.device)
-    position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[])
+    position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[], damaged=[])
 
     def optimizer_of(stage: int) -> torch.optim.Optimizer:
         groups = stage_groups(run, student, mixers, stage)
@@ -108,6 +108,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
 
     def save() -> None:
         if rank == 0:
+            position["damaged"] = sorted(images.damaged)  # a continued run doesn't decode all images again
             checkpoint.save()
             write_table(folder / "steps.csv", ["stage", "step", "losses"], position["rows"])
 
@@ -116,6 +117,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
         checkpoint.check_settings(saved["settings"])  # before its position, which is another one's if they differ
         checkpoint.optimizer = optimizer_of(saved["position"]["stage"])
         checkpoint.restore(saved)
+        images.damaged.update(position["damaged"])
     else:
         if rank == 0:
             clear(folder, FILES)
