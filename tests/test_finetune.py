@@ -464,9 +464,11 @@ def test_a_photograph_that_says_how_it_was_held_is_turned(tmp_path):
     assert found.shape == (3, 16, 8) and (found[0, 8:] == 255).all() and not found[0, :8].any()
 
 
-@pytest.mark.parametrize("name", ["val", "validation", "test", "elsewhere"])
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test", "elsewhere"])
 def test_validation_folder(digits, tmp_path, name):
     shutil.copytree(digits, tmp_path / "data" / "train")
+    if name == "valid":  # images to test on are there as well
+        shutil.copytree(digits, tmp_path / "data" / "test")
     for label in (1, 3):
         (tmp_path / "data" / name / f"digit{label}").mkdir(parents=True)
         shutil.copy(digits / f"digit{label}" / "0.png", tmp_path / "data" / name / f"digit{label}")
@@ -651,6 +653,7 @@ WRONG_SETTINGS = {
     "no checkpoint file": (["--checkpoint", "/nowhere/w.pth"], ["/nowhere/w.pth", ".safetensors or .pth"]),
     "resume nothing": (["--resume"], ["resume", "no checkpoint.pt"]),
     "resume and overwrite": (["--resume", "--overwrite"], ["resume and overwrite", "one of them"]),
+    "no name": (["--out", ""], ["out=", "isn't empty"]),
     "out under a file": (["--out", f"{__file__}/out"], [f"{__file__}/out", "cannot be written"]),
     "unknown argument": (["--epoch-count", "3"], ["--epoch-count"]),
 }
@@ -659,7 +662,7 @@ WRONG_DATA = {
     "empty": (["."], ["no images", "<class>/<image>"]),
     "no images": (["cat/", "dog/"], ["no images"]),
     "images only": (["a.png", "b.png"], ["no images in class folders"]),
-    "empty class": (["cat/a.png", "dog/a.png", "emu/"], ["class folders without images: emu"]),
+    "empty class": (["cat/a.png", "dog/a.png", "emu/", "emu/b.webp"], ["without images: emu", ".jpeg, .jpg, .png"]),
     "one class": (["cat/a.png", "cat/b.png"], ["one class only", "'cat'"]),
     "single images": (["cat/a.png", "dog/a.png"], ["held out", "val_dir"]),
     "no train": (["val/cat/a.png", "val/dog/a.png"], ["val/ but no train/"]),

@@ -18,10 +18,9 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line, printable
-from .datasets import Items, class_names, is_dataset, labelled_images, open_dataset
+from .datasets import VALIDATION, Items, class_names, is_dataset, labelled_images, open_dataset
 
 Item = TypeVar("Item")
-VALIDATION = ("val", "validation", "test")
 
 
 def find_images(
@@ -29,7 +28,7 @@ def find_images(
 ) -> tuple[Items, Items, list[str]]:
     """List training images, validation images and class names; no ``data_dir`` stands for scikit-learn's digits.
 
-    ``data_dir`` holds class folders, or ``train/`` and ``val/``, ``validation/`` or ``test/`` with class folders; or it
+    ``data_dir`` holds class folders, or ``train/`` and one of ``VALIDATION`` with class folders; or it
     names a data set of timm's factory that can be indexed, whose files are below ``data_root``.
     Without validation images, a share of every class is held out, the same in every run.
 
@@ -129,9 +128,17 @@ def list_images(folder: Path, known: Optional[list[str]] = None) -> tuple[Items,
     if not any(files.values()):
         raise InputError(f"{folder} holds no images in class folders; {layout}")
     if empty := [name for name in names if not files[name]]:
-        raise InputError(f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them")
+        raise InputError(
+            f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them; allowed are "
+            f"{extensions()}"
+        )
     labels = {name: label for label, name in enumerate(known)}
     return [(file, labels[name]) for name in names for file in files[name]], names
+
+
+def extensions() -> str:
+    """What the name of an image's file may end in."""
+    return ", ".join(sorted(get_img_extensions()))
 
 
 def find_unlabelled(folder: Path) -> Items:
@@ -146,7 +153,7 @@ def find_unlabelled(folder: Path) -> Items:
         )
     files = image_files(folder)
     if not files:
-        raise InputError(f"{folder} holds no images; allowed are {', '.join(sorted(get_img_extensions()))}")
+        raise InputError(f"{folder} holds no images; allowed are {extensions()}")
     return [(file, 0) for file in files]
 
 

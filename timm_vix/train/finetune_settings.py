@@ -49,8 +49,8 @@ class FinetuneSettings(Settings):
     )
     data_dir: Optional[str] = setting(
         None,
-        "class folders, or train/ and val/ (validation/, test/) with class folders, or a data set of timm's factory "
-        "such as hfds/NAME; None: the 1,797 handwritten digits of scikit-learn",
+        "class folders, or train/ and val/ (validation/, valid/, test/) with class folders, or a data set of timm's "
+        "factory such as hfds/NAME; None: the 1,797 handwritten digits of scikit-learn",
         may_change=True,
     )
     val_dir: Optional[str] = setting(None, "validation folder of class folders, where it is elsewhere", may_change=True)

@@ -95,6 +95,8 @@ class Settings:
             right = isinstance(value, accepted) and (accepted in (bool, object) or not isinstance(value, bool))
             if not right and not (value is None and is_optional(own)):
                 raise InputError(f"{own.name}={value!r}: allowed is {words}{' or None' if is_optional(own) else ''}")
+            if isinstance(value, str) and not value:  # an empty path would be the folder of the shell
+                raise InputError(f"{own.name}='': allowed is a text that isn't empty{' or None' * is_optional(own)}")
             if accepted is Mapping and value is not None:
                 check_keywords_are_plain(own.name, value)
         check_ranges(self, [(own.name, *allowed) for own in fields(self) if (allowed := own.metadata["allowed"])])
