@@ -40,9 +40,10 @@ from timm_vix.conversion.scaling import scaled_for
 from timm_vix.mixers import MIXERS
 from timm_vix.planning import latency
 from timm_vix.planning.measurements import COLUMNS, Measurements
-from timm_vix.planning.plan import num_right, plan_layers, scale_source, tell_resolution
+from timm_vix.planning.plan import plan_layers, tell_resolution
 from timm_vix.planning.plan_settings import PlanSettings
 from timm_vix.planning.sensitivity import Sensitivity, plan_to_json
+from timm_vix.planning.source import num_right, scale_source
 
 RESULTS = Path(__file__).parents[1] / "examples" / "results"
 NAME, SIDE = "deit_tiny_patch16_224", 96

@@ -6,76 +6,26 @@ The mixers share the weights of the attention that they replace. What was conver
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Optional
 
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot, has_hooks, logit_factor
+from ..mixers._attention_slot import AttentionSlot, has_hooks
 from .hooks import HOOKS
 from .keywords import ADDING_NOTHING, check_keywords
 from .layers import Layers, layer_mixers
-from .merge_steps import Merge, Step, first_merge, merge_steps, num_merged
+from .merge_steps import Merge, first_merge, merge_steps
 from .merging import MergingBlocks, check_merging, set_merging
 from .plan_file import Plan, load_plan
 from .record import record_conversion, recorded_mixer
 from .replace import build_mixer
+from .report import Conversion, layer_row, merges_of
 from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
-from .sites import attention_sites, class_name
+from .sites import attention_sites
 from .slots import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
-
-
-@dataclass(frozen=True)
-class ConvertedLayer:
-    """A row of the report: an attention module's block and path, its class before and after, the mixer's keywords.
-
-    ``merged``: the number of patch tokens that merge after it, at the size for which the model is built; None: it
-    depends on the image, since a threshold decides.
-    """
-
-    layer: int
-    path: str
-    before: str
-    after: str
-    changed: bool
-    config: dict[str, Any]
-    new_parameters: int
-    merged: Optional[int] = 0
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What ``convert`` did: a row for each place of attention in the model, kept ones included.
-
-    ``trained_tokens``: those with which the model was trained, where its logits are scaled; 0: they aren't.
-    """
-
-    rows: list[ConvertedLayer]
-    tokens: int
-    trained_tokens: int = 0
-
-    def table(self) -> str:
-        """The rows as text, one line each."""
-        width = max(len(row.path) for row in self.rows)
-        lines = [f"layer  {'module':{width}}  what became of it, at {self.tokens} tokens"]
-        for row in self.rows:
-            acting = {name: value for name, value in row.config.items() if ADDING_NOTHING.get(name) != value}
-            keywords = ", ".join(f"{name}={value}" for name, value in acting.items())
-            became = f"-> {row.after}" if row.changed else "kept"
-            fresh = f", {row.new_parameters} new parameters" if row.new_parameters else ""
-            merges = (
-                "" if row.merged == 0 else ", merges " + ("similar tokens" if row.merged is None else str(row.merged))
-            )
-            keywords = f" ({keywords})" if keywords else ""
-            lines.append(f"{row.layer:5}  {row.path:{width}}  {row.before} {became}{keywords}{fresh}{merges}")
-        if 0 < self.trained_tokens < self.tokens:
-            factor = logit_factor(self.tokens, self.trained_tokens)
-            lines.append(f"logits are multiplied by {factor:.3f}: the model was trained with {self.trained_tokens}")
-        elif self.trained_tokens:
-            lines.append(f"logits stay as they are: no more tokens than the {self.trained_tokens} of training")
-        return "\n".join(lines)
 
 
 def convert(
@@ -289,25 +239,6 @@ def planned_attention(
     if not slot.is_sequence:
         slot.patch_embed = (model.patch_embed,)  # the host's own set_input_size doesn't know the slots
     return slot
-
-
-def merges_of(steps: list[Step], patches: int) -> list[Optional[int]]:
-    """How many patch tokens merge in each layer, of so many at the start; None for a threshold."""
-    left, found = patches, []
-    for step in steps:
-        found.append(None if isinstance(step, Mapping) else num_merged(step, patches, left))
-        left -= found[-1] or 0
-    return found
-
-
-def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLayer:
-    """The row of a report for one place of attention, where ``former`` stood before the conversion."""
-    module = getattr(site.parent, site.name)
-    inherited = {id(p) for p in site.attn.parameters()}
-    new_parameters = sum(p.numel() for p in module.parameters() if id(p) not in inherited)
-    config = {} if module is site.attn else module.config()
-    changed = module is not former
-    return ConvertedLayer(index, site.path, class_name(former), class_name(module), changed, config, new_parameters)
 
 
 def revert(model: nn.Module) -> None:

@@ -25,24 +25,21 @@ from .._checks import InputError
 from .._device import find_device, versions
 from .._files import write_whole
 from .._records import check_writable
-from ..conversion.convert import convert, revert
-from ..conversion.identity import fingerprint, mechanisms_of
+from ..conversion.identity import fingerprint
 from ..conversion.merging import BLOCKS, class_of
 from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
-from ..conversion.scaling import ScaleLogits, scaled_for, trained_tokens
-from ..conversion.sites import attention_sites
-from ..conversion.slots import layout_of
-from ..data.folders import find_unlabelled, labelled_folder, spread
-from ..data.images import Images, normaliser, transforms
+from ..conversion.scaling import scaled_for
+from ..data.folders import spread
+from ..data.images import normaliser
 from ..train.plots import write_figure
 from ..train.settings import add_settings, documented, given_settings
-from ..train.teacher import build_teacher
 from .figure import agreement_over_time
 from .latency import Latency
 from .measurements import Measurements
 from .plan_settings import MERGE, PlanSettings
 from .search import Search
 from .sensitivity import Sensitivity, plan_to_json
+from .source import build_softmax_model, num_right, read_images, scale_source
 from .target import Target
 
 FEW = 20  # images, of those that choose, on which single steps are measured
@@ -186,83 +183,6 @@ def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitiv
         device=run.device,
         **versions(),
     )
-
-
-def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
-    """The source, frozen, and timm's data configuration for it.
-
-    Raises:
-        ValueError: for a model whose attention is not softmax, or can't be converted, and for labels without a
-            classifier.
-    """
-    model, config = build_teacher(run.source, run.source_kwargs, run.weights, run.img_size, run.device)
-    if any(name != "softmax" for name, _ in mechanisms_of(model).values()):
-        raise InputError(f"source={run.source} has mixers already; a plan starts from a softmax model")
-    if run.labels and not model.num_classes:
-        raise InputError(f"labels: source={run.source} has no classifier whose top-1 could be kept; leave them out")
-    attention_sites(model)
-    return model.to(getattr(torch, run.dtype)), config
-
-
-@torch.inference_mode()
-def num_right(model: nn.Module, batches: list[torch.Tensor], labels: torch.Tensor) -> int:
-    """The number of images whose label a model predicts."""
-    predicted = torch.cat([model(images).argmax(1).cpu() for images in batches])
-    return int((predicted == labels).sum())
-
-
-def scale_source(
-    model: nn.Module,
-    scale_logits: Optional[ScaleLogits],
-    batches: list[torch.Tensor],
-    labels: Optional[torch.Tensor],
-    plain: Optional[int],
-) -> None:
-    """Scale the logits of the source if ``scale_logits`` says so, or if it then predicts more labels of the batches.
-
-    ``plain``: the number of images whose label the source predicts without scaling; None without labels.
-    """
-    if scale_logits is not None:
-        if scale_logits != 0:
-            convert(model, scale_logits=scale_logits)
-        return
-    layout = layout_of(model)
-    known = bool((getattr(model, "pretrained_cfg", None) or {}).get("input_size"))
-    number = trained_tokens(model, "log") if known else 0
-    if labels is None or plain is None or not 0 < number < layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]:
-        return
-    convert(model, scale_logits=number)
-    scaled = num_right(model, batches, labels)
-    if scaled <= plain:
-        revert(model)
-    shares = (f"{100 * right / len(labels):.1f} %" for right in (plain, scaled))
-    found = "the source is right on {} of the images that choose, with scaled logits on {}".format(*shares)
-    print(f"{found}, so they {'are scaled' if scaled > plain else 'stay as they are'}", flush=True)
-
-
-def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of a run, spread evenly over the folder: uint8 pixels (images, channels, height, width) and labels.
-
-    Labels are 0 where none are given.
-
-    Raises:
-        InputError: for too few to split, or none that can be read.
-    """
-    folder = Path(run.data_dir)
-    found = labelled_folder(folder, model)[0] if run.labels else find_unlabelled(folder)
-    resize, _, evaluate = transforms(config, "none", 0.0)
-    chosen = spread(found, run.images)
-    label_of = dict(chosen)
-    # as images of one class: so few have damaged ones left out, even the only one of a class
-    unlabelled = [(image, 0) for image in label_of]
-    data = Images(unlabelled, [run.data_dir], config["input_size"][0], resize, evaluate, 0)
-    if len(data) < 2:
-        raise InputError(
-            f"data_dir={run.data_dir} has {len(data)} image that can be read: one half of the images chooses a plan "
-            "and the other tells what it keeps, so at least 2 are needed"
-        )
-    pixels = torch.stack([data[0, i][0] for i in range(len(data))])
-    return pixels, torch.tensor([label_of[image] for image, _ in data.items])
 
 
 def run_key(

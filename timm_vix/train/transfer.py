@@ -38,8 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 from .._checks import InputError
 from .._device import autocast, find_device, find_dtype
 from .._files import one_line, write_table
-from ..conversion.convert import Conversion, convert, read_layers
+from ..conversion.convert import convert, read_layers
 from ..conversion.identity import fingerprint, mechanisms_of
+from ..conversion.report import Conversion
 from ..conversion.slots import is_softmax
 from ..data.datasets import Items
 from ..data.folders import find_unlabelled

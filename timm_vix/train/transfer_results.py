@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from .._checks import InputError
 from .._device import autocast, device_name, versions
-from ..conversion.convert import Conversion
 from ..conversion.keywords import ADDING_NOTHING
+from ..conversion.report import Conversion
 from ..data.images import Images
 from ..mixers import MIXERS
 from .checkpoint import write_history

@@ -1,0 +1,83 @@
+"""The report of a conversion: what became of each place of attention."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from torch import nn
+
+from ..mixers._attention_slot import logit_factor
+from .keywords import ADDING_NOTHING
+from .merge_steps import Step, num_merged
+from .sites import class_name
+from .slots import AttentionSite
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """A row of the report: an attention module's block and path, its class before and after, the mixer's keywords.
+
+    ``merged``: the number of patch tokens that merge after it, at the size for which the model is built; None: it
+    depends on the image, since a threshold decides.
+    """
+
+    layer: int
+    path: str
+    before: str
+    after: str
+    changed: bool
+    config: dict[str, Any]
+    new_parameters: int
+    merged: Optional[int] = 0
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` did: a row for each place of attention in the model, kept ones included.
+
+    ``trained_tokens``: those with which the model was trained, where its logits are scaled; 0: they aren't.
+    """
+
+    rows: list[ConvertedLayer]
+    tokens: int
+    trained_tokens: int = 0
+
+    def table(self) -> str:
+        """The rows as text, one line each."""
+        width = max(len(row.path) for row in self.rows)
+        lines = [f"layer  {'module':{width}}  what became of it, at {self.tokens} tokens"]
+        for row in self.rows:
+            acting = {name: value for name, value in row.config.items() if ADDING_NOTHING.get(name) != value}
+            keywords = ", ".join(f"{name}={value}" for name, value in acting.items())
+            became = f"-> {row.after}" if row.changed else "kept"
+            fresh = f", {row.new_parameters} new parameters" if row.new_parameters else ""
+            merges = (
+                "" if row.merged == 0 else ", merges " + ("similar tokens" if row.merged is None else str(row.merged))
+            )
+            keywords = f" ({keywords})" if keywords else ""
+            lines.append(f"{row.layer:5}  {row.path:{width}}  {row.before} {became}{keywords}{fresh}{merges}")
+        if 0 < self.trained_tokens < self.tokens:
+            factor = logit_factor(self.tokens, self.trained_tokens)
+            lines.append(f"logits are multiplied by {factor:.3f}: the model was trained with {self.trained_tokens}")
+        elif self.trained_tokens:
+            lines.append(f"logits stay as they are: no more tokens than the {self.trained_tokens} of training")
+        return "\n".join(lines)
+
+
+def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLayer:
+    """The row of a report for one place of attention, where ``former`` stood before the conversion."""
+    module = getattr(site.parent, site.name)
+    inherited = {id(p) for p in site.attn.parameters()}
+    new_parameters = sum(p.numel() for p in module.parameters() if id(p) not in inherited)
+    config = {} if module is site.attn else module.config()
+    changed = module is not former
+    return ConvertedLayer(index, site.path, class_name(former), class_name(module), changed, config, new_parameters)
+
+
+def merges_of(steps: list[Step], patches: int) -> list[Optional[int]]:
+    """How many patch tokens merge in each layer, of so many at the start; None for a threshold."""
+    left, found = patches, []
+    for step in steps:
+        found.append(None if isinstance(step, Mapping) else num_merged(step, patches, left))
+        left -= found[-1] or 0
+    return found
