@@ -1012,7 +1012,8 @@ def test_the_card_has_both_sides_of_images_that_are_not_square(digits, tmp_path)
     assert "32x64 px" in (tmp_path / "out" / "hub" / "README.md").read_text()
 
 
-def test_images_that_are_gone_are_not_damaged(digits, tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_are_gone_are_not_damaged(workers, digits, tmp_path, monkeypatch, script):
     shutil.copytree(digits, tmp_path / "data")
 
     def taken_away(run, epoch, step):
@@ -1022,8 +1023,10 @@ def test_images_that_are_gone_are_not_damaged(digits, tmp_path, monkeypatch, scr
 
     monkeypatch.setattr("timm_vix.train.finetune.seed_step", taken_away)
     arguments = command(tmp_path / "data", tmp_path / "out", **TINY, epochs=1, checkpoint_every=1, device="cpu")
+    arguments += ["--workers", str(workers)]
     code, errors = script(*arguments)
-    assert code == 2 and "can't be read: its folder is no longer there" in errors
+    assert code == 2 and re.search(r"^error: \S+\.png can't be read: its folder is no longer there$", errors, re.M)
+    assert len(errors.splitlines()) == 1
     (tmp_path / "elsewhere").rename(tmp_path / "data")
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--resume"])

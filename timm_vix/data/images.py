@@ -26,6 +26,7 @@ from .._files import one_line, printable
 from .datasets import Items, Sample, Source
 
 CACHE_BYTES = 2 << 30  # decoded pixels kept in memory per split; images beyond are decoded again in every epoch
+IN_A_WORKER = f"{InputError.__module__}.{InputError.__name__}: "  # comes before the message, after its traceback
 # what the system says of a disk that fails, a server that is gone, and too many open files
 FAILING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE)
 CHECKED = 1000  # images whose content enters the digest, evenly spread
@@ -260,6 +261,8 @@ class Images(Dataset):
                 self.remember(decoded)
                 if batch:
                     yield batch
+        except InputError as error:
+            raise InputError(str(error).splitlines()[-1].removeprefix(IN_A_WORKER)) from None
         finally:
             self.report_damaged()
 
