@@ -108,7 +108,7 @@ def row(args: argparse.Namespace) -> dict:
     command += ["--batch-tokens", str(args.batch_tokens), "--threads", str(args.threads), "--options", *args.options]
     # a process that ends for lack of memory leaves the times
     done = subprocess.run(command, capture_output=True, text=True) if train else None
-    memory = done.stdout if done and done.returncode == 0 else "nan"
+    memory = round(float(done.stdout), 1) if done and done.returncode == 0 else None
     return dict(
         mixer=args.only,
         tokens=args.tokens[0],
@@ -119,7 +119,7 @@ def row(args: argparse.Namespace) -> dict:
         ms=ms,
         softmax_ms=softmax_ms,
         **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios)),
-        peak_memory_mib=round(float(memory), 1),
+        peak_memory_mib=memory,
         device=device_of(args),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -164,9 +164,10 @@ def measure_all(args: argparse.Namespace) -> None:
             one.pairs = 1  # half a minute a step of softmax
         result = row(one)
         append_record(args.out, COLUMNS, result)
+        memory = result["peak_memory_mib"]
         print(
             f"[{i + 1}/{len(wanted)}] {mixer:9s} {tokens:6d} {mode:5s} {dtype:8s} {result['ms']:9.2f} ms, "
-            f"softmax / {mixer} {result['ratio']:.2f}, {result['peak_memory_mib']} MiB",
+            f"softmax / {mixer} {result['ratio']:.2f}{f', {memory} MiB' if memory else ''}",
             flush=True,
         )
 

@@ -59,6 +59,7 @@ def test_softmax_of_the_same_trunk_stands_beside_each_model_fused_and_unfused() 
     ]
 
 
+@pytest.mark.slow
 def test_a_fused_row_of_a_model_that_ran_no_fused_kernel_is_a_failure(tmp_path) -> None:
     (job,) = plan(["levit_128s"], {**SETTINGS, "img_size": [64]}, "levit_128s", [])
     records = sweep([job | QUICK, job | QUICK | dict(attention="fused")], tmp_path / "cost.csv")

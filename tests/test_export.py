@@ -75,7 +75,7 @@ def check_scripted(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "check",
     [
-        pytest.param(check_compiled, marks=in_one_graph),
+        pytest.param(check_compiled, marks=[in_one_graph, pytest.mark.slow]),
         pytest.param(check_exported, marks=for_any_batch),
         check_scripted,
     ],

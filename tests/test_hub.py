@@ -44,7 +44,7 @@ timm_vix.convert(model, layers={0: "performer", 2: {"mixer": "linformer", "num_p
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [pytest.param("registered", marks=pytest.mark.slow), "converted"])
 def test_pushed_and_pulled_it_is_the_same_function(hub, kind, tmp_path):
     done = program(
         hub,

@@ -84,7 +84,7 @@ def packages(mode: str) -> str:
 def layer_memory() -> str:
     """Peak memory of a training step of one layer and image, and its exponent in the number of tokens."""
     rows = [row for row in layers() if row["mode"] == "train" and int(row["tokens"]) > 1000]
-    rows = [row for row in rows if row["peak_memory_mib"] not in ("", "nan")]
+    rows = [row for row in rows if row["peak_memory_mib"]]
     tokens = sorted({int(row["tokens"]) for row in rows})
     cells = {(row["mixer"], int(row["tokens"])): float(row["peak_memory_mib"]) / int(row["batch"]) for row in rows}
     body = []
