@@ -113,14 +113,12 @@ def evaluate(net: nn.Module, scenes: list[Scene], run: argparse.Namespace) -> tu
     return scores(matrix), predictions
 
 
-def settings_of(run: argparse.Namespace, mixer: str, train: list[Scene], val: list[Scene]) -> dict[str, Any]:
-    """The columns by which a row is known; ``data`` has checksums of images and masks of training and validation."""
+def settings_of(run: argparse.Namespace, train: list[Scene], val: list[Scene]) -> dict[str, Any]:
+    """The columns by which a row is known, but for its mixer; ``data`` has checksums of both splits."""
     height, width = run.img_size
     return dict(
         model=run.model,
         weights=name_and_checksum(run.weights) if run.weights else None,
-        mixer=mixer,
-        keywords=" ".join(f"{name}={value}" for name, value in MIXERS[mixer].items()) or None,
         img_size=f"{height}x{width}",
         head=run.head,
         images=len(train),
@@ -133,9 +131,8 @@ def settings_of(run: argparse.Namespace, mixer: str, train: list[Scene], val: li
 
 
 def digest_of(settings: dict[str, Any]) -> str:
-    """A few letters that differ between settings, so that each training has a folder of its own."""
-    others = {name: value for name, value in settings.items() if name not in ("mixer", "keywords")}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
+    """A few letters that differ between settings, so that the trainings of each have folders of their own."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_all(run: argparse.Namespace) -> None:
@@ -153,12 +150,14 @@ def run_all(run: argparse.Namespace) -> None:
     scenes = Scenes(train_scenes, run.img_size, run.batch_size, run.seed)
     rows, _ = earlier_records(run.out, COLUMNS)
     known = {key_of(row, SETTINGS) for row in rows}
+    common = settings_of(run, train_scenes, val_scenes)
     for mixer in run.mixers:
-        settings = settings_of(run, mixer, train_scenes, val_scenes)
+        keywords = " ".join(f"{name}={value}" for name, value in MIXERS[mixer].items()) or None
+        settings = dict(common, mixer=mixer, keywords=keywords)
         if key_of(settings, SETTINGS) in known:
             print(f"{mixer}: already in {run.out}")
             continue
-        folder = run.runs / f"{run.model}_{settings['budget'].replace(' ', '_')}_{digest_of(settings)}_{mixer}"
+        folder = run.runs / f"{run.model}_{settings['budget'].replace(' ', '_')}_{digest_of(common)}_{mixer}"
         print(f"{mixer}: {folder}", flush=True)
         net = build(run, mixer)
         position = train(net, scenes, settings, run, folder)

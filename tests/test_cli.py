@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import os
 import signal
@@ -237,3 +238,9 @@ def test_another_error_of_torch_keeps_its_traceback() -> None:
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         cli.in_one_line(command)(argparse.Namespace())
+
+
+def test_a_notebook_has_an_output_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # without ``reconfigure``, like that of IPython
+    cli.in_one_line(lambda arguments: print("done"))(argparse.Namespace())
+    assert sys.stdout.getvalue() == "done\n"

@@ -340,6 +340,7 @@ def read(path: Path) -> str:
         ([MODEL, "--checkpoint", "x.pth", "--pretrained"], "both given"),
         ([MODEL, "--checkpoint", "x.pth"], "checkpoint=x.pth is no file"),
         ([MODEL, "--checkpoint", "pretrained"], "checkpoint=pretrained is no file"),
+        ([MODEL, "--checkpoint", ""], "checkpoint= is no file"),
         ([MODEL, "--out", "other.csv"], "another version"),
         ([MODEL, "--lr", "0"], "lr=0"),
         ([f"{MODEL} dilations={{1,2}}"], "dilations={1, 2}: expected numbers, text, lists or mappings"),

@@ -758,12 +758,15 @@ def test_blocks_that_are_one_module_are_refused():
     assert len(model.blocks) == 4 and torch.equal(model(x), before(x))
 
 
+@pytest.mark.parametrize(
+    "back", [timm_vix.revert, partial(timm_vix.convert, mixer="softmax")], ids=["revert", "softmax"]
+)
 @pytest.mark.parametrize("mixer", ["fnet", "nystrom"])
-def test_what_was_frozen_is_frozen_when_it_comes_back(mixer):
+def test_what_was_frozen_is_frozen_when_it_comes_back(mixer, back):
     model = vit()
     timm_vix.convert(model, mixer)
     model.requires_grad_(False)
-    timm_vix.revert(model)
+    back(model)
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

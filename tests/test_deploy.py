@@ -400,19 +400,21 @@ def test_what_openvino_is_opened_by_computes_in_the_dtype_of_the_file(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "mixer, to, words",
+    "keywords, to, words",
     [
-        ("nystrom", "onnx", "mixer='nystrom': blocks.0.attn counts the patches of one grid"),
-        ("axial", "pt2", "mixer='axial': blocks.0.attn counts the patches of one grid"),
-        ("atrous", "onnx", "mixer='atrous': blocks.0.attn counts the patches of one grid"),
-        ("legendre", "onnx", "mixer='legendre': blocks.0.attn counts the patches of one grid"),
-        ("softmax", "openvino", "OpenVINO resamples learned positions otherwise than torch"),
-        ("softmax scaled", "onnx", "scale_logits: the factor of the logits of blocks.0.attn is that of one number"),
+        (dict(mixer="nystrom"), "onnx", "mixer='nystrom': blocks.0.attn counts the patches of one grid"),
+        (dict(mixer="axial"), "pt2", "mixer='axial': blocks.0.attn counts the patches of one grid"),
+        (dict(mixer="atrous"), "onnx", "mixer='atrous': blocks.0.attn counts the patches of one grid"),
+        (dict(mixer="legendre"), "onnx", "mixer='legendre': blocks.0.attn counts the patches of one grid"),
+        (dict(mixer="softmax"), "openvino", "OpenVINO resamples learned positions otherwise than torch"),
+        (
+            dict(mixer="softmax", scale_logits=17),
+            *("onnx", "scale_logits: the factor of the logits of blocks.0.attn is that of one number"),
+        ),
     ],
 )
-def test_sizes_that_cannot_be_free_are_refused_before_an_export(mixer, to, words, tmp_path: Path) -> None:
-    mixer, _, scaled = mixer.partition(" ")
-    model = small(mixer, depth=1, dynamic_img_size=True, **{"scale_logits": 17} if scaled else {})
+def test_sizes_that_cannot_be_free_are_refused_before_an_export(keywords, to, words, tmp_path: Path) -> None:
+    model = small(**keywords, depth=1, dynamic_img_size=True)
     with pytest.raises(InputError, match=words):
         export.export_model(model, CONFIG, to, "float32", tmp_path / f"m{export.SUFFIXES[to]}", dynamic_size=True)
     assert not list(tmp_path.iterdir())

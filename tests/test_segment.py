@@ -347,7 +347,7 @@ def test_other_weights_and_other_validation_scenes_are_other_rows(folder, start,
 
     def key(*more: object) -> tuple:
         train, val = (module("road_scenes").read_scenes(folder / split) for split in ("train", "val"))
-        return tuple(segment.settings_of(start(folder, *more), "softmax", train, val).items())
+        return tuple(segment.settings_of(start(folder, *more), train, val).items())
 
     for name, value in (("first", 0.0), ("second", 1.0)):
         (folder / name).mkdir()

@@ -6,6 +6,7 @@ is the one that runs.
 
 import argparse
 import importlib
+import io
 import os
 import runpy
 import signal
@@ -110,8 +111,8 @@ def in_one_line(
     """
 
     def call(arguments: argparse.Namespace) -> None:
-        # a file's name may hold bytes that are no text
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another
+            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
         try:
             command(arguments)
         except BrokenPipeError:

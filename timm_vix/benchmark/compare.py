@@ -211,9 +211,9 @@ def start_of(model: str, weights: Union[str, bool]) -> str:
     A file that a keyword names, as that of a plan, counts, too.
     """
     name, keywords = parse_model(model)
-    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
-    files = [] if folder is None else [folder / file for file in FILES_OF_A_MODEL]
-    files += [Path(value) for value in keywords.values() if isinstance(value, str)]
+    files = [Path(value) for value in keywords.values() if isinstance(value, str)]
+    if name.startswith("local-dir:"):
+        files = [Path(name.removeprefix("local-dir:"), file) for file in FILES_OF_A_MODEL] + files
     known = [name_and_checksum(file) for file in files if file.is_file()]
     if isinstance(weights, str):
         check_weights("checkpoint", weights)
@@ -319,7 +319,7 @@ def main(arguments: argparse.Namespace) -> None:
     for seed in seeds:  # a wrong value of the recipe shows before anything is trained
         # each run has a folder of its own in arguments.runs, where models of earlier comparisons may lie
         FinetuneSettings(**recipe, **where, model=name, seed=seed, out=str(arguments.runs / "new"), overwrite=True)
-    weights = arguments.checkpoint or arguments.pretrained
+    weights = arguments.pretrained if arguments.checkpoint is None else arguments.checkpoint
     models = [(model, weights) for model in arguments.models] + [(model, False) for model in arguments.from_scratch]
     records = compare(list(dict.fromkeys(models)), seeds, recipe, where, arguments.out, arguments.runs)
     print(f"\n{summary(records)}\n\n{arguments.out}: {len(records)} runs of this comparison")

@@ -253,11 +253,8 @@ def revert(model: nn.Module) -> None:
     if not converted:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
     check_hooks({site.path: getattr(site.parent, site.name) for site in converted})
-    frozen = not any(parameter.requires_grad for parameter in model.parameters())
     for site in converted:
         setattr(site.parent, site.name, site.attn)
-        if frozen:  # weights that a mixer without queries and keys kept aside were not there to be frozen
-            site.attn.requires_grad_(False)
     if getattr(model, "merge", None) is None:
         set_merging(model, None, [])
     record_conversion(model, sites, "softmax")

@@ -68,15 +68,14 @@ def attention_sites(model: nn.Module, sequences: bool = False) -> list[list[Atte
             f"{type(model).__name__} takes sequences of patches and has no patch grid, which this needs; what takes it "
             "is timm_vix.convert, without a plan and without merging"
         )
-    own: dict[int, str] = {}
-    for index, block in model.blocks._modules.items():  # ``children()`` leaves out what comes again
-        if own.setdefault(id(block), index) != index:
-            raise InputError(
-                f"blocks.{index} is the same module as blocks.{own[id(block)]}, and a conversion sets each by itself; "
-                "what can be converted is a model whose blocks are modules of their own, as copy.deepcopy makes them"
-            )
     found: list[list[AttentionSite]] = []
-    for index, block in enumerate(model.blocks.children()):
+    blocks = list(model.blocks._modules.values())  # ``children()`` leaves out what comes again
+    for index, block in enumerate(blocks):
+        if (first := blocks.index(block)) < index:
+            raise InputError(
+                f"blocks.{index} is the same module as blocks.{first}, and a conversion sets each by itself; what can "
+                "be converted is a model whose blocks are modules of their own, as copy.deepcopy makes them"
+            )
         sites = [
             AttentionSite(f"blocks.{index}.{prefix}{'.' if prefix else ''}{name}", parent, name, attn)
             for prefix, parent in block.named_modules()
@@ -88,6 +87,10 @@ def attention_sites(model: nn.Module, sequences: bool = False) -> list[list[Atte
             path = f"blocks.{index}.attn" if attn is not block else f"blocks.{index}"
             raise InputError(f"{path} ({class_name(attn)}) can't be replaced: it {reason(attn)}")
         found.append(sites)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        # weights that a mixer without queries and keys keeps aside were not there when the model was frozen
+        for site in (site for sites in found for site in sites):
+            site.attn.requires_grad_(False)
     return found
 
 

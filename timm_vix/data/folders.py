@@ -28,9 +28,9 @@ def find_images(
 ) -> tuple[Items, Items, list[str]]:
     """List training images, validation images and class names; no ``data_dir`` stands for scikit-learn's digits.
 
-    ``data_dir`` holds class folders, or ``train/`` and one of ``VALIDATION`` with class folders; or it
-    names a data set of timm's factory that can be indexed, whose files are below ``data_root``.
-    Without validation images, a share of every class is held out, the same in every run.
+    ``data_dir`` holds class folders, or ``train/`` and one of ``VALIDATION`` with class folders; or it names a data set
+    of timm's factory that can be indexed, whose files are below ``data_root``. Without validation images, a share of
+    every class is held out, the same in every run.
 
     Raises:
         ValueError: for a folder or a data set of another structure; the error names it.

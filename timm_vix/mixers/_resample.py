@@ -65,7 +65,7 @@ def mean_direction(waves: torch.Tensor) -> torch.Tensor:
     Opposite angles have none. Where the mean is shorter than a hundredth, rounding errors would decide it, so that it
     isn't scaled to length 1 but by 100, and is 0 where there are no patches.
     """
-    # float16 would round the lower bound to less
+    # half precision would round the squares
     sine, cosine = waves.to(torch.promote_types(waves.dtype, torch.float32)).chunk(2, dim=-1)
     length = torch.sqrt((sine.square() + cosine.square()).clamp(min=1e-4))
     return torch.cat([sine / length, cosine / length], dim=-1).to(waves.dtype)

@@ -79,12 +79,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     if run.threads:
         torch.set_num_threads(run.threads)
     model, config = build_softmax_model(run)
-    names, mixers = run.names(), run.candidates()
-    others = sorted({class_of(block).__name__ for block in model.blocks if class_of(block) not in BLOCKS})
-    if MERGE in names and others:
-        if run.mixer is not None:
-            raise InputError(f"mixer: {MERGE} can't be chosen, since tokens can't merge in blocks of {others[0]}")
-        names.remove(MERGE)
+    mixers, merging = run.candidates(), merging_is_tried(run, model)
     pixels, labels = read_images(run, config, model)
     table = Measurements(path.with_suffix(".csv"))
     normalise = normaliser(config, run.device)
@@ -117,7 +112,6 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     passed = torch.cat(chosen.batches)
     passed = passed[torch.arange(run.latency_batch) % len(passed)]
     latency = Latency(model, passed, table, time_key(run, model))
-    merging = MERGE in names
     print(f"{run.source}: {len(model.blocks)} layers, {len(mixers)} candidates{' and merging' * merging}", flush=True)
     costs = latency.time_blocks(mixers, merging)
     target = Target(run.keep, run.speedup, run.budget_gflops)
@@ -138,6 +132,18 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     write_whole(path, f"{json.dumps(result, indent=1)}\n".encode())
     write_figure(path.with_suffix(".png"), agreement_over_time, result)
     return result
+
+
+def merging_is_tried(run: PlanSettings, model: nn.Module) -> bool:
+    """Whether token merging is a candidate: it is among the names, and the blocks of the source can merge.
+
+    Raises:
+        ValueError: if it was asked for by its name, and they can't.
+    """
+    others = sorted({class_of(block).__name__ for block in model.blocks if class_of(block) not in BLOCKS})
+    if others and run.mixer is not None and MERGE in run.names():
+        raise InputError(f"mixer: {MERGE} can't be chosen, since tokens can't merge in blocks of {others[0]}")
+    return MERGE in run.names() and not others
 
 
 def tell_resolution(keep: Optional[float], images: int) -> None:

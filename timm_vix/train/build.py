@@ -53,12 +53,12 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
     extra: dict[str, Any] = dict(run.model_kwargs or {})
     if "num_classes" in extra:
         raise InputError(f"model_kwargs: num_classes={extra['num_classes']!r} is given by the images, which decide it")
-    if run.drop_path and "drop_path_rate" in extra:
-        raise InputError(
-            f"drop_path={run.drop_path} and model_kwargs: drop_path_rate={extra['drop_path_rate']!r} were both given; "
-            "allowed is one of them"
-        )
     if run.drop_path:
+        if "drop_path_rate" in extra:
+            raise InputError(
+                f"drop_path={run.drop_path} and model_kwargs: drop_path_rate={extra['drop_path_rate']!r} were both "
+                "given; allowed is one of them"
+            )
         extra["drop_path_rate"] = run.drop_path
     weighted = bool(run.pretrained or run.checkpoint)
     try:

@@ -93,10 +93,11 @@ class Settings:
             accepted, words = TYPES.get(type_of(own), (object, ""))
             # True is an integer for Python, and no number of epochs
             right = isinstance(value, accepted) and (accepted in (bool, object) or not isinstance(value, bool))
-            if not right and not (value is None and is_optional(own)):
-                raise InputError(f"{own.name}={value!r}: allowed is {words}{' or None' if is_optional(own) else ''}")
+            or_none = " or None" if is_optional(own) else ""
+            if not right and not (value is None and or_none):
+                raise InputError(f"{own.name}={value!r}: allowed is {words}{or_none}")
             if isinstance(value, str) and not value:  # an empty path would be the folder of the shell
-                raise InputError(f"{own.name}='': allowed is a text that isn't empty{' or None' * is_optional(own)}")
+                raise InputError(f"{own.name}='': allowed is a text that isn't empty{or_none}")
             if accepted is Mapping and value is not None:
                 check_keywords_are_plain(own.name, value)
         check_ranges(self, [(own.name, *allowed) for own in fields(self) if (allowed := own.metadata["allowed"])])
@@ -218,7 +219,7 @@ def weights_of_file(path: Any, num_classes: Optional[int] = None) -> dict[str, A
 
 def check_weights(name: str, path: Optional[str]) -> None:
     """Raise ValueError if a file of weights is named and not there, or holds no weights."""
-    if not path:
+    if path is None:
         return
     if not Path(path).is_file():
         raise InputError(f"{name}={path} is no file; allowed is a .safetensors or .pth file")
