@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ BUILDS = [
     ("vix_nystrom_tiny", {"num_landmarks": 64.0}, ["num_landmarks=64.0", "integer"]),
     ("vix_nystrom_tiny", {"ridge": -1}, ["ridge=-1", "at least 0"]),
     ("vix_nystrom_tiny", {"ridge": float("nan")}, ["ridge=nan", "at least 0"]),
+    ("vix_nystrom_tiny", {"ridge": np.float32(0.5)}, ["ridge=", "0.5", "a Python number of at least 0"]),
     ("vix_nystrom_tiny", {"ridge": "small"}, ["ridge='small'", "number"]),
     ("vix_nystrom_tiny", {"pinv_iterations": 0}, ["pinv_iterations=0", "at least 1"]),
     ("vix_nystrom_tiny", {"conv_residual": "yes"}, ["conv_residual='yes'"]),

@@ -716,6 +716,44 @@ def test_attention_with_hooks_is_not_lost(kind):
     assert torch.equal(model(x), value)
 
 
+@pytest.mark.parametrize("part", ["blocks", "blocks.1.attn.attn_drop", "blocks.1.attn.qkv"])
+def test_hooks_beside_attention_are_not_lost(part):
+    """In the container of the blocks, whose place one that merges takes, and in a part that a mixer doesn't call."""
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+    value, handle = model(x), model.get_submodule(part).register_forward_hook(lambda *_: None)
+    if part == "blocks":
+        timm_vix.convert(model, "performer")  # the container stays
+        with pytest.raises(ValueError, match="blocks has hooks or a forward of its own, which would be lost"):
+            timm_vix.convert(model, merge=2)
+        timm_vix.revert(model)
+    else:
+        with pytest.raises(ValueError, match=f"{part} has hooks or a forward of its own, which would be lost"):
+            timm_vix.convert(model, "fnet")
+    assert torch.equal(model(x), value) and not converted(model)
+    handle.remove()
+    timm_vix.convert(model, merge=2)
+    handle = model.blocks.register_forward_hook(lambda *_: None)
+    timm_vix.convert(model, "linformer", layers=[0], num_proj_tokens=4)  # merges as before, in the same container
+    with pytest.raises(ValueError, match="blocks has hooks"):
+        timm_vix.revert(model)
+    handle.remove()
+    assert not model.blocks.training and not model.training
+    timm_vix.revert(model)
+    assert torch.equal(model(x), value) and not model.blocks.training
+
+
+def test_hooks_of_all_modules_see_blocks_that_merge():
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    timm_vix.convert(model, merge=2)
+    seen = []
+    handle = torch.nn.modules.module.register_module_full_backward_pre_hook(lambda module, _: seen.append(module))
+    try:
+        model(x).sum().backward()
+    finally:
+        handle.remove()
+    assert set(model.blocks.children()) <= set(seen)
+
+
 def test_dropout_that_was_switched_on_stays_on():
     """As for samples of predictions: in eval mode, but for dropout."""
     model = vit(proj_drop_rate=0.1)

@@ -171,6 +171,9 @@ def test_grey_of_16_bits_is_that_of_8(suffix, tmp_path):
     seen = [classifier.prepare(tmp_path / f"{name}.{suffix}") for name in (8, 16)]
     assert torch.equal(*seen) and seen[0].std() > 0.1
     assert torch.equal(classifier.prepare(tmp_path / "32.tiff"), seen[0])
+    for name, values in (("unit", grey / 255), ("plain", grey)):
+        Image.fromarray(values.astype(np.float32)).save(tmp_path / f"{name}.tiff")
+        assert torch.equal(classifier.prepare(tmp_path / f"{name}.tiff"), seen[0])
     config = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,), crop_pct=1.0, crop_mode="center")
     resize, _, evaluate = transforms(config, "none", 0.0)
     data = Images([(tmp_path / f"{name}.{suffix}", 0) for name in (8, 16)], ["a"], 3, resize, evaluate, 0)

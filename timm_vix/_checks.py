@@ -31,7 +31,8 @@ def check_integer(name: str, value: object, lowest: int, highest: Optional[int] 
 def check_number(name: str, value: object, lowest: float) -> None:
     """Raise InputError unless ``value`` is a finite number of at least ``lowest``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < math.inf:
-        raise InputError(f"{name}={value!r}: expected a finite number of at least {lowest}")
+        kind = "a Python number" if type(value).__module__ == "numpy" else "a finite number"
+        raise InputError(f"{name}={value!r}: expected {kind} of at least {lowest}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -44,4 +45,4 @@ def check_at_most_one(**settings: object) -> None:
     """Raise InputError if several of these settings were given; None, False and an empty text were not."""
     given = [name for name, value in settings.items() if value]
     if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} were both given; allowed is one of them")
+        raise InputError(f"{' and '.join(given)} were {'both ' * (len(given) == 2)}given; allowed is one of them")

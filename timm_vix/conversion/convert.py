@@ -5,7 +5,7 @@ The mixers share the weights of the attention that they replace. What was conver
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -18,7 +18,7 @@ from .hooks import HOOKS
 from .keywords import ADDING_NOTHING, check_keywords
 from .layers import Layers, layer_mixers
 from .merge_steps import Merge, first_merge, merge_steps
-from .merging import MergingBlocks, check_merging, set_merging
+from .merging import MergingBlocks, check_merging, keeps_container, set_merging
 from .plan_file import Plan, load_plan
 from .record import record_conversion, recorded_mixer
 from .replace import build_mixer
@@ -104,7 +104,11 @@ def convert(
     check_scaling(planned, trained)
 
     former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
-    check_hooks({path: module for path, module in former.items() if planned[path] is not module})
+    for path, module in former.items():
+        check_hooks(path, module, [planned[path]])
+    if built is None and not keeps_container(model, merge, steps):
+        check_hooks("blocks", model.blocks, model.blocks.children())
+    follow_frozen_model(model, sites)
     for site in (site for block in sites for site in block):
         setattr(site.parent, site.name, planned[site.path])
         if isinstance(planned[site.path], AttentionSlot):
@@ -170,12 +174,18 @@ def scale_of_name(sites: list[list[AttentionSite]]) -> int:
     return max((slot.trained_tokens for slot in own), default=0)
 
 
-def check_hooks(attention: dict[str, nn.Module]) -> None:
-    """Raise ValueError for attention, by path, that is to be replaced and has hooks or a forward of its own."""
-    for path, module in attention.items():
-        if has_hooks(module, HOOKS):
+def check_hooks(path: str, module: nn.Module, kept: Iterable[nn.Module]) -> None:
+    """Raise ValueError for hooks or a forward of its own in a module that is to be replaced, or in a part of it.
+
+    Args:
+        path: of the module.
+        kept: parts that stay in the model, as they are.
+    """
+    staying = {id(part) for one in kept for part in one.modules()}
+    for name, part in module.named_modules(prefix=path):
+        if id(part) not in staying and has_hooks(part, HOOKS):
             raise InputError(
-                f"{path} has hooks or a forward of its own, which would be lost; remove them, and add them afterwards"
+                f"{name} has hooks or a forward of its own, which would be lost; remove them, and add them afterwards"
             )
 
 
@@ -241,8 +251,18 @@ def planned_attention(
     return slot
 
 
+def follow_frozen_model(model: nn.Module, sites: list[list[AttentionSite]]) -> None:
+    """Freeze weights that mixers without queries and keys keep aside, if the whole model was frozen without them."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        for site in (site for block in sites for site in block):
+            site.attn.requires_grad_(False)
+
+
 def revert(model: nn.Module) -> None:
     """Give a converted model its own attention back, in place, with the weights as they are now.
+
+    Attention weights that a mixer without queries and keys kept aside are frozen as ``freeze_except`` said, or with the
+    whole model. After freezing some parts by hand, freeze them again.
 
     Raises:
         ValueError: for a model that isn't converted, that was saved by a mixer which keeps no attention weights, or
@@ -252,9 +272,14 @@ def revert(model: nn.Module) -> None:
     converted = [site for block in sites for site in block if getattr(site.parent, site.name) is not site.attn]
     if not converted:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
-    check_hooks({site.path: getattr(site.parent, site.name) for site in converted})
+    for site in converted:
+        check_hooks(site.path, getattr(site.parent, site.name), [site.attn])
+    merges_by_name = getattr(model, "merge", None) is not None
+    if not merges_by_name and not keeps_container(model, 0, []):
+        check_hooks("blocks", model.blocks, model.blocks.children())
+    follow_frozen_model(model, sites)
     for site in converted:
         setattr(site.parent, site.name, site.attn)
-    if getattr(model, "merge", None) is None:
-        set_merging(model, None, [])
+    if not merges_by_name:
+        set_merging(model, 0, [])
     record_conversion(model, sites, "softmax")

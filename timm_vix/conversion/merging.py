@@ -18,7 +18,12 @@ import torch
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
-from torch.nn.modules.module import _global_backward_hooks, _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from .._checks import InputError
 from ..mixers._attention_slot import AttentionSlot, has_hooks
@@ -46,7 +51,12 @@ class MergingEvaBlock(MergingBlock, EvaBlock):
 # blocks whose residual branches are attention, then an MLP
 BLOCKS = {Block: MergingVitBlock, EvaBlock: MergingEvaBlock}
 OWN_CLASS = {merging: own for own, merging in BLOCKS.items()}
-HOOKS_OF_ALL = (_global_forward_pre_hooks, _global_forward_hooks, _global_backward_hooks)
+HOOKS_OF_ALL = (
+    _global_forward_pre_hooks,
+    _global_forward_hooks,
+    _global_backward_pre_hooks,
+    _global_backward_hooks,
+)
 
 
 class MergingBlocks(nn.ModuleList):
@@ -112,7 +122,7 @@ def class_of(block: nn.Module) -> type:
 
 
 def is_watched(block: nn.Module) -> bool:
-    """Does anybody see what a block is given and gives: hooks, or a module that wraps it?"""
+    """Whether a hook or a wrapper sees the input and output of a block."""
     return has_hooks(block) or not isinstance(block, (Block, EvaBlock))
 
 
@@ -196,7 +206,7 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
             )
         title = type(slot.core).__name__
         adding = [name for name in ("conv_residual", "locality") if getattr(slot.core, name)]
-        adding = adding if type(slot.core).supports_key_bias else []  # without which it could merge
+        adding = adding if type(slot.core).supports_key_bias else []  # named only if it could merge without them
         title += f" with {' and '.join(adding)}" if adding else ""
         if not isinstance(slot, AttentionSlot):
             raise InputError(f"merge: blocks.{layer} has {title}, without keys by which tokens could merge")
@@ -210,15 +220,27 @@ def check_merging(blocks: list[nn.Module], attention: list[list[nn.Module]], ste
             )
 
 
-def set_merging(model: nn.Module, merge: Optional[Merge], steps: list[Step]) -> None:
-    """Give a host blocks that merge, or blocks that don't."""
-    blocks = list(model.blocks.children())
+def keeps_container(model: nn.Module, merge: Merge, steps: list[Step]) -> bool:
+    """Whether ``model.blocks`` is what ``set_merging`` needs, so that it stays the same module."""
+    blocks = model.blocks
+    if first_merge(steps) is None:
+        return not isinstance(blocks, MergingBlocks)
+    return isinstance(blocks, MergingBlocks) and (blocks.merge, blocks.steps) == (merge, steps)
+
+
+def set_merging(model: nn.Module, merge: Merge, steps: list[Step]) -> None:
+    """Give a host blocks that merge, or with ``merge=0`` blocks that don't."""
+    blocks: list[nn.Module] = list(model.blocks.children())
     first = first_merge(steps)
     for layer, block in enumerate(blocks):
         own = class_of(block)
         block.__class__ = own if first is None or layer < first else BLOCKS[own]
+    if keeps_container(model, merge, steps):
+        return
+    container: nn.Module
     if first is not None:
-        assert merge is not None
-        model.blocks = MergingBlocks(blocks, merge, steps, model.num_prefix_tokens)
-    elif isinstance(model.blocks, MergingBlocks):
-        model.blocks = nn.ModuleList(blocks) if isinstance(model, Eva) else nn.Sequential(*blocks)
+        container = MergingBlocks(blocks, merge, steps, model.num_prefix_tokens)
+    else:
+        container = nn.ModuleList(blocks) if isinstance(model, Eva) else nn.Sequential(*blocks)
+    container.training = model.blocks.training
+    model.blocks = container

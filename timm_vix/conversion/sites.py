@@ -87,10 +87,6 @@ def attention_sites(model: nn.Module, sequences: bool = False) -> list[list[Atte
             path = f"blocks.{index}.attn" if attn is not block else f"blocks.{index}"
             raise InputError(f"{path} ({class_name(attn)}) can't be replaced: it {reason(attn)}")
         found.append(sites)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        # weights that a mixer without queries and keys keeps aside were not there when the model was frozen
-        for site in (site for sites in found for site in sites):
-            site.attn.requires_grad_(False)
     return found
 
 

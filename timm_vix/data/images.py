@@ -50,9 +50,14 @@ def as_shown(image: Image.Image, mode: str) -> Image.Image:
     """A picture upright and in 8 bits, of PIL's mode "RGB" or "L".
 
     A camera that was turned stores the pixels as the sensor saw them, and the rotation in the EXIF data. It is applied
-    here. 16-bit grey values are scaled down, since PIL would clip them at 255.
+    here. Grey values of 16 bits are scaled down, since PIL would clip them at 255, and floating-point ones of at most 1
+    are scaled up, since PIL would round them to 0 and 1.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image))
+        grey = grey * 255 if grey.max(initial=0) <= 1 else grey
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
         image = Image.fromarray((grey // 257 if grey.max(initial=0) > 255 else grey).clip(0, 255).astype(np.uint8))
