@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_vix._checks import InputError
+from timm_vix._checks import InputError, positive
 from timm_vix._device import device_name, fields_of, versions
 from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
-from timm_vix.benchmark.cost import positive
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import find_unlabelled, labelled_folder, read_labels, spread
 from timm_vix.deploy.check import accuracy, latency, read_calibration

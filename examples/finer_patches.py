@@ -168,8 +168,9 @@ def train(run: FinetuneSettings, row: Row, data: Data) -> Row:
     expected = 60_000 * limit / (row["train_ms_an_image"] * batch_size) if by_time else limit * steps
     expected = max(1, round(expected))
     optimizer, scheduler = optimizer_of(net, replace(run, epochs=1), expected)
-    position: Row = dict(step=0, seconds=0.0, loss=0.0, weights=name_and_checksum(run.checkpoint))
+    position: Row = dict(step=0, seconds=0.0, loss=0.0)
     settings = dict(run.recorded(), images=f"{images.digest()}; {val.digest()}", amp=str(dtype))
+    settings["checkpoint"] = name_and_checksum(run.checkpoint)
     settings |= {name: row[name] for name in ("mixer", "keywords", "budget", "limit")}
     checkpoint = Checkpoint(Path(run.out) / "checkpoint.pt", json.loads(json.dumps(settings)), net, optimizer, position)
     start_or_resume(checkpoint, run)
@@ -189,7 +190,7 @@ def train(run: FinetuneSettings, row: Row, data: Data) -> Row:
                     return
 
     with deferred_interrupt() as asked:
-        loop = Loop(checkpoint, run.checkpoint_every, asked, checkpoint.save, remedy="the same command")
+        loop = Loop(checkpoint, run.checkpoint_every, asked, continued_by="the same command")
         net.train()
         for pixels, labels in loop.steps("training", batches(), expected):
             seed_step(run, *divmod(position["step"], steps))

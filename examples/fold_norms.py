@@ -75,7 +75,7 @@ def train(student: nn.Module, teacher: nn.Module, schedule: HandoverSchedule, co
     keys = batches(images, run.batch_size, schedule.steps, 1)
     student.train(run.fade)
     with deferred_interrupt() as asked:
-        loop = Loop(checkpoint, 50, asked, checkpoint.save, remedy="the same command")
+        loop = Loop(checkpoint, 50, asked, continued_by="the same command")
         for pixels, _ in loop.steps("training", images.loader(keys[position["step"] :]), schedule.steps):
             scheduler.step_update(position["step"])
             values = losses(normalise(pixels))

@@ -89,7 +89,7 @@ def train(net: nn.Module, scenes: Scenes, settings: dict[str, Any], run: argpars
     if run.trained_blocks == 0:
         net.encoder.eval()
     with deferred_interrupt() as asked:
-        loop = Loop(checkpoint, run.checkpoint_every, asked, checkpoint.save, remedy="the same command")
+        loop = Loop(checkpoint, run.checkpoint_every, asked, continued_by="the same command")
         for pixels, classes in loop.steps("train", batches(), total):
             step, seconds = position["step"], position["seconds"]
             reseed(STEP, run.seed, step)

@@ -483,6 +483,9 @@ def test_weights_beside_the_file_that_are_of_no_such_model_stay(tmp_path: Path, 
         arguments[4].write_bytes(b"new model")
         arguments[4].with_suffix(".bin").write_bytes(b"new weights")
 
+    def stop(*arguments: object) -> None:
+        raise OSError("no space")
+
     model, out, weights = small("pool", depth=1), tmp_path / "m.xml", tmp_path / "m.bin"
     monkeypatch.setattr(export, "write", write)
     monkeypatch.setitem(export.OPEN, "openvino", lambda *_: model)
@@ -499,6 +502,17 @@ def test_weights_beside_the_file_that_are_of_no_such_model_stay(tmp_path: Path, 
     weights.rmdir()
     weights.write_bytes(b"its weights")
     export.export_model(model, CONFIG, "openvino", "float32", out, threads=1)
+    assert (out.read_bytes(), weights.read_bytes()) == (b"new model", b"new weights")
+    assert {path.name for path in tmp_path.iterdir()} == {"m.xml", "m.bin"}
+    # killed while the former files were aside and one of the new ones was in place; the next export fails
+    former = tmp_path / "m.xml.partial" / "former"
+    former.mkdir(parents=True)
+    out.rename(former / out.name)
+    weights.rename(former / weights.name)
+    weights.write_bytes(b"newer weights")
+    monkeypatch.setattr(export, "write", stop)
+    with pytest.raises(OSError, match="no space"):
+        export.export_model(model, CONFIG, "openvino", "float32", out, threads=1)
     assert (out.read_bytes(), weights.read_bytes()) == (b"new model", b"new weights")
     assert {path.name for path in tmp_path.iterdir()} == {"m.xml", "m.bin"}
 

@@ -34,6 +34,7 @@ from timm_vix._checks import InputError
 from timm_vix.data.folders import find_images, hold_out
 from timm_vix.data.images import Images, transforms
 from timm_vix.train.build import build_model
+from timm_vix.train.checkpoint import write_history
 from timm_vix.train.finetune import finetune, seed_step
 from timm_vix.train.finetune_settings import FinetuneSettings
 from timm_vix.train.settings import add_settings, given_settings
@@ -46,7 +47,7 @@ MODEL_KWARGS = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2)
 TINY = dict(model="vit_tiny_patch16_224", model_kwargs=MODEL_KWARGS, img_size=32, batch_size=4, threads=1, amp="off")
 # everything that draws random numbers is on, and more is drawn in every step than in the one before a stop
 EXACT = dict(TINY, epochs=2, lr=1e-3, mixup=0.2, drop_path=0.2, augment="rand", device="cpu")
-CLOCK = {"seconds", "images_per_second"}
+CLOCK = {"seconds", "train_seconds", "images_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +190,10 @@ def test_weights_threads_and_device_may_change_in_between(digits, tmp_path, monk
     weights.rename(moved)
     # as earlier versions left it, and from a device that is not here
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    saved["settings"].update(checkpoint=str(weights), threads=1, device="cuda:7")
-    del saved["settings"]["content"], saved["settings"]["construction"]
-    del saved["position"]["weights"]
+    saved["settings"].update(threads=1, device="cuda:7")
+    del saved["settings"]["content"], saved["settings"]["construction"], saved["settings"]["checkpoint"]
+    del saved["damaged"]
+    saved["position"].update(weights=None, damaged=[[], []])
     shutil.copytree(out, tmp_path / "earlier")
     torch.save(saved, tmp_path / "earlier" / "checkpoint.pt")
     # two threads add in another order
@@ -232,6 +234,25 @@ def test_failing_write_keeps_the_previous_checkpoint(digits, finished, tmp_path,
     assert_same_run(out, finished)
 
 
+def test_history_of_an_earlier_version_gets_the_new_columns(tmp_path) -> None:
+    write_history(tmp_path / "history.csv", [dict(epoch=1, top1=50.0), dict(epoch=2, top1=60.0, train_seconds=3.0)])
+    assert read_history(tmp_path) == [
+        dict(epoch="1", top1="50.0", train_seconds=""),
+        dict(epoch="2", top1="60.0", train_seconds="3.0"),
+    ]
+
+
+def test_only_the_rest_of_a_killed_first_checkpoint_is_overwritten_unasked(digits, tmp_path) -> None:
+    settings = dict(data_dir=str(digits), out=str(tmp_path / "out"), **dict(TINY, epochs=1))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint.pt.partial").write_bytes(b"half")
+    finetune(**settings)
+    (tmp_path / "out" / "checkpoint.pt").unlink()  # to save room
+    with pytest.raises(InputError, match="already holds curve.png; give resume to continue that run, overwrite to"):
+        finetune(**settings)
+    assert (tmp_path / "out" / "hub" / "model.safetensors").is_file()
+
+
 def test_full_disk(digits, tmp_path, script):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -242,9 +263,7 @@ def test_full_disk(digits, tmp_path, script):
         code, stderr = script(*command(digits, disk / "out", **EXACT))
         assert code == 2 and stderr.count("\n") == 1
         assert stderr.startswith("error: cannot write") and "No space left on device" in stderr
-        assert position(disk / "out") == dict(
-            epoch=0, step=0, loss=0.0, seconds=0.0, damaged=[[], []], history=[], weights=None
-        )
+        assert position(disk / "out") == dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -703,7 +722,7 @@ def test_existing_run_is_not_touched(digits, finished, tmp_path, script):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     for arguments, words in (
-        ([], ["exists", "resume", "overwrite"]),
+        ([], ["already holds checkpoint.pt", "resume", "overwrite"]),
         (["--overwrite", "--lr", "-1"], ["lr=-1"]),
         (
             ["--overwrite", "--model", "vix_softmax_cifar", "--model-kwargs", "depth=2", "merge={'threshold':0.9}"],

@@ -172,6 +172,21 @@ def test_a_stopped_copy_continues(tmp_path, monkeypatch):
     assert other != str(folder) and Path(other).name == folder.name == "tfds_some"
 
 
+def test_photographs_of_a_stream_are_upright(tmp_path, monkeypatch) -> None:
+    """As those of a folder are: PNG files don't keep how the camera was turned."""
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter to the right
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", (8, 4)).save(photo, exif=exif)
+    with Image.open(photo) as image:
+        samples = [(image.convert("RGB"), 0), (PIXELS[1], 1)]
+    monkeypatch.setattr(datasets, "create_dataset", lambda name, root, split: samples if split == "train" else None)
+    folder = Path(as_folder("wds/some", None, tmp_path / "cache"))
+    (first, *_) = sorted(folder.rglob("*.png"))
+    with Image.open(first) as image:
+        assert image.size == (4, 8)
+
+
 PIXELS = {label: Image.new("RGB", (4, 4), (40 * label, 0, 0)) for label in range(4)}
 
 

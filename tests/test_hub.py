@@ -133,7 +133,7 @@ def test_broken_saved_arguments_are_named(saved, arguments, words, tmp_path):
 
 @pytest.mark.parametrize("conversion", [0, "", []], ids=repr)
 def test_a_conversion_that_is_no_mapping_is_named(saved, conversion, tmp_path):
-    with pytest.raises(ValueError, match="conversion=.*a saved configuration has given and found here"):
+    with pytest.raises(ValueError, match="conversion=.*expected the mapping with .given. and .found."):
         load_changed(saved, tmp_path, model_args=dict(conversion=conversion))
 
 

@@ -303,7 +303,7 @@ def test_own_weights_keep_their_initial_value(name, deit):
     torch.manual_seed(3)
     state = timm.create_model(name).state_dict()
     for path, host in hosts_of(model).items():
-        for parameter, value in host.core.values_beside_trained().items():
+        for parameter, value in host.core.added_init.items():
             if f"{path}.core.{parameter}" in state:
                 state[f"{path}.core.{parameter}"].fill_(value)
     assert all(torch.equal(model.state_dict()[key], state[key]) for key in (mixer_keys(model) | stem_keys(model)))

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from timm_vix import cli
+from timm_vix._figures import png
 from timm_vix._records import earlier_records
 from timm_vix.benchmark import compare, cost
 from timm_vix.benchmark.answer import answer, fastest, mean_top1, speedups
-from timm_vix.benchmark.figures import legend, over_tokens, png, png_of_page, series_of, trade_off
+from timm_vix.benchmark.figures import legend, over_tokens, png_of_page, series_of, trade_off
 from timm_vix.benchmark.report import report
 from timm_vix.measure.statistics import crossing, crossover, crossover_text, exponent, pareto, verdict
 

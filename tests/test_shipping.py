@@ -172,16 +172,24 @@ def test_a_folder_that_is_written_again_is_there_or_the_former_one_is(tmp_path, 
     config, card = resolve_model_data_config(model), ModelCard("---\nlicense: mit\n---\n# first")
     write_hub(tmp_path / "hub", model, config, card)
     replace = os.replace
-    monkeypatch.setattr(
-        os, "replace", lambda source, target: fail() if ".partial" in str(source) else replace(source, target)
-    )
-    with pytest.raises(OSError, match="cannot write .*hub: no; what was saved before is intact"):
+    errors = [OSError("no"), KeyboardInterrupt(), KeyboardInterrupt()]
+
+    def stop(source: Path, target: Path) -> None:
+        if ".partial" in str(source):
+            raise errors.pop(0)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    for error in errors[:2]:
+        with pytest.raises((OSError, KeyboardInterrupt)) as caught:
+            write_hub(tmp_path / "hub", model, config, ModelCard("---\nlicense: mit\n---\n# second"))
+        intact = f"cannot write {tmp_path / 'hub'}: no; what was saved before is intact"
+        assert str(caught.value) == (intact if isinstance(error, OSError) else "")
+        assert "first" in (tmp_path / "hub" / "README.md").read_text() and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "hub").rename(tmp_path / "hub.former")  # killed at this point
+    with pytest.raises(KeyboardInterrupt):
         write_hub(tmp_path / "hub", model, config, ModelCard("---\nlicense: mit\n---\n# second"))
     assert "first" in (tmp_path / "hub" / "README.md").read_text() and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(os, "replace", replace)
     write_hub(tmp_path / "hub", model, config, ModelCard("---\nlicense: mit\n---\n# second"))
     assert "second" in (tmp_path / "hub" / "README.md").read_text() and len(list(tmp_path.iterdir())) == 1
-
-
-def fail():
-    raise OSError("no")

@@ -529,11 +529,17 @@ def test_folders_without_pictures_and_of_another_run(weights, unlabelled, tmp_pa
         transfer(**arguments(weights, tmp_path / "empty", tmp_path / "run"))
     transfer(**arguments(weights, unlabelled, tmp_path / "run"))
     kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match="exists; resume continues"):
+    with pytest.raises(ValueError, match="already holds .*; give resume to continue"):
         transfer(**arguments(weights, unlabelled, tmp_path / "run"))
+    for moved in dict(threads=2), dict(data_dir=[unlabelled]):  # a path in a list is a folder
+        transfer(**{**arguments(weights, unlabelled, tmp_path / "run", resume=True), **moved})
     with pytest.raises(ValueError, match="settings differ.*block_lr"):
         transfer(**arguments(weights, unlabelled, tmp_path / "run", resume=True, block_lr=0.5))
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
+    again, before = (
+        torch.load(io.BytesIO(data), weights_only=True)["model"]
+        for data in ((tmp_path / "run" / "checkpoint.pt").read_bytes(), kept)
+    )
+    assert all(torch.equal(again[name], before[name]) for name in before)
     run = dict(model="vit_tiny_patch16_224", model_kwargs=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2))
     finetune(**run, epochs=1, batch_size=512, lr=1e-3, img_size=8, out=str(tmp_path / "finetuned"))
     with pytest.raises(ValueError, match="settings differ"):

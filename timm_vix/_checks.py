@@ -1,5 +1,6 @@
 """Checks of arguments: one clear error that names what was given and what is allowed."""
 
+import argparse
 import math
 from collections.abc import Hashable
 from typing import Optional, TypeGuard
@@ -18,6 +19,11 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is an integer or a float; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_integer(name: str, value: object, lowest: int, highest: Optional[int] = None) -> None:
     """Raise InputError unless ``value`` is an integer in [lowest, highest]; None: without an upper bound."""
     limit = math.inf if highest is None else highest
@@ -30,7 +36,7 @@ def check_integer(name: str, value: object, lowest: int, highest: Optional[int] 
 
 def check_number(name: str, value: object, lowest: float) -> None:
     """Raise InputError unless ``value`` is a finite number of at least ``lowest``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < math.inf:
+    if not is_number(value) or not lowest <= value < math.inf:
         kind = "a Python number" if type(value).__module__ == "numpy" else "a finite number"
         raise InputError(f"{name}={value!r}: expected {kind} of at least {lowest}")
 
@@ -46,3 +52,10 @@ def check_at_most_one(**settings: object) -> None:
     given = [name for name, value in settings.items() if value]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were {'both ' * (len(given) == 2)}given; allowed is one of them")
+
+
+def positive(text: str) -> int:
+    """An argument of the command line as a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a whole number above 0")
+    return int(text)

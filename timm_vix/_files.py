@@ -19,7 +19,7 @@ def one_line(error: Any, width: int = 300) -> str:
 
 
 def printable(path: Union[str, Path]) -> str:
-    """A path as text; bytes of a name that are none are shown by their numbers."""
+    """A path as text; bytes that are not UTF-8 are shown as escapes."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 

@@ -12,6 +12,11 @@ import timm
 from ._checks import InputError
 
 
+def weights_config(model: Any) -> dict[str, Any]:
+    """timm's configuration of the weights of a model; empty for one that was built from its class."""
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
 def near_names(name: str, known: Iterable[str]) -> str:
     """Up to four names that begin with ``name``, or else are most like it, as one text; "none" where no name is.
 

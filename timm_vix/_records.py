@@ -52,7 +52,7 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
         open(path, "ab").close()
-        if is_new:
+        if is_new and path.stat().st_size == 0:  # another process may have added a row
             path.unlink()
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error

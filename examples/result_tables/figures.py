@@ -7,11 +7,11 @@ from typing import Any
 
 from reproduction.cards import CURVE, read_rows
 
+from timm_vix._figures import canvas, png
 from timm_vix._files import write_whole
 from timm_vix._records import Record, grouped, key_of, read_records
 from timm_vix.benchmark.cost import COLUMNS
-from timm_vix.benchmark.figures import legend_below, over_tokens, png, styles, trade_off
-from timm_vix.train.plots import canvas
+from timm_vix.benchmark.figures import legend_below, over_tokens, styles, trade_off
 
 from . import RESULTS
 from .cost import LEAST_ROUNDS, has_amx, is_shown

@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .._checks import InputError
+from .._checks import InputError, positive
 from .._records import Record
 from ..measure.statistics import crossover, crossover_text
 from ..mixers import MIXERS
-from .cost import add_machine, machine_of, positive, ratio, sweep
+from .cost import add_machine, machine_of, ratio, sweep
 from .figures import paired_times
 
 SIZES = 5

@@ -20,7 +20,7 @@ from typing import Any, Optional, Union
 
 import torch
 
-from .._checks import InputError, check_at_most_one
+from .._checks import InputError, check_at_most_one, positive
 from .._device import device_name, find_device, find_dtype, versions
 from .._files import name_and_checksum
 from .._names import parse_model
@@ -32,7 +32,7 @@ from ..measure.process import call_in_process
 from ..train.finetune_settings import FinetuneSettings
 from ..train.settings import check_keywords_are_plain, check_weights, description
 from .baselines import baseline_of
-from .cost import positive, round_off
+from .cost import round_off
 
 COLUMNS: Columns = dict(
     model=str,
@@ -97,25 +97,26 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
     out = Path(settings["out"])
     started = (out / "checkpoint.pt").exists()
-    _, history = finetune(**settings, resume=started, overwrite=not started)
-    saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)["settings"]
-    images = int(re.match(r"(\d+) images", saved["images"])[1])  # type: ignore[index]
+    _, history = finetune(**settings, resume=started)
     last = history[-1]
-    timed = [row for row in history if (row["device"], row["threads"]) == (last["device"], last["threads"])]
-    steps = images // last["batch_size"]
-    train_seconds = [steps * last["batch_size"] / row["images_per_second"] for row in timed]
-    infer_seconds = [row["seconds"] - seconds for row, seconds in zip(timed, train_seconds)]
+    here = [row for row in history if (row["device"], row["threads"]) == (last["device"], last["threads"])]
+    timed = [row for row in here if "train_seconds" in row]  # not in epochs of an earlier version
     return dict(
         top1=last["top1"],
         top5=last["top5"],
         epochs=last["epoch"],
-        train_s_per_epoch=statistics.median(train_seconds),
-        infer_s_per_epoch=statistics.median(infer_seconds),
+        train_s_per_epoch=median([row["train_seconds"] for row in timed]),
+        infer_s_per_epoch=median([row["seconds"] - row["train_seconds"] for row in timed]),
         img_size=last["img_size"],
         batch_size=last["batch_size"],
         dtype=last["dtype"],
         threads=last["threads"],
     )
+
+
+def median(values: list[float]) -> Optional[float]:
+    """The median; None of no values."""
+    return statistics.median(values) if values else None
 
 
 def costs_of(model: str, num_classes: int, at: dict[str, Any]) -> dict[str, Any]:
@@ -293,7 +294,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in RECIPE.items():
         add(f"--{name.replace('_', '-')}", type=kind, help=meanings[name].replace("%", "%%"))
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--threads", type=positive, help="of the CPU; default: torch's number")
+    add("--threads", type=positive, help="number of CPU threads; default: torch's number")
     add("--workers", type=int, default=0, help="processes that load images; default: 0")
     add("--runs", type=Path, default=Path("runs/compare"), help="folder of checkpoints and models")
     add("--out", type=Path, default=Path("compare.csv"), help="rows are appended; finished runs are not repeated")

@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 import torch
 
-from .._checks import InputError
+from .._checks import InputError, positive
 from .._device import device_name, find_device, versions
 from .._records import Columns, Record, aligned, append_record, check_writable, earlier_records, grouped, key_of
 from ..measure.job import JOB, measure_in_process, measure_together
@@ -64,8 +64,8 @@ COLUMNS: Columns = dict(
 )
 NOTE = (
     "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline,\n"
-    "timed in turn, fused where a fused kernel can run it. none: 1 is within the spread (10th to 90th percentile);\n"
-    "few rounds: fewer than five, of which none is called a difference."
+    "timed in turn, fused where a fused kernel can run it. none: the spread over the rounds (10th to 90th percentile)\n"
+    "contains 1, so no difference was measured. few rounds: with fewer than five, no difference is reported."
 )
 
 
@@ -248,8 +248,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """The arguments about where, how long and how often is measured."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's number")
-    parser.add_argument("--rounds", type=positive, default=JOB["rounds"], help="least number of paired rounds: 9")
+    parser.add_argument("--threads", type=positive, help="number of CPU threads; default: torch's number")
+    parser.add_argument(
+        "--rounds", type=positive, default=JOB["rounds"], help="least number of paired rounds; default: 9"
+    )
     parser.add_argument(
         "--seconds",
         type=float,
@@ -257,13 +259,6 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         help="time in seconds that further rounds may fill, if --rounds take less; default: 5",
     )
     parser.add_argument("--retry-failed", action="store_true", help="measure again what failed")
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a whole number above 0")
-    return int(text)
 
 
 def machine_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,10 +8,9 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, Optional
 
+from .._figures import COLOURS, canvas, plain_text, png
 from .._records import Record
 from ..measure.statistics import crossover, crossover_text, exponent, pareto
-from ..train.plots import COLOURS, canvas, plain_text
-from ..train.plots import png as png
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
 COSTS = dict(latency_p50_ms="ms per call", peak_memory_mib="peak memory (MiB)")

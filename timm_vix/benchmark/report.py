@@ -99,11 +99,15 @@ def report(paths: list[Path], out: Path) -> list[Path]:
         ValueError: for a file that is no such table, or a page in a table's place; nothing is written.
         OSError: for a file that cannot be written.
     """
+    return write_page(read_tables(paths), paths, out)
+
+
+def write_page(tables: Tables, paths: list[Path], out: Path) -> list[Path]:
+    """``report`` of tables that were read from these paths."""
     if not out.name or out.is_dir():
         raise InputError(f"out={out} is a folder; expected the name of a file, such as report.html")
     if out.resolve() in {path.resolve() for path in paths}:
         raise InputError(f"out={out} is one of the tables, which the page would replace; give another name")
-    tables = read_tables(paths)
     page = collect(tables)
     text = render(page, tables)
     figures = [figure for group in page.groups() for figure in group.figures]
@@ -271,14 +275,16 @@ def render(page: Page, tables: Tables) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tables", nargs="+", type=Path, metavar="CSV", help="of timm-vix cost and timm-vix compare")
+    parser.add_argument(
+        "tables", nargs="+", type=Path, metavar="CSV", help="tables of timm-vix cost and timm-vix compare"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"))
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Write the report that the command line asks for."""
-    files = read_tables(arguments.tables).files
-    written = report(arguments.tables, arguments.out)
-    for name, _, good, failed, damaged in files:
+    tables = read_tables(arguments.tables)
+    written = write_page(tables, arguments.tables, arguments.out)
+    for name, _, good, failed, damaged in tables.files:
         print(f"{name}: {good} good rows, {failed} failed, {damaged} damaged lines")
     print(f"{written[0]} and {len(written) - 1} figures beside it")

@@ -29,7 +29,7 @@ def fit_in_one_pass(model: nn.Module, fits: list[LayerFit], images: torch.Tensor
     Replacements that are each fitted to a layer's input in the original model lose far more accuracy together.
 
     Raises:
-        ValueError: for images that aren't finite, or are none.
+        ValueError: for images that aren't finite, an empty batch, and anything but a tensor (B, C, H, W).
     """
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) == 0:
         given = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__

@@ -7,22 +7,23 @@ The mixers share the weights of the attention that they replace. What was conver
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from .._checks import InputError
 from ..mixers._attention_slot import AttentionSlot, has_hooks
+from ..mixers._layout import num_patches, num_tokens
 from .hooks import HOOKS
 from .keywords import ADDING_NOTHING, check_keywords
 from .layers import Layers, layer_mixers
-from .merge_steps import Merge, first_merge, merge_steps
+from .merge_steps import Merge, first_merge, merge_steps, merged_in_layers
 from .merging import MergingBlocks, check_merging, keeps_container, set_merging
 from .plan_file import Plan, load_plan
 from .record import record_conversion, recorded_mixer
 from .replace import build_mixer
-from .report import Conversion, layer_row, merges_of
+from .report import Conversion, layer_row
 from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
 from .sites import attention_sites
 from .slots import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
@@ -31,7 +32,7 @@ from .slots import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
 def convert(
     model: nn.Module,
     mixer: Optional[str] = None,
-    layers: Layers = "all",
+    layers: Union[Layers, Plan] = "all",
     merge: Optional[Merge] = None,
     scale_logits: Optional[ScaleLogits] = None,
     **keywords: Any,
@@ -118,14 +119,13 @@ def convert(
     record_conversion(model, sites, mixer)
     warn_of_unseen_patches(model)
     layout = layout_of(model)
-    patches = layout.grid[0] * layout.grid[1]
-    merged = merges_of(steps, patches)
+    merged = merged_in_layers(steps, num_patches(layout))
     rows = [
         replace(layer_row(index, site, former[site.path]), merged=merged[index])
         for index, block in enumerate(sites)
         for site in block
     ]
-    return Conversion(rows, layout.num_prefix_tokens + patches, trained)
+    return Conversion(rows, num_tokens(layout), trained)
 
 
 def read_layers(layers: Any, model: nn.Module) -> Any:
@@ -136,7 +136,12 @@ def read_layers(layers: Any, model: nn.Module) -> Any:
 
 
 def wanted_mixers(
-    model: nn.Module, depth: int, mixer: Optional[str], layers: Layers, keywords: dict[str, Any], keeps_mixers: bool
+    model: nn.Module,
+    depth: int,
+    mixer: Optional[str],
+    layers: Union[Layers, Plan],
+    keywords: dict[str, Any],
+    keeps_mixers: bool,
 ) -> tuple[str, dict[int, tuple[str, dict[str, Any]]]]:
     """The mixer that a conversion records, and name and keywords of what is wanted for each layer that is to change.
 
@@ -146,10 +151,12 @@ def wanted_mixers(
     Raises:
         ValueError: for a mixer, layer or keyword that isn't there, or layers for which no mixer is named.
     """
-    if isinstance(layers, Plan) and not layers:
-        if keywords:
+    if isinstance(layers, Plan):
+        if not layers.layers and keywords:
             raise InputError(f"{', '.join(keywords)}: the plan converts no layer that could take keywords of a mixer")
-        return recorded_mixer(model), {}
+        if not layers.layers:
+            return recorded_mixer(model), {}
+        layers = layers.layers
     if keeps_mixers and not isinstance(layers, Mapping):
         if not isinstance(layers, str) or layers != "all":
             raise InputError(
@@ -242,7 +249,7 @@ def planned_attention(
         slot = build_mixer(model, site.attn, name, layout_of(model), rope, **own)
     except ValueError as error:
         raise InputError(f"{site.path}: {error}") from error
-    for parameter, value in slot.core.values_beside_trained().items():
+    for parameter, value in slot.core.added_init.items():
         if parameter in dict(slot.core.named_parameters()):
             nn.init.constant_(slot.core.get_parameter(parameter), value)
     slot.replaced = (site.attn,)

@@ -30,7 +30,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 from torch.nn.functional import linear
 
-from .._checks import InputError, check_choice
+from .._checks import InputError, check_choice, is_number
 from ..mixers._attention_slot import is_plain_linear
 from ._fitting import LayerFit, fit_in_one_pass
 from .handover import HandoverSchedule, handover
@@ -158,7 +158,7 @@ def structure_mlp(
         >>> structure_mlp(model, "low_rank", 0.63, images, schedule)
     """
     check_choice("kind", kind, KINDS)
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+    if not is_number(share) or not 0 < share < 1:
         raise InputError(f"share={share!r}: expected a number above 0 and below 1")
     layers = {path: layer for path, _, _, layer in mlp_layers(model)}
     if not layers:

@@ -28,7 +28,7 @@ from .record import record_norms
 
 ATTENTION = (Attention, AttentionRope, EvaAttention, AttentionSlot, LandmarkSlot)
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "gate")
-# what of an MLP reads its input
+# the layers of an MLP that read its input
 MLP_READERS = {Mlp: ("fc1",), GluMlp: ("fc1",), SwiGLU: ("fc1_g", "fc1_x")}
 HEADS = (VisionTransformer.forward_head, Eva.forward_head, VisionTransformerDistilled.forward_head)
 # Of the largest scale in a layer: a scale below that is taken for this one. Its product vanishes beside the others in

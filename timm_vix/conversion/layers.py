@@ -60,7 +60,6 @@ def layer_mixers(layers: Layers, depth: int, mixer: str, keywords: dict[str, Any
         takes = mixer_keywords(name)
         found[index] = name, {**{k: v for k, v in keywords.items() if k in takes}, **own}
     used = sorted({name for name, _ in found.values()})
-    for name in used:
-        others = set(keywords) - {name for mixer in used for name in mixer_keywords(mixer)}
-        check_keywords(name, {keyword: keywords[keyword] for keyword in others})
+    taken = {keyword for name in used for keyword in mixer_keywords(name)}
+    check_keywords(used[0], {keyword: value for keyword, value in keywords.items() if keyword not in taken})
     return dict(sorted(found.items()))

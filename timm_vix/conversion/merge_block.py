@@ -87,7 +87,7 @@ def merge_similar(
         # the sum over heads has the cosines of the mean
         kinds: Optional[torch.Tensor] = None
         if attn_mask is not None:
-            # of a group any token's, since they are equal
+            # the kind of any member: only tokens of one kind merge
             kinds = groups.place.new_zeros(groups.counts.shape)
             kinds = kinds.scatter(1, groups.place, kinds_of(attn_mask).expand_as(groups.place))[:, num_prefix_tokens:]
         similarity, partner = propose(keys[:, :, num_prefix_tokens:].sum(1), kinds)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
-from .._checks import InputError, is_integer
+from .._checks import InputError, is_integer, is_number
 from ..mixers._merging import num_left
 
 Merge = Union[int, float, Sequence[int], Mapping[str, float]]
@@ -25,7 +25,7 @@ def merge_steps(merge: Merge, depth: int) -> list[Step]:
     """
     if isinstance(merge, Mapping):
         t = merge.get("threshold")
-        if set(merge) != {"threshold"} or isinstance(t, bool) or not isinstance(t, (int, float)) or not -1 <= t <= 1:
+        if set(merge) != {"threshold"} or not is_number(t) or not -1 <= t <= 1:
             raise InputError(f"merge={merge!r}: {FORMS}")
         return [dict(merge)] * depth
     if isinstance(merge, float):
@@ -51,6 +51,15 @@ def num_merged(step: Step, at_start: int, left: int) -> int:
     """
     wanted = left - num_left(step, at_start) if isinstance(step, float) else int(step)  # type: ignore[arg-type]
     return max(0, min(wanted, left // 2))
+
+
+def merged_in_layers(steps: list[Step], patches: int) -> list[Optional[int]]:
+    """How many patch tokens merge in each layer, of so many at the start; None for a threshold."""
+    left, found = patches, []
+    for step in steps:
+        found.append(None if isinstance(step, Mapping) else num_merged(step, patches, left))
+        left -= found[-1] or 0
+    return found
 
 
 def first_merge(steps: list[Step]) -> Optional[int]:

@@ -197,8 +197,8 @@ def replace_norms(
         For each norm the share of the layer norm's variance that the batch norm doesn't explain; 0 without images.
 
     Raises:
-        ValueError: for a model whose norms can't be replaced, and for images that aren't finite or are none; the model
-            is then as it was.
+        ValueError: for a model whose norms can't be replaced, and for images that aren't finite, an empty batch, and
+            anything but a tensor (B, C, H, W); the model is then as it was.
 
     Example:
         >>> from timm_vix.conversion.handover import HandoverSchedule, finish

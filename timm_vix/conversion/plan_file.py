@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -13,6 +14,7 @@ from torch import nn
 from .._checks import InputError, is_integer
 from .._device import device_name
 from .._files import one_line
+from .._names import weights_config
 from .identity import fingerprint
 from .layers import layer_mixers
 from .merge_steps import Merge, merge_steps
@@ -26,25 +28,27 @@ FORMATS = ("timm_vix plan 1", FORMAT)
 logger = logging.getLogger("timm_vix")
 
 
-class Plan(dict[int, dict[str, Any]]):
-    """For each layer that is converted "mixer" and its keywords, as ``convert`` takes them for ``layers``.
+@dataclass(frozen=True)
+class Plan:
+    """How a model is to be converted.
 
-    ``merge``: how tokens merge, as ``convert`` takes it; 0: they don't. ``scale_logits``: the tokens with which the
-    model was trained, where its logits are scaled; 0: they stay as they are.
+    ``layers``: for each layer that is converted "mixer" and its keywords, as ``convert`` takes them. ``merge``: how
+    tokens merge, as ``convert`` takes it; 0: they don't. ``scale_logits``: the tokens with which the model was trained,
+    where its logits are scaled; 0: they stay as they are.
     """
 
-    def __init__(self, layers: Mapping[int, dict[str, Any]] = {}, merge: Merge = 0, scale_logits: int = 0) -> None:
-        super().__init__(layers)
-        self.merge = merge
-        self.scale_logits = scale_logits
+    layers: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    merge: Merge = 0
+    scale_logits: int = 0
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__()}, merge={self.merge}" if self.merge else super().__repr__()
+    def converts(self) -> bool:
+        """Whether any layer is converted or merges tokens."""
+        return bool(self.layers or self.merge)
 
 
 def architecture(model: nn.Module) -> str:
     """timm's name of a model without a tag, of the source where it is converted; the class where it has none."""
-    name = source_of(model) or (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    name = source_of(model) or weights_config(model).get("architecture")
     return name.partition(".")[0] if name else type(model).__name__
 
 

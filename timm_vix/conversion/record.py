@@ -121,7 +121,9 @@ def resolved_arguments(conversion: Any, arguments: dict[str, Any]) -> list[Any]:
         or not isinstance(found, dict)
         or not (given.keys() >= arguments.keys() and found.keys() == {*RESOLVED})
     ):
-        raise InputError(f"conversion={conversion!r}: a saved configuration has given and found here")
+        raise InputError(
+            f"conversion={conversion!r}: expected the mapping with 'given' and 'found' that a saved model has"
+        )
     # timm saves the arguments that were given, and the resolved values of the others
     same = {name: value in (given.get(name), found.get(name)) for name, value in arguments.items()}
     merge, scale_logits = (found[name] if same[name] else arguments[name] for name in ("merge", "scale_logits"))

@@ -85,7 +85,10 @@ def build_mixer(
         ValueError: for what the mixer does not support.
     """
     if getattr(attn, "num_kv_groups", 1) > 1:
-        raise InputError(f"grouped queries ({attn.num_heads} heads, {attn.num_kv_heads} of keys) can't be replaced")
+        raise InputError(
+            f"attention with {attn.num_heads} heads of queries and {attn.num_kv_heads} of keys (grouped queries) can't "
+            "be replaced; expected as many of both"
+        )
     rotary = type(attn) in (AttentionRope, EvaAttention) and getattr(model, "rope", None) is not None
     if rotary and not MIXERS[mixer].supports_rotary:
         raise InputError(f"mixer={mixer!r} has no queries and keys for the rotary positions of {type(model).__name__}")
@@ -118,16 +121,16 @@ def build_slot(
     """A slot with a new mixer; ``rotary`` says whether queries and keys are rotated, by ``rope`` or by the host."""
     weight = attn.proj.weight
     shape = AttentionShape(
-        weight.shape[0],
-        attn.num_heads,
-        attn.head_dim,
-        attn.head_dim,
-        layout,
-        layout,
-        attn.core.dropout if isinstance(attn, AttentionSlot) else attn.attn_drop.p,
-        rotary,
-        weight.device,
-        weight.dtype,
+        dim=weight.shape[0],
+        num_heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        value_dim=attn.head_dim,
+        queries=layout,
+        keys=layout,
+        dropout=attn.core.dropout if isinstance(attn, AttentionSlot) else attn.attn_drop.p,
+        rotary=rotary,
+        device=weight.device,
+        dtype=weight.dtype,
     )
     core = mixer_class.build(shape, **keywords)
     slot: MixerSlot

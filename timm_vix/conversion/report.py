@@ -1,6 +1,5 @@
 """The report of a conversion: what became of each place of attention."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -8,7 +7,6 @@ from torch import nn
 
 from ..mixers._attention_slot import logit_factor
 from .keywords import ADDING_NOTHING
-from .merge_steps import Step, num_merged
 from .sites import class_name
 from .slots import AttentionSite
 
@@ -72,12 +70,3 @@ def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLa
     config = {} if module is site.attn else module.config()
     changed = module is not former
     return ConvertedLayer(index, site.path, class_name(former), class_name(module), changed, config, new_parameters)
-
-
-def merges_of(steps: list[Step], patches: int) -> list[Optional[int]]:
-    """How many patch tokens merge in each layer, of so many at the start; None for a threshold."""
-    left, found = patches, []
-    for step in steps:
-        found.append(None if isinstance(step, Mapping) else num_merged(step, patches, left))
-        left -= found[-1] or 0
-    return found

@@ -15,6 +15,7 @@ from typing import Union
 from torch import nn
 
 from .._checks import InputError, is_integer
+from .._names import weights_config
 from ..mixers._attention_slot import AttentionSlot
 from .slots import slots_of
 
@@ -37,7 +38,7 @@ def trained_tokens(model: nn.Module, scale_logits: ScaleLogits) -> int:
         ValueError: for another value, or a model that doesn't tell its size.
     """
     if isinstance(scale_logits, str) and scale_logits == "log":
-        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        size = weights_config(model).get("input_size")
         if not size:
             raise InputError(
                 f"scale_logits='log': {type(model).__name__} has no pretrained_cfg that tells the size with which it "
@@ -53,6 +54,9 @@ def trained_tokens(model: nn.Module, scale_logits: ScaleLogits) -> int:
 
 def check_scaling(attention: dict[str, nn.Module], number: int) -> None:
     """Raise ValueError for attention, by path, that has no logits which could be scaled."""
-    for path, module in attention.items():
-        if number and not (isinstance(module, AttentionSlot) and module.core.has_logits):
-            raise InputError(f"scale_logits: {path} has {type(module.core).__name__}, whose patches have no logits")
+    for path, module in attention.items() if number else ():
+        if not (isinstance(module, AttentionSlot) and module.core.has_logits):
+            raise InputError(
+                f"scale_logits={number}: {path} has {type(module.core).__name__}, which computes no logits to scale; "
+                "allowed is 0, or a mixer with logits such as softmax or nystrom"
+            )

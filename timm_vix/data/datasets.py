@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_dataset
 from tqdm import tqdm
 
@@ -169,7 +169,7 @@ def write_images(dataset: Any, name: str, folder: Path) -> None:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        image.save(partial, format="png")
+        ImageOps.exif_transpose(image).save(partial, format="png")  # a PNG doesn't keep how a camera was turned
         os.replace(partial, path)
 
 

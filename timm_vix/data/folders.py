@@ -18,6 +18,7 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line, printable
+from .._names import weights_config
 from .datasets import VALIDATION, Items, class_names, is_dataset, labelled_images, open_dataset
 
 Item = TypeVar("Item")
@@ -183,7 +184,7 @@ def label_names(model: nn.Module) -> list[str]:
     Raises:
         InputError: for an entry of another form.
     """
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or []
+    names = weights_config(model).get("label_names") or []
     if not isinstance(names, (Mapping, list, tuple)):
         raise InputError(f"the model's configuration has label_names={names!r}; expected a list, or names by label")
     if isinstance(names, Mapping):  # by label, which is text in a JSON file

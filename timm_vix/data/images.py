@@ -7,6 +7,7 @@ that stops in mid-epoch is continued by skipping batches, and the number of work
 import errno
 import os
 import random
+import signal
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -262,7 +263,8 @@ class Images(Dataset):
         What a worker decodes comes back with its batch, so that later epochs have it in memory.
         """
         try:
-            for batch, decoded in DataLoader(self, batch_sampler=keys, num_workers=workers, collate_fn=stack):
+            options = dict(num_workers=workers, collate_fn=stack, worker_init_fn=ignore_interrupt)
+            for batch, decoded in DataLoader(self, batch_sampler=keys, **options):
                 self.remember(decoded)
                 if batch:
                     yield batch
@@ -283,6 +285,11 @@ class Images(Dataset):
         for source, _ in self.items[:: -(-len(self) // CHECKED)]:
             found = zlib.crc32(content_of(source), found)
         return f"{found:08x}"
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stack(loaded: tuple[list[tuple[torch.Tensor, int]], list[Decoded]]) -> tuple[Any, list[Decoded]]:

@@ -21,8 +21,8 @@ BATCHES = (1, 3)  # of which parity is checked
 BATCH = 20  # images a forward pass, where accuracy is measured
 # of the largest logit: what orders of summation explain, and no more
 TOLERANCE = 1e-3
-# a file in bfloat16 may be so many times as far from float32 as eager mode in bfloat16, or off by this share
-TIMES, SHARE = 3.0, 0.15
+# the error of a bfloat16 file may be 3 times that of eager bfloat16, or 15 % of the norm of the logits if that is more
+BFLOAT16_FACTOR, BFLOAT16_SHARE = 3.0, 0.15
 
 
 def read_calibration(folder: Path, count: int, config: dict[str, Any]) -> torch.Tensor:
@@ -90,7 +90,9 @@ def parity(
         error, scale = float((found - expected).abs().max()), float(expected.abs().max())
         farthest = float(expected.norm())
         if rounded is not None:
-            farthest = min(farthest, max(TIMES * float((rounded(images) - expected).norm()), SHARE * farthest))
+            farthest = min(
+                farthest, max(BFLOAT16_FACTOR * float((rounded(images) - expected).norm()), BFLOAT16_SHARE * farthest)
+            )
         wrong = not torch.isfinite(found).all() or float((found - expected).norm()) > farthest
         if wrong or (dtype == "float32" and error > TOLERANCE * max(1.0, scale)):
             why = "this conversion is wrong, so no file is written; try another --to"

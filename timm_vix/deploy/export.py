@@ -169,7 +169,7 @@ def export_model(
     out: Path,
     calibration: Optional[torch.Tensor] = None,
     dynamic_size: bool = False,
-    threads: int = 2,
+    threads: Optional[int] = None,
     note: str = "",
 ) -> tuple[Runner, dict[str, Any]]:
     """Write a model to the file ``out``, which is kept only if its outputs match those of eager mode.
@@ -179,8 +179,11 @@ def export_model(
         config: timm's data configuration of its images.
         to: "onnx", "openvino", "pt2" or "aoti".
         dtype: "float32", "bfloat16" or "int8".
+        out: The file, with the suffix of its format.
         calibration: For int8, prepared images (B, C, H, W). Of ten or more, each tenth is held out, and compared.
         dynamic_size: The file takes images of other sizes, too, in whole patches.
+        threads: CPU threads with which the returned function runs the file, and torch from here on; None: torch's
+            number.
         note: What there is to know about the weights, for the metadata of the file.
 
     Returns:
@@ -203,13 +206,16 @@ def export_model(
     if (dtype == "int8") != (calibration is not None):
         raise InputError(f"dtype={dtype}: images to calibrate on are for int8, which needs them (--calibrate DIR)")
     check_writable(out)
+    partial = out.with_name(f"{out.name}.partial")
+    aside = partial / "former"
+    for path in aside.iterdir() if aside.is_dir() else ():  # of a run that was killed while it replaced the files
+        os.replace(path, out.with_name(path.name))
+    shutil.rmtree(partial, ignore_errors=True)
     weights = out.with_suffix(".bin")
     if to == "openvino" and weights.exists() and not (out.is_file() and weights.is_file()):
         raise InputError(
             f"out={out}: OpenVINO writes weights to {weights}, which is there without such a model; choose another name"
         )
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         partial.mkdir()
         written = partial / out.name
@@ -218,7 +224,7 @@ def export_model(
             held_out = calibration[::FEW]
             calibrating = calibration[torch.arange(len(calibration)) % FEW > 0]
         write(model, config, to, dtype, written, calibrating, dynamic_size, note)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads := threads or torch.get_num_threads())
         with held_by(to, dtype, dynamic_size):
             batches = trials(config, calibration, dynamic_size, model)
             batches += [] if held_out is None else [held_out]
@@ -226,7 +232,7 @@ def export_model(
             rows = parity(model, OPEN[to](written, dtype, threads), batches, dtype, rounded)
         files = [path for path in (written.with_suffix(".bin"), written) if path.exists()]
         size = sum(path.stat().st_size for path in files) / 1e6
-        replace_files(files, out, partial / "former")
+        replace_files(files, out, aside)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return OPEN[to](out, dtype, threads), dict(size_mb=size, parity=rows)

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._checks import InputError
-from ..benchmark.cost import positive
+from .._checks import InputError, positive
 from ..data.folders import labelled_folder, spread
 from ..data.images import picture_mode
 from ..mixers import MIXERS

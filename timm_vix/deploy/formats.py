@@ -39,8 +39,8 @@ OPERATORS = (
     r"decomposition.*?((?:aten|prims)[.:]+\w+)",
     r"((?:aten|prims|quantized_decomposed)(?:\.|::)\w+)",
 )
-# what OpenVINO reads from an ONNX file as another operator, in every dtype: it takes the two halves of complex numbers
-# for an axis more
+# operators that OpenVINO's reader of ONNX files converts wrongly in every dtype: it takes the real and imaginary parts
+# of DFT for one more axis
 MISREAD = ("DFT",)
 
 

@@ -29,6 +29,8 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line
+from ..train.checkpoint import read_tensors
+from ..train.hub import hub_of
 from .check import known_images, one_by_one
 from .classifier import load_trained, preparation_of
 
@@ -46,7 +48,7 @@ FRONT_MATTER = ("library_name", "license", "pipeline_tag", "tags")
 # the line of a card that loads the model
 LOADING = re.compile(r'create_model\("(?:local-dir|hf-hub):[^"]*", pretrained=True\)(?:  # or "hf-hub:[^"]*")?')
 
-# what the client raises, and the library by which it connects
+# what the Hub's client raises, and the base classes of its HTTP library, taken from the client so that none is named
 CLIENT_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
@@ -120,11 +122,6 @@ def check_repository(repository: str) -> None:
             raise HFValidationError("a user or organisation, a slash and a name are expected")
     except HFValidationError as error:
         raise InputError(f"repository={repository!r} is no USER/NAME: {one_line(error)}") from error
-
-
-def hub_of(folder: Path) -> Path:
-    """The folder for the Hub in that of a run, or the folder itself."""
-    return folder / "hub" if (folder / "hub").is_dir() else folder
 
 
 def reason_of(error: Exception) -> str:
@@ -214,12 +211,12 @@ def check_run(hub: Path, model: nn.Module, images: torch.Tensor) -> None:
     if hub.name != "hub" or not last.is_file():
         return
     try:
-        kept = torch.load(last, map_location="cpu", weights_only=True)
+        kept = read_tensors(last)
         path = best if kept["settings"].get("keep") == "best" else last
-        weights = torch.load(best, map_location="cpu", weights_only=True) if path == best else kept["model"]
+        weights = read_tensors(best) if path == best else kept["model"]
         trained = copy.deepcopy(model)
         trained.load_state_dict(weights)
-    except Exception as error:  # torch.load raises by kind of damage
+    except Exception as error:  # torch raises by kind of damage
         raise InputError(f"{last} cannot be compared with {hub}: {one_line(error)}") from error
     if not torch.equal(one_by_one(trained, images), one_by_one(model, images)):
         raise InputError(f"{hub} gives other outputs than the weights in {path}; resume the run, which writes it anew")

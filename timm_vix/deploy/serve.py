@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta", metavar="FILE", help="a file of timm_vix.save_delta, put onto the weights")
     parser.add_argument("--softmax", action="store_true", help="show the same model with softmax attention beside it")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's number")
-    parser.add_argument("--port", type=int, default=7860, help="of this machine, at which the page is; default: 7860")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page on 127.0.0.1; default: 7860")
 
 
 def main(arguments: argparse.Namespace) -> None:

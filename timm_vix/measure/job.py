@@ -24,7 +24,7 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 from .._checks import InputError
-from .._device import device_name, versions
+from .._device import autocast, device_name, versions
 from .._names import parse_model
 from ..conversion.freeze import freeze_except
 from .attention import UnfusedAttention
@@ -115,10 +115,10 @@ def make_call(model: nn.Module, attention: str, job: dict[str, Any], compiled: b
         return infer
     labels = torch.zeros(job["batch_size"], dtype=torch.int64, device=weight.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    autocast = torch.autocast(weight.device.type, torch.bfloat16, enabled=job["dtype"] == "bfloat16")
+    matrix_products = autocast(job["device"], getattr(torch, job["dtype"]))
 
     def step() -> None:
-        with autocast, kernels:
+        with matrix_products, kernels:
             logits = forward(images)
         F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()

@@ -11,7 +11,7 @@ from einops.layers.torch import Rearrange
 from timm.layers import apply_rot_embed_cat, register_notrace_module
 from torch import nn
 
-from ._layout import Grid, TokenLayout
+from ._layout import Grid, TokenLayout, num_tokens
 from ._mechanism import AttentionMechanism
 from ._resample import table_of_cells
 from ._slot import MixerSlot
@@ -181,7 +181,7 @@ class AttentionSlot(MixerSlot):
 
     def scale(self, q: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Multiply queries or, in their place, keys (B, h, n, D) by ``logit_factor`` of the layout's tokens."""
-        factor = logit_factor(layout.num_prefix_tokens + layout.grid[0] * layout.grid[1], self.trained_tokens)
+        factor = logit_factor(num_tokens(layout), self.trained_tokens)
         return q if factor == 1.0 else q * factor
 
     def merge(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,16 @@ class TokenLayout(NamedTuple):
     grid: tuple[int, int]
 
 
+def num_patches(layout: TokenLayout) -> int:
+    """H·W."""
+    return layout.grid[0] * layout.grid[1]
+
+
+def num_tokens(layout: TokenLayout) -> int:
+    """N = P + H·W."""
+    return layout.num_prefix_tokens + num_patches(layout)
+
+
 def check_sequence(
     x: torch.Tensor,
     layout: TokenLayout,
@@ -43,9 +53,9 @@ def check_sequence(
             f"attn_mask has dtype {attn_mask.dtype}: expected booleans, or floating-point numbers that are added to "
             "logits; attn_mask.bool() is one of 1 and 0"
         )
-    num_tokens = layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]
-    if uses_grid and x.shape[1] != num_tokens:
-        raise InputError(f"a sequence of {x.shape[1]} tokens doesn't match the layout, which has {num_tokens} tokens")
+    expected = num_tokens(layout)
+    if uses_grid and x.shape[1] != expected:
+        raise InputError(f"a sequence of {x.shape[1]} tokens doesn't match the layout, which has {expected} tokens")
 
 
 def cell_grid(num_cells: int, grid: Grid) -> Grid:
@@ -77,7 +87,7 @@ def count_bias(like: torch.Tensor, layout: TokenLayout, num_cells: int) -> torch
     Shape (1, 1, 1, P + m), in the dtype of ``like``.
     """
     bias = torch.zeros([1, 1, 1, layout.num_prefix_tokens + num_cells], device=like.device, dtype=like.dtype)
-    bias[..., layout.num_prefix_tokens :] = math.log(layout.grid[0] * layout.grid[1] / num_cells)
+    bias[..., layout.num_prefix_tokens :] = math.log(num_patches(layout) / num_cells)
     return bias
 
 

@@ -46,6 +46,10 @@ class AttentionShape(NamedTuple):
     device: Any = None
     dtype: Any = None
 
+    def parameter(self, *size: int) -> nn.Parameter:
+        """An uninitialised parameter, on the device and in the dtype of the host."""
+        return nn.Parameter(torch.empty(size, device=self.device, dtype=self.dtype))
+
 
 class Mixer(nn.Module):
     """The base class of all token mixers, with the properties that hosts, plans, optimizers and conversions read.
@@ -82,14 +86,14 @@ class Mixer(nn.Module):
     locality = 0.0
     # whether an exported model takes one patch grid only, since its landmarks, rows or groups are fixed by the export
     exports_one_grid = False
-    # keywords that are numbers of tokens: a host with several grids reduces them to the number of patches of each
+    # keywords that are numbers of tokens: two mixers with more than there are patches are the same (``identity.py``)
     token_counts: tuple[str, ...] = ()
     # keywords that need queries on the grid of the keys: a host with other queries leaves them out
     one_grid_keywords: tuple[str, ...] = ("conv_residual",)
     # keywords with which a plan tries the mixer in a trained model; empty: a plan doesn't try it
     candidates: tuple[dict[str, Any], ...] = ()
     # initial values of parameters that a mixer adds to trained softmax attention
-    trained_init: dict[str, float] = {}
+    added_init: dict[str, float] = {"conv.weight": 0.0}
     __jit_unused_properties__: tuple[str, ...] = ("counts_passes",)
     # parameters on a patch grid, and how each is moved to another grid
     grid_parameters: dict[str, Callable[[torch.Tensor, Grid], torch.Tensor]] = {}
@@ -103,7 +107,7 @@ class Mixer(nn.Module):
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
         if shape.rotary and not self.supports_rotary:
-            raise InputError(f"rope: {self.title} has no queries and keys to rotate")
+            raise InputError(f"rope: {self.title} has no queries and keys to rotate; allowed is rope=None")
         if shape.dropout > 0 and not self.supports_dropout:
             raise InputError(
                 f"attn_drop_rate={shape.dropout}: {self.title} has no attention weights to drop; allowed is 0"
@@ -176,10 +180,6 @@ class Mixer(nn.Module):
         """Every keyword with the value in force, as plain values that rebuild this mixer."""
         return {name: getattr(self, name) for name in self.keywords()}
 
-    def values_beside_trained(self) -> dict[str, float]:
-        """Initial values of the parameters that the mixer adds to trained softmax attention."""
-        return {"conv.weight": 0.0, **self.trained_init}
-
     @property
     def counts_passes(self) -> bool:
         """Whether ``count_pass`` is to be called at the beginning of each forward pass."""
@@ -237,8 +237,9 @@ class AttentionMechanism(Mixer):
 
     has_logits = True
     needs_tokens = False
-    # whether queries and keys must be the same tokens, and whether values may have another width then
+    # whether queries and keys must be the same tokens
     needs_self_attention = False
+    # whether such a mechanism takes values of another width
     takes_wide_values = False
     # whether queries and keys of patches have no effect, so that separate projections of them would learn nothing
     uses_values_only = False

@@ -167,9 +167,8 @@ class AtrousAttention(AttentionMechanism):
         self.gate_weight: Optional[nn.Parameter] = None
         self.gate_bias: Optional[nn.Parameter] = None
         if len(self.dilations) > 1:
-            dd = {"device": shape.device, "dtype": shape.dtype}
-            self.gate_weight = nn.Parameter(torch.empty(num_gates, shape.dim, **dd))
-            self.gate_bias = nn.Parameter(torch.empty(num_gates, **dd))
+            self.gate_weight = shape.parameter(num_gates, shape.dim)
+            self.gate_bias = shape.parameter(num_gates)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

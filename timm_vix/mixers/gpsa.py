@@ -31,7 +31,6 @@ import math
 from typing import Optional
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -63,15 +62,14 @@ class GatedPositionalAttention(AttentionMechanism):
     source = "d'Ascoli et al. 2021, arXiv 2103.10697"
     needs_self_attention = True
     supports_key_mask = True
-    trained_init = {"gating_param": -3.0}
+    added_init = {"conv.weight": 0.0, "gating_param": -3.0}
 
     def __init__(self, shape: AttentionShape, locality_strength: float = 1.0) -> None:
         super().__init__(shape)
         check_number("locality_strength", locality_strength, 0)
         self.locality_strength = float(locality_strength)
-        dd = {"device": shape.device, "dtype": shape.dtype}
-        self.gating_param = nn.Parameter(torch.empty(shape.num_heads, **dd))
-        self.pos_proj = nn.Parameter(torch.empty(shape.num_heads, 3, **dd))
+        self.gating_param = shape.parameter(shape.num_heads)
+        self.pos_proj = shape.parameter(shape.num_heads, 3)
         self.reset_parameters()
 
     @torch.no_grad()

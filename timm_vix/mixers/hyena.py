@@ -122,17 +122,14 @@ class HyenaConvolution(AttentionMechanism):
         self.reference_size = reference_size
         channels, hidden = shape.num_heads * shape.head_dim, filter_order
 
-        def empty(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
-
-        self.short_filter = empty(3 * channels, 1, short_filter_order, short_filter_order)
-        self.short_filter_bias = empty(3 * channels)
-        self.filter_in = empty(hidden, 2 * emb_dim)
-        self.filter_in_bias = empty(hidden)
-        self.filter_inner = empty(num_inner_mlps, hidden, hidden)
-        self.filter_inner_bias = empty(num_inner_mlps, hidden)
-        self.filter_out = empty(channels, hidden)
-        self.skip = empty(channels)
+        self.short_filter = shape.parameter(3 * channels, 1, short_filter_order, short_filter_order)
+        self.short_filter_bias = shape.parameter(3 * channels)
+        self.filter_in = shape.parameter(hidden, 2 * emb_dim)
+        self.filter_in_bias = shape.parameter(hidden)
+        self.filter_inner = shape.parameter(num_inner_mlps, hidden, hidden)
+        self.filter_inner_bias = shape.parameter(num_inner_mlps, hidden)
+        self.filter_out = shape.parameter(channels, hidden)
+        self.skip = shape.parameter(channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

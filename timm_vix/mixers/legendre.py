@@ -95,7 +95,7 @@ class LegendreMemory(AttentionMechanism):
         # numbers, which no change of dtype rounds
         self.step: list[list[float]] = discretise(order, theta).tolist()
         channels = shape.num_heads * shape.head_dim
-        self.readout = nn.Parameter(torch.empty(2, channels, 2 * order, device=shape.device, dtype=shape.dtype))
+        self.readout = shape.parameter(2, channels, 2 * order)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -36,7 +36,7 @@ from torch import nn
 
 from .._checks import check_choice, check_integer
 from ._landmarks import LandmarkAttention
-from ._layout import Grid, TokenLayout, cell_grid
+from ._layout import Grid, TokenLayout, cell_grid, num_patches
 from ._masks import MaskedPooling, cell_averages, pieces, share_read
 from ._mechanism import AttentionShape
 from ._resample import region_averages, resample_input_weight
@@ -66,7 +66,6 @@ class LinformerAttention(LandmarkAttention):
 
     title = "Linformer attention"
     source = "Wang et al. 2020, arXiv 2006.04768"
-    token_counts = ("num_proj_tokens",)
     candidates = tuple(dict(num_proj_tokens=k, window_size=w) for k in (16, 25, 49, 64) for w in (0, 4))
     grid_parameters = {"token_proj": resample_input_weight}
     __jit_unused_properties__ = ("counts_passes", "num_proj_tokens")
@@ -96,7 +95,7 @@ class LinformerAttention(LandmarkAttention):
         self.pools_once = sharing == "kv"
         groups = {"none": 2 * shape.num_heads, "headwise": 2, "kv": 1}[sharing]
         size = (groups, self.regions[0] * self.regions[1], *grid)
-        self.token_proj = nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
+        self.token_proj = shape.parameter(*size)
         self.reset_parameters()
 
     def before_resampling(self, name: str, weight: torch.Tensor) -> None:
@@ -137,7 +136,7 @@ class LinformerAttention(LandmarkAttention):
         else:
             weight = resample_input_weight(self.token_proj, layout.grid).flatten(2)
             weight, share = share_read(weight, patches.unsqueeze(1).unsqueeze(1))
-            counts = share * (float(layout.grid[0] * layout.grid[1]) / float(cells[0] * cells[1]))
+            counts = share * (float(num_patches(layout)) / float(cells[0] * cells[1]))
             if self.sharing != "kv":
                 counts = counts.chunk(2, dim=1)[0]
         keys, values = weight, weight

@@ -51,16 +51,13 @@ class TokenMlp(TokenMixing):
         self.tokens_mlp_ratio = float(tokens_mlp_ratio)
         hidden, (P, grid) = int(tokens_mlp_ratio * shape.dim + 1e-6), shape.queries  # 1/49 * 49 is below 1
 
-        def empty(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
-
-        self.read_patches = empty(hidden, *grid)
-        self.read_prefix = empty(hidden, P) if P else None
-        self.hidden_bias = empty(hidden)
-        self.write_patches = empty(hidden, *grid)
-        self.write_prefix = empty(hidden, P) if P else None
-        self.patch_bias = empty(1, *grid)
-        self.prefix_bias = empty(1, P) if P else None
+        self.read_patches = shape.parameter(hidden, *grid)
+        self.read_prefix = shape.parameter(hidden, P) if P else None
+        self.hidden_bias = shape.parameter(hidden)
+        self.write_patches = shape.parameter(hidden, *grid)
+        self.write_prefix = shape.parameter(hidden, P) if P else None
+        self.patch_bias = shape.parameter(1, *grid)
+        self.prefix_bias = shape.parameter(1, P) if P else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -42,7 +42,7 @@ import torch
 
 from .._checks import check_integer, check_number
 from ._landmarks import LandmarkAttention
-from ._layout import Grid, TokenLayout, cell_grid
+from ._layout import Grid, TokenLayout, cell_grid, num_patches
 from ._masks import MaskedPooling, cell_averages, is_read
 from ._mechanism import AttentionShape
 from ._precision import outside_autocast
@@ -121,7 +121,7 @@ class NystromAttention(LandmarkAttention):
 
     def is_exact(self, layout: TokenLayout) -> bool:
         # then O = A V, so X = V and Y = softmax(Q K^T / sqrt(D)) V
-        return self.num_landmarks >= layout.grid[0] * layout.grid[1]
+        return self.num_landmarks >= num_patches(layout)
 
     def pool_masked(self, read: torch.Tensor, layout: TokenLayout, cells: Grid, like: torch.Tensor) -> MaskedPooling:
         weight, counts = cell_averages(read[:, layout.num_prefix_tokens :], layout.grid, cells, True, like)

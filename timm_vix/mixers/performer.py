@@ -106,14 +106,14 @@ class PerformerAttention(AttentionMechanism):
         self.feature_seed = feature_seed
         self.redraw_interval = redraw_interval
         self.learned_features = learned_features
-        dd = {"device": shape.device, "dtype": shape.dtype}
         self.features: torch.Tensor
         self.feature_bias: Optional[nn.Parameter] = None
         if learned_features:
-            self.features = nn.Parameter(torch.empty(shape.num_heads, num_features, shape.head_dim, **dd))
-            self.feature_bias = nn.Parameter(torch.empty(shape.num_heads, 1, num_features, **dd))
+            self.features = shape.parameter(shape.num_heads, num_features, shape.head_dim)
+            self.feature_bias = shape.parameter(shape.num_heads, 1, num_features)
         else:
-            self.register_buffer("features", torch.empty(num_features, shape.head_dim, **dd))
+            size = (num_features, shape.head_dim)
+            self.register_buffer("features", torch.empty(size, device=shape.device, dtype=shape.dtype))
         if redraw_interval:
             self.register_buffer("passes", torch.zeros((), dtype=torch.int64, device=shape.device))
         self.reset_parameters()

@@ -64,8 +64,7 @@ class ReluAttention(AttentionMechanism):
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__(shape)
-        size = (shape.num_heads * shape.head_dim, *shape.keys.grid)
-        self.key_positions = nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
+        self.key_positions = shape.parameter(shape.num_heads * shape.head_dim, *shape.keys.grid)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

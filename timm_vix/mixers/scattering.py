@@ -144,14 +144,11 @@ class WaveletScattering(TokenMixing):
         self.num_blocks = num_blocks
         P, k, n = shape.queries.num_prefix_tokens, num_blocks, shape.dim // num_blocks
 
-        def empty(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, device=shape.device, dtype=shape.dtype))
-
-        self.low_weight = empty(shape.dim, *shape.queries.grid)
-        self.weight1, self.bias1 = empty(2, k, n, n), empty(2, k, n)
-        self.weight2, self.bias2 = empty(2, k, n, n), empty(2, k, n)
-        self.read_prefix = empty(P, shape.dim) if P else None
-        self.write_prefix = empty(P, shape.dim) if P else None
+        self.low_weight = shape.parameter(shape.dim, *shape.queries.grid)
+        self.weight1, self.bias1 = shape.parameter(2, k, n, n), shape.parameter(2, k, n)
+        self.weight2, self.bias2 = shape.parameter(2, k, n, n), shape.parameter(2, k, n)
+        self.read_prefix = shape.parameter(P, shape.dim) if P else None
+        self.write_prefix = shape.parameter(P, shape.dim) if P else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

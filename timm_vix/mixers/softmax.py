@@ -21,7 +21,7 @@ from typing import Optional
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .._checks import InputError
+from .._checks import InputError, is_number
 from ._layout import TokenLayout
 from ._mechanism import AttentionMechanism, AttentionShape
 from ._merging import merge_similar_keys
@@ -48,8 +48,7 @@ class SoftmaxAttention(AttentionMechanism):
 
     def __init__(self, shape: AttentionShape, merge_keys: float = 1.0) -> None:
         super().__init__(shape)
-        number = isinstance(merge_keys, (int, float)) and not isinstance(merge_keys, bool)
-        if not number or not 0.5 <= merge_keys <= 1:
+        if not is_number(merge_keys) or not 0.5 <= merge_keys <= 1:
             raise InputError(
                 f"merge_keys={merge_keys!r}: expected the share of the keys that is left, from 0.5 to 1, since "
                 "every second key at most merges into another"

@@ -168,7 +168,7 @@ def complete_checkpoint(
     values = {
         f"{path}.core.{name}": value
         for path, module in hosts_of(model).items()
-        for name, value in module.core.values_beside_trained().items()
+        for name, value in module.core.added_init.items()
         if not ours and f"{path}.core.{name}" not in in_stem  # a new stem has no trained weights
     }
     zeros = {key for key in new if key.endswith("attn.qkv.bias")} | feed_forward_keys(model, zeros=True)

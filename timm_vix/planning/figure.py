@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..train.plots import BLACK, BLUE, ORANGE, VERMILION, canvas
+from .._figures import BLACK, BLUE, ORANGE, VERMILION, canvas
 
 KEPT = {
     "predictions": "predictions that stay the same (%)",

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..conversion.merge_block import run_block
-from ..conversion.merge_steps import merge_steps, num_merged
+from ..conversion.merge_steps import merge_steps, merged_in_layers
 from ..conversion.plan_file import Plan
 from ..conversion.sites import attention_sites
 from ..conversion.slots import layout_of
@@ -27,7 +27,7 @@ from ..measure.job import time_interleaved
 from ..measure.memory import set_malloc
 from ..measure.statistics import compare_times
 from ..mixers import MIXERS
-from ..mixers._layout import TokenLayout
+from ..mixers._layout import TokenLayout, num_patches
 from ..mixers._merging import Groups
 from .measurements import Measurements
 from .sensitivity import count_gflops, plan_to_json, temporarily_converted
@@ -38,7 +38,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 # share of the patches that a block merges when the cost of merging is timed
 MERGED = 0.04
 # blocks are timed this many times as long as whole models, all blocks in turn
-BLOCKS = 8
+TIME_OF_BLOCKS = 8
 
 
 class Time(NamedTuple):
@@ -101,7 +101,7 @@ class Latency:
                 calls = [lambda model=model: self.call(model, self.images) for model in models]
                 times = time_interleaved(calls, {**self.job, "seconds": longer * self.seconds})
             row = compare_times(times[:, 1], times[:, 0])
-            speedup = round(row["speedup"], 4) if plan or plan.merge else 1.0
+            speedup = round(row["speedup"], 4) if plan.converts() else 1.0
             measured = Time(round(row["latency_p50_ms"], 4), speedup)
             self.table.add(self.run, what, **measured._asdict())
             self.known[what] = measured
@@ -140,7 +140,7 @@ class Latency:
         layer = len(self.model.blocks) // 2
         x, keywords = self.input_of(layer)
         layout = layout_of(self.model)
-        merged = max(1, round(MERGED * layout.grid[0] * layout.grid[1]))
+        merged = max(1, round(MERGED * num_patches(layout)))
         block = self.model.blocks[layer]
         places = [(site.parent, site.name) for site in attention_sites(self.model)[layer]]
         own = [getattr(parent, name) for parent, name in places]
@@ -164,8 +164,8 @@ class Latency:
             return call
 
         try:
-            # once in a plan, and the least time wants many rounds
-            job = {**self.job, "seconds": BLOCKS * self.seconds}
+            # blocks are timed once in a plan, and the least of their times needs many rounds
+            job = {**self.job, "seconds": TIME_OF_BLOCKS * self.seconds}
             times = time_interleaved([call_of(work, x) for work in works], job)
             gflops = []
             for work in works:
@@ -202,7 +202,7 @@ class Latency:
 
 def groups_of(batch: int, layout: TokenLayout, share: float, device: torch.device) -> Groups:
     """Groups of neighbours in the sequence, of which there are as many as a share of the patches."""
-    P, patches = layout.num_prefix_tokens, layout.grid[0] * layout.grid[1]
+    P, patches = layout.num_prefix_tokens, num_patches(layout)
     left = max(1, round(share * patches))
     place = torch.cat([torch.arange(P), P + torch.arange(patches) * left // patches])
     counts = torch.bincount(place, minlength=P + left).float()
@@ -220,7 +220,7 @@ class Costs:
 
     def __init__(self, model: nn.Module, blocks: dict[str, Cost], whole: Cost) -> None:
         layout = layout_of(model)
-        self.patches, self.depth = layout.grid[0] * layout.grid[1], len(model.blocks)
+        self.patches, self.depth = num_patches(layout), len(model.blocks)
         self.blocks, self.whole = blocks, whole
 
     def of_mixer(self, mixer: Mixer, name: str, share: float = 1.0, merges: bool = False) -> float:
@@ -236,11 +236,12 @@ class Costs:
     def of_plan(self, plan: Plan, name: str) -> float:
         """``name``, "milliseconds" or "gflops", of a whole model."""
         left, cost = self.patches, getattr(self.whole, name)
-        for layer, step in enumerate(merge_steps(plan.merge, self.depth)):
-            share, r = left / self.patches, num_merged(step, self.patches, left)
-            cost += self.of_mixer(plan.get(layer), name, share) - self.of_mixer(None, name)
+        merged = merged_in_layers(merge_steps(plan.merge, self.depth), self.patches)
+        for layer, r in enumerate(merged):
+            share = left / self.patches
+            cost += self.of_mixer(plan.layers.get(layer), name, share) - self.of_mixer(None, name)
             if r:
                 # timed with another number of merged tokens, which changes only how many tokens the MLP has
                 cost += self.of_mixer(None, name, share, True) - self.of_mixer(None, name, share)
-            left -= r
+                left -= r
         return cost

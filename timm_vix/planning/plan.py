@@ -23,6 +23,7 @@ from torch import nn
 
 from .._checks import InputError
 from .._device import find_device, versions
+from .._figures import write_figure
 from .._files import write_whole
 from .._records import check_writable
 from ..conversion.identity import fingerprint
@@ -31,7 +32,6 @@ from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
 from ..conversion.scaling import scaled_for
 from ..data.folders import spread
 from ..data.images import normaliser
-from ..train.plots import write_figure
 from ..train.settings import add_settings, documented, given_settings
 from .figure import agreement_over_time
 from .latency import Latency
@@ -182,7 +182,7 @@ def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitiv
         held_out_kept=held_out.measure(plan).kept,
         softmax_gflops=round(search.costs.whole.gflops, 9),
         softmax_milliseconds=search.costs.whole.milliseconds,
-        layers={str(layer): plan[layer] for layer in sorted(plan)},
+        layers={str(layer): plan.layers[layer] for layer in sorted(plan.layers)},
         merge=plan.merge,
         scale_logits=scaled_for(model),
         curve=rows_of(search, plan),

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import numpy as np
 
 from .._checks import InputError
-from ..conversion.merge_steps import first_merge, merge_steps, num_merged
+from ..conversion.merge_steps import first_merge, merge_steps, merged_in_layers
 from ..conversion.plan_file import Plan
 from ..measure.statistics import pareto
 from .latency import Costs, Latency, Mixer, follows_merging
@@ -32,7 +32,7 @@ MOST_CANDIDATES, SHORT_LIST, PATIENCE = 5, 4, 5
 # save time where merging many does.
 MERGED_IN_ONE, MERGED_IN_EACH, LEAST_LEFT = (0.05, 0.15, 0.4), 0.01, 0.1
 LONGER = 4  # the best plans are timed this many times as long as others
-NOTHING = 1e-12  # the least squared distance in the denominator of a ratio
+EPSILON = 1e-12  # the least squared distance in the denominator of a ratio
 
 
 class Search:
@@ -123,7 +123,7 @@ class Search:
         if what not in self.curve:
             kept, timed = self.chosen.measure(plan), self.latency.time_model(plan)
             self.curve[what] = tried = Tried(**kept._asdict(), **timed._asdict())
-            changes = f"{len(plan):3} layers converted, {self.merged(plan):4} tokens merged"
+            changes = f"{len(plan.layers):3} layers converted, {self.merged(plan):4} tokens merged"
             figures = f"{tried.speedup:.2f} times as fast, {tried.gflops:.3f} GFLOPs"
             figures += f", {self.chosen.compared} {tried.agreement:.4f}"
             figures += f", {tried.kept:.4f} of top-1" if self.chosen.labels is not None else ""
@@ -132,7 +132,7 @@ class Search:
 
     def squared_distance(self, plan: Plan) -> float:
         """The squared distance of a plan on the few images; 0 for softmax without merging."""
-        return self.few.measure(plan).distance ** 2 if plan or plan.merge else 0.0
+        return self.few.measure(plan).distance ** 2 if plan.converts() else 0.0
 
     # ------------------------------------------------------------------ candidates
 
@@ -175,8 +175,8 @@ class Search:
 
     def estimate(self, plan: Plan) -> float:
         """The squared distance of a plan, as the sum of those of its parts."""
-        total = sum(self.alone.get(plan_to_json(Plan({layer: mixer})), 0.0) for layer, mixer in plan.items())
-        for layer, r in enumerate(merges_of(plan, self.depth)):
+        total = sum(self.alone.get(plan_to_json(Plan({layer: mixer})), 0.0) for layer, mixer in plan.layers.items())
+        for layer, r in enumerate(steps_of(plan, self.depth)):
             if r:
                 steps = [with_merging(Plan(), self.depth, layer, one) for one in self.in_one]
                 alone = [self.alone.get(plan_to_json(step), 0.0) for step in steps]
@@ -191,10 +191,10 @@ class Search:
         for layer in range(self.depth):
             for mixer in self.mixers:
                 if first is None or layer <= first or follows_merging(mixer):
-                    yield f"{layer} {json.dumps(mixer)}", Plan({**plan, layer: mixer}, plan.merge)
+                    yield f"{layer} {json.dumps(mixer)}", Plan({**plan.layers, layer: mixer}, plan.merge)
         if not self.in_one or not self.can_merge(plan):
             return
-        last = max((layer for layer, mixer in plan.items() if not follows_merging(mixer)), default=0)
+        last = max((layer for layer, mixer in plan.layers.items() if not follows_merging(mixer)), default=0)
         for layer in range(last, self.depth):
             for r in self.in_one:
                 yield f"merge {r} {layer}", with_merging(plan, self.depth, layer, r)
@@ -208,10 +208,7 @@ class Search:
 
     def merged(self, plan: Plan) -> int:
         """How many patches have merged after the last layer."""
-        left = self.patches
-        for step in merges_of(plan, self.depth):
-            left -= num_merged(step, self.patches, left)
-        return self.patches - left
+        return sum(r or 0 for r in merged_in_layers(steps_of(plan, self.depth), self.patches))
 
     def can_merge(self, plan: Plan) -> bool:
         """Whether so many patches are left that more may merge."""
@@ -225,12 +222,12 @@ class Search:
         for name, new in self.steps(plan):
             saved = cost - self.costs.of_plan(new, self.target.cost)
             if name not in refused and saved > least:
-                found.append((saved / max(self.estimate(new) - here, NOTHING), saved, name, new))
+                found.append((saved / max(self.estimate(new) - here, EPSILON), saved, name, new))
         if not found:
             return None
         short = sorted(found, key=lambda step: -step[0])[:SHORT_LIST]
         before = self.squared_distance(plan)
-        ratios = [saved / max(self.squared_distance(new) - before, NOTHING) for _, saved, _, new in short]
+        ratios = [saved / max(self.squared_distance(new) - before, EPSILON) for _, saved, _, new in short]
         _, _, name, new = short[ratios.index(max(ratios))]
         return name, new
 
@@ -277,10 +274,10 @@ class Search:
         Each has the name of the step that leads back to ``plan``.
         """
         found = [
-            (f"{layer} {json.dumps(mixer)}", Plan({i: m for i, m in plan.items() if i != layer}, plan.merge))
-            for layer, mixer in plan.items()
+            (f"{layer} {json.dumps(mixer)}", Plan({i: m for i, m in plan.layers.items() if i != layer}, plan.merge))
+            for layer, mixer in plan.layers.items()
         ]
-        for layer, r in enumerate(merges_of(plan, self.depth)):
+        for layer, r in enumerate(steps_of(plan, self.depth)):
             if r:
                 less = max((one for one in self.in_one if one <= r), default=r)
                 found.append((f"merge {less} {layer}", with_merging(plan, self.depth, layer, -less)))
@@ -315,19 +312,19 @@ class Search:
             plans.append(Plan({layer: cheapest for layer in range(self.depth) if cheapest}))
         if self.in_one:
             # no layer merges more than half
-            plans.append(Plan(plans[1], [self.patches if layer < 3 else 0 for layer in range(self.depth)]))
+            plans.append(Plan(plans[1].layers, [self.patches if layer < 3 else 0 for layer in range(self.depth)]))
         costs = [self.costs.of_plan(plan, self.target.cost) for plan in plans]
         if not any(self.target.is_near(cost, self.costs.whole) for cost in costs):
             raise self.target.unreached(self.costs.whole.milliseconds / min(costs), min(costs))
 
 
-def merges_of(plan: Plan, depth: int) -> list[Any]:
-    """How many patches each layer merges."""
+def steps_of(plan: Plan, depth: int) -> list[Any]:
+    """How many patches each layer is asked to merge."""
     return list(merge_steps(plan.merge, depth))
 
 
 def with_merging(plan: Plan, depth: int, layer: int, more: int) -> Plan:
     """A plan whose ``layer`` merges more patches."""
-    merge = merges_of(plan, depth)
+    merge = steps_of(plan, depth)
     merge[layer] += more
-    return Plan(plan, merge if any(merge) else 0)
+    return Plan(plan.layers, merge if any(merge) else 0)

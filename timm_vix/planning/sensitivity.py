@@ -62,20 +62,19 @@ def replace_blocks(model: nn.Module, layers: list[int], replacement: nn.Module) 
 @contextlib.contextmanager
 def temporarily_converted(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Convert a softmax model; on leaving, give it its own attention back."""
-    changes = bool(plan or plan.merge)
-    if changes:
+    if plan.converts():
         convert(model, layers=plan)
     try:
         yield
     finally:
-        if changes:
+        if plan.converts():
             convert(model, "softmax", merge=0)
 
 
 def plan_to_json(plan: Plan) -> str:
     """A plan as JSON, with layers in ascending order."""
     merge = {"merge": plan.merge} if plan.merge else {}
-    return json.dumps({**{str(layer): plan[layer] for layer in sorted(plan)}, **merge})
+    return json.dumps({**{str(layer): plan.layers[layer] for layer in sorted(plan.layers)}, **merge})
 
 
 def plan_from_json(text: str) -> Plan:
@@ -168,7 +167,7 @@ class Sensitivity:
         squared_error, squared_norm, stored = 0.0, 0.0, StoredTokens()
         predicted: list[torch.Tensor] = []
         agreed: list[torch.Tensor] = []  # of each image, from 0 to 1
-        unchanged = not (plan or plan.merge)
+        unchanged = not plan.converts()
         with temporarily_converted(self.model, plan):
             gflops = count_gflops(self.model, self.batches[0][:1])
             with replace_blocks(self.model, list(range(layer)), stored):

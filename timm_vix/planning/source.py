@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .._checks import InputError
+from .._names import weights_config
 from ..conversion.convert import convert, revert
 from ..conversion.identity import mechanisms_of
 from ..conversion.scaling import ScaleLogits, trained_tokens
@@ -14,6 +15,7 @@ from ..conversion.sites import attention_sites
 from ..conversion.slots import layout_of
 from ..data.folders import find_unlabelled, labelled_folder, spread
 from ..data.images import Images, transforms
+from ..mixers._layout import num_tokens
 from ..train.teacher import build_teacher
 from .plan_settings import PlanSettings
 
@@ -26,8 +28,8 @@ def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
             classifier.
     """
     model, config = build_teacher(run.source, run.source_kwargs, run.weights, run.img_size, run.device)
-    if any(name != "softmax" for name, _ in mechanisms_of(model).values()):
-        raise InputError(f"source={run.source} has mixers already; a plan starts from a softmax model")
+    if found := sorted({name for name, _ in mechanisms_of(model).values() if name != "softmax"}):
+        raise InputError(f"source={run.source} has {', '.join(found)}; a plan starts from plain softmax attention")
     if run.labels and not model.num_classes:
         raise InputError(f"labels: source={run.source} has no classifier whose top-1 could be kept; leave them out")
     attention_sites(model)
@@ -57,9 +59,9 @@ def scale_source(
             convert(model, scale_logits=scale_logits)
         return
     layout = layout_of(model)
-    known = bool((getattr(model, "pretrained_cfg", None) or {}).get("input_size"))
+    known = bool(weights_config(model).get("input_size"))
     number = trained_tokens(model, "log") if known else 0
-    if labels is None or plain is None or not 0 < number < layout.num_prefix_tokens + layout.grid[0] * layout.grid[1]:
+    if labels is None or plain is None or not 0 < number < num_tokens(layout):
         return
     convert(model, scale_logits=number)
     scaled = num_right(model, batches, labels)

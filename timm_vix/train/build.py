@@ -17,6 +17,7 @@ from torch import nn
 from .._checks import InputError
 from .._device import autocast
 from .._files import one_line
+from .._names import weights_config
 from .settings import weights_of_file
 
 
@@ -113,7 +114,7 @@ def construction(model: nn.Module, data_config: dict[str, Any]) -> dict[str, Any
     A folder that is named in ``local-dir:`` may hold another configuration later, under the same name.
     """
     found = dict(
-        architecture=(getattr(model, "pretrained_cfg", None) or {}).get("architecture"),
+        architecture=weights_config(model).get("architecture"),
         keywords={name: value for name, value in get_model_args(model).items() if name != "conversion"},
         images=data_config,
     )

@@ -3,7 +3,7 @@
 import csv
 import io
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,19 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line, write_whole
+from ..data.images import Images
 
 
 class Checkpoint:
     """What a run needs to be continued: weights, optimizer, position, and the settings that must be the same.
 
+    It also keeps which images are damaged, so that a continued run doesn't decode all of them again.
+
     Args:
         path: The file.
         settings: Plain values. Those that an earlier version did not record are not compared.
         position: How far the run is, as plain values; the run changes it as it goes.
+        images: The images of the run.
     """
 
     def __init__(
@@ -30,8 +34,9 @@ class Checkpoint:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         position: dict[str, Any],
+        images: Sequence[Images] = (),
     ) -> None:
-        self.path, self.settings = path, settings
+        self.path, self.settings, self.images = path, settings, images
         self.model, self.optimizer, self.position = model, optimizer, position
 
     def save(self) -> None:
@@ -43,6 +48,7 @@ class Checkpoint:
                 model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 position=self.position,
+                damaged=[sorted(part.damaged) for part in self.images],
             ),
         )
 
@@ -75,6 +81,8 @@ class Checkpoint:
         except Exception as error:  # torch raises by kind of damage
             raise InputError(f"resume: {self.path} is not of this training: {one_line(error)}") from error
         self.position.update(state["position"])
+        for part, damaged in zip(self.images, state.get("damaged", [])):  # earlier versions kept them elsewhere
+            part.damaged.update(damaged)
 
 
 def only_differing(before: Any, now: Any) -> tuple[Any, Any]:
@@ -125,9 +133,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """One row per epoch as CSV."""
+    """One row per epoch as CSV, with every column that a row has."""
     text = io.StringIO()
-    table = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     table.writerows(history)
     write_whole(path, text.getvalue().encode())

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .._checks import InputError
 from .._device import autocast, find_device, find_dtype
+from .._figures import write_figure
 from ..conversion.delta import save_delta
 from ..conversion.freeze import freeze_except
 from ..data.datasets import Items
@@ -37,7 +38,7 @@ from .finetune_settings import FinetuneSettings
 from .hub import finetuned_card, write_hub
 from .interrupt import deferred_interrupt
 from .loop import Loop
-from .plots import learning_curve, write_figure
+from .plots import learning_curve
 from .settings import documented
 from .tract import first_layers, tract
 
@@ -82,67 +83,76 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
         for layer in first_layers(net):
             tract(layer, run.tract)
     train, val = prepare_images(run, config, train_items, val_items, classes)
-    settings = json.loads(json.dumps(run.recorded() | dict(amp=str(dtype).removeprefix("torch."))))
-    settings.update(
-        images=f"{train.digest()}; {val.digest()}",
-        content=f"{train.checksum()}; {val.checksum()}",
-        construction=construction(net, config),
-    )
+    settings = settings_of(run, dtype, train, val) | dict(construction=construction(net, config))
     batch_size = min(run.batch_size, len(train) - len(train) % 2)  # even, as mixup pairs images
     steps = len(train) // batch_size
     optimizer, scheduler = optimizer_of(net, run, steps)
-    mix = Mixup(run.mixup, label_smoothing=run.label_smoothing, num_classes=len(classes)) if run.mixup else None
-    smoothing = 0.0 if mix else run.label_smoothing  # mixup smooths its labels itself
-    normalise = normaliser(config, run.device)
+    objective = objective_of(net, run, config, len(classes), dtype)
     position: dict[str, Any] = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
-    position["damaged"] = [[], []]  # images of training and validation, which a continued run doesn't decode again
-    position["weights"] = Path(run.checkpoint).name if run.checkpoint else None
-    checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position)
+    checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position, (train, val))
     start_or_resume(checkpoint, run)
-    train.damaged.update(position["damaged"][0])
-    val.damaged.update(position["damaged"][1])
     history = position["history"]
-
-    def save() -> None:
-        position["damaged"] = [sorted(train.damaged), sorted(val.damaged)]
-        checkpoint.save()
-
     with deferred_interrupt() as asked:
-        loop = Loop(checkpoint, run.checkpoint_every, asked, save)
+        loop = Loop(checkpoint, run.checkpoint_every, asked)
         for epoch in range(position["epoch"], run.epochs):
             net.train()
             loader = train.loader(train.batches(batch_size, epoch)[position["step"] :], run.workers)
             for pixels, labels in loop.steps(f"epoch {epoch + 1}/{run.epochs}", loader, steps):
                 seed_step(run, epoch, position["step"])
                 scheduler.step_update(epoch * steps + position["step"])
-                inputs, targets = normalise(pixels), labels.to(run.device)
-                if mix:
-                    inputs, targets = mix(inputs, targets)
-                with autocast(run.device, dtype):
-                    logits = net(inputs)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                loop.update(loss, lower(run))
+                loss = objective(pixels, labels)
+                loop.update(loss, divergence_advice(run))
                 position["loss"] += loss.item()
                 loop.note(f"loss={position['loss'] / (position['step'] + 1):.3f}")
             start = time.perf_counter()
-            top1, top5 = evaluate(net, val, run, dtype, normalise, loop.stop_if_asked)
+            top1, top5 = evaluate(net, val, run, dtype, normaliser(config, run.device), loop.stop_if_asked)
             row = dict(
                 epoch=epoch + 1,
                 train_loss=position["loss"] / steps,
                 top1=top1,
                 top5=top5,
                 lr=max(group["lr"] for group in optimizer.param_groups),
-                # not rounded: a comparison takes the time of training from the rate, and of validation from the rest
                 seconds=position["seconds"] + time.perf_counter() - start,
+                train_seconds=position["seconds"],
                 images_per_second=steps * batch_size / position["seconds"],
                 **circumstances(net, config, settings["amp"], run.device, batch_size),
             )
-            end_epoch(checkpoint, row, run, save)
+            end_epoch(checkpoint, row, run)
     finish(checkpoint, run, config, classes, f"{train.readable:,} images; validation: {val.readable:,}")
     return net, history
 
 
-def lower(run: FinetuneSettings) -> str:
+def settings_of(run: FinetuneSettings, dtype: torch.dtype, train: Images, val: Images) -> dict[str, Any]:
+    """What must be the same when the run is continued, as plain values."""
+    return {
+        **json.loads(json.dumps(run.recorded())),
+        "amp": str(dtype).removeprefix("torch."),
+        "checkpoint": Path(run.checkpoint).name if run.checkpoint else None,  # the file may move
+        "images": f"{train.digest()}; {val.digest()}",
+        "content": f"{train.checksum()}; {val.checksum()}",
+    }
+
+
+def objective_of(
+    net: nn.Module, run: FinetuneSettings, config: dict[str, Any], num_classes: int, dtype: torch.dtype
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The cross-entropy of a batch of pixels and labels, with the label smoothing and mixup of the run."""
+    mix = Mixup(run.mixup, label_smoothing=run.label_smoothing, num_classes=num_classes) if run.mixup else None
+    smoothing = 0.0 if mix else run.label_smoothing  # mixup smooths its labels itself
+    normalise = normaliser(config, run.device)
+
+    def objective(pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        inputs, targets = normalise(pixels), labels.to(run.device)
+        if mix:
+            inputs, targets = mix(inputs, targets)
+        with autocast(run.device, dtype):
+            logits = net(inputs)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+    return objective
+
+
+def divergence_advice(run: FinetuneSettings) -> str:
     """What helps against a training that diverges."""
     return f"lower lr={run.lr} or set amp=off"
 
@@ -176,15 +186,8 @@ def optimizer_of(net: nn.Module, run: FinetuneSettings, steps: int) -> tuple[tor
 
 def start_or_resume(checkpoint: Checkpoint, run: FinetuneSettings) -> None:
     """Continue from the checkpoint, or replace an earlier run by one at its start."""
-    weights = checkpoint.position["weights"]
     if run.resume:
-        state = checkpoint.read()
-        before = state["position"].get("weights", weights)  # earlier versions did not record them
-        if before != weights:
-            raise InputError(
-                f"resume: settings differ from those of {checkpoint.path}: checkpoint={before} before, {weights} now"
-            )
-        checkpoint.restore(state)
+        checkpoint.restore(checkpoint.read())
         if run.keep == "best" and checkpoint.position["history"]:
             if not checkpoint.position["step"]:
                 save_best(checkpoint)
@@ -218,13 +221,13 @@ def circumstances(net: nn.Module, config: dict[str, Any], dtype: str, device: st
     )
 
 
-def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], run: FinetuneSettings, save: Callable[[], None]) -> None:
-    """Write history and, by ``save``, the checkpoint; and the weights as ``best.pt`` if they are the best so far."""
+def end_epoch(checkpoint: Checkpoint, row: dict[str, Any], run: FinetuneSettings) -> None:
+    """Write history and checkpoint; and the weights as ``best.pt`` if they are the best so far."""
     folder, history = checkpoint.path.parent, checkpoint.position["history"]
     history.append(row)
     write_history(folder / "history.csv", history)
     checkpoint.position.update(epoch=row["epoch"], step=0, loss=0.0, seconds=0.0)
-    save()
+    checkpoint.save()
     if run.keep == "best":
         save_best(checkpoint)
     print(
@@ -249,7 +252,7 @@ def finish(
 ) -> None:
     """Choose the epoch, write its weights as a delta and as a folder for the Hub, and draw the curve."""
     folder, net = checkpoint.path.parent, checkpoint.model
-    weights, history = checkpoint.position["weights"], checkpoint.position["history"]
+    weights, history = checkpoint.settings["checkpoint"], checkpoint.position["history"]
     row = history[-1]
     if run.keep == "best":
         row = max(history, key=lambda earlier: earlier["top1"])
@@ -302,7 +305,7 @@ def evaluate(
         with autocast(run.device, dtype):
             logits = model(normalise(pixels))
         if not logits.isfinite().all():
-            raise InputError(f"the model gives logits that aren't finite after training; {lower(run)}")
+            raise InputError(f"the model gives logits that aren't finite after training; {divergence_advice(run)}")
         for meter, value in zip((top1, top5), accuracy(logits, labels.to(run.device), topk=(1, 5))):
             meter.update(value.item(), len(labels))
         after_batch()

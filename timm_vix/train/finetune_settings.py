@@ -69,7 +69,7 @@ class FinetuneSettings(Settings):
     keep: str = setting(
         "last", "epoch whose weights are returned; best: that of the highest top-1", one_of("last", "best")
     )
-    weight_decay: float = setting(0.05, "of AdamW", FROM_0)
+    weight_decay: float = setting(0.05, "weight decay of AdamW", FROM_0)
     layer_decay: Optional[float] = setting(
         None, "factor on the learning rate from each layer to the one below", ABOVE_0_TO_1
     )
@@ -78,7 +78,7 @@ class FinetuneSettings(Settings):
     label_smoothing: float = setting(0.1, "share of a label that is spread over all classes", FROM_0_BELOW_1)
     augment: str = setting("light", "light: crop and flip; rand: RandAugment as well", one_of("none", "light", "rand"))
     flip: float = setting(None, by_data("probability of a mirrored image", "flip"), FROM_0_TO_1)
-    seed: int = setting(0, "of the order and augmentation of images and of new weights", FROM_0)
+    seed: int = setting(0, "seed of the order of images, of their augmentation and of new weights", FROM_0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
     amp: str = setting("auto", "auto: bfloat16 where the processor has it", one_of("auto", "off", "bfloat16"))
     threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0, may_change=True)
@@ -87,7 +87,7 @@ class FinetuneSettings(Settings):
     checkpoint_every: int = setting(200, "steps between checkpoints inside an epoch", ABOVE_0, may_change=True)
     resume: bool = setting(False, "continue the run in out", may_change=True)
     overwrite: bool = setting(False, "replace the run in out", may_change=True)
-    license: str = setting("other", "of the model, for its card", may_change=True)
+    license: str = setting("other", "licence of the model, for its card", may_change=True)
     data_root: Optional[str] = setting(None, "folder of the files of a data set of timm's factory", may_change=True)
     tract: Optional[float] = setting(
         None, "lambda of TrAct, which changes the gradient of the first layer; the paper has 0.1, None is off", ABOVE_0

@@ -34,6 +34,8 @@ def write_hub(
     """
     partial, former = (folder.with_name(f"{folder.name}.{name}") for name in ("partial", "former"))
     try:
+        if former.is_dir() and not folder.exists():  # of a process that was killed in between
+            os.replace(former, folder)
         shutil.rmtree(partial, ignore_errors=True)
         names = dict(label_names=label_names) if label_names else None
         record_resolved_arguments(model)  # no file of a plan is named
@@ -45,16 +47,25 @@ def write_hub(
             os.replace(folder, former)
         os.replace(partial, folder)
         shutil.rmtree(former, ignore_errors=True)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
+    except BaseException as error:  # Ctrl-C, too; safetensors has an exception of its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         if former.exists() and not folder.exists():
             os.replace(former, folder)
+        if not isinstance(error, Exception):
+            raise
         raise OSError(f"cannot write {folder}: {one_line(error)}; what was saved before is intact") from error
 
 
+def hub_of(folder: Path) -> Path:
+    """The folder for the Hub in that of a run, or the folder itself."""
+    return folder / "hub" if (folder / "hub").is_dir() else folder
+
+
 def note_classes_once(path: Path) -> None:
-    """Take the number of classes out of the arguments of the model: the configuration has it, and Transformers' wrapper
-    of timm's models hands on both."""
+    """Remove num_classes from model_args in a configuration.
+
+    It is also at the top level, and Transformers' wrapper for timm would pass it twice.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
     if (config.get("model_args") or {}).get("num_classes") == config["num_classes"]:
         del config["model_args"]["num_classes"]

@@ -22,9 +22,9 @@ class Loop:
         checkpoint: What is saved; its optimizer takes the steps.
         every: Steps between two checkpoints.
         asked: Set when the user wants the run to stop, see ``deferred_interrupt``.
-        save: Saves the checkpoint, and whatever else belongs beside it.
+        save: Saves the checkpoint, and whatever else belongs beside it; None: the checkpoint alone.
         show: Whether a progress bar is shown, if the output is a terminal.
-        remedy: Name of what continues a stopped run, such as "the same command", for the message after Ctrl-C.
+        continued_by: What continues a stopped run, such as "the same command", for the message after Ctrl-C.
     """
 
     def __init__(
@@ -32,19 +32,21 @@ class Loop:
         checkpoint: Checkpoint,
         every: int,
         asked: Event,
-        save: Callable[[], None],
+        save: Optional[Callable[[], None]] = None,
         show: bool = True,
-        remedy: str = "resume",
+        continued_by: str = "resume",
     ) -> None:
-        self.checkpoint, self.every, self.asked, self.save, self.show = checkpoint, every, asked, save, show
-        self.remedy = remedy
+        self.checkpoint, self.every, self.asked, self.show = checkpoint, every, asked, show
+        self.save = save or checkpoint.save
+        self.continued_by = continued_by
 
     def steps(self, stage: str, batches: Iterable[Any], total: Optional[int]) -> Iterator[Any]:
         """Yield the batches of a stage's remaining steps; the caller calls ``update`` once for each.
 
         Args:
             stage: Its name, for the progress bar and for errors.
-            batches: Those of the steps from ``position["step"]`` to ``total``; None: their number isn't known.
+            batches: Those of the steps from ``position["step"]`` on.
+            total: Steps of the stage; None: their number isn't known beforehand.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C, after the step was finished and a checkpoint saved.
@@ -86,5 +88,5 @@ class Loop:
             of_all = f" of {self.total}" if self.total else ""
             raise KeyboardInterrupt(
                 f"interrupted in {self.stage} after {self.checkpoint.position['step']}{of_all} steps; "
-                f"saved {self.checkpoint.path}; {self.remedy} continues from there"
+                f"saved {self.checkpoint.path}; {self.continued_by} continues from there"
             )

@@ -249,5 +249,10 @@ def check_folder(out: Path, resume: bool, overwrite: bool, **starts: Optional[st
             raise InputError(f"{name}={start} lies in out={out}, which overwrite replaces; give another out")
     if resume and not (out / "checkpoint.pt").is_file():
         raise InputError(f"resume: {out} holds no checkpoint.pt; start without resume")
-    if not (resume or overwrite) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"out={out} exists; resume continues it, overwrite replaces it, another folder keeps it")
+    # a run that was killed while it wrote its first checkpoint leaves checkpoint.pt.partial
+    held = sorted(path for path in out.iterdir() if path.suffix != ".partial") if out.is_dir() else [out] * out.exists()
+    if held and not (resume or overwrite):
+        raise InputError(
+            f"out={out} already holds {held[0].name}; give resume to continue that run, overwrite to delete it, or "
+            "another out"
+        )

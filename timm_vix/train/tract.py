@@ -8,9 +8,9 @@ images of high contrast no longer decide the weights. It is the input factor of 
 the matrix, and the result is linear in the gradient: it may be accumulated, scaled, or averaged over processes, each of
 which has the matrix of its own images.
 
-*Names:* ``strength`` = lambda, 0.1 in the paper, for standardised images. *Differs:* in float32 under autocast too; the
-bias is left alone, as there. Gradients grow by up to 1 / strength, which counts where their norm is clipped, and Adam
-takes a part of it back. For training from scratch.
+*Names:* ``strength`` = lambda, 0.1 in the paper, for standardised images. *Differs:* the matrix is computed in float32
+under autocast, too. As in the paper, the gradient of the bias is left as it is. Gradients grow by up to 1 / strength,
+which counts where their norm is clipped, and Adam takes a part of it back. For training from scratch.
 
 Shapes: R rows, patches of all images; n inputs of the layer, C·p^2 for patches of p x p pixels.
 """
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn.functional import unfold
 
-from .._checks import InputError
+from .._checks import InputError, is_number
+from .._names import weights_config
 from ..mixers._precision import outside_autocast
 
 
@@ -92,7 +93,7 @@ def tract(layer: nn.Module, strength: float = 0.1) -> Tract:
     Example:
         >>> hooks = tract(model.patch_embed.proj)
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength < float("inf"):
+    if not is_number(strength) or not 0 < strength < float("inf"):
         raise InputError(f"strength={strength!r}: expected a finite number above 0")
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         raise InputError(f"layer is a {type(layer).__name__}; expected an nn.Conv2d or nn.Linear")
@@ -113,7 +114,7 @@ def first_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: for a model that names none.
     """
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    cfg = weights_config(model)
     names = getattr(model, "_traits", {}).get("first_conv") or cfg.get("first_conv") or ()
     names = (names,) if isinstance(names, str) else names
     if not names:

@@ -49,6 +49,7 @@ from ..mixers import MIXERS
 from ..mixers._slot import MixerSlot
 from .build import construction, try_forward
 from .checkpoint import Checkpoint, clear
+from .hub import hub_of
 from .interrupt import deferred_interrupt
 from .loop import Loop
 from .losses import BlockMatching, Distillation
@@ -99,17 +100,16 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     start = load_start(student, run.start) if run.start else ""
     settings = dict(settings_of(run, images, dtype, teacher, config), start=start)
     normalise = normaliser(config, run.device)
-    position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[], damaged=[])
+    position: dict[str, Any] = dict(stage=1, step=0, seconds=0.0, rows=[])
 
     def optimizer_of(stage: int) -> torch.optim.Optimizer:
         groups = stage_groups(run, student, mixers, stage)
         return create_optimizer_v2(groups, "adamw", lr=lr_of(run, stage), weight_decay=0.0)
 
-    checkpoint = Checkpoint(folder / "checkpoint.pt", settings, student, optimizer_of(1), position)
+    checkpoint = Checkpoint(folder / "checkpoint.pt", settings, student, optimizer_of(1), position, (images,))
 
     def save() -> None:
         if rank == 0:
-            position["damaged"] = sorted(images.damaged)  # a continued run doesn't decode all images again
             checkpoint.save()
             write_table(folder / "steps.csv", ["stage", "step", "losses"], position["rows"])
 
@@ -118,7 +118,6 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
         checkpoint.check_settings(saved["settings"])  # before its position, which is another one's if they differ
         checkpoint.optimizer = optimizer_of(saved["position"]["stage"])
         checkpoint.restore(saved)
-        images.damaged.update(position["damaged"])
     else:
         if rank == 0:
             clear(folder, FILES)
@@ -209,7 +208,7 @@ def load_start(student: nn.Module, folder: str) -> str:
     Raises:
         ValueError: for a folder that isn't one, or whose model is converted otherwise.
     """
-    hub = Path(folder) / "hub" if (Path(folder) / "hub").is_dir() else Path(folder)
+    hub = hub_of(Path(folder))
     try:
         earlier = timm.create_model(f"local-dir:{hub}", pretrained=True, img_size=student.patch_embed.img_size)
         check_same_mixers(earlier, student)

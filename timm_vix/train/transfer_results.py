@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from .._checks import InputError
 from .._device import autocast, device_name, versions
+from .._figures import write_figure
 from ..conversion.keywords import ADDING_NOTHING
 from ..conversion.report import Conversion
 from ..data.images import Images
 from ..mixers import MIXERS
 from .checkpoint import write_history
 from .hub import transferred_card, write_hub
-from .plots import layer_errors, write_figure
+from .plots import layer_errors
 from .transfer_settings import TransferSettings
 
 

@@ -1,5 +1,6 @@
 """The settings of ``transfer``."""
 
+import os
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -55,7 +56,7 @@ class TransferSettings(Settings):
         "attention", "what stage 2 trains: the replaced attention, or the whole network", one_of("attention", "all")
     )
     layer_decay: float = setting(
-        1.0, "of the learning rate from each layer to the one below, with distill_part=all", ABOVE_0_TO_1
+        1.0, "factor of the learning rate from each layer to the one below, with distill_part=all", ABOVE_0_TO_1
     )
     pass_through: float = setting(
         0.0,
@@ -69,10 +70,10 @@ class TransferSettings(Settings):
         None, "folder of an earlier transfer, whose weights this one starts from", may_change=True
     )
     batch_size: int = setting(16, "images a step, over all processes", ABOVE_0)
-    seed: int = setting(0, "of the order and cropping of the images", FROM_0)
+    seed: int = setting(0, "seed of the order and cropping of the images", FROM_0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
     amp: str = setting("auto", "auto: bfloat16 where the processor has it", one_of("auto", "off", "bfloat16"))
-    threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0)
+    threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0, may_change=True)
     workers: int = setting(0, "processes that load images", FROM_0, may_change=True)
     out: str = setting("transferred", "folder for the results", may_change=True)
     checkpoint_every: int = setting(50, "steps between checkpoints", ABOVE_0, may_change=True)
@@ -83,6 +84,8 @@ class TransferSettings(Settings):
         super().__post_init__()
         if own := {"model", "mixer", "layers"} & (self.mixer_kwargs or {}).keys():
             raise InputError(f"mixer_kwargs: {', '.join(sorted(own))} is no keyword of a mixer; it is a setting itself")
+        if isinstance(self.data_dir, (list, tuple)):
+            self.data_dir = [os.fspath(f) if isinstance(f, os.PathLike) else f for f in self.data_dir]
         folders = [self.data_dir] if isinstance(self.data_dir, str) else self.data_dir
         if not isinstance(folders, (list, tuple)) or not folders or not all(isinstance(f, str) for f in folders):
             raise InputError(f"data_dir={self.data_dir!r}: expected a folder, or a list of folders")
