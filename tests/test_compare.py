@@ -20,6 +20,7 @@ from timm_vix import cli
 from timm_vix._names import parse_model
 from timm_vix._records import read_records
 from timm_vix.benchmark import compare
+from timm_vix.benchmark.runs import with_checksum
 from timm_vix.train.finetune import finetune
 
 ROOT = Path(__file__).parents[1]
@@ -191,9 +192,11 @@ def test_an_indexed_data_set_is_known_by_its_labels() -> None:
     class Sample:
         pass
 
-    first, second = ([(Sample(), label) for label in labels] for labels in ((0, 1, 1), (0, 0, 1)))
-    assert compare.checksum_of(first, []) == compare.checksum_of([(Sample(), label) for label in (0, 1, 1)], [])
-    assert compare.checksum_of(first, []) != compare.checksum_of(second, [])
+    def known_by(*labels: int) -> str:
+        return with_checksum("some (2 classes)", [(Sample(), label) for label in labels], [])
+
+    assert known_by(0, 1, 1) == known_by(0, 1, 1) != known_by(0, 0, 1)
+    assert re.fullmatch(r"some \(2 classes, 3 images [0-9a-f]{8}\)", known_by(0, 1, 1))
 
 
 def test_costs_are_those_of_this_machine_and_these_versions(digits, tmp_path, trained, monkeypatch) -> None:

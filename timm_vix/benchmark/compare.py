@@ -3,17 +3,13 @@
 Each run is ``finetune`` in a process of its own: one that fails is a row with its reason, one that was stopped
 continues where it was, one that is finished is not repeated. What a model costs is measured as by ``timm-vix cost``.
 
-A run is its model, initial weights, seed, images and recipe. The weights are recorded by the name and checksum of their
-file, the images by the name of their folder, their number and a checksum of their names and sizes, so that they may
-move. A row of an earlier version has names without checksums. It counts as the row of a run with the same names. A run
-may be continued with another number of threads or on another device. Its times are then those of the epochs that ran
-on the last device.
+What a run is known by is in ``runs.py``. A row of an earlier version has names without checksums. It counts as the row
+of a run with the same names. A run may be continued with another number of threads or on another device. Its times are
+then those of the epochs that ran on the last device.
 """
 
 import argparse
-import re
 import statistics
-import zlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -22,17 +18,17 @@ import torch
 
 from .._checks import InputError, check_at_most_one, positive
 from .._device import device_name, find_device, find_dtype, versions
-from .._files import name_and_checksum
 from .._names import parse_model
 from .._records import Columns, Record, aligned, append_record, check_writable, earlier_records, grouped, key_of
-from ..data.datasets import Items, as_folder
+from ..data.datasets import as_folder
 from ..data.folders import find_images, name_of
 from ..measure.job import measure_in_process
 from ..measure.process import call_in_process
 from ..train.finetune_settings import FinetuneSettings
-from ..train.settings import check_keywords_are_plain, check_weights, description
+from ..train.settings import check_keywords_are_plain, description
 from .baselines import baseline_of
 from .cost import round_off
+from .runs import Run, start_of, with_checksum
 
 COLUMNS: Columns = dict(
     model=str,
@@ -70,7 +66,6 @@ COSTS = (
     *("speedup_infer", "speedup_train", "baseline"),
 )
 MEANS = ("top1", "top5", "train_s_per_epoch", "infer_s_per_epoch", *COSTS[:-1])
-FILES_OF_A_MODEL = ("config.json", "model.safetensors", "pytorch_model.bin")  # in a folder that timm loads
 # where costs are measured; with other values they can't be averaged
 PLACE = ("device", "device_name", "threads", "torch", "timm")
 # keywords of ``finetune`` that make the recipe, and those that don't change a run
@@ -164,9 +159,8 @@ def compare(
         InputError: for data that cannot be used, or a file of another version; before anything is trained.
     """
     train_items, val_items, classes = find_images(where["data_dir"], where["val_dir"], data_root=where["data_root"])
-    name = f"{name_of(where['data_dir'])} ({len(classes)} classes)"
-    count, checksum = len(train_items) + len(val_items), checksum_of(train_items, val_items)
-    dataset = f"{name[:-1]}, {count} images {checksum})"
+    images = f"{name_of(where['data_dir'])} ({len(classes)} classes)"
+    dataset = with_checksum(images, train_items, val_items)
     starts = {(model, weights): start_of(model, weights) for model, weights in models}
     recipe_text = " ".join(f"{key}={value}" for key, value in sorted(recipe.items()))
     records, damaged = earlier_records(path, COLUMNS)
@@ -177,17 +171,16 @@ def compare(
     mine = []
     for seed in seeds:
         for model, weights in models:
-            start = starts[model, weights]
-            key = dict(model=model, start=start, seed=seed, dataset=dataset, recipe=recipe_text)
+            run = Run(dataset, model, starts[model, weights], recipe_text, seed)
             # rows of earlier versions have no checksums of files that are given
-            named = Path(weights).name if isinstance(weights, str) else start
-            names_only = {**key, "start": named, "dataset": name}
-            good = [r for r in records if r["error"] is None and {name: r[name] for name in key} in (key, names_only)]
+            named = Path(weights).name if isinstance(weights, str) else run.start
+            names_only = run._replace(start=named, dataset=images)
+            good = [r for r in records if r["error"] is None and key_of(r, Run._fields) in (run, names_only)]
             if good:
-                row = good[-1] | key
+                row = good[-1] | run._asdict()
             else:
-                print(f"{model}, seed {seed}, from {start}:", flush=True)
-                row = run_one(model, weights, seed, recipe, where, runs / folder_of(key))
+                print(f"{model}, seed {seed}, from {run.start}:", flush=True)
+                row = run_one(model, weights, seed, recipe, where, runs / run.folder())
                 if "error" not in row:
                     names = ("img_size", "batch_size", "dtype", "threads")
                     at = {"device": where["device"], **{name: row[name] for name in names}}
@@ -196,7 +189,7 @@ def compare(
                     same = [r for r in whole if {name: r[name] for name in setting} == setting]
                     costs = same[0] if same else costs_of(model, len(classes), at)
                     row |= {name: costs[name] for name in COSTS}
-                row = round_off({**key, **row, **here, "device": where["device"]})
+                row = round_off({**run._asdict(), **row, **here, "device": where["device"]})
                 append_record(path, COLUMNS, row)
                 row = {name: row.get(name) for name in COLUMNS}
                 records.append(row)
@@ -204,44 +197,6 @@ def compare(
             print(f"{model}, seed {seed}: {outcome}", flush=True)
             mine.append(row)
     return mine
-
-
-def start_of(model: str, weights: Union[str, bool]) -> str:
-    """What a run starts from: "scratch", "pretrained", or name and checksum of a file; of a local folder those of all.
-
-    A file that a keyword names, as that of a plan, counts, too.
-    """
-    name, keywords = parse_model(model)
-    files = [Path(value) for value in keywords.values() if isinstance(value, str)]
-    if name.startswith("local-dir:"):
-        files = [Path(name.removeprefix("local-dir:"), file) for file in FILES_OF_A_MODEL] + files
-    known = [name_and_checksum(file) for file in files if file.is_file()]
-    if isinstance(weights, str):
-        check_weights("checkpoint", weights)
-        return " ".join([name_and_checksum(weights), *known])
-    return " ".join(["pretrained" if weights else "scratch", *known])
-
-
-def checksum_of(*splits: Items) -> str:
-    """A checksum of the names and sizes of images: equal for the same images in another folder.
-
-    For a data set that timm's readers index, it is a checksum of the labels.
-    """
-
-    def describe(image: Any, label: int) -> Any:
-        """A file by its name and size; an image that a data set reads itself, by its label."""
-        if isinstance(image, Path):
-            return image.parts[-2:], image.exists() and image.stat().st_size
-        return label
-
-    files = [[describe(*item) for item in items] for items in splits]
-    return f"{zlib.crc32(repr(files).encode()):08x}"
-
-
-def folder_of(key: dict[str, Any]) -> str:
-    """A folder name for a run; other weights, images or another recipe have another."""
-    name = re.sub(r"[^\w.=-]+", "_", key["model"])
-    return f"{name}-seed{key['seed']}-{zlib.crc32(repr(sorted(key.items())).encode()):08x}"
 
 
 def run_one(

@@ -6,9 +6,9 @@ from pathlib import Path
 from .._checks import InputError
 from .._records import Record, header_of, key_of, read_records
 from . import compare, cost
+from .runs import Run
 
-# two rows with the same values here are the same measurement
-RUN_KEY = ("dataset", "model", "start", "recipe", "seed")
+# rows of a run that agree in these, too, are the same measurement
 PLACE = ("device", "device_name", "threads")
 
 
@@ -42,16 +42,16 @@ def read_tables(paths: list[Path]) -> Tables:
         kind = "comparison" if is_compare else "cost"
         files.append([path.name, kind, str(len(good)), str(len(failed)), str(damaged)])
         for record in failed:
-            failures[key_of(record, RUN_KEY if is_compare else cost.KEY)] = (
+            failures[key_of(record, Run._fields if is_compare else cost.KEY)] = (
                 f"{record['model']}, seed {record['seed']}, from {record['start']}: {record['error']}"
                 if is_compare
                 else cost.describe(record)
             )
     if not costs and not runs:
         raise InputError(f"{', '.join(map(str, paths))}: no good row to report")
-    done = {key_of(record, cost.KEY) for record in costs} | {key_of(record, RUN_KEY) for record in runs}
+    done = {key_of(record, cost.KEY) for record in costs} | {key_of(record, Run._fields) for record in runs}
     left = [text for key, text in failures.items() if key not in done]
-    return Tables(last_of_each(costs, cost.KEY), last_of_each(runs, RUN_KEY + PLACE), files, left)
+    return Tables(last_of_each(costs, cost.KEY), last_of_each(runs, Run._fields + PLACE), files, left)
 
 
 def last_of_each(records: list[Record], key: tuple[str, ...]) -> list[Record]:

@@ -75,7 +75,7 @@ def fold_norms(model: nn.Module, last: bool = True) -> None:
         ValueError: where what reads a norm isn't linear in its channels, or is changed or observed by a hook, an
             adapter or shared weights; the model is then as it was.
     """
-    foldings = [plan(model, site) for site in norm_sites(model) if last or site.reader is not None]
+    foldings = [folding_at(model, site) for site in norm_sites(model) if last or site.reader is not None]
     found = [folding for folding in foldings if folding is not None]
     if not found:
         raise InputError(f"{type(model).__name__} has no batch norms to fold; replace_norms(model, images) comes first")
@@ -90,7 +90,7 @@ def fold_norms(model: nn.Module, last: bool = True) -> None:
     record_norms(model, "folded" if any(folding.site.reader is None for folding in found) else "folded_blocks")
 
 
-def plan(model: nn.Module, site: NormSite) -> Optional[Folding]:
+def folding_at(model: nn.Module, site: NormSite) -> Optional[Folding]:
     """What is to be folded at a site; None where there is no batch norm.
 
     Raises:

@@ -89,9 +89,8 @@ def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> N
     for path, host in model.named_modules():
         if not isinstance(host, MechanismHost):
             continue
-        grid: Any = getattr(
-            host, "key_grid", host.grid
-        )  # where queries and keys have two, the parameters are of the keys'
+        # where queries and keys have grids of their own, parameters lie on that of the keys
+        grid: Any = getattr(host, "key_grid", host.grid)
         for name, resample in host.core.grid_parameters.items():
             key = f"{path}.core.{name}"
             # a tensor with another number of axes is left as it is, and refused later as one of another shape

@@ -71,7 +71,7 @@ def patch_places(grid: Grid, key_grid: Grid, like: torch.Tensor) -> torch.Tensor
     return torch.stack([rows, columns, rows.square() + columns.square()], dim=2).flatten(0, 1)
 
 
-def halves(x: torch.Tensor, limit: float) -> torch.Tensor:
+def split_bits(x: torch.Tensor, limit: float) -> torch.Tensor:
     """Split x (N, n), of absolute values up to ``limit``, into the leading eight bits and the rest: (N, 2·n)."""
     step = power_of_two(limit) / 128.0
     high = (x / step).round() * step
@@ -99,8 +99,8 @@ def locality_channels(
     one = power_of_two((a * (height * height + width * width) / 12.0) ** 0.5)
     reach = 0.5 * (max(height, width) + 1)
     p, r = patch_places(queries.grid, keys.grid, like), patch_places(keys.grid, keys.grid, like)
-    scaled = halves(p[:, :2] * (2.0 * a / unit), 2.0 * a / unit * reach)
-    squares = [halves(x[:, 2:] * (-a / one), 2.0 * a / one * reach * reach) for x in (p, r)]
+    scaled = split_bits(p[:, :2] * (2.0 * a / unit), 2.0 * a / unit * reach)
+    squares = [split_bits(x[:, 2:] * (-a / one), 2.0 * a / one * reach * reach) for x in (p, r)]
     ones = [torch.full([x.shape[0], 2], one, device=like.device, dtype=like.dtype) for x in (p, r)]
     of_queries = torch.cat([scaled, ones[0], squares[0]], dim=1)
     of_keys = torch.cat([r[:, :2] * unit, r[:, :2] * unit, squares[1], ones[1]], dim=1)

@@ -36,7 +36,10 @@ class MaskedPooling(NamedTuple):
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """The number that is added to the logit of a masked key. It is finite, so an image of masked keys gives no NaN."""
+    """The number that is added to the logit of a masked key.
+
+    It is far below every logit, but finite: an image of masked keys gives no NaN, and 0 log 0 is 0.
+    """
     return -3e4 if dtype == torch.float16 else -1e30
 
 

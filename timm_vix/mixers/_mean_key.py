@@ -38,7 +38,7 @@ def mean_key(
     return torch.where(empty, instead, mean_of_read(keys, inside, 2)), nothing
 
 
-def beside(windows: torch.Tensor, prefix: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+def append_prefix_and_mean(windows: torch.Tensor, prefix: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Append the prefix (A, P, D) and a window's own token (A, G or 1, 1, D): (A, G, L, D) -> (A, G, L + P + 1, D)."""
     G = windows.shape[1]
     return torch.cat([windows, prefix.unsqueeze(1).expand(-1, G, -1, -1), mean.expand(-1, G, -1, -1)], dim=2)

@@ -38,7 +38,7 @@ from .._checks import check_integer
 from ._dilated import axis_layout, check_dilations, from_windows, to_windows
 from ._layout import Grid, TokenLayout
 from ._masks import added_to_logits, lowest, tokens_read
-from ._mean_key import beside, mean_key, window_bias
+from ._mean_key import append_prefix_and_mean, mean_key, window_bias
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._precision import logits_of_one_key, outside_autocast
 
@@ -77,8 +77,8 @@ def join_windows(
         mean, nothing = mean_key(keys, inside, k[:, :P], read)
         y = scaled_dot_product_attention(
             queries,
-            beside(keys, k[:, :P], mean),
-            beside(values, v[:, :P], mark),
+            append_prefix_and_mean(keys, k[:, :P], mean),
+            append_prefix_and_mean(values, v[:, :P], mark),
             attn_mask=window_bias(inside, P, len(dilations), padded, read),
             scale=scale,
         )

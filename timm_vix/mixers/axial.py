@@ -51,7 +51,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from .._checks import check_choice, check_integer
 from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout
-from ._masks import added_in_both_dtypes, is_read, mean_of_read
+from ._masks import added_in_both_dtypes, is_read, lowest, mean_of_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._precision import dtype_of_products
 
@@ -75,8 +75,7 @@ def attend_along_rows(
         kept = read | (torch.arange(q.shape[3], device=q.device) >= key_dim)  # channels of ``locality`` tell the place
         q = torch.where(kept, q, mean_of_read(q, read, 2))
     logits = torch.matmul(q, k.transpose(2, 3)).to(dtype)
-    # far below every logit, but finite, so that 0 log 0 is 0
-    logits = logits - 1e30 * own
+    logits = logits + lowest(dtype) * own
     if bias is not None:
         logits = logits + bias.unsqueeze(2)
     log_p = logits.log_softmax(3)
@@ -84,7 +83,8 @@ def attend_along_rows(
     entropy = -(p * log_p).sum(3)
     if bias is not None:
         entropy = entropy + (p * bias.unsqueeze(2)).sum(3)
-        entropy = entropy.masked_fill(logits.amax(3) < -1e29, -1e30)  # nothing is left outside of the strip
+        nothing = logits.amax(3) < 0.1 * lowest(dtype)  # is left outside of the strip
+        entropy = entropy.masked_fill(nothing, lowest(dtype))
     p = p.to(v.dtype)
     return [torch.matmul(p, k), torch.matmul(p, v), entropy]
 

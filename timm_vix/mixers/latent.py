@@ -50,7 +50,7 @@ from ._attention import takes_bias
 from ._dilated import axis_layout, from_windows, to_windows
 from ._fused import checkpoint_if_long
 from ._layout import Grid, TokenLayout, cell_grid
-from ._masks import added_in_both_dtypes, is_read
+from ._masks import added_in_both_dtypes, is_read, lowest
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._resample import averages
 from ._windows import LONG
@@ -67,7 +67,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
 
 def log_share(exists: torch.Tensor) -> torch.Tensor:
     """-log m for the m latents of a group that exist, 1 in (.., G, m), and far below every logit for others."""
-    return -1e30 * (1.0 - exists) - exists.sum(2, keepdim=True).clamp(min=1.0).log()
+    return lowest(exists.dtype) * (1.0 - exists) - exists.sum(2, keepdim=True).clamp(min=1.0).log()
 
 
 def attend_through_latents(
@@ -94,8 +94,7 @@ def attend_through_latents(
     cells = cell_grid(latents_per_group, (rows[1], columns[1]))
     rows_of, columns_of = averages(rows[1], cells[0], real), averages(columns[1], cells[1], real)
     pooled = (rows_of[:, None, :, None] * columns_of[None, :, None, :]).flatten(2).flatten(0, 1)
-    # far below every logit, but finite, so that 0 log 0 is 0
-    near = -1e30 * (1.0 - inside)
+    near = lowest(dtype) * (1.0 - inside)
     prefix = torch.zeros([A, 1, P], device=q.device, dtype=dtype)
     cells_of_groups = pooled.transpose(0, 1)
     whole = torch.matmul(inside, cells_of_groups)  # (1, G, m)
@@ -114,7 +113,7 @@ def attend_through_latents(
     once = log_share(exists)
     latent_k, latent_v, mass = attend(latents, k, v, near.unsqueeze(2))
     group = torch.arange(G, device=q.device).repeat_interleave(m)
-    others = -1e30 * (group.unsqueeze(1) == group).to(dtype) + (mass + once).reshape(A, 1, 1, G * m)
+    others = lowest(dtype) * (group.unsqueeze(1) == group).to(dtype) + (mass + once).reshape(A, 1, 1, G * m)
     latent_k, latent_v = latent_k.reshape(A, 1, G * m, D), latent_v.reshape(A, 1, G * m, D)
     latent_k, latent_v, mass = attend(latents.reshape(A, 1, G * m, D), latent_k, latent_v, others)
     latent_k, latent_v = latent_k.reshape(A, G, m, D), latent_v.reshape(A, G, m, D)

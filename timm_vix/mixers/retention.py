@@ -79,17 +79,17 @@ def retain_in_grid(
     down_column = log_decay(q, q.shape[1], grid[0], start, span).unsqueeze(1)
     place = torch.arange(grid[1], device=q.device, dtype=along_row.dtype)
     left = along_row - locality * (place.unsqueeze(1) - place).square()  # (h, 1, W, W)
-    asks, own = q, k
+    row_queries, column_keys = q, k
     prefix_bias: Optional[torch.Tensor] = None
     if mask is not None:
         prefix_bias, bias = mask[..., :P].unsqueeze(3), mask[..., P:].unflatten(3, grid).transpose(2, 3)
         along_row, left = along_row + bias, left + bias  # (B, h, H, W, W)
         read = is_read(bias).transpose(3, 4)
         kept = read | (torch.arange(q.shape[4], device=q.device) >= key_dim)  # channels of ``locality`` tell the place
-        asks, own = [torch.where(kept, t, mean_of_read(t, read, 3)) for t in (q, k)]
+        row_queries, column_keys = [torch.where(kept, t, mean_of_read(t, read, 3)) for t in (q, k)]
 
-    weights = (torch.matmul(asks, k.transpose(3, 4)).to(along_row.dtype) + along_row).softmax(4)
-    q, k, v = [t.transpose(2, 3) for t in (q, own, torch.matmul(weights.to(v.dtype), v))]
+    weights = (torch.matmul(row_queries, k.transpose(3, 4)).to(along_row.dtype) + along_row).softmax(4)
+    q, k, v = [t.transpose(2, 3) for t in (q, column_keys, torch.matmul(weights.to(v.dtype), v))]
 
     count = left.logsumexp(-1)  # log n, (h, 1, W) or (B, h, H, W)
     prefix_logits = torch.matmul(q, prefix_k.transpose(3, 4)).to(count.dtype)

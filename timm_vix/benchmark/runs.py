@@ -1,0 +1,65 @@
+"""What a run of ``timm-vix compare`` and its row are known by.
+
+Weights are recorded by the name and checksum of their file, images by the name of their folder, their number and a
+checksum, so that both may move.
+"""
+
+import re
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple, Union
+
+from .._files import name_and_checksum
+from .._names import parse_model
+from ..data.datasets import Items
+from ..train.settings import check_weights
+
+FILES_OF_A_MODEL = ("config.json", "model.safetensors", "pytorch_model.bin")  # in a folder that timm loads
+
+
+class Run(NamedTuple):
+    """A training: its images, model, initial weights, recipe and seed. These are columns of the table."""
+
+    dataset: str
+    model: str
+    start: str
+    recipe: str
+    seed: int
+
+    def folder(self) -> str:
+        """The name of its folder."""
+        name = re.sub(r"[^\w.=-]+", "_", self.model)
+        return f"{name}-seed{self.seed}-{zlib.crc32(repr(sorted(self._asdict().items())).encode()):08x}"
+
+
+def start_of(model: str, weights: Union[str, bool]) -> str:
+    """What a run starts from: "scratch", "pretrained", or name and checksum of a file; of a local folder those of all.
+
+    A file that a keyword names, as that of a plan, counts, too.
+    """
+    name, keywords = parse_model(model)
+    files = [Path(value) for value in keywords.values() if isinstance(value, str)]
+    if name.startswith("local-dir:"):
+        files = [Path(name.removeprefix("local-dir:"), file) for file in FILES_OF_A_MODEL] + files
+    known = [name_and_checksum(file) for file in files if file.is_file()]
+    if isinstance(weights, str):
+        check_weights("checkpoint", weights)
+        return " ".join([name_and_checksum(weights), *known])
+    return " ".join(["pretrained" if weights else "scratch", *known])
+
+
+def with_checksum(name: str, *splits: Items) -> str:
+    """The name of images, "photos (2 classes)", with their number and a checksum.
+
+    It is of the names and sizes of their files, so it is the same in another folder; for a data set that timm's readers
+    index, of the labels.
+    """
+
+    def describe(image: Any, label: int) -> Any:
+        """A file by its name and size; an image that a data set reads itself, by its label."""
+        if isinstance(image, Path):
+            return image.parts[-2:], image.exists() and image.stat().st_size
+        return label
+
+    files = [[describe(*item) for item in items] for items in splits]
+    return f"{name[:-1]}, {sum(map(len, splits))} images {zlib.crc32(repr(files).encode()):08x})"
