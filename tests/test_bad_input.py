@@ -22,6 +22,10 @@ BUILDS = [
     ("vix_nystrom_tiny", {"ridge": -1}, ["ridge=-1", "at least 0"]),
     ("vix_nystrom_tiny", {"ridge": float("nan")}, ["ridge=nan", "at least 0"]),
     ("vix_nystrom_tiny", {"ridge": np.float32(0.5)}, ["ridge=", "0.5", "a Python number of at least 0"]),
+    *[
+        ("vix_softmax_cifar", dict(stem=stem, patch_size=8, embed_dim=3, num_heads=1), ["embed_dim=3", "at least 4"])
+        for stem in ("hmlp", "conv", "conv_linear", "sope")
+    ],
     ("vix_nystrom_tiny", {"ridge": "small"}, ["ridge='small'", "number"]),
     ("vix_nystrom_tiny", {"pinv_iterations": 0}, ["pinv_iterations=0", "at least 1"]),
     ("vix_nystrom_tiny", {"conv_residual": "yes"}, ["conv_residual='yes'"]),

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import timm_vix
 from timm_vix.conversion.slots import slots_of
+from timm_vix.mixers import _favor, _fused, _windows, axial, latent
 
 SIZES = ((14, 10), (10, 14), (28, 20), (20, 28))  # two pairs of grids with as many tokens
 CASES = [
@@ -197,6 +198,38 @@ def test_vmap_and_derivatives_of_derivatives(mixer):
         assert distance(tangent, (module(x + h * v) - module(x - h * v)) / (2 * h)) < 1e-5
     hessian = torch.func.jacrev(torch.func.grad(lambda t: module(t).pow(3).sum()))(x)
     assert distance(hessian.reshape(x.numel(), x.numel()) @ v.flatten(), product.flatten()) < 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace(mixer, dtype):
+    """With gradients on, as torch's default is; its own check traces again without."""
+    model, (x, other) = small(mixer, depth=1).to(dtype), torch.randn(2, 2, 3, 14, 10, dtype=dtype)
+    traced = torch.jit.trace(model, x)
+    with torch.no_grad():
+        assert distance(traced(other), model(other)) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's fused attention
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradients_of_each_image_in_a_long_sequence(mixer, monkeypatch):
+    """torch.func refuses hooks on saved tensors, with which long sequences compute activations again."""
+    for module in (_favor, _fused, _windows, axial, latent):
+        monkeypatch.setattr(module, "LONG", 1)
+    model = small(mixer, depth=1, **({"window_size": 2} if mixer in ("nystrom", "linformer") else {})).double()
+    images = torch.randn(3, 3, 14, 10, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, image.unsqueeze(0)).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        model.zero_grad()
+        model(image.unsqueeze(0)).square().sum().backward()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(found[name][i], parameter.grad, rtol=1e-6, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("mixer", ["nystrom", "linformer"])

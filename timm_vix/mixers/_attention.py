@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch.nn import functional as F
 
-from ._precision import is_half
+from ._precision import is_half, may_need_gradients
 
 
 def takes_bias(q: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -18,7 +18,7 @@ def takes_bias(q: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> bool:
     bias in float32 with queries of half precision. This isn't used in exported models, which may run on another
     device, nor under autocast, which would round the bias.
     """
-    if torch.is_grad_enabled() or q.shape[3] != v.shape[3]:
+    if may_need_gradients() or q.shape[3] != v.shape[3]:
         return False
     same = q.dtype == dtype
     here = same or q.device.type == "cpu"
@@ -59,7 +59,7 @@ def attention(
     the gradient of the fused kernel in half precision takes twice as long as that of the products.
     """
     half_on_cpu = is_half_on_cpu(q)
-    if q.shape[3] == v.shape[3] and not (half_on_cpu and torch.is_grad_enabled()):
+    if q.shape[3] == v.shape[3] and not (half_on_cpu and may_need_gradients()):
         if half_on_cpu and k.shape[2] < q.shape[2]:
             k, v, bias = in_whole_vectors(k, v, bias)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._attention import attention, takes_bias
 from ._masks import added_to_logits
-from ._precision import dtype_of_products, outside_autocast
+from ._precision import dtype_of_products, may_compute_again, may_need_gradients, outside_autocast
 
 # How many numbers the features or keys of an image have in one block. So a long sequence never has all of its N x m
 # features in memory at once. Larger blocks are hardly faster, smaller ones are slower.
@@ -62,7 +62,7 @@ def add_keys(
     """
     k = k.to(features.dtype)
     # vector_norm is faster, but its second derivative at 0 is NaN
-    squares = k.square().sum(3) if torch.is_grad_enabled() else torch.linalg.vector_norm(k, dim=3).square()
+    squares = k.square().sum(3) if may_need_gradients() else torch.linalg.vector_norm(k, dim=3).square()
     # w^T k + c^T k - |k - u|^2 / 2, without what is the same for all keys
     known = -0.5 * k.shape[3] ** -0.5 * squares.unsqueeze(2)
     if key_bias is not None:
@@ -114,7 +114,7 @@ def sum_in_blocks(
         features = features.to(q.dtype).to(dtype)
     again = False
     if not torch.jit.is_scripting():
-        again = LONG <= N and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        again = LONG <= N and may_compute_again() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if key_bias is not None:
         key_bias = added_to_logits(key_bias, dtype)
     c, u = centres(q, k, key_bias)

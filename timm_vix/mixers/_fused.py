@@ -21,6 +21,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ._precision import may_compute_again
+
 # From so many tokens on, training computes attention weights twice rather than keep them for the gradient: a tenth of
 # a step's time for a tenth of its memory.
 LONG = 2048
@@ -39,7 +41,7 @@ def is_cheaper(num_tokens: int, num_landmarks: int, num_heads: int, head_dim: in
 
 def checkpoint_if_long(function: Callable[..., torch.Tensor], long: bool, *inputs: Any) -> torch.Tensor:
     """Call the function; for a ``long`` sequence only its inputs are kept for the backward pass."""
-    if long and torch.is_grad_enabled():
+    if long and may_compute_again():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
 

@@ -16,7 +16,7 @@ from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout
 from ._local import append_channels, locality_channels
 from ._masks import MaskedPooling, added_to_logits, tokens_read
-from ._precision import is_half
+from ._precision import is_half, may_need_gradients
 
 
 @register_notrace_module
@@ -36,7 +36,7 @@ class LandmarkSlot(AttentionSlot):
         if not (self.bare and rope is None and self.core.can_fuse()):
             return False
         # the gradients are large products, too
-        small_are_slow = is_half(k_m) and not torch.is_grad_enabled()
+        small_are_slow = is_half(k_m) and not may_need_gradients()
         cheaper = is_cheaper(num_tokens, k_m.shape[2], self.num_heads, self.head_dim, small_are_slow)
         if torch.jit.is_scripting():
             return cheaper

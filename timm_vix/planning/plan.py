@@ -39,7 +39,7 @@ from .measurements import Measurements
 from .plan_settings import MERGE, PlanSettings
 from .search import Search
 from .sensitivity import Sensitivity, plan_to_json
-from .source import build_softmax_model, num_right, read_images, scale_source
+from .source import ImageSet, build_softmax_model, num_right, read_images, scale_source
 from .target import Target
 
 FEW = 20  # images, of those that choose, on which single steps are measured
@@ -80,28 +80,19 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         torch.set_num_threads(run.threads)
     model, config = build_softmax_model(run)
     mixers, merging = run.candidates(), merging_is_tried(run, model)
-    pixels, labels = read_images(run, config, model)
+    images = read_images(run, config, model)
     table = Measurements(path.with_suffix(".csv"))
-    normalise = normaliser(config, run.device)
-
-    def batches_of(pixels: torch.Tensor) -> list[torch.Tensor]:
-        return [normalise(batch).to(getattr(torch, run.dtype)) for batch in pixels.split(run.batch_size)]
-
-    # of the source as it is, on the half that chooses and the other
-    right = [num_right(model, batches_of(pixels[half::2]), labels[half::2]) if run.labels else None for half in (0, 1)]
-    scale_source(model, run.scale_logits, batches_of(pixels[::2]), labels[::2] if run.labels else None, right[0])
-
-    def sensitivity(
-        part: str, pixels: torch.Tensor, labels: Optional[torch.Tensor] = None, right: Optional[int] = None
-    ) -> Sensitivity:
-        run_text = run_key(model, config, pixels, labels)
-        return Sensitivity(model, batches_of(pixels), table, run_text, labels, part, right)
-
-    # spread over the folder, both halves
-    chosen, held_out = (
-        sensitivity(part, pixels[half::2], labels[half::2] if run.labels else None, right[half])
-        for half, part in enumerate(("the half that chooses", "the half that is held out"))
-    )
+    # both spread over the folder
+    choosing = images.select("the half that chooses", slice(0, None, 2))
+    others = images.select("the half that is held out", slice(1, None, 2))
+    # the labels that the source predicts as it is, before its logits are scaled
+    right = [
+        None if half.labels is None else num_right(model, batches_of(run, config, half), half.labels)
+        for half in (choosing, others)
+    ]
+    scale_source(model, run.scale_logits, batches_of(run, config, choosing), choosing.labels, right[0])
+    chosen = sensitivity_on(choosing, run, model, config, table, right[0])
+    held_out = sensitivity_on(others, run, model, config, table, right[1])
     for half in (chosen, held_out):
         half.measure(Plan())  # labels that don't fit show before the search
     if run.keep is not None and (kept := chosen.measure(Plan()).kept) < run.keep:
@@ -116,9 +107,9 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     costs = latency.time_blocks(mixers, merging)
     target = Target(run.keep, run.speedup, run.budget_gflops)
     tell_resolution(run.keep, chosen.num_images if right[0] is None else right[0])
-    few = spread(list(range(0, len(pixels), 2)), FEW)
+    few = choosing.select("a few of those that choose", spread(list(range(len(choosing.pixels))), FEW))
     search = Search(
-        sensitivity("a few of those that choose", pixels[few]),
+        sensitivity_on(few._replace(labels=None), run, model, config, table),
         chosen,
         latency,
         costs,
@@ -132,6 +123,25 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     write_whole(path, f"{json.dumps(result, indent=1)}\n".encode())
     write_figure(path.with_suffix(".png"), agreement_over_time, result)
     return result
+
+
+def batches_of(run: PlanSettings, config: dict[str, Any], images: ImageSet) -> list[torch.Tensor]:
+    """Normalised batches in the dtype of the run."""
+    normalise = normaliser(config, run.device)
+    return [normalise(batch).to(getattr(torch, run.dtype)) for batch in images.pixels.split(run.batch_size)]
+
+
+def sensitivity_on(
+    images: ImageSet,
+    run: PlanSettings,
+    model: nn.Module,
+    config: dict[str, Any],
+    table: Measurements,
+    right: Optional[int] = None,
+) -> Sensitivity:
+    """What measures plans on these images; ``right``: the number of labels that the unscaled source predicts."""
+    key = run_key(model, config, images.pixels, images.labels)
+    return Sensitivity(model, batches_of(run, config, images), table, key, images.labels, images.part, right)
 
 
 def merging_is_tried(run: PlanSettings, model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """What a plan starts from: a softmax model, its images, and whether its logits are scaled."""
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -18,6 +18,22 @@ from ..data.images import Images, transforms
 from ..mixers._layout import num_tokens
 from ..train.teacher import build_teacher
 from .plan_settings import PlanSettings
+
+
+class ImageSet(NamedTuple):
+    """Images on which plans are measured.
+
+    ``part``: which of a run's images these are, for messages; ``pixels``: uint8 (images, channels, height, width);
+    ``labels``: (images,), or None where none are given.
+    """
+
+    part: str
+    pixels: torch.Tensor
+    labels: Optional[torch.Tensor]
+
+    def select(self, part: str, which: Any) -> "ImageSet":
+        """Some of the images: a slice, or their indices."""
+        return ImageSet(part, self.pixels[which], None if self.labels is None else self.labels[which])
 
 
 def build_softmax_model(run: PlanSettings) -> tuple[nn.Module, dict[str, Any]]:
@@ -72,10 +88,8 @@ def scale_source(
     print(f"{found}, so they {'are scaled' if scaled > plain else 'stay as they are'}", flush=True)
 
 
-def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of a run, spread evenly over the folder: uint8 pixels (images, channels, height, width) and labels.
-
-    Labels are 0 where none are given.
+def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> ImageSet:
+    """The images of a run, spread evenly over the folder.
 
     Raises:
         InputError: for too few to split, or none that can be read.
@@ -94,4 +108,5 @@ def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> 
             "and the other tells what it keeps, so at least 2 are needed"
         )
     pixels = torch.stack([data[0, i][0] for i in range(len(data))])
-    return pixels, torch.tensor([label_of[image] for image, _ in data.items])
+    labels = torch.tensor([label_of[image] for image, _ in data.items]) if run.labels else None
+    return ImageSet("all images", pixels, labels)

@@ -18,7 +18,7 @@ class SequentialStem(PatchEmbed):
         patch_size: 1, 2, 4, 8 or 16; the stem's total stride.
 
     Raises:
-        ValueError: for another patch size.
+        ValueError: for another patch size, and for fewer channels than its layers can have.
     """
 
     kind = ""
@@ -40,6 +40,13 @@ class SequentialStem(PatchEmbed):
         dd = {"device": device, "dtype": dtype}
         super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
         self.build(in_chans, embed_dim, bias, dd)
+
+    def check_width(self, embed_dim: int, least: int) -> None:
+        """Raise ValueError for an ``embed_dim`` of which a part would leave a layer no channel."""
+        if embed_dim < least:
+            raise InputError(
+                f"embed_dim={embed_dim}: {self.kind} stem with patch_size={self.patch_size[0]} needs at least {least}"
+            )
 
     def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
         """Set ``proj``, from an image to a map of ``embed_dim`` channels; ``dd``: device and dtype."""

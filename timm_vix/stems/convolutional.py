@@ -34,6 +34,7 @@ class ConvolutionalStem(SequentialStem):
             # late strides: the early convolutions see every pixel
             strides = [2 if i >= 3 - halvings else 1 for i in range(3)]
         else:
+            self.check_width(embed_dim, 1 << (halvings - 1))
             widths = [embed_dim >> (halvings - 1 - i) for i in range(halvings)]
             strides = [2] * halvings
         layers: list[nn.Module] = []

@@ -45,6 +45,7 @@ class HierarchicalMlpStem(SequentialStem):
 
     def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
         first, second, third = KERNELS[self.patch_size[0]]
+        self.check_width(embed_dim, 4)
         width = embed_dim // 4
         # batch normalisation has the biases
         self.proj = nn.Sequential(

@@ -49,6 +49,7 @@ class SequentialOverlappingStem(SequentialStem):
     def build(self, in_chans: int, embed_dim: int, bias: bool, dd: dict[str, Any]) -> None:
         halvings = self.patch_size[0].bit_length() - 1
         count, stride = max(halvings, 1), 2 if halvings else 1
+        self.check_width(embed_dim, 1 << (count - 1))
         widths = [in_chans, *(embed_dim >> (count - 1 - i) for i in range(count))]
         layers: list[nn.Module] = [ChannelAffine(in_chans, **dd)]
         for i, (before, width) in enumerate(itertools.pairwise(widths)):
