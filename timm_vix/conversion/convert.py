@@ -6,7 +6,6 @@ The mixers share the weights of the attention that they replace. What was conver
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Optional, Union
 
 from timm.models.naflexvit import NaFlexVit
@@ -14,16 +13,15 @@ from torch import nn
 
 from .._checks import InputError
 from ..mixers._attention_slot import AttentionSlot, has_hooks
-from ..mixers._layout import num_patches, num_tokens
 from .hooks import HOOKS
 from .keywords import ADDING_NOTHING, check_keywords
 from .layers import Layers, layer_mixers
-from .merge_steps import Merge, first_merge, merge_steps, merged_in_layers
+from .merge_steps import Merge, first_merge, merge_steps
 from .merging import MergingBlocks, check_merging, keeps_container, set_merging
 from .plan_file import Plan, load_plan
 from .record import record_conversion, recorded_mixer
 from .replace import build_mixer
-from .report import Conversion, layer_row
+from .report import Conversion, report_of
 from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
 from .sites import attention_sites
 from .slots import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
@@ -85,20 +83,12 @@ def convert(
     check_sequence_options(model, merge, scale_logits)
     keeps_mixers = mixer is None and not keywords and (merge is not None or scale_logits is not None)
     mixer, wanted = wanted_mixers(model, len(sites), mixer, layers, keywords, keeps_mixers)
-    trained = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
-    named = scale_of_name(sites)
-    if named and trained != named:
-        raise InputError(
-            f"scale_logits={scale_logits!r}: the model was created with {named}; pass another to create_model"
-        )
-    if merge is None:
-        merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
+    trained = resolved_scaling(model, sites, scale_logits)
+    merge = resolved_merging(model, len(sites), merge)
     steps = merge_steps(merge, len(sites))
-    built = merge_of_name(model)
-    if built is not None and steps != merge_steps(built, len(sites)):
-        raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another to create_model")
+    built_to_merge = merge_of_name(model) is not None
     # softmax attention needs a slot if logits are scaled, and from the first merge on, unless it has one
-    first = first_merge(steps) if built is None else None
+    first = None if built_to_merge else first_merge(steps)
     need_slots = [trained > 0 or (first is not None and layer >= first) for layer in range(len(sites))]
     planned = planned_sites(model, sites, wanted, need_slots)
     check_merging(list(model.blocks.children()), [[planned[site.path] for site in block] for block in sites], steps)
@@ -107,25 +97,18 @@ def convert(
     former = {site.path: getattr(site.parent, site.name) for block in sites for site in block}
     for path, module in former.items():
         check_hooks(path, module, [planned[path]])
-    if built is None and not keeps_container(model, merge, steps):
+    if not built_to_merge and not keeps_container(model, merge, steps):
         check_hooks("blocks", model.blocks, model.blocks.children())
     follow_frozen_model(model, sites)
     for site in (site for block in sites for site in block):
         setattr(site.parent, site.name, planned[site.path])
         if isinstance(planned[site.path], AttentionSlot):
             planned[site.path].trained_tokens = trained
-    if built is None:  # otherwise it merges as before
+    if not built_to_merge:  # otherwise it merges as before
         set_merging(model, merge, steps)
     record_conversion(model, sites, mixer)
     warn_of_unseen_patches(model)
-    layout = layout_of(model)
-    merged = merged_in_layers(steps, num_patches(layout))
-    rows = [
-        replace(layer_row(index, site, former[site.path]), merged=merged[index])
-        for index, block in enumerate(sites)
-        for site in block
-    ]
-    return Conversion(rows, num_tokens(layout), trained)
+    return report_of(sites, former, steps, layout_of(model), trained)
 
 
 def read_layers(layers: Any, model: nn.Module) -> Any:
@@ -167,6 +150,35 @@ def wanted_mixers(
     name = "nystrom" if mixer is None else mixer
     check_keywords(name, {})
     return name, layer_mixers(layers, depth, name, keywords)
+
+
+def resolved_scaling(model: nn.Module, sites: list[list[AttentionSite]], scale_logits: Optional[ScaleLogits]) -> int:
+    """N_train of a conversion, see ``convert``; 0: logits stay as they are.
+
+    Raises:
+        ValueError: for another number than the one with which the model was created.
+    """
+    number = scaled_for(model) if scale_logits is None else trained_tokens(model, scale_logits)
+    named = scale_of_name(sites)
+    if named and number != named:
+        raise InputError(
+            f"scale_logits={scale_logits!r}: the model was created with {named}; pass another to create_model"
+        )
+    return number
+
+
+def resolved_merging(model: nn.Module, depth: int, merge: Optional[Merge]) -> Merge:
+    """How a conversion merges tokens, see ``convert``: as given, or as the model does at present.
+
+    Raises:
+        ValueError: for other merging than that with which the model was created.
+    """
+    if merge is None:
+        merge = model.blocks.merge if isinstance(model.blocks, MergingBlocks) else 0
+    built = merge_of_name(model)
+    if built is not None and merge_steps(merge, depth) != merge_steps(built, depth):
+        raise InputError(f"merge={merge!r}: the model was created with merge={built!r}; pass another to create_model")
+    return merge
 
 
 def merge_of_name(model: nn.Module) -> Optional[Merge]:

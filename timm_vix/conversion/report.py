@@ -6,7 +6,9 @@ from typing import Any, Optional
 from torch import nn
 
 from ..mixers._attention_slot import logit_factor
+from ..mixers._layout import TokenLayout, num_patches, num_tokens
 from .keywords import ADDING_NOTHING
+from .merge_steps import Step, merged_in_layers
 from .sites import class_name
 from .slots import AttentionSite
 
@@ -26,7 +28,7 @@ class ConvertedLayer:
     changed: bool
     config: dict[str, Any]
     new_parameters: int
-    merged: Optional[int] = 0
+    merged: Optional[int]
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,33 @@ class Conversion:
         return "\n".join(lines)
 
 
-def layer_row(index: int, site: AttentionSite, former: nn.Module) -> ConvertedLayer:
-    """The row of a report for one place of attention, where ``former`` stood before the conversion."""
+def report_of(
+    sites: list[list[AttentionSite]],
+    former: dict[str, nn.Module],
+    steps: list[Step],
+    layout: TokenLayout,
+    trained_tokens: int,
+) -> Conversion:
+    """The report of a conversion that was done; ``former``: the modules from before it, by path."""
+    merged = merged_in_layers(steps, num_patches(layout))
+    rows = [
+        layer_row(index, site, former[site.path], merged[index]) for index, block in enumerate(sites) for site in block
+    ]
+    return Conversion(rows, num_tokens(layout), trained_tokens)
+
+
+def layer_row(index: int, site: AttentionSite, former: nn.Module, merged: Optional[int]) -> ConvertedLayer:
+    """The row of one place of attention, where ``former`` stood before the conversion."""
     module = getattr(site.parent, site.name)
     inherited = {id(p) for p in site.attn.parameters()}
     new_parameters = sum(p.numel() for p in module.parameters() if id(p) not in inherited)
-    config = {} if module is site.attn else module.config()
-    changed = module is not former
-    return ConvertedLayer(index, site.path, class_name(former), class_name(module), changed, config, new_parameters)
+    return ConvertedLayer(
+        layer=index,
+        path=site.path,
+        before=class_name(former),
+        after=class_name(module),
+        changed=module is not former,
+        config={} if module is site.attn else module.config(),
+        new_parameters=new_parameters,
+        merged=merged,
+    )
