@@ -1,5 +1,6 @@
 """Batch norms for layer norms: fitted as least squares says, folded exactly, and refused where that can't be."""
 
+import argparse
 import copy
 import csv
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import DEIT, PHOTOGRAPHS, distance, lively, small, vit
+from conftest import DEIT, PHOTOGRAPHS, distance, lively, load_example, small, vit
+from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import nn
@@ -512,6 +515,14 @@ def test_the_example_measures_what_is_folded(tmp_path) -> None:
     ]
     assert float(rows[0]["agreement"]) == float(rows[1]["agreement"]) == 100.0
     assert rows[3]["top1"] == rows[4]["top1"] and 0 < float(rows[3]["agreement"]) < 100
+
+
+def test_the_example_refuses_a_batch_of_more_images_than_there_are(digits, tmp_path):
+    save_file(vit().state_dict(), weights := tmp_path / "weights.safetensors")
+    run = dict(data_dir=digits, batch_size=61, lr=1e-4, fade=False, weights=weights, runs=tmp_path)
+    config = resolve_model_data_config(vit())
+    with pytest.raises(InputError, match="batch_size=61: allowed is at most 60, the number of images to learn from"):
+        load_example("fold_norms").train(vit(), vit(), HandoverSchedule(1), config, argparse.Namespace(**run))
 
 
 def test_what_replaces_frozen_layers_is_frozen():

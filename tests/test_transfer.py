@@ -390,7 +390,7 @@ def test_two_processes_do_what_one_does(weights, unlabelled, tmp_path):
         (dict(mixer_kwargs=dict(layers="last-1")), ["mixer_kwargs: layers", "a setting itself"]),
         (dict(batch_size=0), ["batch_size=0"]),
         (dict(pass_through=float("inf")), ["pass_through=inf", "finite"]),
-        (dict(batch_size=100), ["batch_size=100"]),
+        (dict(batch_size=100), ["batch_size=100", "at most 57, the number of images to learn from"]),
         (dict(block_steps=-1), ["block_steps=-1"]),
         (dict(block_lr=1e30), ["loss became", "lower block_lr=1e+30"]),
         (dict(amp="half"), ["amp=half"]),

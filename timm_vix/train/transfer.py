@@ -259,10 +259,7 @@ def prepare_images(run: TransferSettings, config: dict[str, Any]) -> tuple[Image
             f"data_dir={run.data_dir}: every twentieth image is held out to measure agreement on, and none of these "
             f"{len(found[::20])} can be read, such as {found[0][0]}"
         ) from error
-    if len(images) < run.batch_size:
-        raise InputError(
-            f"data_dir={run.data_dir} has {len(images)} images to learn from, fewer than batch_size={run.batch_size}"
-        )
+    batches(images, run.batch_size, 1, 1)  # too few images show before an earlier run is replaced
     return images, held_out
 
 
@@ -331,7 +328,15 @@ def stage_groups(
 
 
 def batches(images: Images, batch_size: int, steps: int, stage: int) -> list[list[Key]]:
-    """Keys of a stage's steps, epoch after epoch, in an order of its own."""
+    """Keys of a stage's steps, epoch after epoch, in an order of its own.
+
+    Raises:
+        ValueError: for fewer images than one batch has.
+    """
+    if len(images) < batch_size:  # an epoch has whole batches only, so it would have none
+        raise InputError(
+            f"batch_size={batch_size}: allowed is at most {len(images)}, the number of images to learn from"
+        )
     found: list[list[Key]] = []
     epoch = stage * 1000
     while len(found) < steps:
