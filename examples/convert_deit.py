@@ -28,6 +28,7 @@ from timm_vix._device import device_name
 from timm_vix._files import write_whole
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import read_labels
+from timm_vix.data.images import as_shown
 from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import time_interleaved
@@ -82,7 +83,7 @@ def read_images(folder: Path, count: int, transform: Callable) -> tuple[torch.Te
     images = []
     for path, _ in tqdm(items, "decode", leave=False, disable=None):
         with Image.open(path) as image:
-            images.append(transform(image.convert("RGB")))
+            images.append(transform(as_shown(image, "RGB")))
     return torch.stack(images), torch.tensor([label for _, label in items])
 
 

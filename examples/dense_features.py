@@ -25,6 +25,7 @@ import timm_vix
 from timm_vix._device import device_name
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import find_unlabelled
+from timm_vix.data.images import as_shown
 from timm_vix.train.checkpoint import read_history, write_history
 from timm_vix.train.settings import check_weights
 from timm_vix.train.teacher import build_teacher
@@ -99,7 +100,7 @@ def measure_all(given: argparse.Namespace) -> None:
         images = []
         for path in paths:
             with Image.open(path) as image:
-                images.append(transform(image.convert("RGB")))
+                images.append(transform(as_shown(image, "RGB")))
         wanted = all_tokens(baseline, images, f"softmax, {size} px")
         for name, training, build in jobs:
             model = build()

@@ -3,6 +3,7 @@
 import csv
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,6 +11,7 @@ from conftest import exit_code, lively, load_example, vit
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.transforms.functional import to_tensor
 
 import timm_vix
 
@@ -137,6 +139,18 @@ def test_an_interrupted_delta_leaves_the_former_one_with_its_card(tmp_path, monk
     with pytest.raises(OSError, match="no room"):
         write(lambda *_: labels)
     assert state() == {"delta.safetensors": b"newest"}
+
+
+def test_photographs_are_upright_and_16_bit_ones_are_not_clipped(tmp_path):
+    example = load_example("convert_deit")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # EXIF's orientation: the camera was turned by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(np.full((8, 4), 2**15, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "labels.csv").write_text("turned.png,3\ndeep.png,5\n")
+    images, labels = example.read_images(tmp_path, 2, to_tensor)
+    assert images.shape == (2, 3, 8, 4) and labels.tolist() == [3, 5]
+    assert (255 * images[1] - 127).abs().max() <= 1
 
 
 def test_kept_memory_is_counted_once_and_without_weights():
