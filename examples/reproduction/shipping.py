@@ -5,12 +5,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.utils import AverageMeter, accuracy
 from torch import nn
+from tqdm import tqdm
 
 from timm_vix._checks import InputError
 from timm_vix._records import Record
 from timm_vix.data.folders import label_names, list_images
-from timm_vix.data.images import Images, normaliser, transforms
+from timm_vix.data.images import normaliser
+from timm_vix.deploy.check import open_images
 from timm_vix.deploy.classifier import load_trained
 from timm_vix.train.hub import write_hub
 
@@ -35,16 +38,14 @@ def accuracy_of(folder: Path, data_dir: str, device: str) -> tuple[float, float]
     config = resolve_model_data_config(model)
     classes = classes_of(model, folder)
     items, _ = list_images(Path(data_dir) / "test", classes)
-    resize, _, plain = transforms(config, "none", 0.0)
-    images = Images(items, classes, config["input_size"][0], resize, plain, seed=0)
-    normalise = normaliser(config, device)
-    top1 = top5 = 0
-    for keys in images.batches(250):
-        pixels, labels = zip(*(images[key] for key in keys))
-        logits = model(normalise(torch.stack(pixels)))
-        ranks = logits.topk(min(5, len(classes))).indices.cpu() == torch.tensor(labels).unsqueeze(1)
-        top1, top5 = top1 + int(ranks[:, 0].sum()), top5 + int(ranks.sum())
-    return 100 * top1 / len(images), 100 * top5 / len(images)
+    images, normalise = open_images(items, classes, config, lazy=True), normaliser(config, device)
+    top1, top5 = AverageMeter(), AverageMeter()
+    keys = images.batches(250)
+    for pixels, labels in tqdm(images.loader(keys), "test", len(keys), leave=False, disable=None):
+        logits = model(normalise(pixels)).cpu()
+        for meter, value in zip((top1, top5), accuracy(logits, labels, topk=(1, 5))):
+            meter.update(value.item(), len(labels))
+    return top1.avg, top5.avg
 
 
 def ship(hub: Path, folder: Path, row: Record, data_dir: str, device: str = "cpu", seeds: int = 1) -> int:
