@@ -4,9 +4,9 @@
         --transferred nystrom=runs/nystrom/hub linformer=runs/linformer/hub --plan examples/results/plan_photos_224.json
 
 The folder holds labels.csv (file, imagenet_class) and images/. Rows are appended to
-examples/results/convert_deit_tiny.csv as they come; what is there is not measured again. With --deltas each transferred
-model is also written there as NAME/delta.safetensors, its attention weights in bfloat16, with a card of what the
-rounded weights predict.
+examples/results/convert_deit_tiny.csv as they come; what is there is not measured again. With --again time and memory
+of what is there are, and of two rows of one model the last counts. With --deltas each transferred model is also written
+there as NAME/delta.safetensors, its attention weights in bfloat16, with a card of what the rounded weights predict.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import timm_vix
 from timm_vix._checks import InputError
 from timm_vix._device import device_name
 from timm_vix._files import write_whole
+from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import read_labels
 from timm_vix.data.images import as_shown
@@ -33,12 +34,26 @@ from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import counter
 from timm_vix.measure.job import time_interleaved
 from timm_vix.measure.statistics import compare_times
-from timm_vix.train.checkpoint import read_history, write_history
 from timm_vix.train.hub import delta_card
 from timm_vix.train.settings import check_weights
 from timm_vix.train.teacher import build_teacher
 
 SOURCE = "deit_tiny_patch16_224"
+# what a row is known by
+KEY = ("model", "training", "img_size", "images")
+# a dense_features.py row has these columns, too
+CONVERTED: Columns = dict(model=str, training=str, img_size=int, tokens=int, images=int)
+COSTS: Columns = dict(
+    gflops=float,
+    latency_ms=float,
+    faster_than_softmax=float,
+    gradient_memory_mib=float,
+    device_name=str,
+    threads=int,
+    torch=str,
+    timm=str,
+)
+COLUMNS: Columns = {**CONVERTED, **dict(top1=float, relative=float, agreement=float), **COSTS}
 HUB = "the folder hub/ of a run of timm-vix transfer, and a name for its rows"
 WINDOWS = dict(window_size=2)
 UNTRAINED: dict[str, dict[str, Any]] = {
@@ -167,17 +182,11 @@ def named_folder(text: str) -> tuple[str, str]:
     return name, folder
 
 
-def known_rows(
-    rows: list[dict[str, Any]], name: str, training: str, img_size: int, images: int
-) -> list[dict[str, Any]]:
-    """The rows of a model at a size, on so many images."""
-    key = (name, training, img_size, images)
-    return [row for row in rows if (row["model"], row["training"], int(row["img_size"]), int(row["images"])) == key]
-
-
 def measure_all(given: argparse.Namespace) -> None:
     """Measure each model that has no row yet, or with --again time and memory of those that have one."""
     check_weights("weights", given.weights)
+    check_writable(given.out)
+    rows = {key_of(row, KEY): row for row in earlier_records(given.out, COLUMNS)[0]}
     if given.threads:
         torch.set_num_threads(given.threads)
     size = given.img_size
@@ -199,9 +208,6 @@ def measure_all(given: argparse.Namespace) -> None:
     jobs += [(name, "transfer", lambda f=folder: loaded(f)) for name, folder in given.transferred]
     if given.plan:
         jobs.append((f"plan ({given.plan.stem})", "none", lambda: converted(layers=str(given.plan))))
-    rows = read_history(given.out)
-    if rows and "device_name" not in rows[0]:
-        raise InputError(f"{given.out} was written by another version: it lacks device_name; choose another --out")
     # with --again no accuracy is wanted
     reference = labels if given.again and not given.deltas else predict(baseline, images, "softmax")
     accuracy = 100 * float((reference == labels).float().mean())
@@ -212,32 +218,26 @@ def measure_all(given: argparse.Namespace) -> None:
         for name, folder in given.transferred:
             write_delta(folder, given.deltas / name, given.weights, images, labels, reference)
     for name, training, build in jobs:
-        known = known_rows(read_history(given.out), name, training, size, len(images))
+        row = dict(model=name, training=training, img_size=size, images=len(images))
+        known = rows.get(key_of(row, KEY))
         if bool(known) != given.again:
             print(f"{name}, {training}: {'already' if known else 'not yet'} in {given.out}", flush=True)
             continue
         model = build()
         if known:
-            measured = costs(model, baseline, image)
-            rows = read_history(given.out)  # read again, since another run may have added its rows
-            known_rows(rows, name, training, size, len(images))[0].update(measured)
+            row = known
         else:
             predicted = predict(model, images, name)
             top1 = 100 * float((predicted == labels).float().mean())
-            row = dict(
-                model=name,
-                training=training,
-                img_size=size,
+            row |= dict(
                 tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
-                images=len(images),
                 top1=round(top1, 2),
                 relative=round(100 * top1 / accuracy, 1),
                 agreement=round(100 * float((predicted == reference).float().mean()), 1),
             )
-            row |= costs(model, baseline, image)
-            rows = [*read_history(given.out), row]
-            print(row, flush=True)
-        write_history(given.out, rows)
+        row |= costs(model, baseline, image)
+        append_record(given.out, COLUMNS, row)
+        print(row, flush=True)
 
 
 def main() -> None:
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--again", action="store_true", help="measure time and memory of the rows that are there anew")
+    parser.add_argument("--again", action="store_true", help="append what has a row, its time and memory measured anew")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "convert_deit_tiny.csv")
     in_one_line(measure_all)(parser.parse_args())
 

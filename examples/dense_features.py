@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from convert_deit import HUB, gigaflops, kept_mib, latency, named_folder
+from convert_deit import CONVERTED, COSTS, HUB, KEY, gigaflops, kept_mib, latency, named_folder
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from torch import nn
@@ -23,14 +23,15 @@ from tqdm import tqdm
 
 import timm_vix
 from timm_vix._device import device_name
+from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import find_unlabelled
 from timm_vix.data.images import as_shown
-from timm_vix.train.checkpoint import read_history, write_history
 from timm_vix.train.settings import check_weights
 from timm_vix.train.teacher import build_teacher
 
 SOURCE = "vit_small_patch14_dinov2"
+COLUMNS: Columns = {**CONVERTED, **dict(cosine=float, relative_error=float), **COSTS}
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "nystrom": dict(mixer="nystrom"),
     "nystrom, 4x4 windows": dict(mixer="nystrom", window_size=4),
@@ -69,9 +70,10 @@ def fidelity(tokens: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
 def measure_all(given: argparse.Namespace) -> None:
     """Measure each model that has no row yet."""
     check_weights("weights", given.weights)
+    check_writable(given.out)
+    known = {key_of(row, KEY) for row in earlier_records(given.out, COLUMNS)[0]}
     if given.threads:
         torch.set_num_threads(given.threads)
-    rows = read_history(given.out)
     for size in given.img_size:
 
         def softmax(size: int = size) -> nn.Module:
@@ -89,7 +91,6 @@ def measure_all(given: argparse.Namespace) -> None:
         jobs += [(name, "none", lambda o=options: converted(**o)) for name, options in CONVERSIONS.items()]
         jobs += [(n, "transfer", lambda f=folder: loaded(f)) for n, folder in given.transferred]
         paths = [path for path, _ in find_unlabelled(given.images)[: given.count]]
-        known = {(row["model"], row["training"], int(row["img_size"]), int(row["images"])) for row in rows}
         jobs = [job for job in jobs if (job[0], job[1], size, len(paths)) not in known]
         if not jobs:
             print(f"{size} px: already in {given.out}", flush=True)
@@ -123,8 +124,8 @@ def measure_all(given: argparse.Namespace) -> None:
                 torch=torch.__version__,
                 timm=timm.__version__,
             )
+            append_record(given.out, COLUMNS, row)
             print(row, flush=True)
-            write_history(given.out, [*read_history(given.out), row])  # another run may have added its rows
 
 
 def main() -> None:

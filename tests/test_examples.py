@@ -1,6 +1,8 @@
 """Example programs that have no file of tests of their own: what they compute, and what they refuse."""
 
+import copy
 import csv
+import importlib
 import sys
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 import timm_vix
+from timm_vix._records import read_records
 
 
 def run(example, monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
@@ -139,6 +142,53 @@ def test_an_interrupted_delta_leaves_the_former_one_with_its_card(tmp_path, monk
     with pytest.raises(OSError, match="no room"):
         write(lambda *_: labels)
     assert state() == {"delta.safetensors": b"newest"}
+
+
+@pytest.fixture
+def photographs_of_two(tmp_path):
+    """A folder of two photographs with labels, and a file of weights."""
+    for i in range(2):
+        Image.new("RGB", (32, 32), (100 * i,) * 3).save(tmp_path / f"{i}.png")
+    (tmp_path / "labels.csv").write_text("0.png,3\n1.png,4\n")
+    save_file(vit().state_dict(), tmp_path / "weights.safetensors")
+    return ["--images", tmp_path, "--weights", tmp_path / "weights.safetensors", "--out", tmp_path / "rows.csv"]
+
+
+def test_a_conversion_measured_again_is_appended(photographs_of_two, tmp_path, monkeypatch, capsys):
+    example, conversion = load_example("convert_deit"), importlib.import_module("result_tables.conversion")
+    command = [*photographs_of_two, "--img-size", 32, "--models", "linformer", "axial"]
+    monkeypatch.setattr(example, "softmax", lambda weights, size: vit())
+    monkeypatch.setattr(example, "predict", lambda model, images, title: torch.tensor([3, 0]))
+    monkeypatch.setattr(example, "latency", lambda *_: (8.0, 0.5))
+    assert run(example, monkeypatch, capsys, *command)[0] == 0
+    with (tmp_path / "rows.csv").open("a") as file:
+        file.write("axial,none,32")  # killed in the midst of a row
+    before = (tmp_path / "rows.csv").read_text()
+    code, told, _ = run(example, monkeypatch, capsys, *command)
+    assert (code, told.count("already in")) == (0, 3) and (tmp_path / "rows.csv").read_text() == before
+    monkeypatch.setattr(example, "latency", lambda *_: (2.0, 2.0))
+    assert run(example, monkeypatch, capsys, *command, "--again")[0] == 0
+    after = (tmp_path / "rows.csv").read_text()
+    assert after.startswith(before + "\n") and after.count("\n") == 1 + 3 + 1 + 3
+    # the table has each once, where it stood, and with what was measured last
+    monkeypatch.setattr(conversion, "read", lambda name: read_records(tmp_path / "rows.csv", example.COLUMNS)[0])
+    rows = conversion.read_conversions()
+    assert [(row["model"], row["top1"], row["faster_than_softmax"]) for row in rows] == [
+        (model, 50.0, 2.0) for model in ("softmax", "linformer", "axial")
+    ]
+
+
+def test_dense_features_are_measured_once(photographs_of_two, tmp_path, monkeypatch, capsys):
+    example, teacher = load_example("dense_features"), lively(vit(num_classes=0))
+    monkeypatch.setattr(example, "build_teacher", lambda *_: (copy.deepcopy(teacher), None))
+    monkeypatch.setattr(example, "latency", lambda *_: (8.0, 0.5))
+    monkeypatch.setattr(example, "CONVERSIONS", dict(axial=dict(mixer="axial")))
+    for told in ("'model': 'axial'", f"32 px: already in {tmp_path / 'rows.csv'}"):
+        code, out, _ = run(example, monkeypatch, capsys, *photographs_of_two, "--img-size", 32)
+        assert code == 0 and told in out
+        rows, damaged = read_records(tmp_path / "rows.csv", example.COLUMNS, exact=True)
+        assert [(row["model"], row["tokens"]) for row in rows] == [("softmax", 17), ("axial", 17)] and not damaged
+        assert rows[0]["cosine"] == 1.0 and rows[0]["relative_error"] == 0.0 < rows[1]["relative_error"]
 
 
 def test_photographs_are_upright_and_16_bit_ones_are_not_clipped(tmp_path):

@@ -3,6 +3,10 @@
 import json
 from typing import Optional
 
+from convert_deit import KEY
+
+from timm_vix._records import key_of
+
 from . import RESULTS, Row, markdown, measured, read, values
 from .cost import Key, is_shown, is_timed, models, speed
 
@@ -21,9 +25,14 @@ ADVISED = "softmax, merged to 30 %"
 ADVISED_IN_WORDS = "DeiT-Tiny with tokens merged to 30 %: share of its top-1 accuracy left, speedup on 1 thread"
 
 
+def read_conversions() -> list[Row]:
+    """The rows of convert_deit_tiny.csv; of those of one conversion the last."""
+    return list({key_of(row, KEY): row for row in read("convert_deit_tiny.csv")}.values())
+
+
 def conversions() -> str:
     """What conversion keeps of DeiT-Tiny on labelled photographs, and what it costs, transferred or not."""
-    rows = read("convert_deit_tiny.csv")
+    rows = read_conversions()
     mixers = list(dict.fromkeys(row["model"].split(",")[0] for row in rows))
     with_costs: set[tuple[str, str]] = set()
     body = []
@@ -72,7 +81,7 @@ def conversions_in_short() -> str:
 
     Of the sizes at which all photographs were looked at.
     """
-    rows = read("convert_deit_tiny.csv")
+    rows = read_conversions()
     most = max(rows, key=lambda row: int(row["images"]))["images"]
     rows = [row for row in rows if row["images"] == most]
     sizes = values(rows, "img_size")
@@ -94,7 +103,7 @@ def advice() -> str:
     """Which attention mechanisms are faster than softmax at each image size, and what a conversion keeps there."""
     cells = models("tiny")
     tokens = {key.img_size: row["tokens"] for key, row in cells.items() if is_timed(row)}
-    rows = read("convert_deit_tiny.csv")
+    rows = read_conversions()
     tokens |= {int(row["img_size"]): row["tokens"] for row in rows}
     names = [name for name in dict.fromkeys(key.model for key in cells) if name.startswith("vix_") and is_shown(name)]
     body = []
