@@ -142,6 +142,14 @@ def test_tables_of_a_layer_leave_out_what_was_not_measured(tables, monkeypatch):
     assert cost.layer_memory().splitlines()[2] == "| `softmax` | 10 MiB |  |"
 
 
+def test_a_step_that_could_not_be_measured_leaves_cells_empty(tables, monkeypatch):
+    training = importlib.import_module("result_tables.training")
+    steps = dict(peak_memory_mib="", step_ms="", faster_than_all="")
+    row = dict(model="vit train_only=mlp", top1="50.0", trained="1500000", **steps)
+    monkeypatch.setattr(training, "read", lambda name: [row] if "cifar10" in name else [])
+    assert training.parts().splitlines()[2] == "| mlp | CIFAR-10 | 50.0 | 1.50 |  |  |  |"
+
+
 def test_crossovers_are_interpolated_on_logarithmic_axes(tables):
     cost = importlib.import_module("result_tables.cost")
     spread = dict(speedup_low="0.5", speedup_high="0.5", rounds="5")

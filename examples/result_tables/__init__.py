@@ -22,6 +22,11 @@ def markdown(head: list[str], body: list[list[str]], below: str = "") -> str:
     return f"{lines}\n\n{below}" if below else lines
 
 
+def cell(row: Row, name: str, digits: int = 0, unit: str = "") -> str:
+    """A number with its unit; nothing where it wasn't measured."""
+    return f"{float(row[name]):,.{digits}f}{unit}" if row[name] else ""
+
+
 def measured(rows: Iterable[Row]) -> str:
     """On what the rows were measured: device, threads, dtype and versions, as far as their file records them."""
     rows = list(rows)

@@ -7,7 +7,7 @@ from convert_deit import KEY
 
 from timm_vix._records import key_of
 
-from . import RESULTS, Row, markdown, measured, read, values
+from . import RESULTS, Row, cell, markdown, measured, read, values
 from .cost import Key, is_shown, is_timed, models, speed
 
 # What the README shows of all conversions; transfer is of the same size of image where a row says so.
@@ -167,8 +167,7 @@ def transfers() -> str:
     for row in rows:
         settings = [row["tokens"], row["images"], row["block_steps"], row["distill_steps"], row["batch_size"]]
         # without a classifier there is nothing to agree on
-        agreement = f"{float(row['agreement']):.1f}" if row["agreement"] else ""
-        found = [agreement, row["feature_distance"], f"{float(row['seconds']) / 60:.0f}"]
+        found = [cell(row, "agreement", 1), row["feature_distance"], f"{float(row['seconds']) / 60:.0f}"]
         other = "" if row["source"].startswith("deit_tiny") else f", in `{row['source']}`"
         body.append([f"{row['mixer']}, {row['keywords']}{other}", *settings, row["dtype"], *found])
     head = ["converted", "tokens", "images", "steps of stage 1", "steps of stage 2", "batch", "dtype"]

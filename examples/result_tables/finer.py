@@ -1,6 +1,6 @@
 """The table of finer patches: accuracy after equal epochs and after equal time, beside what each attention costs."""
 
-from . import Row, markdown, measured, number_list, read, values
+from . import Row, cell, markdown, measured, number_list, read, values
 from .cost import speed
 from .training import mean_top1
 
@@ -21,8 +21,7 @@ def finer() -> str:
             line += accuracy(mine, budget, longest(rows, patch, budget))
         line.append(f"{float(mine[0]['train_ms_an_image']):,.0f} ms")
         line += [speed_of(mine[0], mode) for mode in ("train", "infer")]
-        memory = mine[0]["peak_memory_mib"]
-        body.append([*line, f"{float(memory):,.0f} MiB" if memory else ""])
+        body.append([*line, cell(mine[0], "peak_memory_mib", unit=" MiB")])
     head = ["attention", "patch", "tokens"]
     for budget in budgets:
         # what isn't the budget itself

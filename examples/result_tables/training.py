@@ -11,7 +11,7 @@ from timm_vix._records import grouped
 from timm_vix.benchmark.baselines import baseline_of
 from timm_vix.mixers import MIXERS
 
-from . import Row, markdown, measured, read
+from . import Row, cell, markdown, measured, read
 from .cost import speed
 
 
@@ -22,11 +22,11 @@ def parts() -> str:
     for images, rows in tables.items():
         for row in last_epochs(rows):
             only = row["model"].partition("train_only=")[2] or "all"
-            trained, memory = f"{float(row['trained']) / 1e6:.2f}", f"{float(row['peak_memory_mib']):.0f} MiB"
+            line = [only, images, cell(row, "top1", 1), f"{float(row['trained']) / 1e6:.2f}"]
+            line.append(cell(row, "peak_memory_mib", unit=" MiB"))
             # the ratio is paired, so a time beside it would be of another measurement
-            step = f"{float(row['step_ms']):,.0f} ms" if only == "all" else ""
-            fast = "" if only == "all" else f"{float(row['faster_than_all']):.2f}"
-            body.append([only, images, f"{float(row['top1']):.1f}", trained, memory, step, fast])
+            line += [cell(row, "step_ms", unit=" ms"), ""] if only == "all" else ["", cell(row, "faster_than_all", 2)]
+            body.append(line)
     head = ["trained part", "images", "top-1 %", "parameters (M)", "peak memory", "step", "times as fast"]
     return markdown(head, body, measured(row for rows in tables.values() for row in rows))
 
@@ -134,8 +134,7 @@ def longer() -> str:
         line = [f"`{name}`", patch_size, first["tokens"], epochs, dtype, first["paper"], ours]
         line.append(f"{float(first['top5']):.1f}")
         line += [f"{float(first['parameters']) / 1e6:.2f}", f"{1e3 * float(first['gflops']):.0f}"]
-        memory, speed_up = first["peak_memory_mib"], first["faster_than_softmax"]  # empty: could not be measured
-        line += [f"{float(memory):,.0f} MiB" if memory else "", f"{float(speed_up):.2f}" if speed_up else ""]
+        line += [cell(first, "peak_memory_mib", unit=" MiB"), cell(first, "faster_than_softmax", 2)]
         body.append(line)
     head = ["system", "patch", "tokens", "epochs", "dtype", "paper %", "top-1 %", "top-5 %", "parameters (M)", "MFLOPs"]
     head += ["peak memory", "training, times as fast"]
