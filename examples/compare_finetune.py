@@ -19,10 +19,9 @@ from torch import nn
 
 from timm_vix._checks import InputError
 from timm_vix._names import parse_model
-from timm_vix._records import header_of
+from timm_vix._records import Columns, append_record, check_writable, earlier_records
 from timm_vix.cli import in_one_line
 from timm_vix.measure.job import measure_in_process
-from timm_vix.train.checkpoint import read_history, write_history
 from timm_vix.train.finetune import finetune
 
 # DeiT's weights expect ImageNet's mean and deviation, so the models take them from the tag of these weights.
@@ -51,9 +50,12 @@ TABLES = {
 
 
 # of a table: the columns of finetune's history, and of ``step_cost``
-COLUMNS = ["model", "dataset", "epoch", "train_loss", "top1", "top5", "lr", "seconds", "images_per_second"]
-COLUMNS += ["parameters", "device", "dtype", "threads", "batch_size", "img_size", "torch", "timm"]
-PARTS_COLUMNS = ["trained", "peak_memory_mib", "step_ms", "faster_than_all"]
+COLUMNS: Columns = dict(
+    **dict(model=str, dataset=str, epoch=int, train_loss=float, top1=float, top5=float, lr=float, seconds=float),
+    **dict(images_per_second=float, parameters=int, device=str, dtype=str, threads=int, batch_size=int, img_size=int),
+    **dict(torch=str, timm=str),
+)
+PARTS_COLUMNS: Columns = dict(trained=int, peak_memory_mib=float, step_ms=float, faster_than_all=float)
 
 
 def step_cost(model: str, net: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
@@ -84,36 +86,36 @@ def run_all(given: argparse.Namespace) -> None:
         if getattr(given, name) is not None:
             settings[name] = getattr(given, name)
     path = Path(given.results) / f"finetune_{given.table}.csv"
-    columns = COLUMNS + PARTS_COLUMNS if given.table.startswith("parts_") else COLUMNS
-    if path.exists() and (header := header_of(path)) and sorted(header) != sorted(columns):
-        raise InputError(f"{path} has the columns {' '.join(header)}; expected {' '.join(columns)}")
-    rows = read_history(path)
+    columns = {**COLUMNS, **PARTS_COLUMNS} if given.table.startswith("parts_") else COLUMNS
+    check_writable(path)
+    rows, _ = earlier_records(path, columns)
     saved = [text.partition("=") for text in given.saved or ()]
     folders = {name: folder for name, _, folder in saved if folder}
     if given.models or saved:
         models = [*(given.models or ()), *(name for name, _, _ in saved)]
     for model in models:
         size, epochs = settings["img_size"], settings["epochs"]
-        trained = [int(row["epoch"]) for row in rows if (row["model"], int(row["img_size"])) == (model, size)]
-        if trained and max(trained) == epochs:
+        known = [row["epoch"] for row in rows if (row["model"], row["img_size"]) == (model, size)]
+        trained = max(known, default=0)
+        if trained and trained == epochs:
             print(f"{model}: already in {path}")
             continue
-        if trained:
-            raise InputError(f"{path} has {model} after {max(trained)} epochs; another --results keeps {epochs} apart")
-        print(f"{model}:")
         out = Path(given.runs) / given.table / f"{model}_{size}px_{epochs}epochs".replace(" ", "_")
-        resume = (out / "checkpoint.pt").exists()
+        started = (out / "checkpoint.pt").exists()
+        # one with a checkpoint was stopped before all its rows were there
+        if trained > epochs or (trained and not started):
+            raise InputError(f"{path} has {model} after {trained} epochs; another --results keeps {epochs} apart")
+        print(f"{model}:")
         if model in folders:  # which have weights and keywords
             start = dict(model=f"local-dir:{folders[model]}", pretrained=True, model_kwargs=None, checkpoint=None)
         else:
             name, keywords = parse_model(model)
             start = dict(model=name, train_only=keywords.pop("train_only", None))
             start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
-        net, history = finetune(**{**settings, **start}, out=str(out), resume=resume, overwrite=not resume)
+        net, history = finetune(**{**settings, **start}, out=str(out), resume=started, overwrite=not started)
         extra = step_cost(model, net, history[-1]) if given.table.startswith("parts_") else {}
-        # read again: another run may have added its rows; written as a whole, so a model's rows are all there or none
-        rows = read_history(path) + [dict(model=model, dataset=given.table, **row, **extra) for row in history]
-        write_history(path, rows)
+        for row in history:  # also those that are there: of two rows of one epoch the last counts
+            append_record(path, columns, dict(model=model, dataset=given.table, **row, **extra))
 
 
 def main() -> None:

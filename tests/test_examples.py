@@ -73,8 +73,34 @@ def test_a_table_of_other_columns_is_noticed_before_a_training(tmp_path, monkeyp
     (tmp_path / "finetune_cifar10.csv").write_text("model,dataset,epoch,train_loss,top1,img_size\n")
     words = ["cifar10", "--data-dir", tmp_path / "none", "--results", tmp_path, "--runs", tmp_path / "runs"]
     code, _, errors = run(example, monkeypatch, capsys, *words)
-    assert code == 2 and errors.count("\n") == 1 and "has the columns model dataset epoch train_loss top1" in errors
+    assert code == 2 and errors.count("\n") == 1 and "finetune_cifar10.csv was written by another version" in errors
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("table", ["cifar10", "parts_cifar10"])
+def test_rows_of_a_training_are_all_there_in_the_end(table, digits, tmp_path, monkeypatch, capsys):
+    example, results = load_example("compare_finetune"), tmp_path / f"finetune_{table}.csv"
+    columns = example.COLUMNS if table == "cifar10" else {**example.COLUMNS, **example.PARTS_COLUMNS}
+    monkeypatch.setattr(example, "measure_in_process", lambda job: dict(error="out of memory"))
+    command = [table, "--data-dir", digits, "--results", tmp_path, "--runs", tmp_path / "runs", "--epochs", 2]
+    command += ["--models", "vix_softmax_cifar depth=1 patch_size=8", "--img-size", 32, "--device", "cpu"]
+    code, told, _ = run(example, monkeypatch, capsys, *command)
+    assert code == 0 and told.count("could not be measured: out of memory") == (table != "cifar10")
+    rows, damaged = read_records(results, columns, exact=True)
+    assert [row["epoch"] for row in rows] == [1, 2] and not damaged
+    if table != "cifar10":
+        assert rows[1]["trained"] == rows[1]["parameters"] and rows[1]["step_ms"] is None
+    # killed in the midst of the second row
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:2]) + "vix_softmax_cifar depth=1 pat")
+    assert run(example, monkeypatch, capsys, *command)[0] == 0
+    again, damaged = read_records(results, columns, exact=True)
+    assert again == [rows[0], *rows] and damaged == 1
+    code, told, _ = run(example, monkeypatch, capsys, *command)
+    assert code == 0 and "already in" in told
+    # fewer epochs are another training, and so are more
+    for epochs in (1, 3):
+        code, _, errors = run(example, monkeypatch, capsys, *command, "--epochs", epochs)
+        assert code == 2 and f"after 2 epochs; another --results keeps {epochs} apart" in errors
 
 
 @pytest.mark.parametrize("option, words", [("--epochs", "epochs=0: allowed"), ("--img-size", "img_size=0: allowed")])
