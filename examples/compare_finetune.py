@@ -112,7 +112,7 @@ def run_all(given: argparse.Namespace) -> None:
             name, keywords = parse_model(model)
             start = dict(model=name, train_only=keywords.pop("train_only", None))
             start["model_kwargs"] = {**settings.get("model_kwargs", {}), **keywords}
-        net, history = finetune(**{**settings, **start}, out=str(out), resume=started, overwrite=not started)
+        net, history = finetune(**{**settings, **start}, out=str(out), resume=started)
         extra = step_cost(model, net, history[-1]) if given.table.startswith("parts_") else {}
         for row in history:  # also those that are there: of two rows of one epoch the last counts
             append_record(path, columns, dict(model=model, dataset=given.table, **row, **extra))

@@ -128,7 +128,6 @@ def settings_of(row: Row, given: argparse.Namespace, device: str) -> FinetuneSet
     names += ("dtype", "budget", "limit", "seed")
     text = " ".join(f"{name}={row[name]}" for name in names if row[name] is not None)
     out = Path(given.runs) / re.sub(r"[^\w.=-]+", "_", text)
-    resume = (out / "checkpoint.pt").exists()
     return FinetuneSettings(
         model=name,
         model_kwargs=keywords,
@@ -136,8 +135,7 @@ def settings_of(row: Row, given: argparse.Namespace, device: str) -> FinetuneSet
         device=device,
         checkpoint_every=20,
         out=str(out),
-        resume=resume,
-        overwrite=not resume,
+        resume=(out / "checkpoint.pt").exists(),
         **{name: getattr(given, name) for name in ("data_dir", "img_size", "batch_size", "seed", "threads")},
         **RECIPE,
     )

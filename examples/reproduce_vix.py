@@ -146,7 +146,6 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
     settings = RECIPES[recipe][0]
     system, epochs, patch_size = key["system"], key["epochs"], key["patch_size"]
     out = run_folder(given.runs, key)
-    resume = (out / "checkpoint.pt").exists()
     _, history = finetune(
         system,
         model_kwargs=patched(system, patch_size),
@@ -161,8 +160,7 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
         workers=given.workers,
         amp=given.amp,
         out=str(out),
-        resume=resume,
-        overwrite=not resume,
+        resume=(out / "checkpoint.pt").exists(),
         license="apache-2.0",
         tract=given.tract,
         **{"batch_size": SYSTEMS[system][1], **settings},

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import exit_code, lively, load_example, vit
+from conftest import EXAMPLES, exit_code, lively, load_example, vit
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 import timm_vix
-from timm_vix._records import read_records
+from timm_vix._records import earlier_records, read_records
 
 
 def run(example, monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
@@ -101,6 +101,20 @@ def test_rows_of_a_training_are_all_there_in_the_end(table, digits, tmp_path, mo
     for epochs in (1, 3):
         code, _, errors = run(example, monkeypatch, capsys, *command, "--epochs", epochs)
         assert code == 2 and f"after 2 epochs; another --results keeps {epochs} apart" in errors
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        *(("convert_deit", "convert_deit_tiny"), ("dense_features", "dense_features")),
+        *(("compare_finetune", f"finetune_{table}") for table in load_example("compare_finetune").TABLES),
+    ],
+)
+def test_rows_that_are_there_are_read(name, file):
+    example = load_example(name)
+    columns = {**example.COLUMNS, **(example.PARTS_COLUMNS if "_parts_" in file else {})}
+    rows, damaged = earlier_records(EXAMPLES / "results" / f"{file}.csv", columns)
+    assert rows and not damaged
 
 
 @pytest.mark.parametrize("option, words", [("--epochs", "epochs=0: allowed"), ("--img-size", "img_size=0: allowed")])

@@ -569,6 +569,25 @@ def test_models_of_a_table_and_saved_ones_have_rows_beside_each_other(run, image
     assert code == 2 and "has fitted, all layers after 1 epochs; another --results keeps 2 apart" in errors
 
 
+@pytest.mark.parametrize(
+    "folder, command",
+    [
+        ("modern-1-4/vix_fnet_cifar", ["reproduce_vix", "--systems", "vix_fnet_cifar", "--recipes", "modern"]),
+        ("cifar10/vix_fnet_cifar_32px_1epochs", ["compare_finetune", "cifar10", "--models", "vix_fnet_cifar"]),
+    ],
+    ids=["reproduce_vix", "compare_finetune"],
+)
+def test_trained_weights_without_checkpoint_and_row_stay(folder, command, run, images, tmp_path):
+    weights = tmp_path / "runs" / folder / "hub" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"hours of training")
+    command += ["--data-dir", images, "--epochs", 1, "--device", "cpu", "--runs", tmp_path / "runs"]
+    command += ["--results", tmp_path / "r"] + ["--patch-size", 4] * (command[0] == "reproduce_vix")
+    code, _, errors = run(*command)
+    assert code == 2 and f"{folder} exists" in errors
+    assert weights.read_bytes() == b"hours of training"
+
+
 def test_a_folder_without_names_of_classes_is_not_shipped(tmp_path):
     hub = tmp_path / "hub"
     write_hub(
