@@ -26,10 +26,9 @@ from typing import Any, NamedTuple, Optional
 
 import timm
 import torch
-import torch.nn.functional as F
 
 from timm_vix._checks import check_choice
-from timm_vix._device import autocast, device_name, find_device, find_dtype
+from timm_vix._device import device_name, find_device, find_dtype
 from timm_vix._files import name_and_checksum, one_line
 from timm_vix._names import parse_model
 from timm_vix._records import Columns, append_record, check_writable, earlier_records
@@ -42,7 +41,7 @@ from timm_vix.measure.job import measure_in_process
 from timm_vix.mixers import MIXERS
 from timm_vix.train.build import build_model
 from timm_vix.train.checkpoint import Checkpoint
-from timm_vix.train.finetune import evaluate, optimizer_of, prepare_images, seed_step, start_or_resume
+from timm_vix.train.finetune import evaluate, objective_of, optimizer_of, prepare_images, seed_step, start_or_resume
 from timm_vix.train.finetune_settings import FinetuneSettings
 from timm_vix.train.interrupt import deferred_interrupt
 from timm_vix.train.loop import Loop
@@ -172,7 +171,7 @@ def train(run: FinetuneSettings, row: Row, data: Data) -> Row:
     settings |= {name: row[name] for name in ("mixer", "keywords", "budget", "limit")}
     checkpoint = Checkpoint(Path(run.out) / "checkpoint.pt", json.loads(json.dumps(settings)), net, optimizer, position)
     start_or_resume(checkpoint, run)
-    normalise = normaliser(config, run.device)
+    objective = objective_of(net, run, config, len(data.classes), dtype)
 
     def spent() -> float:
         """The share of the budget."""
@@ -193,15 +192,13 @@ def train(run: FinetuneSettings, row: Row, data: Data) -> Row:
         for pixels, labels in loop.steps("training", batches(), expected):
             seed_step(run, *divmod(position["step"], steps))
             scheduler.step_update(spent() * expected)
-            with autocast(run.device, dtype):
-                logits = net(normalise(pixels))
-            loss = F.cross_entropy(logits.float(), labels.to(run.device), label_smoothing=run.label_smoothing)
+            loss = objective(pixels, labels)
             loop.update(loss, f"lower the learning rate, {run.lr}")
             position["loss"] += loss.item()
             mean, minutes = position["loss"] / (position["step"] + 1), position["seconds"] / 60
             loop.note(f"{minutes:.1f} min, {spent():.0%} of {limit:g} {row['budget']}, loss={mean:.3f}")
         checkpoint.save()
-        top1, _ = evaluate(net, val, run, dtype, normalise, loop.stop_if_asked)
+        top1, _ = evaluate(net, val, run, dtype, normaliser(config, run.device), loop.stop_if_asked)
     epochs = round(position["step"] / steps, 3)
     return dict(epochs=epochs, steps=position["step"], seconds=round(position["seconds"], 1), top1=round(top1, 2))
 

@@ -1,6 +1,5 @@
 """The checkpoint and the history of a training run. Each file is replaced as a whole, or left as it was."""
 
-import csv
 import io
 import shutil
 from collections.abc import Iterable, Sequence
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from .._checks import InputError
-from .._files import one_line, write_whole
+from .._files import one_line, write_table, write_whole
 from ..data.images import Images
 
 
@@ -127,16 +126,7 @@ def clear(out: Path, files: Iterable[str]) -> None:
         raise OSError(f"out={out} cannot be written: {error.strerror}; choose a folder that can") from error
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows that ``write_history`` wrote, as text; none where there is no file."""
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
-
-
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
     """One row per epoch as CSV, with every column that a row has."""
-    text = io.StringIO()
     columns = list(dict.fromkeys(name for row in history for name in row))
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(history)
-    write_whole(path, text.getvalue().encode())
+    write_table(path, columns, [[row.get(name) for name in columns] for row in history])
