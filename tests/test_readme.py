@@ -165,12 +165,12 @@ def test_crossovers_are_interpolated_on_logarithmic_axes(tables):
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "softmax"])
 def test_docstrings_say_what_was_measured(tables, mixer):
     cost = importlib.import_module("result_tables.cost")
-    assert cost.pays(mixer) in " ".join(sys.modules[MIXERS[mixer].__module__].__doc__.split())
+    assert cost.speed_in_a_model(mixer) in " ".join(sys.modules[MIXERS[mixer].__module__].__doc__.split())
 
 
 def test_the_docstring_of_a_stem_says_what_it_adds(tables):
     mechanisms = importlib.import_module("result_tables.mechanisms")
-    assert mechanisms.stem_pays() in " ".join(hierarchical_mlp.__doc__.split())
+    assert mechanisms.operations_of_a_stem() in " ".join(hierarchical_mlp.__doc__.split())
 
 
 # Prose

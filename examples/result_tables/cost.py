@@ -97,23 +97,8 @@ def layer_memory() -> str:
     return markdown(["", *(f"{n:,} tokens" for n in tokens), "exponent"], body, measured(rows))
 
 
-def pays(mixer: str) -> str:
-    """The sentence of a mechanism's module about its speed: of a layer where that was timed, else of a whole model."""
-    rows = [row for row in timed_layers("infer") if row["mixer"] == mixer]
-    if not rows:
-        return pays_in_a_model(mixer)
-    ratios = [float(row["ratio"]) for row in rows]
-    fast = number_list(f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 2 else 2}f}" for ratio in ratios)
-    tokens = number_list(f"{int(row['tokens']):,}" for row in rows)
-    return (
-        f"*Pays:* one attention layer of ViT-Ti is {fast} times as fast as with softmax through SDPA at {tokens} "
-        f"tokens, in inference with default keywords in {rows[0]['dtype']} on {rows[0]['threads']} CPU threads "
-        "(``examples/results/mixers.csv``)."
-    )
-
-
-def pays_in_a_model(mixer: str) -> str:
-    """The same of a whole ViT-Ti."""
+def speed_in_a_model(mixer: str) -> str:
+    """The sentence of a mixer's module about the speed of a whole ViT-Ti with it."""
     cells = models("tiny")
     name = f"vix_{mixer}_tiny"
     timed = {mode: [row for key, row in cells.items() if (key.model, key.mode) == (name, mode)] for mode in MODES}
@@ -122,7 +107,7 @@ def pays_in_a_model(mixer: str) -> str:
     tokens = number_list(f"{int(row['tokens']):,}" for row in rows["infer"])
     first = rows["infer"][0]
     return (
-        f"*Pays:* a whole ViT-Ti is {fast['infer']} times as fast as with softmax through SDPA at {tokens} tokens in "
+        f"*Speed:* a whole ViT-Ti is {fast['infer']} times as fast as with softmax through SDPA at {tokens} tokens in "
         f"inference, and {fast['train']} times in training, in {first['dtype']} on {first['threads']} CPU threads "
         "(``examples/results/cost_cpu.csv``)."
     )

@@ -75,13 +75,13 @@ def table_of(mixers: list[str], to_root: str = "") -> str:
     return markdown(["name, file", "mechanism", "paper", "cost in N", "rotary", "keywords"], body)
 
 
-def stem_pays() -> str:
+def operations_of_a_stem() -> str:
     """The sentence of stems/hierarchical_mlp.py about its operations, beside those of ViT-B and of other stems."""
     flops = {name: operations(name) for name in ("linear", "conv", "hmlp")}
     model = flops["linear"]
     added = {name: flops[name] - model for name in ("conv", "hmlp")}
     return (
-        f"*Pays:* it adds {100 * added['hmlp'] / model:.1f} % to the operations of a ViT-B with a linear stem; the "
+        f"*Cost:* it adds {100 * added['hmlp'] / model:.1f} % to the operations of a ViT-B with a linear stem; the "
         f"convolutional stem adds {100 * added['conv'] / model:.1f} %."
     )
 

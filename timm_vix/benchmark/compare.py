@@ -3,9 +3,8 @@
 Each run is ``finetune`` in a process of its own: one that fails is a row with its reason, one that was stopped
 continues where it was, one that is finished is not repeated. What a model costs is measured as by ``timm-vix cost``.
 
-What a run is known by is in ``runs.py``. A row of an earlier version has names without checksums. It counts as the row
-of a run with the same names. A run may be continued with another number of threads or on another device. Its times are
-then those of the epochs that ran on the last device.
+A run is identified by its images, model, initial weights, recipe and seed. It may be continued with another number of
+threads or on another device. Its times are then those of the epochs that ran on the last device.
 """
 
 import argparse
@@ -251,8 +250,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--threads", type=positive, help="number of CPU threads; default: torch's number")
     add("--workers", type=int, default=0, help="processes that load images; default: 0")
-    add("--runs", type=Path, default=Path("runs/compare"), help="folder of checkpoints and models")
-    add("--out", type=Path, default=Path("compare.csv"), help="rows are appended; finished runs are not repeated")
+    add("--runs", type=Path, default=Path("runs/compare"), help="folder of models; default: runs/compare")
+    keeps = "rows are appended; finished runs are not repeated; default: compare.csv"
+    add("--out", type=Path, default=Path("compare.csv"), help=keeps)
 
 
 def main(arguments: argparse.Namespace) -> None:

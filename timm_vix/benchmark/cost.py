@@ -238,10 +238,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         choices=("fused", "unfused"),
         default=["fused", "unfused"],
-        help="softmax baselines that get rows of their own; without a value: none",
+        help="softmax baselines that get rows of their own; default: both; --softmax alone: none",
     )
     add("--epoch-images", type=positive, default=50000, help="images of an epoch, for its time; default: 50000")
-    add("--out", type=Path, default=Path("cost.csv"), help="rows are appended; what is there is not measured again")
+    keeps = "rows are appended; what is there is not measured again; default: cost.csv"
+    add("--out", type=Path, default=Path("cost.csv"), help=keeps)
     add_machine(parser)
 
 

@@ -278,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "tables", nargs="+", type=Path, metavar="CSV", help="tables of timm-vix cost and timm-vix compare"
     )
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default: report.html")
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """What a run of ``timm-vix compare`` and its row are known by.
 
 Weights are recorded by the name and checksum of their file, images by the name of their folder, their number and a
-checksum, so that both may move.
+checksum, so that both may move. A row of an earlier version has names without checksums. It counts as the row of a run
+with the same names.
 """
 
 import re

@@ -63,7 +63,7 @@ def convert(
             them.
 
     Returns:
-        What became of each layer.
+        A ``Conversion`` with a row for each attention module; its ``table()`` shows them as text.
 
     Raises:
         ValueError: for a wrong argument, or for attention that can't be replaced or has hooks, naming the module and

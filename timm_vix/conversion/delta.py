@@ -56,7 +56,9 @@ FORMAT_1_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def save_delta(model: nn.Module, path: Union[str, Path]) -> None:
-    """Write what ``freeze_except`` left to train as safetensors, with checksums of the rest, the backbone.
+    """Write the parameters that ``freeze_except`` left trainable, and all buffers, to a file.
+
+    It is of safetensors, and has checksums of the frozen backbone.
 
     Args:
         model: also one that ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel`` wraps.

@@ -59,8 +59,8 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
         model: timm model, converted or not, or one of ours; wrapped by ``torch.compile`` or for several devices or not.
         part: "attention": all weights of attention and mixers, and the classifier, since a task has classes of its
             own; "mlp": the feed-forward networks and the classifier, the paper's other choice; "mixer": only what
-            mixers add to the softmax attention that they replace (Linformer's projections, a convolution of
-            Nyström's), classifier frozen; "head": only the classifier.
+            mixers add to the softmax attention that they replace (as Linformer's projections or the convolution of
+            ``conv_residual``), classifier frozen; "head": only the classifier.
 
     Returns:
         What trains, and what it costs; ``print`` shows it as one line.

@@ -69,6 +69,10 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
     A plan that was made for other weights or another size, dtype, machine or number of threads is loaded, and a line of
     the log says so: what it keeps and saves there wasn't measured.
 
+    Args:
+        path: of the file.
+        model: the softmax model that is to be converted; its architecture must be that of the plan.
+
     Raises:
         ValueError: for a file that is no plan, is damaged, was made for another model, or keeps every layer.
 

@@ -5,11 +5,11 @@ as "NAME key=value ...". A conversion is a name too, also one by a plan:
     "vix_from_timm source=deit_tiny_patch16_224 mixer=softmax layers=plan.json"
 
 Formats: onnx (ONNX Runtime), openvino (.xml with .bin), pt2 (torch.export), aoti (compiled for this processor).
-The batch is of any size. With --dynamic-size the image is, too, for softmax, Performer and others, but not for
-mechanisms that count the patches of a grid: nystrom, linformer, axial, latent. int8 is post-training quantisation:
-weights of linear layers and convolutions per channel, their inputs calibrated on a folder of images; all else stays in
-float. Logits are compared with those of eager mode in float32, for int8 also of the tenth of the calibration images
-that is held out. A file that fails this is not kept, and a file that was there stays.
+The batch is of any size. With --dynamic-size the image is, too, but not for mixers that count the patches of a grid,
+which that option names. int8 is post-training quantisation: weights of linear layers and convolutions per channel,
+their inputs calibrated on a folder of images; all else stays in float. Logits are compared with those of eager mode in
+float32, for int8 also of the tenth of the calibration images that is held out. A file that fails this is not kept, and
+a file that was there stays.
 
 The file holds in its metadata how images are prepared, and the names of the classes. timm-vix serve and
 examples/classify.py take files of onnx and openvino.

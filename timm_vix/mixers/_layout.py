@@ -1,4 +1,4 @@
-"""How a sequence of tokens lies: prefix tokens, then the patches of a grid in raster order.
+"""Layout of a token sequence: prefix tokens, then the patches of a grid in raster order.
 
 Shapes: B images, N = P + H·W tokens (P prefix tokens: class and registers), C channels.
 """

@@ -21,9 +21,9 @@ branches share queries, keys and values, which are a ViT's.
 A mask of keys leaves tokens out of windows, prefix and mean keys. A window without an unmasked patch has the mean of
 the prefix tokens' keys. A patch gets 0 if none of its windows has an unmasked key.
 
-*Pays:* one attention layer of ViT-Ti is 0.34, 0.62, 0.81 and 2.3 times as fast as with softmax through SDPA at 197,
-577, 1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
-(``examples/results/mixers.csv``).
+*Speed:* a whole ViT-Ti is 0.58, 0.83, 0.96 and 2.46 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+4,097 tokens in inference, and 0.62, 0.89, 1.10 and 2.91 times in training, in float32 on 2 CPU threads
+(``examples/results/cost_cpu.csv``).
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, A = B·h, G windows of L patches.
 """

@@ -36,7 +36,7 @@ for the gradient.
 A mask of keys, or any number b_rc that is added to their logits, belongs to l_r: S_rj grows by sum_c p_rjc b_rc. Where
 the token of row r in column j is masked, l_r is expanded at the mean query of the row's other tokens.
 
-*Pays:* a whole ViT-Ti is 0.74, 1.12, 1.46 and 2.88 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.74, 1.12, 1.46 and 2.88 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.82, 1.02, 1.38 and 3.29 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

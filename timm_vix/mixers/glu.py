@@ -1,4 +1,4 @@
-"""Gated linear unit in place of attention: no token mixing; the control that shows what mixing is worth.
+"""Gated linear unit in place of attention: a baseline without token mixing.
 
     Y = W3 (LN(GELU(W1 X + b1)) * LN(W2 X + b2)) + b3            cost in N: linear, 3·N·C·S
 
@@ -13,7 +13,7 @@ leave it aside.
 
 *Differs:* the paper's smaller model leaves out the feed-forward layer that follows; here it is the host's, and stays.
 
-*Pays:* a whole ViT-Ti is 0.99, 1.31, 1.74 and 3.50 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.99, 1.31, 1.74 and 3.50 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 1.00, 1.41, 1.78 and 4.74 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

@@ -20,7 +20,7 @@ after the layers with positions, as in ``models/convix.py``. Here prefix tokens 
 among patches only, patches read prefix tokens in the content part, and prefix queries have the content part alone.
 Dropout acts on the content part. With a mask of keys the positional part is among the unmasked patches.
 
-*Pays:* a whole ViT-Ti is 0.84, 0.91, 0.95 and 0.96 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.84, 0.91, 0.95 and 0.96 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.84, 0.93, 0.93 and 0.99 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

@@ -28,7 +28,7 @@ alone, and the filter starts as waves of up to about w radians a reference size.
 softmax attention to all tokens, and patches don't see them. Filter, products and transforms are computed in float32 at
 least. Rotary positions raise an error: they would rotate the gates, so a patch's output would depend on its position.
 
-*Pays:* a whole ViT-Ti is 0.46, 0.62, 0.89 and 1.55 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.46, 0.62, 0.89 and 1.55 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.57, 0.79, 1.00 and 2.46 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

@@ -33,7 +33,7 @@ A mask of keys, or any number that is added to their logits, acts on patches whe
 of their group attend to them. A latent's query is the mean over its cell's unmasked patches, and a cell whose patches
 are all masked has no latent. A group whose patches are all masked still reads the others, by latents with the query 0.
 
-*Pays:* a whole ViT-Ti is 0.76, 1.14, 1.56 and 3.07 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.76, 1.14, 1.56 and 3.07 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.83, 1.06, 1.49 and 4.08 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

@@ -1,4 +1,4 @@
-"""Legendre memory: along each row and column, in both directions, a few numbers remember a window of tokens.
+"""Legendre memory: a recurrence along rows and columns, whose state approximates the last tokens by polynomials.
 
     M_t = A M_(t-1) + B V_t                            for each channel, along a row or a column of the grid
     Y_i = sum over four directions of c^T M_i          cost in N: N^1.5, N·(H + W) for an H x W grid
@@ -23,7 +23,7 @@ length in one direction; four directions of the grid take any image. Its order i
 fewer, and order 16 has more coefficients than a window of 14 tokens has tokens. Powers of A are taken in float64.
 Prefix tokens lie on no grid: they keep softmax attention to all tokens, and patches don't see them.
 
-*Pays:* a whole ViT-Ti is 0.84, 1.14, 1.65 and 3.23 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.84, 1.14, 1.65 and 3.23 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.76, 0.97, 1.59 and 3.86 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

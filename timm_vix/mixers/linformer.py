@@ -12,19 +12,19 @@ E (X W + b), which CvT and LeViT compute: the same up to the bias, for k instead
 grid, so they can be resampled to any resolution, and start as averages over k equal regions, so that a pretrained model
 keeps part of its accuracy; prefix tokens are attended to as they are. A region stands for N/k patches, so its logit
 carries log(N/k): without it a prefix token would weigh N/k times too much. With ``window_size`` w each patch attends to
-the tokens of its w x w window and to the projected ones for the rest (``_windows.py``): it doubles the cost and keeps
-most of a pretrained softmax model's accuracy without training. With rotary positions the projected keys are rotated by
-the mean positions of their patches. Rotating before the projection would mix keys of different angles, and no product
-would depend on relative position.
+the tokens of its w x w window and to the projected ones for the rest (``_windows.py``), which takes more time and keeps
+more of a pretrained model's accuracy without training. With rotary positions the projected keys are rotated by the mean
+positions of their patches. Rotating before the projection would mix keys of different angles, and no product would
+depend on relative position.
 
 Tokens that a mask of keys hides enter no projection. On a grid of several rows the weights of the others are scaled up
 to the absolute sum that E and F had, and the logit carries the log of N/k times the share that is left. In a sequence,
 which is a grid of one row, masked tokens are removed, and E and F are resampled to the number of the others. So the
 result is that of the sequence without the masked tokens. NaFlex models have sequences.
 
-*Pays:* one attention layer of ViT-Ti is 1.53, 3.1, 4.4 and 17 times as fast as with softmax through SDPA at 197, 577,
-1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
-(``examples/results/mixers.csv``).
+*Speed:* a whole ViT-Ti is 0.98, 1.55, 1.93 and 5.14 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+4,097 tokens in inference, and 1.03, 1.56, 2.37 and 6.40 times in training, in float32 on 2 CPU threads
+(``examples/results/cost_cpu.csv``).
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, C = h·D, k projected tokens.
 """

@@ -20,18 +20,18 @@ output depends on the other images of the batch; it takes matrix products only, 
 takes a fifth of the time of these steps, the linear system is solved instead (``_ridge.py``). In a ViT the two
 attentions are fused with the projections where that is cheaper (``_fused.py``). The convolution runs over the grid.
 With as many landmarks as patches Y is softmax attention, and is computed as that. With ``window_size`` w each patch
-attends to the tokens of its w x w window and to the landmarks for the rest (``_windows.py``): it doubles the cost and
-keeps most of a pretrained softmax model's accuracy without training. With rotary positions landmarks are rotated by the
-mean positions of their patches.
+attends to the tokens of its w x w window and to the landmarks for the rest (``_windows.py``), which takes more time and
+keeps more of a pretrained model's accuracy without training. With rotary positions landmarks are rotated by the mean
+positions of their patches.
 
 Tokens that a mask of keys masks enter neither the means nor the exact attention of the landmarks, and c counts only the
 others. On a grid of several rows the cells stay where they are. A sequence, which is a grid of one row, is pooled over
 equal pieces of its unmasked tokens, in their order. So its result is that of the sequence without the masked tokens,
 and so is that of any grid with as many landmarks as patches. NaFlex models have sequences.
 
-*Pays:* one attention layer of ViT-Ti is 0.68, 1.64, 2.4 and 9.5 times as fast as with softmax through SDPA at 197, 577,
-1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
-(``examples/results/mixers.csv``).
+*Speed:* a whole ViT-Ti is 0.63, 1.08, 1.68 and 4.33 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+4,097 tokens in inference, and 0.75, 1.27, 1.68 and 5.33 times in training, in float32 on 2 CPU threads
+(``examples/results/cost_cpu.csv``).
 
 Shapes: B images, N = P + H·W tokens, h heads, D head width, m landmarks (P prefix tokens and the cells).
 """

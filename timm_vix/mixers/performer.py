@@ -35,9 +35,9 @@ their weights.
 A mask of keys, of booleans or any numbers that are added to their logits, weighs the features of the keys. Masked
 tokens enter neither the sums and their maximum nor the means above, so the result is that without these tokens.
 
-*Pays:* one attention layer of ViT-Ti is 0.88, 1.50, 2.1 and 6.3 times as fast as with softmax through SDPA at 197, 577,
-1,025 and 4,097 tokens, in inference with default keywords in float32 on 2 CPU threads
-(``examples/results/mixers.csv``).
+*Speed:* a whole ViT-Ti is 0.78, 1.11, 1.25 and 3.38 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+4,097 tokens in inference, and 0.89, 1.16, 1.68 and 4.00 times in training, in float32 on 2 CPU threads
+(``examples/results/cost_cpu.csv``).
 
 Shapes: B images, N tokens, h heads, D head width, m features.
 """

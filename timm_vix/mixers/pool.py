@@ -1,4 +1,4 @@
-"""Pooling: each patch is mixed with the mean of its neighbours, without attention; a control that mixers should beat.
+"""Pooling: each patch is mixed with the mean of its neighbours, a baseline without attention.
 
     Y_i = mean of V_j over the 3x3 neighbours j of i that exist, i included, - V_i        cost in N: linear, 9·N
 
@@ -8,7 +8,7 @@ Yu et al. 2022 (arXiv 2111.11418), section 3.2: what MetaFormer keeps of a trans
 paper pools the tokens themselves. Prefix tokens have no neighbours: they keep softmax attention to all tokens. A masked
 neighbour counts as one that doesn't exist.
 
-*Pays:* a whole ViT-Ti is 0.97, 1.26, 1.62 and 3.66 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.97, 1.26, 1.62 and 3.66 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 1.04, 1.42, 1.85 and 4.87 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

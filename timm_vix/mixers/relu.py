@@ -17,7 +17,7 @@ Without the convolution masks of keys are supported: a masked key is 0.
 In place of trained softmax attention it keeps little of a model's accuracy, so train it from random weights. Rotary
 positions rotate queries and keys before they are rectified, and p is added to rotated keys.
 
-*Pays:* a whole ViT-Ti is 0.83, 1.19, 1.50 and 3.22 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.83, 1.19, 1.50 and 3.22 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.84, 1.10, 1.42 and 3.75 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

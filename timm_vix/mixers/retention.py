@@ -25,7 +25,7 @@ tokens attend to all tokens, without decay. The decays don't learn. The paper's 
 not part of this mechanism. Dropout acts on the second pass and on the attention of prefix tokens. Long sequences have
 their attention weights computed again for the gradient.
 
-*Pays:* a whole ViT-Ti is 0.77, 1.18, 1.58 and 3.02 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.77, 1.18, 1.58 and 3.02 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.87, 1.27, 1.57 and 3.90 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

@@ -32,7 +32,7 @@ size. Here w is resampled, a high band with an odd side is padded by its mirror 
 mixed over channels only. The paper has no class token. Here prefix tokens add the patches' mean after the mixing, and
 patches add the prefix tokens, both with a weight for each channel, which begins at one and at zero.
 
-*Pays:* a whole ViT-Ti is 0.55, 0.75, 1.21 and 1.78 times as fast as with softmax through SDPA at 197, 577, 1,025 and
+*Speed:* a whole ViT-Ti is 0.55, 0.75, 1.21 and 1.78 times as fast as with softmax through SDPA at 197, 577, 1,025 and
 4,097 tokens in inference, and 0.75, 1.09, 1.38 and 3.50 times in training, in float32 on 2 CPU threads
 (``examples/results/cost_cpu.csv``).
 

@@ -1,10 +1,8 @@
 """Plan the conversion of a trained ViT for this machine: which layers get which mixer, and where tokens merge.
 
-    1. A block is timed on this machine with every candidate, in turn with softmax (``latency.py``).
-    2. Of the faster candidates, those that change the output least are tried in each layer alone, as is token merging
-       (``sensitivity.py``).
-    3. Conversions are added step by step, and whole models are measured: what they keep and how fast they are
-       (``search.py``).
+    1. A block is timed on this machine with every candidate, in turn with softmax.
+    2. Of the faster candidates, those that change the output least are tried in each layer alone, as is token merging.
+    3. Conversions are added step by step, and whole models are measured: what they keep and how fast they are.
 
 Labels are optional. One half of the images chooses the plan. On that half it is the best of many plans, so expect on
 new images what it keeps on the other half. Every measurement is a row of a table, so the same command continues a

@@ -79,7 +79,7 @@ class PlanSettings(Settings):
     dtype: str = setting("float32", "of weights and images", one_of("float32", "bfloat16"))
     minutes: float = setting(
         15.0,
-        "after which no further plan is measured; the best so far is taken, or an error tells that none is",
+        "time limit of the search, after which the best plan so far is written, or an error says that none will do",
         ABOVE_0,
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")

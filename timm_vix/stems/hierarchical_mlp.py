@@ -7,7 +7,7 @@ Kernels do not overlap, so masking a patch before or after the stem is the same,
 
 *Differs:* the paper has patch 16 only; smaller patches take smaller kernels, down to three layers on a pixel.
 
-*Pays:* it adds 0.8 % to the operations of a ViT-B with a linear stem; the convolutional stem adds 9.1 %.
+*Cost:* it adds 0.8 % to the operations of a ViT-B with a linear stem; the convolutional stem adds 9.1 %.
 
 In training, batch normalisation takes its statistics over patches and images, as everywhere.
 

@@ -60,7 +60,7 @@ class TransferSettings(Settings):
     )
     pass_through: float = setting(
         0.0,
-        "weight, in stage 1, of the error after the original's last block when one of its blocks is the converted one",
+        "weight in stage 1 of the error of the original's output with one of its blocks replaced by the converted one",
         FROM_0,
     )
     mean_free: float = setting(
