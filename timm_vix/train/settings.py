@@ -250,11 +250,8 @@ def check_folder(out: Path, resume: bool, overwrite: bool, **starts: Optional[st
     if resume and not (out / "checkpoint.pt").is_file():
         raise InputError(f"resume: {out} holds no checkpoint.pt; start without resume")
     # a run that was killed while it wrote its first checkpoint leaves checkpoint.pt.partial
-    held = (
-        sorted(path for path in out.iterdir() if path.suffix != ".partial" or path.is_dir())
-        if out.is_dir()
-        else [out] * out.exists()
-    )
+    found = sorted(out.iterdir()) if out.is_dir() else [out] * out.exists()
+    held = [path for path in found if path.suffix != ".partial" or path.is_dir()]
     if held and not (resume or overwrite):
         raise InputError(
             f"out={out} already holds {held[0].name}; give resume to continue that run, overwrite to delete it, or "
