@@ -31,7 +31,7 @@ from timm_vix.cli import in_one_line
 from timm_vix.data.folders import read_labels
 from timm_vix.data.images import as_shown
 from timm_vix.deploy.shipping import save_transferred
-from timm_vix.measure.flops import counter
+from timm_vix.measure.flops import count_flops
 from timm_vix.measure.job import time_interleaved
 from timm_vix.measure.statistics import compare_times
 from timm_vix.train.hub import delta_card
@@ -108,10 +108,9 @@ def predict(model: nn.Module, images: torch.Tensor, title: str) -> torch.Tensor:
     return torch.cat([model(part).argmax(1) for part in parts])
 
 
+@torch.no_grad()
 def gigaflops(model: nn.Module, image: torch.Tensor) -> float:
-    with torch.no_grad(), counter() as flops:
-        model(image)
-    return flops.get_total_flops() / 1e9
+    return count_flops(lambda: model(image)) / 1e9
 
 
 def kept_mib(model: nn.Module, image: torch.Tensor) -> float:

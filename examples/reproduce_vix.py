@@ -34,7 +34,7 @@ from timm_vix._files import one_line
 from timm_vix._records import append_record, earlier_records
 from timm_vix.cli import in_one_line
 from timm_vix.data.folders import list_images
-from timm_vix.measure.flops import counter
+from timm_vix.measure.flops import count_flops
 from timm_vix.measure.job import measure_in_process
 from timm_vix.train.finetune import finetune
 
@@ -222,9 +222,7 @@ def add_curve(path: Path, key: dict[str, Any], history: list[dict[str, Any]]) ->
 def gigaflops(system: str, patch_size: int) -> float:
     """10^9 floating-point operations of a forward pass of one image."""
     model = timm.create_model(system, **patched(system, patch_size)).eval()
-    with counter() as flops:
-        model(torch.zeros(1, 3, 32, 32))
-    return round(flops.get_total_flops() / 1e9, 4)
+    return round(count_flops(lambda: model(torch.zeros(1, 3, 32, 32))) / 1e9, 4)
 
 
 def ship_wanted(

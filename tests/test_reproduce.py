@@ -584,7 +584,7 @@ def test_trained_weights_without_checkpoint_and_row_stay(folder, command, run, i
     command += ["--data-dir", images, "--epochs", 1, "--device", "cpu", "--runs", tmp_path / "runs"]
     command += ["--results", tmp_path / "r"] + ["--patch-size", 4] * (command[0] == "reproduce_vix")
     code, _, errors = run(*command)
-    assert code == 2 and f"{folder} exists" in errors
+    assert code == 2 and f"{folder} already holds" in errors
     assert weights.read_bytes() == b"hours of training"
 
 

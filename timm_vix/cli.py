@@ -80,15 +80,16 @@ def size_of(name: str) -> tuple[int, int, Optional[int]]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from .measure.flops import counter
+    from .measure.flops import count_flops
     from .measure.job import tokens_of
 
     # torch's counter can't follow a weight that is handed from module to module while gradients are off
     model = timm.create_model(name, device="meta").eval().requires_grad_(False)
     # attention as its two matrix products: the meta device has no fused kernel
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter() as flops:
-        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta"))
-    return sum(p.numel() for p in model.parameters()), flops.get_total_flops(), tokens_of(model)
+    image = torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta")
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        flops = count_flops(lambda: model(image))
+    return sum(p.numel() for p in model.parameters()), flops, tokens_of(model)
 
 
 def run_script(arguments: argparse.Namespace) -> None:

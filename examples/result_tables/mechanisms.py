@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from timm_vix.measure.flops import counter
+from timm_vix.measure.flops import count_flops
 from timm_vix.mixers import MIXERS
 from timm_vix.models.vit import VisionXformer
 
@@ -91,6 +91,5 @@ def operations(stem: str) -> int:
     with torch.device("meta"):
         model = VisionXformer("softmax", stem, embed_dim=768, num_heads=12).eval().requires_grad_(False)
         image = torch.zeros(1, 3, 224, 224)
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter() as flops:
-        model(image)
-    return flops.get_total_flops()
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        return count_flops(lambda: model(image))

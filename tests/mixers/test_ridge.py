@@ -71,6 +71,7 @@ def test_the_scale_of_a_step_lifts_the_lowest_eigenvalue_most(lowest):
     assert distance(found.diagonal() * eigenvalues, error) < 1e-10
 
 
+@pytest.mark.slow
 def test_compiles_however_many_steps():
     """A recursion of numbers is written out as a tree by torch.compile: with so many steps it would never end."""
     M = system(attention_weights(torch.float32)).flatten(0, 1)

@@ -82,6 +82,17 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=ours)
 
 
+def count_flops(call: Callable[[], Any]) -> int:
+    """Operations of what a call runs.
+
+    Example:
+        >>> count_flops(lambda: model(images))
+    """
+    with counter() as flops:
+        call()
+    return flops.get_total_flops()
+
+
 def has_fused_attention(counted: FlopCounterMode) -> bool:
     """Whether a fused kernel of ``scaled_dot_product_attention`` was among what was counted, on a CPU or CUDA."""
     return any("scaled_dot_product" in str(operator) for operator in counted.get_flop_counts().get("Global", {}))

@@ -24,7 +24,7 @@ def takes_bias(q: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> bool:
     here = same or q.device.type == "cpu"
     if torch.jit.is_scripting():
         return here
-    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+    else:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or q.device.type == "meta":
             return same
         return here and not torch.is_autocast_enabled(q.device.type)

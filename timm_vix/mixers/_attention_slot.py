@@ -113,7 +113,7 @@ class AttentionSlot(MixerSlot):
         """Whether rows of the joint projection can be read apart."""
         if torch.jit.is_scripting():
             return True
-        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        else:
             return is_plain_linear(self.qkv)
 
     def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:

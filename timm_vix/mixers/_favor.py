@@ -179,6 +179,6 @@ def favor_attention(
     # no autocast is on around a scripted model's own casts
     if torch.jit.is_scripting():
         return sum_in_blocks(q, k, v, features, feature_bias, block, key_bias)
-    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+    else:
         with outside_autocast(q.device):
             return sum_in_blocks(q, k, v, features, feature_bias, block, key_bias)

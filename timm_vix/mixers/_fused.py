@@ -63,7 +63,7 @@ def fused_attend_to(
     """
     if torch.jit.is_scripting():
         return attend_to(x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout)
-    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+    else:
         return checkpoint_if_long(
             attend_to, x.shape[1] >= LONG, x, k, v, logit_bias, weight_q, bias_q, weight_out, bias_out, dropout
         )

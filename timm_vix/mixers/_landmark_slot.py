@@ -40,7 +40,7 @@ class LandmarkSlot(AttentionSlot):
         cheaper = is_cheaper(num_tokens, k_m.shape[2], self.num_heads, self.head_dim, small_are_slow)
         if torch.jit.is_scripting():
             return cheaper
-        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        else:
             return cheaper and is_plain_linear(self.qkv) and is_plain_linear(self.proj)
 
     def landmarks(

@@ -87,7 +87,7 @@ def propose(keys: torch.Tensor, kinds: Optional[torch.Tensor] = None) -> tuple[t
     """
     if torch.jit.is_scripting():
         return most_similar(keys, kinds)
-    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+    else:
         with outside_autocast(keys.device):
             return most_similar(keys, kinds)
 

@@ -32,7 +32,7 @@ def may_need_gradients() -> bool:
     """Whether a backward pass may follow. None follows a trace: torch traces again without gradients to check it."""
     if torch.jit.is_scripting():
         return torch.is_grad_enabled()
-    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+    else:
         return torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 

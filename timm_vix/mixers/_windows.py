@@ -93,7 +93,7 @@ def landmarks_and_windows(
     """
     if torch.jit.is_scripting():
         return attend_to_both(q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout)
-    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+    else:
         return checkpoint_if_long(
             attend_to_both, q.shape[2] >= LONG, q, k, v, landmark_keys, landmark_values, biases, grid, w, dropout
         )

@@ -59,7 +59,7 @@ def fourier_mix(x: torch.Tensor) -> torch.Tensor:
     """Re(F_N X F_C): (B, N, C) -> (B, N, C), in the dtype of x."""
     if torch.jit.is_scripting():
         return transform(x)
-    else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+    else:
         if torch.compiler.is_compiling():
             return transform(x)  # torch 2.11 compiles the function's gradient to zero
         if x.shape[0] == 0:

@@ -145,6 +145,6 @@ class NystromAttention(LandmarkAttention):
     ) -> torch.Tensor:
         if torch.jit.is_scripting():
             return fit_landmarks(q, k, v, exact, bias, self.ridge, self.pinv_iterations, masked)
-        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        else:
             with outside_autocast(q.device):
                 return fit_landmarks(q, k, v, exact, bias, self.ridge, self.pinv_iterations, masked)

@@ -86,6 +86,6 @@ class ReluAttention(AttentionMechanism):
             k = k * tokens_read(attn_mask, k.shape[0]).unsqueeze(1).unsqueeze(3).to(k.dtype)
         if torch.jit.is_scripting():
             return relu_attention(q, k, v)
-        else:  # noqa: RET505  TorchScript leaves out this branch, but not what follows an if
+        else:
             with outside_autocast(q.device):
                 return relu_attention(q, k, v)

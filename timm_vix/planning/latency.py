@@ -22,7 +22,7 @@ from ..conversion.merge_steps import merge_steps, merged_in_layers
 from ..conversion.plan_file import Plan
 from ..conversion.sites import attention_sites
 from ..conversion.slots import layout_of
-from ..measure.flops import counter
+from ..measure.flops import count_flops
 from ..measure.job import time_interleaved
 from ..measure.memory import set_malloc
 from ..measure.statistics import compare_times
@@ -167,11 +167,7 @@ class Latency:
             # blocks are timed once in a plan, and the least of their times needs many rounds
             job = {**self.job, "seconds": TIME_OF_BLOCKS * self.seconds}
             times = time_interleaved([call_of(work, x) for work in works], job)
-            gflops = []
-            for work in works:
-                with counter() as flops:
-                    call_of(work, x[:1])()
-                gflops.append(flops.get_total_flops() / 1e9)
+            gflops = [count_flops(call_of(work, x[:1])) / 1e9 for work in works]
         finally:
             for (parent, name), module in zip(places, own):
                 setattr(parent, name, module)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .._checks import InputError
 from ..conversion.convert import convert
 from ..conversion.plan_file import Plan
-from ..measure.flops import counter
+from ..measure.flops import count_flops
 from .measurements import Measurements
 
 
@@ -87,9 +87,7 @@ def plan_from_json(text: str) -> Plan:
 @torch.inference_mode()
 def count_gflops(model: nn.Module, image: torch.Tensor) -> float:
     """GFLOPs of a model for one image (1, C, H, W)."""
-    with counter() as flops:
-        model(image)
-    return flops.get_total_flops() / 1e9
+    return count_flops(lambda: model(image)) / 1e9
 
 
 def is_finite(features: torch.Tensor, classes: Optional[torch.Tensor]) -> torch.Tensor:
