@@ -70,6 +70,54 @@ def log_share(exists: torch.Tensor) -> torch.Tensor:
     return lowest(exists.dtype) * (1.0 - exists) - exists.sum(2, keepdim=True).clamp(min=1.0).log()
 
 
+def pool_groups(
+    grid: Grid, group_size: int, latents_per_group: int, added: Optional[torch.Tensor], like: torch.Tensor
+) -> list[torch.Tensor]:
+    """How latents are pooled from the patches of their groups, in the dtype of ``like``.
+
+    Args:
+        added: (A, G, L), what a mask adds to the logits of the patches; None: there is no mask.
+
+    Returns:
+        ``near`` (1 or A, G, L), what is added to the logits of a group's own patches; ``weight`` (1 or A, G, m, L),
+        which averages the unmasked patches of each latent's cell; and twice (1 or A, G, m) -log m, for latents that are
+        attended to, and for latents that patches read: a group whose patches are all masked has the latter only.
+    """
+    rows, columns = axis_layout(grid[0], 1, group_size), axis_layout(grid[1], 1, group_size)
+    # which places of a group are patches, (1, G, L), and the weights that sum them in cells, (m, L)
+    ones = torch.ones([1, grid[0] * grid[1], 1], device=like.device, dtype=like.dtype)
+    inside = to_windows(ones, grid, rows, columns)[..., 0]
+    cells = cell_grid(latents_per_group, (rows[1], columns[1]))
+    rows_of, columns_of = averages(rows[1], cells[0], ones), averages(columns[1], cells[1], ones)
+    pooled = (rows_of[:, None, :, None] * columns_of[None, :, None, :]).flatten(2).flatten(0, 1)
+    near = lowest(like.dtype) * (1.0 - inside)
+    whole = torch.matmul(inside, pooled.transpose(0, 1))  # the share of a cell that is on the grid, (1, G, m)
+    share = whole  # and unmasked
+    if added is not None:
+        near, inside = near + added, inside * is_read(added).to(like.dtype)
+        share = torch.matmul(inside, pooled.transpose(0, 1))
+    exists = (share > 0).to(like.dtype)
+    weight = pooled * inside.unsqueeze(2) / share.unsqueeze(3).clamp(min=1e-6)
+    once = log_share(exists)
+    read = once
+    if added is not None:
+        read = torch.where(exists.sum(2, keepdim=True) > 0, once, log_share((whole > 0).to(like.dtype)))
+    return [near, weight, once, read]
+
+
+def attend_to_other_groups(
+    latents: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mass: torch.Tensor
+) -> list[torch.Tensor]:
+    """K', V' (A, G, m, D) and S' (A, G, m) of the module's docstring, from S^ - log m, ``mass`` (A, G, m)."""
+    A, G, m, D = latents.shape
+    group = torch.arange(G, device=latents.device).repeat_interleave(m)
+    own = (group.unsqueeze(1) == group).to(mass.dtype)
+    bias = lowest(mass.dtype) * own + mass.reshape(A, 1, 1, G * m)
+    q, k, v = latents.reshape(A, 1, G * m, D), k.reshape(A, 1, G * m, D), v.reshape(A, 1, G * m, D)
+    k, v, mass = attend(q, k, v, bias)
+    return [k.reshape(A, G, m, D), v.reshape(A, G, m, D), mass.reshape(A, G, m)]
+
+
 def attend_through_latents(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -83,51 +131,29 @@ def attend_through_latents(
 ) -> torch.Tensor:
     """Attention of the patches: q, k, v (B, h, N, D), mask (B, 1, 1, N) of keys -> (B, h, H·W, D)."""
     B, h, P, D = q.shape[0], q.shape[1], num_prefix_tokens, q.shape[3]
-    dtype = torch.promote_types(q.dtype, torch.float32)  # sums and logarithms
     rows, columns = axis_layout(grid[0], 1, group_size), axis_layout(grid[1], 1, group_size)
     prefix_k, prefix_v = k[:, :, :P].flatten(0, 1).unsqueeze(1), v[:, :, :P].flatten(0, 1).unsqueeze(1)
     q, k, v = [to_windows(t[:, :, P:].flatten(0, 1), grid, rows, columns) for t in (q * D**-0.5, k, v)]
     A, G = q.shape[0], q.shape[1]
-    # which places of a group are patches, (1, G, L), and the weights that pool them in cells, (m, L)
-    real = torch.ones([1, grid[0] * grid[1], 1], device=q.device, dtype=dtype)
-    inside = to_windows(real, grid, rows, columns)[..., 0]
-    cells = cell_grid(latents_per_group, (rows[1], columns[1]))
-    rows_of, columns_of = averages(rows[1], cells[0], real), averages(columns[1], cells[1], real)
-    pooled = (rows_of[:, None, :, None] * columns_of[None, :, None, :]).flatten(2).flatten(0, 1)
-    near = lowest(dtype) * (1.0 - inside)
-    prefix = torch.zeros([A, 1, P], device=q.device, dtype=dtype)
-    cells_of_groups = pooled.transpose(0, 1)
-    whole = torch.matmul(inside, cells_of_groups)  # (1, G, m)
-    share = whole  # that is unmasked
+    # sums and logarithms in float32
+    like = torch.empty([0], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    prefix = torch.zeros([A, 1, P], device=q.device, dtype=like.dtype)
+    of_patches: Optional[torch.Tensor] = None
     if mask is not None:
         added = mask.expand(B, h, 1, -1).reshape(A, -1, 1)
         prefix, of_patches = added[:, :P].transpose(1, 2), to_windows(added[:, P:], grid, rows, columns)[..., 0]
-        near, inside = near + of_patches, inside * is_read(of_patches).to(dtype)
-        share = torch.matmul(inside, cells_of_groups)
-    exists = (share > 0).to(dtype)
-    m = exists.shape[2]
-    weight = pooled * inside.unsqueeze(2) / share.unsqueeze(3).clamp(min=1e-6)
+    near, weight, once, read = pool_groups(grid, group_size, latents_per_group, of_patches, like)
     latents = torch.matmul(weight.to(q.dtype), q)
 
-    # an existing latent stands for its share of the group, and others don't count
-    once = log_share(exists)
-    latent_k, latent_v, mass = attend(latents, k, v, near.unsqueeze(2))
-    group = torch.arange(G, device=q.device).repeat_interleave(m)
-    others = lowest(dtype) * (group.unsqueeze(1) == group).to(dtype) + (mass + once).reshape(A, 1, 1, G * m)
-    latent_k, latent_v = latent_k.reshape(A, 1, G * m, D), latent_v.reshape(A, 1, G * m, D)
-    latent_k, latent_v, mass = attend(latents.reshape(A, 1, G * m, D), latent_k, latent_v, others)
-    latent_k, latent_v = latent_k.reshape(A, G, m, D), latent_v.reshape(A, G, m, D)
-
-    if mask is not None:  # patches of a group that is masked read the others, too
-        once = torch.where(exists.sum(2, keepdim=True) > 0, once, log_share((whole > 0).to(dtype)))
-    k = torch.cat([prefix_k.expand(-1, G, -1, -1), k, latent_k], dim=2)
+    latent_k, latent_v, mass = attend(latents, k, v, near.unsqueeze(2))  # read
+    latent_k, latent_v, mass = attend_to_other_groups(latents, latent_k, latent_v, mass + once)  # global
+    k = torch.cat([prefix_k.expand(-1, G, -1, -1), k, latent_k], dim=2)  # write
     v = torch.cat([prefix_v.expand(-1, G, -1, -1), v, latent_v], dim=2)
-    bias = torch.cat([prefix.expand(-1, G, -1), near.expand(A, -1, -1), mass.reshape(A, G, m) + once], dim=2)
-    bias = bias.unsqueeze(2)
-    if takes_bias(q, v, dtype):
+    bias = torch.cat([prefix.expand(-1, G, -1), near.expand(A, -1, -1), mass + read], dim=2).unsqueeze(2)
+    if takes_bias(q, v, like.dtype):
         y = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate, scale=1.0)
     else:
-        weights = (torch.matmul(q, k.transpose(2, 3)).to(dtype) + bias).softmax(3).to(v.dtype)
+        weights = (torch.matmul(q, k.transpose(2, 3)).to(like.dtype) + bias).softmax(3).to(v.dtype)
         y = torch.matmul(dropout(weights, rate, rate > 0.0), v)
     return from_windows(y, grid, rows, columns).reshape(B, h, grid[0] * grid[1], D)
 
