@@ -95,6 +95,44 @@ def block_sizes(num_tokens: int, block: int) -> list[int]:
     return [num_tokens // count + int(i < num_tokens % count) for i in range(count)]
 
 
+def sum_over_keys(
+    k: torch.Tensor, v: torch.Tensor, features: torch.Tensor, key_bias: Optional[torch.Tensor], block: int, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sums of ``add_keys`` over all keys, in blocks; with ``again`` each is computed again for the gradient."""
+    B, h, m = k.shape[0], k.shape[1], features.shape[-2]
+    top = torch.full([B, h, m, 1], -float("inf"), device=k.device, dtype=features.dtype)
+    total = torch.zeros([B, h, m, 1], device=k.device, dtype=features.dtype)
+    values = torch.zeros([B, h, m, v.shape[3]], device=k.device, dtype=features.dtype)
+    sizes = block_sizes(k.shape[2], block)
+    first = 0
+    # split, since the gradient of a slice is as large as the whole
+    for k_block, v_block in zip(k.split(sizes, 2), v.split(sizes, 2)):
+        bias_block: Optional[torch.Tensor] = None
+        if key_bias is not None:
+            bias_block = key_bias[..., first : first + k_block.shape[2]]
+            first += k_block.shape[2]
+        if not torch.jit.is_scripting() and again:
+            top, values, total = checkpoint(
+                add_keys, k_block, v_block, features, top, values, total, bias_block, use_reentrant=False
+            )
+        else:
+            top, values, total = add_keys(k_block, v_block, features, top, values, total, bias_block)
+    return top, values, total
+
+
+def read_in_blocks(
+    q: torch.Tensor, features: torch.Tensor, bias: torch.Tensor, values: torch.Tensor, block: int, again: bool
+) -> torch.Tensor:
+    """``read_queries`` for all queries, in blocks."""
+    out: list[torch.Tensor] = []
+    for q_block in q.split(block_sizes(q.shape[2], block), 2):
+        if not torch.jit.is_scripting() and again:
+            out.append(checkpoint(read_queries, q_block, features, bias, values, use_reentrant=False))
+        else:
+            out.append(read_queries(q_block, features, bias, values))
+    return torch.cat(out, dim=2)
+
+
 def sum_in_blocks(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -117,27 +155,10 @@ def sum_in_blocks(
         again = LONG <= N and may_compute_again() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if key_bias is not None:
         key_bias = added_to_logits(key_bias, dtype)
+    block = tokens_of_block(h * max(m, D)) if block is None else block
     c, u = centres(q, k, key_bias)
     centre = c.to(dtype) + u.to(dtype)
-    of_keys = features + D**-0.5 * centre
-    top = torch.full([B, h, m, 1], -float("inf"), device=q.device, dtype=dtype)
-    total = torch.zeros([B, h, m, 1], device=q.device, dtype=dtype)
-    values = torch.zeros([B, h, m, v.shape[3]], device=q.device, dtype=dtype)
-    block = tokens_of_block(h * max(m, D)) if block is None else block
-    sizes = block_sizes(k.shape[2], block)
-    first = 0
-    # split, since the gradient of a slice is as large as the whole
-    for k_block, v_block in zip(k.split(sizes, 2), v.split(sizes, 2)):
-        bias_block: Optional[torch.Tensor] = None
-        if key_bias is not None:
-            bias_block = key_bias[..., first : first + k_block.shape[2]]
-            first += k_block.shape[2]
-        if not torch.jit.is_scripting() and again:
-            top, values, total = checkpoint(
-                add_keys, k_block, v_block, of_keys, top, values, total, bias_block, use_reentrant=False
-            )
-        else:
-            top, values, total = add_keys(k_block, v_block, of_keys, top, values, total, bias_block)
+    top, values, total = sum_over_keys(k, v, features + D**-0.5 * centre, key_bias, block, again)
     values = (values / total).to(dtype_of_products(v))
     # the exponent has w^T (q - c) + w^T (k - u), of which the sums over keys don't contain -w^T (c + u)
     bias = (top + total.log()).transpose(2, 3) - torch.matmul(centre, features.transpose(-2, -1))
@@ -150,13 +171,7 @@ def sum_in_blocks(
         if not torch.jit.is_scripting() and torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
             y = y.contiguous()
         return y
-    out: list[torch.Tensor] = []
-    for q_block in q.split(block_sizes(q.shape[2], block), 2):
-        if not torch.jit.is_scripting() and again:
-            out.append(checkpoint(read_queries, q_block, features, bias, values, use_reentrant=False))
-        else:
-            out.append(read_queries(q_block, features, bias, values))
-    return torch.cat(out, dim=2).to(v.dtype)
+    return read_in_blocks(q, features, bias, values, block, again).to(v.dtype)
 
 
 def favor_attention(
