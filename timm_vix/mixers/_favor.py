@@ -14,7 +14,8 @@ from ._masks import added_to_logits
 from ._precision import dtype_of_products, may_compute_again, may_need_gradients, outside_autocast
 
 # How many numbers the features or keys of an image have in one block. So a long sequence never has all of its N x m
-# features in memory at once. Larger blocks are hardly faster, smaller ones are slower.
+# features in memory at once. Larger blocks are hardly faster, smaller ones are slower. Functions get it as a default of
+# an argument, since TorchScript reads no global numbers.
 ELEMENTS = 2**18
 # From so many tokens on, training computes features twice rather than keep them all for the gradient.
 LONG = 8192

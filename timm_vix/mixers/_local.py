@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from ._layout import Grid, TokenLayout
 
 KERNEL_SIZE = 5
-CHANNELS = 8
+CHANNELS = 8  # that ``locality`` adds to a head; a default of an argument, since TorchScript reads no global numbers
 
 
 class DepthwiseResidual(nn.Conv2d):

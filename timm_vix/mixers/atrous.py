@@ -42,7 +42,8 @@ from ._mean_key import append_prefix_and_mean, mean_key, window_bias
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
 from ._precision import logits_of_one_key, outside_autocast
 
-# Channels added to a head, of which the mean key's share needs one: kernels want a multiple of 8.
+# Channels added to a head, of which the mean key's share needs one: kernels want a multiple of 8. A default of an
+# argument below, since TorchScript reads no global numbers.
 EXTRA = 8
 
 

@@ -36,7 +36,8 @@ from ._mechanism import AttentionMechanism, AttentionShape
 from ._precision import outside_autocast
 from ._resample import resample_output_weight
 
-# Added to the sum of a query's weights, which may be 0.
+# Added to the sum of a query's weights, which may be 0. A default of an argument below, since TorchScript reads no
+# global numbers.
 EPSILON = 1e-6
 
 
