@@ -579,6 +579,26 @@ def test_layers_of_a_plan(weights, unlabelled, tmp_path):
         transfer(**{**arguments(weights, unlabelled, tmp_path / "run"), "layers": str(plan)}, overwrite=True)
 
 
+def test_a_plan_that_merges_and_scales_is_transferred_as_a_whole(weights, unlabelled, tmp_path):
+    content = dict(format="timm_vix plan 2", architecture=SOURCE, depth=3, merge=[0, 6, 6], scale_logits=20)
+    content["layers"] = {"0": {"mixer": "linformer", "num_proj_tokens": 4}}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    given = arguments(weights, unlabelled, tmp_path / "run", layers=str(tmp_path / "plan.json"))
+    del given["mixer"], given["mixer_kwargs"]
+    student, report = transfer(**given)
+    assert [(row.after, row.merged) for row in report.rows] == [
+        *(("LinformerAttention", 0), ("SoftmaxAttention", 6), ("SoftmaxAttention", 6))
+    ]
+    assert report.trained_tokens == 20
+    images = torch.randn(2, 3, 48, 48)
+    again = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True).eval()
+    by_hand = model()
+    timm_vix.convert(by_hand, layers={0: content["layers"]["0"]}, merge=[0, 6, 6], scale_logits=20)
+    by_hand.load_state_dict(student.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(images), student(images)) and torch.equal(by_hand(images), student(images))
+
+
 def test_several_mixers_are_all_told():
     model = timm.create_model(SOURCE, depth=4)
     layers = {0: {"mixer": "linformer", "num_proj_tokens": 4}, 1: "performer", 2: {"mixer": "linformer"}}
