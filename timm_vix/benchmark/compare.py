@@ -240,7 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", required=True, metavar="DIR", help="class folders, train/ and val/ with them, or hfds/NAME etc.")
     add("--data-root", metavar="DIR", help="where timm's reader of hfds/NAME, torch/NAME etc. has its files")
     add("--val-dir", metavar="DIR", help="class folders that validate, where they are elsewhere")
-    add("--checkpoint", metavar="FILE", help="initial weights of the MODELs: .safetensors or .pth")
+    add("--checkpoint", "--weights", metavar="FILE", help="initial weights of the MODELs: .safetensors or .pth")
     add("--pretrained", action="store_true", help="start the MODELs from the weights that timm knows for each name")
     add("--from-scratch", nargs="+", default=[], metavar="MODEL", help="further models, from random weights")
     add("--seeds", type=int, nargs="+", default=[0], help="a run for each; default: 0")

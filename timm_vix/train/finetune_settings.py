@@ -42,7 +42,10 @@ class FinetuneSettings(Settings):
     )
     pretrained: bool = setting(False, "start from the weights that timm knows for the name")
     checkpoint: Optional[str] = setting(
-        None, "start from this .safetensors or .pth file (a state dict; nothing else is unpickled)", may_change=True
+        None,
+        "start from this .safetensors or .pth file (a state dict; nothing else is unpickled)",
+        may_change=True,
+        alias="--weights",
     )
     train_only: Optional[str] = setting(
         None, "train this part and freeze the rest; what changed becomes delta.safetensors", one_of(*PARTS)

@@ -61,6 +61,7 @@ def setting(
     may_change: bool = False,
     parse: Optional[Callable[[str], Any]] = None,
     nargs: Optional[str] = None,
+    alias: Optional[str] = None,
 ) -> Any:
     """A field of ``Settings``.
 
@@ -71,8 +72,9 @@ def setting(
         may_change: Whether a run may be continued with another value.
         parse: How the command line reads it, where the field's type doesn't say.
         nargs: "+" for a list of words on the command line.
+        alias: Another option of the command line with the same meaning.
     """
-    metadata = dict(meaning=meaning, allowed=allowed, may_change=may_change, parse=parse, nargs=nargs)
+    metadata = dict(meaning=meaning, allowed=allowed, may_change=may_change, parse=parse, nargs=nargs, alias=alias)
     return field(default=default, metadata=metadata)
 
 
@@ -161,7 +163,8 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
             options.update(nargs="*", action=KeyValue, metavar="KEY=VALUE")
         else:
             options["type"] = own.metadata["parse"] or type_of(own)
-        parser.add_argument(f"--{own.name.replace('_', '-')}", **options)
+        names = [f"--{own.name.replace('_', '-')}", own.metadata["alias"]]
+        parser.add_argument(*filter(None, names), **options)
 
 
 def given_settings(arguments: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
