@@ -9,11 +9,13 @@ import importlib.util
 import io
 import multiprocessing
 import os
+import pkgutil
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 import timm_vix
+from timm_vix import mixers
 from timm_vix._names import parse_model
 from timm_vix.mixers import MIXERS
 from timm_vix.mixers._mechanism import AttentionMechanism
@@ -157,7 +160,16 @@ def check_every_mixer(name: str) -> None:
     for mixer in MIXERS:
         model = without_values(name, mixer=mixer)
         expected = Attention if mixer == "softmax" else MIXERS[mixer]
-        assert expected in {type(module) for module in model.modules()}
+        assert {type(module) for module in model.modules()} & {Attention, *MIXERS.values()} == {expected}
+
+
+def set_long(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """From so many tokens on every mixer computes activations again in the backward pass."""
+    modules = [import_module(f"timm_vix.mixers.{module.name}") for module in pkgutil.iter_modules(mixers.__path__)]
+    long = [module for module in modules if hasattr(module, "LONG")]
+    assert long
+    for module in long:
+        monkeypatch.setattr(module, "LONG", tokens)
 
 
 def image(model: nn.Module, batch: int = 2) -> torch.Tensor:

@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from conftest import FEW, MIXERS, distance, small
+from conftest import FEW, MIXERS, distance, set_long, small
 from timm.models._manipulate import reinit_non_persistent_buffers
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import timm_vix
 from timm_vix.conversion.slots import slots_of
-from timm_vix.mixers import _favor, _fused, _windows, axial, latent
 
 SIZES = ((14, 10), (10, 14), (28, 20), (20, 28))  # two pairs of grids with as many tokens
 CASES = [
@@ -215,8 +214,7 @@ def test_a_trace(mixer, dtype):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_gradients_of_each_image_in_a_long_sequence(mixer, monkeypatch):
     """torch.func refuses hooks on saved tensors, with which long sequences compute activations again."""
-    for module in (_favor, _fused, _windows, axial, latent):
-        monkeypatch.setattr(module, "LONG", 1)
+    set_long(monkeypatch, 1)
     model = small(mixer, depth=1, **({"window_size": 2} if mixer in ("nystrom", "linformer") else {})).double()
     images = torch.randn(3, 3, 14, 10, dtype=torch.float64)
     parameters = dict(model.named_parameters())

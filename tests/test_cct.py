@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 from conftest import check_every_mixer, distance, lively
+from timm.layers import Attention
 from timm.models import save_for_hf
 
-from timm_vix.conversion.slots import slots_of
 from timm_vix.mixers import MIXERS
 
 MIXER = {"ccn": "nystrom", "ccp": "performer", "cct": "softmax"}
@@ -42,7 +42,8 @@ def test_a_name_says_what_is_built(name):
     assert (len(model.blocks), model.embed_dim, model.blocks[0].attn.num_heads) == (depth, width, heads)
     assert model.patch_embed.img_size == (pixels, pixels) and model.pos_embed.shape[1] == tokens
     assert model.num_prefix_tokens == 0 and model.cls_token is None
-    assert MIXER[family] == "softmax" or all(type(m.core) is MIXERS[MIXER[family]] for m in slots_of(model).values())
+    kind = Attention if MIXER[family] == "softmax" else MIXERS[MIXER[family]]
+    assert [type(getattr(block.attn, "core", block.attn)) for block in model.blocks] == [kind] * depth
     assert "arXiv" in timm.model_entrypoint(name).__doc__
 
 

@@ -900,7 +900,7 @@ def test_a_part_trains_and_is_kept_apart(digits, tmp_path, script, capsys):
 
 
 def test_the_best_epoch_is_in_the_delta_too(digits, tmp_path, monkeypatch):
-    falling = iter([(60.0, 100.0), (70.0, 100.0), (50.0, 100.0), (40.0, 100.0), (50.0, 100.0)])
+    falling = iter([(accuracy, 100.0) for accuracy in (60.0, 70.0, 50.0, 40.0, 50.0, 50.0, 50.0)])
     monkeypatch.setattr("timm_vix.train.finetune.evaluate", lambda *arguments: next(falling))
     settings = dict(TINY, model="test_vit", model_kwargs={}, train_only="attention", schedule="constant", warmup=0.0)
     once = dict(settings, epochs=4, lr=1e-2, keep="best")
@@ -912,6 +912,10 @@ def test_the_best_epoch_is_in_the_delta_too(digits, tmp_path, monkeypatch):
     other, _ = finetune(data_dir=str(digits), out=str(tmp_path / "other"), **settings | dict(epochs=1, lr=1e-30))
     timm_vix.load_delta(other, tmp_path / "best" / "delta.safetensors")
     torch.testing.assert_close(other.state_dict(), hub, rtol=0, atol=0)
+    # at a constant learning rate two epochs alone end where the best of four was
+    two = settings | dict(epochs=2, lr=1e-2)
+    ends, _ = finetune(data_dir=str(digits), out=str(tmp_path / "two"), **two)
+    torch.testing.assert_close(ends.state_dict(), hub, rtol=0, atol=0)
 
 
 def test_signature_documentation_and_command_line_are_those_of_the_settings():

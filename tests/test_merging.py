@@ -737,12 +737,12 @@ def test_what_wraps_a_block_hands_keywords_on(wrapped, kind):
 def test_two_sizes_in_turn_with_checkpointing():
     model = merging("vix_rope", dynamic_img_size=True, merge=4)
     pair = [torch.randn(1, 3, 56, 40), torch.randn(1, 3, 40, 64)]
-    expected = sum(gradients(model, x)[-1000:] for x in pair)
+    expected = sum(gradients(model, x)[x.numel() :] for x in pair)
     model.set_grad_checkpointing()
     model.train().zero_grad()
     values = [model(x).square().sum() for x in pair]  # both forward passes first
     sum(values).backward()
-    found = torch.cat([p.grad.flatten() for p in model.parameters()])[-1000:]
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert distance(found, expected) < rounding(torch.float32)
 
 

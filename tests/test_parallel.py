@@ -96,7 +96,10 @@ def test_every_name_takes_it(name):
     for ours, theirs in zip(stages(model), stages(sequential), strict=True):
         layers = [len(block.attns) for block in ours]
         assert layers == [2] * (len(theirs) // 2) + [1] * (len(theirs) % 2)
-    kinds = [[type(m) for m in net.modules() if isinstance(m, (MixerSlot, Attention))] for net in (model, sequential)]
+    kinds = [
+        [type(getattr(m, "core", m)) for m in net.modules() if isinstance(m, (MixerSlot, Attention))]
+        for net in (model, sequential)
+    ]
     assert kinds[0] == kinds[1]
 
 

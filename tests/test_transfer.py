@@ -281,7 +281,10 @@ def test_a_mixer_that_is_exact_leaves_the_model_as_it_was(weights, unlabelled, t
     teacher.load_state_dict(load_file(weights))
     x = torch.randn(2, 3, 48, 48)
     assert distance(student.eval()(x), teacher.eval()(x)) < 0.05
+    assert all(error < 1e-3 for _, values in losses_of(tmp_path / "exact") for error in values)
     assert (tmp_path / "exact" / "layers.png").stat().st_size > 0
+    transfer(**settings | dict(mixer_kwargs=dict(num_landmarks=4), out=str(tmp_path / "fewer")))
+    assert max(error for _, values in losses_of(tmp_path / "fewer") for error in values) > 1e-3
 
 
 def losses_of(folder):

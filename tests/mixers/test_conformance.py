@@ -4,17 +4,25 @@ import contextlib
 import copy
 import itertools
 import pickle
-import pkgutil
-from importlib import import_module
 
 import pytest
 import torch
-from conftest import LAYOUTS, OTHERS_ARE_SLOW, VARIANTS, condition, distance, gradients, image, rounding, small
+from conftest import (
+    LAYOUTS,
+    OTHERS_ARE_SLOW,
+    VARIANTS,
+    condition,
+    distance,
+    gradients,
+    image,
+    rounding,
+    set_long,
+    small,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
-from timm_vix import mixers
 from timm_vix.mixers import MIXERS
 
 TRAITS = [
@@ -76,11 +84,9 @@ def test_what_a_long_sequence_computes_again_is_the_same(mixer, rope, options, m
     dropout = {"attn_drop_rate": 0.3} if MIXERS[mixer].supports_dropout else {}
     model = small(mixer, rope, **options, **dropout).train()
     x = image(model)
-    modules = [import_module(f"timm_vix.mixers.{module.name}") for module in pkgutil.iter_modules(mixers.__path__)]
     found = []
     for long in (1, 10**9):
-        for module in (module for module in modules if hasattr(module, "LONG")):
-            monkeypatch.setattr(module, "LONG", long)
+        set_long(monkeypatch, long)
         torch.manual_seed(1)
         found.append(gradients(model, x))
     assert torch.equal(*found)
