@@ -355,10 +355,12 @@ def test_the_learning_rate_of_each_step(small_set, tmp_path, schedule, warmup):
 
     def note(optimizer, arguments, keywords):
         used.append({group["lr"] for group in optimizer.param_groups})
+        # not of biases and norms
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.07}
 
     steps = register_optimizer_step_pre_hook(note)
     try:
-        settings = dict(TINY, batch_size=6, epochs=4, lr=2e-3, schedule=schedule, warmup=warmup)
+        settings = dict(TINY, batch_size=6, epochs=4, lr=2e-3, schedule=schedule, warmup=warmup, weight_decay=0.07)
         finetune(data_dir=str(small_set), out=str(tmp_path / "out"), **settings)
     finally:
         steps.remove()
@@ -368,6 +370,24 @@ def test_the_learning_rate_of_each_step(small_set, tmp_path, schedule, warmup):
     expected = rise + (cosine if schedule == "cosine" else [1.0] * len(cosine))
     assert [len(rates) for rates in used] == [1] * total
     assert [max(rates) / 2e-3 for rates in used] == pytest.approx(expected, rel=1e-9)
+
+
+def test_depth_that_is_dropped_and_half_precision(small_set, decided, tmp_path):
+    """Both as timm and torch do them."""
+    dropped = dict(TINY, model="vix_softmax_cifar", model_kwargs=dict(depth=3), epochs=1, drop_path=0.2, img_size=8)
+    net, _ = finetune(data_dir=str(small_set), out=str(tmp_path / "dropped"), **dropped)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in net.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+    settings = dict(ONE_STEP, checkpoint=decided, lr=1e-12, label_smoothing=0.0, amp="bfloat16")
+    _, (row,) = finetune(data_dir=str(small_set), out=str(tmp_path / "half"), **settings)
+    assert row["dtype"] == "bfloat16"
+    model = timm.create_model(f"local-dir:{tmp_path}/half/hub", pretrained=True).eval()
+    transform, losses = create_transform(**resolve_model_data_config(model)), []
+    for path in (small_set / "train").rglob("*.png"):
+        with Image.open(path) as image, torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            logits = model(transform(image.convert("RGB"))[None])
+        losses.append(-logits.float().log_softmax(1)[0, int(path.parent.name.removeprefix("digit"))].item())
+    assert row["train_loss"] == pytest.approx(np.mean(losses), rel=0.01)
 
 
 @pytest.mark.parametrize("decay", [None, 0.5])

@@ -18,6 +18,8 @@ from timm_vix._checks import InputError
 from timm_vix.conversion.merge_block import attend_groups, merge_similar
 from timm_vix.conversion.merge_steps import merge_steps, num_merged
 from timm_vix.conversion.merging import MergingBlocks
+from timm_vix.mixers import MIXERS
+from timm_vix.mixers._mechanism import AttentionMechanism
 from timm_vix.mixers._merging import Groups, kinds_of, merge_mask, merge_table, single_groups
 
 HOSTS = {
@@ -32,6 +34,8 @@ HOSTS = {
     "dinov3": ("vit_small_patch16_dinov3", {}),
     "vix_rope": ("vix_softmax_cifar", {"rope": "axial"}),
 }
+# mixers that may stand where tokens have merged, softmax first
+FOLLOWERS = [name for name, kind in MIXERS.items() if kind.takes_merged_tokens()]
 MERGE = [0, 3, 5, 2]
 # which of three patches is where in images of equal patches
 KINDS = torch.randint(3, (35,), generator=torch.Generator().manual_seed(0))
@@ -162,7 +166,7 @@ def test_a_model_is_that_of_loops(kind, merge):
     assert distance(ours, theirs) < 1e-6
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "performer"])
+@pytest.mark.parametrize("mixer", FOLLOWERS)
 @pytest.mark.parametrize("kind", ["class", "registers", "average", "attention_pool", "distilled"])
 def test_equal_tokens_merge_without_a_trace(kind, mixer):
     model, x = without_positions(kind).double(), repeating_images().double()
@@ -304,7 +308,9 @@ def test_a_mask_treats_tokens_alike_if_their_rows_and_columns_are_equal():
                 assert kinds[j] % 2 == bool(unread)
 
 
-@pytest.mark.parametrize("kind, mixer", [*((kind, "softmax") for kind in HOSTS), ("class", "performer")])
+@pytest.mark.parametrize(
+    "kind, mixer", [*((kind, "softmax") for kind in HOSTS), *(("class", mixer) for mixer in FOLLOWERS[1:])]
+)
 def test_what_a_mask_of_keys_hides_merges_into_nothing_visible(kind, mixer):
     model, x = merging(kind, [8, 5, 2, 0], mixer=mixer), images().requires_grad_()
     prefix = model.num_prefix_tokens
@@ -559,12 +565,12 @@ def test_the_table_tells_what_merges():
     assert "merges 16" in conversion.table()
 
 
-@pytest.mark.parametrize("mixer", ["nystrom", "linformer", "atrous", "performer"])
+@pytest.mark.parametrize("mixer", [name for name, kind in MIXERS.items() if issubclass(kind, AttentionMechanism)])
 def test_any_mixer_with_keys_may_stand_before_the_first_merge(mixer):
     model, x = host(), images()
     timm_vix.convert(model, mixer, {0: mixer, 1: mixer})
     features = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
-    timm_vix.convert(model, mixer, [0], merge=MERGE)
+    timm_vix.convert(model, merge=MERGE)
     merged = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
     assert torch.equal(merged[0], features[0])
     # in the second layer the same attention, then 3 tokens merge: most patches stay where they were
@@ -766,7 +772,7 @@ def test_threads_do_not_meet():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("mixer", ["softmax", "performer"])
+@pytest.mark.parametrize("mixer", FOLLOWERS)
 def test_half_precision(mixer, autocast):
     model, x = without_positions("average"), repeating_images()
     timm_vix.convert(model, mixer)

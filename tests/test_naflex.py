@@ -210,11 +210,22 @@ def test_compiled_and_exported_where_timm_is():
     assert distance(program.module()(pixels), model(pixels)) < rounding(torch.float32)
 
 
-def test_masks_that_the_caller_gives():
-    """A mask of keys that the caller gives acts like padding; one of pairs is for softmax."""
-    model, batch = converted("performer"), batch_of(images_of(), 30)
+@pytest.mark.parametrize("name", [name for name in TAKEN if MIXERS[name.split("-")[0]].mixes_tokens])
+def test_masks_that_the_caller_gives(name):
+    """A mask of keys that the caller gives acts like padding, and hides what it says; one of pairs is for softmax."""
+    model, batch = converted(name), batch_of(images_of(), 30)
     expected = model(batch)
     keys = torch.cat([torch.ones(4, 2, dtype=torch.bool), batch["patch_valid"]], dim=1)[:, None, None, :]
     assert torch.equal(model({**batch, "attn_mask": keys}), expected)
+    hidden, patches = keys.clone(), batch["patches"].clone().requires_grad_()
+    hidden[0, ..., 2 + 5] = False
+    tokens = model.forward_features(**{**batch, "patches": patches, "attn_mask": hidden})["patches"]
+    seen = [token for token in range(32) if token != 2 + 5]
+    (gradient,) = torch.autograd.grad(tokens[0, seen].square().sum(), patches)
+    assert gradient[0, 5].abs().max() == 0 < gradient[0, 4].abs().max()
+    pairs = {**batch, "attn_mask": keys.expand(4, 1, 32, 32)}
+    if name == "softmax":
+        assert distance(model(pairs), expected) < rounding(torch.float64)
+        return
     with pytest.raises(InputError, match=r"attn_mask of shape \[4, 1, 32, 32\].*B=4 or 1 and N=32"):
-        model({**batch, "attn_mask": keys.expand(4, 1, 32, 32)})
+        model(pairs)
