@@ -87,6 +87,8 @@ OTHERS_ARE_SLOW = [
 ]
 # what keeps a small converted model from being softmax: few landmarks and projected tokens, and small groups
 FEW = {"nystrom": {"num_landmarks": 4}, "linformer": {"num_proj_tokens": 4}, "latent": {"group_size": 2}}
+# mechanisms in which queries and keys of patches have no effect
+VALUES_ONLY = [name for name, kind in MIXERS.items() if getattr(kind, "uses_values_only", False)]
 # prefix tokens: the class token; none; class and registers; registers without a class token
 LAYOUTS = {
     "class": {},

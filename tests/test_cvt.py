@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import PROJECTED, distance, lively
+from conftest import PROJECTED, VALUES_ONLY, distance, lively
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models._features_fx import GraphExtractNet
@@ -18,14 +18,13 @@ from timm_vix.mixers._mechanism import AttentionMechanism, AttentionShape
 MIXER = {"cvn": "nystrom", "cvp": "performer", "cvt": "softmax"}
 NAMES = [f"{family}_{size}" for family in MIXER for size in ("cifar", "13")]
 SHAPE = dict(img_size=(20, 12), embed_dims=(16, 16, 32), depths=(1, 1, 2), num_heads=(1, 2, 2), num_classes=5)
-# with which keywords a mechanism that approximates softmax attention is that
-# CvT has layers of their own for queries and keys, which no patch compares in these
-VALUES_ONLY = ["pool", "legendre"]
+# CvT has layers of their own for queries and keys, which no patch compares in VALUES_ONLY
 ON_ONE_GRID = [
     name
     for name, kind in MIXERS.items()
     if issubclass(kind, AttentionMechanism) and name not in (*PROJECTED, *VALUES_ONLY)
 ]
+# with which keywords a mechanism that approximates softmax attention is that
 EXACT = {
     "softmax": {},
     "nystrom": {"num_landmarks": 999},
