@@ -135,9 +135,11 @@ def wanted_mixers(
         ValueError: for a mixer, layer or keyword that isn't there, or layers for which no mixer is named.
     """
     if isinstance(layers, Plan):
-        if not layers.layers and keywords:
-            raise InputError(f"{', '.join(keywords)}: the plan converts no layer that could take keywords of a mixer")
         if not layers.layers:
+            if keywords:
+                raise InputError(
+                    f"{', '.join(keywords)}: the plan converts no layer that could take keywords of a mixer"
+                )
             return recorded_mixer(model), {}
         layers = layers.layers
     if keeps_mixers and not isinstance(layers, Mapping):
@@ -293,12 +295,12 @@ def revert(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to revert")
     for site in converted:
         check_hooks(site.path, getattr(site.parent, site.name), [site.attn])
-    merges_by_name = getattr(model, "merge", None) is not None
-    if not merges_by_name and not keeps_container(model, 0, []):
+    built_to_merge = merge_of_name(model) is not None
+    if not built_to_merge and not keeps_container(model, 0, []):
         check_hooks("blocks", model.blocks, model.blocks.children())
     follow_frozen_model(model, sites)
     for site in converted:
         setattr(site.parent, site.name, site.attn)
-    if not merges_by_name:
+    if not built_to_merge:
         set_merging(model, 0, [])
     record_conversion(model, sites, "softmax")

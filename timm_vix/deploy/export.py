@@ -224,7 +224,8 @@ def export_model(
             held_out = calibration[::FEW]
             calibrating = calibration[torch.arange(len(calibration)) % FEW > 0]
         write(model, config, to, dtype, written, calibrating, dynamic_size, note)
-        torch.set_num_threads(threads := threads or torch.get_num_threads())
+        threads = threads or torch.get_num_threads()
+        torch.set_num_threads(threads)
         with held_by(to, dtype, dynamic_size):
             batches = trials(config, calibration, dynamic_size, model)
             batches += [] if held_out is None else [held_out]

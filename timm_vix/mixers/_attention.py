@@ -8,7 +8,8 @@ from typing import Optional
 import torch
 from torch.nn import functional as F
 
-from ._precision import is_half, may_need_gradients
+from ._gradients import may_need_gradients
+from ._precision import is_half
 
 
 def takes_bias(q: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> bool:

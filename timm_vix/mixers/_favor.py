@@ -7,11 +7,11 @@ from typing import Optional
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ._attention import attention, takes_bias
+from ._gradients import checkpoint_if_long, may_need_gradients
 from ._masks import added_to_logits
-from ._precision import dtype_of_products, may_compute_again, may_need_gradients, outside_autocast
+from ._precision import dtype_of_products, outside_autocast
 
 # How many numbers the features or keys of an image have in one block. So a long sequence never has all of its N x m
 # features in memory at once. Larger blocks are hardly faster, smaller ones are slower. Functions get it as a default of
@@ -112,12 +112,12 @@ def sum_over_keys(
         if key_bias is not None:
             bias_block = key_bias[..., first : first + k_block.shape[2]]
             first += k_block.shape[2]
-        if not torch.jit.is_scripting() and again:
-            top, values, total = checkpoint(
-                add_keys, k_block, v_block, features, top, values, total, bias_block, use_reentrant=False
-            )
-        else:
+        if torch.jit.is_scripting():
             top, values, total = add_keys(k_block, v_block, features, top, values, total, bias_block)
+        else:
+            top, values, total = checkpoint_if_long(
+                add_keys, again, k_block, v_block, features, top, values, total, bias_block
+            )
     return top, values, total
 
 
@@ -127,10 +127,10 @@ def read_in_blocks(
     """``read_queries`` for all queries, in blocks."""
     out: list[torch.Tensor] = []
     for q_block in q.split(block_sizes(q.shape[2], block), 2):
-        if not torch.jit.is_scripting() and again:
-            out.append(checkpoint(read_queries, q_block, features, bias, values, use_reentrant=False))
-        else:
+        if torch.jit.is_scripting():
             out.append(read_queries(q_block, features, bias, values))
+        else:
+            out.append(checkpoint_if_long(read_queries, again, q_block, features, bias, values))
     return torch.cat(out, dim=2)
 
 
@@ -153,7 +153,7 @@ def sum_in_blocks(
         features = features.to(q.dtype).to(dtype)
     again = False
     if not torch.jit.is_scripting():
-        again = LONG <= N and may_compute_again() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        again = LONG <= N and (q.requires_grad or k.requires_grad or v.requires_grad)
     if key_bias is not None:
         key_bias = added_to_logits(key_bias, dtype)
     block = tokens_of_block(h * max(m, D)) if block is None else block

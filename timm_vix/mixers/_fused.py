@@ -14,14 +14,12 @@ They would be most of the memory.
 Shapes: x (B, N, C); q, k, v of the landmarks (B, h, m, D); weights as in ``torch.nn.Linear``; A = h·D.
 """
 
-from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from ._precision import may_compute_again
+from ._gradients import checkpoint_if_long
 
 # From so many tokens on, training computes attention weights twice rather than keep them for the gradient: a tenth of
 # a step's time for a tenth of its memory.
@@ -37,13 +35,6 @@ def is_cheaper(num_tokens: int, num_landmarks: int, num_heads: int, head_dim: in
     width = num_heads * num_landmarks
     of_landmarks = head_dim * (16 if small_are_slow else 1)
     return width * (num_tokens + of_landmarks) < num_tokens * (num_heads * head_dim + num_landmarks)
-
-
-def checkpoint_if_long(function: Callable[..., torch.Tensor], long: bool, *inputs: Any) -> torch.Tensor:
-    """Call the function; for a ``long`` sequence only its inputs are kept for the backward pass."""
-    if long and may_compute_again():
-        return checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
 
 
 def fused_attend_to(

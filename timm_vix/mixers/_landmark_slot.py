@@ -12,11 +12,12 @@ from torch import nn
 from ._attention import in_whole_vectors, is_half_on_cpu
 from ._attention_slot import AttentionSlot, is_plain_linear
 from ._fused import fused_attend_from, fused_attend_to, is_cheaper
+from ._gradients import may_need_gradients
 from ._landmarks import LandmarkAttention
 from ._layout import Grid, TokenLayout
 from ._local import append_channels, locality_channels
 from ._masks import MaskedPooling, added_to_logits, tokens_read
-from ._precision import is_half, may_need_gradients
+from ._precision import is_half
 
 
 @register_notrace_module

@@ -1,4 +1,4 @@
-"""Where sums and exponentials need float32, whatever autocast says, and whether there are gradients."""
+"""Where sums and exponentials need float32, whatever autocast says."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -26,21 +26,3 @@ def logits_of_one_key(queries: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     if is_half(queries):
         return (queries.float() * key.float()).sum(3, keepdim=True)
     return torch.matmul(queries, key.transpose(2, 3))
-
-
-def may_need_gradients() -> bool:
-    """Whether a backward pass may follow. None follows a trace: torch traces again without gradients to check it."""
-    if torch.jit.is_scripting():
-        return torch.is_grad_enabled()
-    else:
-        return torch.is_grad_enabled() and not torch.jit.is_tracing()
-
-
-def may_compute_again() -> bool:
-    """Whether a backward pass may follow that can compute activations again.
-
-    This needs hooks on saved tensors, which transforms of ``torch.func`` refuse. Not for TorchScript.
-    """
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    return may_need_gradients() and torch._C._functorch.peek_interpreter_stack() is None

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from ._dilated import Axis, from_windows, to_windows
-from ._fused import checkpoint_if_long
+from ._gradients import checkpoint_if_long
 from ._layout import Grid
 from ._masks import MaskedPooling, log_counts
 from ._resample import averages

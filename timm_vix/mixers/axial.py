@@ -49,7 +49,7 @@ import torch
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from .._checks import check_choice, check_integer
-from ._fused import checkpoint_if_long
+from ._gradients import checkpoint_if_long
 from ._layout import Grid, TokenLayout
 from ._masks import added_in_both_dtypes, is_read, lowest, mean_of_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows

@@ -48,7 +48,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from .._checks import check_integer
 from ._attention import takes_bias
 from ._dilated import axis_layout, from_windows, to_windows
-from ._fused import checkpoint_if_long
+from ._gradients import checkpoint_if_long
 from ._layout import Grid, TokenLayout, cell_grid
 from ._masks import added_in_both_dtypes, is_read, lowest
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows

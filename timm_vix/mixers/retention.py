@@ -39,6 +39,7 @@ from torch.nn.functional import dropout
 
 from .._checks import check_number
 from . import _fused
+from ._gradients import checkpoint_if_long
 from ._layout import Grid, TokenLayout
 from ._masks import added_in_both_dtypes, is_read, mean_of_read
 from ._mechanism import AttentionMechanism, AttentionShape, with_prefix_rows
@@ -146,5 +147,5 @@ class Retention(AttentionMechanism):
         else:
             long = q.shape[2] >= _fused.LONG
             local = (self.locality, self.key_dim, mask)
-            y = _fused.checkpoint_if_long(retain_in_grid, long, q, k, v, P, grid, start, span, rate, *local)
+            y = checkpoint_if_long(retain_in_grid, long, q, k, v, P, grid, start, span, rate, *local)
         return with_prefix_rows(y, q, k, v, P, attn_mask, rate)

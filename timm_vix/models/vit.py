@@ -179,7 +179,7 @@ class VisionXformer(VisionTransformer):
         if trained:
             for slot in slots_of(self).values():
                 slot.trained_tokens = trained
-        set_merging(self, 0 if merge is None else merge, steps)
+        set_merging(self, self.merge or 0, steps)
         self._model_args = recorded_config(self)
 
     @torch.jit.ignore
