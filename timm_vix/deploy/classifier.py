@@ -21,7 +21,6 @@ from ..data.folders import label_names
 from ..data.images import as_shown, picture_mode
 from ..mixers._mechanism import AttentionMechanism
 from ..models.checkpoints import hosts_of
-from ..train.hub import hub_of
 from ..train.settings import check_weights, weights_of_file
 from ..train.teacher import check_classes
 from .exported import ExportedModel, is_exported
@@ -46,7 +45,9 @@ def address_of(model: str, trained: bool = True) -> str:
         return model
     if model.startswith(("hf-hub:", "hf_hub:")):
         return model
-    folder = hub_of(Path(model.removeprefix("local-dir:")))
+    folder = Path(model.removeprefix("local-dir:"))
+    if (folder / "hub" / "config.json").is_file():  # a model's own folder may hold something else by this name
+        folder = folder / "hub"
     if (folder / "config.json").is_file():
         return f"local-dir:{folder}"
     places = TRAINED if trained else PLACES
