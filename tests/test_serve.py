@@ -28,7 +28,7 @@ from timm_vix import cli
 from timm_vix._checks import InputError
 from timm_vix.data.images import Images, transforms
 from timm_vix.deploy.baseline import softmax_baseline
-from timm_vix.deploy.classifier import Classifier, class_names, load_trained, note_of_weights
+from timm_vix.deploy.classifier import Classifier, address_of, class_names, load_trained, note_of_weights
 from timm_vix.deploy.export import build, export_model
 from timm_vix.deploy.serve import Answers, title_of
 
@@ -158,6 +158,14 @@ def test_a_photograph_of_an_upright_camera_is_seen_upright(tmp_path):
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
     seen = [classifier.prepare(tmp_path / f"{name}.png") for name in ("upright", "lying")]
     assert torch.equal(*seen) and seen[0].std() > 0.1
+
+
+def test_a_models_folder_may_hold_something_else_called_hub(tmp_path):
+    shutil.copytree(SHIPPED, tmp_path / "model")
+    (tmp_path / "model" / "hub").mkdir()
+    assert address_of(str(tmp_path / "model")) == f"local-dir:{tmp_path / 'model'}"
+    shutil.copytree(SHIPPED, tmp_path / "run" / "hub")
+    assert address_of(str(tmp_path / "run")) == f"local-dir:{tmp_path / 'run' / 'hub'}"
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
