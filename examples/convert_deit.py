@@ -28,8 +28,8 @@ from timm_vix._device import device_name
 from timm_vix._files import write_whole
 from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
+from timm_vix.data.decoding import as_shown
 from timm_vix.data.folders import read_labels
-from timm_vix.data.images import as_shown
 from timm_vix.deploy.shipping import save_transferred
 from timm_vix.measure.flops import count_flops
 from timm_vix.measure.job import time_interleaved

@@ -36,7 +36,8 @@ from timm_vix.cli import in_one_line
 from timm_vix.conversion.convert import convert
 from timm_vix.data.datasets import Items
 from timm_vix.data.folders import find_images
-from timm_vix.data.images import STEP, normaliser, seed_of
+from timm_vix.data.images import normaliser
+from timm_vix.data.seeds import STEP, seed_of
 from timm_vix.measure.job import measure_in_process
 from timm_vix.mixers import MIXERS
 from timm_vix.train.build import build_model

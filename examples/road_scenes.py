@@ -22,7 +22,7 @@ from tqdm import tqdm
 from timm_vix._checks import InputError
 from timm_vix._files import one_line
 from timm_vix.data.folders import find_unlabelled
-from timm_vix.data.images import ORDER, SAMPLE, reseed, seed_of
+from timm_vix.data.seeds import ORDER, SAMPLE, reseed, seed_of
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist")
 IGNORED = len(CLASSES)

@@ -42,7 +42,7 @@ from timm_vix._files import name_and_checksum, write_whole
 from timm_vix._names import check_model
 from timm_vix._records import append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
-from timm_vix.data.images import STEP, reseed
+from timm_vix.data.seeds import STEP, reseed
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.interrupt import deferred_interrupt
 from timm_vix.train.loop import Loop

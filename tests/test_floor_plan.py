@@ -106,7 +106,7 @@ def test_imports_go_down() -> None:
         ("mixers/nystrom.py", "from .performer import BLOCK", "mixers/nystrom.py:1 imports mixers/performer.py"),
         ("mixers/nystrom.py", "def f():\n    from ..conversion import convert", "nystrom.py:2 imports conversion/"),
         ("stems/convolutional.py", "from ..models import vix", "stems/convolutional.py:1 imports models/vix.py"),
-        ("models/vix.py", "from ..data.images import seed_of", "models/vix.py:1 imports data/images.py"),
+        ("models/vix.py", "from ..data.seeds import seed_of", "models/vix.py:1 imports data/seeds.py"),
         ("measure/flops.py", "from ..benchmark import cost", "measure/flops.py:1 imports benchmark/cost.py"),
         ("mixers/nystrom.py", "import numpy", "mixers/nystrom.py:1 imports numpy"),
         ("mixers/nystrom.py", "from timm.models import register_model", "imports timm.models.register_model"),

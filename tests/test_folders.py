@@ -13,8 +13,9 @@ from timm.data import ImageDataset
 
 from timm_vix.data import datasets
 from timm_vix.data.datasets import Sample, as_folder
+from timm_vix.data.decoding import open_image
 from timm_vix.data.folders import find_images, find_unlabelled, list_images, name_of
-from timm_vix.data.images import Images, open_image
+from timm_vix.data.images import Images
 from timm_vix.train.finetune import finetune
 
 load_digits = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's digits").load_digits

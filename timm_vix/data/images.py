@@ -6,7 +6,6 @@ that stops in mid-epoch is continued by skipping batches, and the number of work
 
 import errno
 import os
-import random
 import signal
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision.transforms import Compose, RandomCrop
@@ -24,52 +23,18 @@ from tqdm import tqdm
 
 from .._checks import InputError
 from .._files import one_line, printable
-from .datasets import Items, Sample, Source
+from .datasets import Items
+from .decoding import as_shown, content_of, image_mode, open_image, size_of
+from .seeds import ORDER, SAMPLE, reseed, seed_of
 
 CACHE_BYTES = 2 << 30  # decoded pixels kept in memory per split; images beyond are decoded again in every epoch
 IN_A_WORKER = f"{InputError.__module__}.{InputError.__name__}: "  # comes before the message, after its traceback
 # what the system says of a disk that fails, a server that is gone, and too many open files
 FAILING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE)
 CHECKED = 1000  # images whose content enters the digest, evenly spread
-ORDER, SAMPLE, STEP = range(3)  # what is drawn: the first word of every seed
 
 Key = tuple[Optional[int], int]  # epoch, None without one, and index of an image
 Decoded = tuple[int, Optional[np.ndarray]]  # index and pixels of an image, or None if it can't be read
-
-
-def seed_of(*key: int) -> int:
-    """One well mixed 32-bit seed for a tuple of numbers."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def picture_mode(channels: int) -> str:
-    """PIL's mode of the pictures for a model of so many channels."""
-    return "RGB" if channels == 3 else "L"
-
-
-def as_shown(image: Image.Image, mode: str) -> Image.Image:
-    """A picture upright and in 8 bits, of PIL's mode "RGB" or "L".
-
-    A camera that was turned stores the pixels as the sensor saw them, and the rotation in the EXIF data. It is applied
-    here. Grey values of 16 bits are scaled down, since PIL would clip them at 255, and floating-point ones of at most 1
-    are scaled up, since PIL would round them to 0 and 1.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image))
-        grey = grey * 255 if grey.max(initial=0) <= 1 else grey
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((grey // 257 if grey.max(initial=0) > 255 else grey).clip(0, 255).astype(np.uint8))
-    return image.convert(mode)
-
-
-def reseed(*key: int) -> None:
-    """Make every draw that follows a function of the key, on the CPU."""
-    random.seed(seed := seed_of(*key))
-    np.random.seed(seed)  # noqa: NPY002 (timm's mixup and RandAugment draw from this one)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend: 0.2 ms, too slow for each image
 
 
 def transforms(data_config: dict[str, Any], augment: str, flip: float) -> tuple[Any, Any, Any]:
@@ -130,7 +95,7 @@ class Images(Dataset):
         seed: int,
         lazy: bool = False,
     ) -> None:
-        self.mode = picture_mode(channels)
+        self.mode = image_mode(channels)
         self.resize, self.transform, self.seed = resize, transform, seed
         self.items = items
         self.cache: dict[int, np.ndarray] = {}
@@ -296,29 +261,3 @@ def stack(loaded: tuple[list[tuple[torch.Tensor, int]], list[Decoded]]) -> tuple
     """A batch of what ``Images`` loaded; None if none of its images can be read."""
     samples, decoded = loaded
     return default_collate(samples) if samples else None, decoded
-
-
-def open_image(source: Source) -> Image.Image:
-    """An image of any source; its pixels may be still to be decoded."""
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    return source.open() if isinstance(source, Sample) else Image.open(source)
-
-
-def size_of(source: Source) -> int:
-    """The size of an image's file in bytes; 0 where it has none."""
-    try:
-        return source.stat().st_size if isinstance(source, Path) else 0
-    except OSError:  # a link to nothing
-        return 0
-
-
-def content_of(source: Source) -> bytes:
-    """The bytes of an image's file, or its pixels; none where it can't be read."""
-    try:
-        if isinstance(source, Path):
-            return source.read_bytes()
-        with open_image(source) as image:
-            return image.tobytes()
-    except Exception:  # a damaged image raises as its reader likes
-        return b""

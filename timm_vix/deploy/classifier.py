@@ -17,8 +17,8 @@ from .._files import one_line
 from .._names import near_names, parse_model
 from ..conversion.delta import load_delta
 from ..conversion.slots import mixer_name
+from ..data.decoding import as_shown, image_mode
 from ..data.folders import label_names
-from ..data.images import as_shown, picture_mode
 from ..mixers._mechanism import AttentionMechanism
 from ..models.checkpoints import hosts_of
 from ..train.settings import check_weights, weights_of_file
@@ -143,7 +143,7 @@ def preparation_of(net: nn.Module, what: str) -> tuple[dict[str, Any], Any]:
         config = resolve_input_data_config(net)
         transform: Any = create_transform(**config)
         if config["input_size"][0] in (1, 3):
-            black = transform(Image.new(picture_mode(config["input_size"][0]), (8, 8)))
+            black = transform(Image.new(image_mode(config["input_size"][0]), (8, 8)))
             if not black.isfinite().all():
                 raise InputError(f"mean={config['mean']} and std={config['std']} give no finite numbers")
     except Exception as error:  # whatever a damaged entry leads to
@@ -182,7 +182,7 @@ class Classifier:
         if channels not in (1, 3):
             raise InputError(f"model={model} takes images of {channels} channels; allowed is 1 (grey) or 3 (RGB)")
         self.names = class_names(self.net)
-        self.mode = picture_mode(channels)
+        self.mode = image_mode(channels)
 
     def prepare(self, picture: Union[str, Path, Image.Image]) -> torch.Tensor:
         """What the model sees of a picture or its file, (1, C, H, W).

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from .._checks import InputError, positive
+from ..data.decoding import image_mode
 from ..data.folders import labelled_folder, spread
-from ..data.images import picture_mode
 from ..mixers import MIXERS
 from .check import accuracy, latency, read_calibration
 from .classifier import class_names, note_of_weights
@@ -83,7 +83,7 @@ def metadata_read_by(to: str, out: Path) -> str:
 def prepared_by(config: dict[str, Any]) -> str:
     """The Python that prepares a picture of PIL's, by timm's data configuration."""
     transform = f"timm.data.create_transform({', '.join(f'{name}={config[name]!r}' for name in PREPARATION)})"
-    return f'{transform}(PIL.ImageOps.exif_transpose(image).convert("{picture_mode(config["input_size"][0])}"))'
+    return f'{transform}(PIL.ImageOps.exif_transpose(image).convert("{image_mode(config["input_size"][0])}"))'
 
 
 def classes_in_words(model: nn.Module) -> str:

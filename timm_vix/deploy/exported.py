@@ -10,7 +10,7 @@ from torch import nn
 
 from .._checks import InputError, check_integer
 from .._files import one_line
-from ..data.images import picture_mode
+from ..data.decoding import image_mode
 from .formats import OPEN, READ_METADATA, SUFFIXES
 from .metadata import PREPARATION, config_of
 
@@ -51,7 +51,7 @@ class ExportedModel(nn.Module):
             raise InputError(f"{path} cannot be opened as a model: {one_line(error)}") from error
         try:
             transform = create_transform(**{name: config[name] for name in PREPARATION})
-            black = transform(Image.new(picture_mode(config["input_size"][0]), (8, 8)))
+            black = transform(Image.new(image_mode(config["input_size"][0]), (8, 8)))
             outputs = self.run(black.unsqueeze(0)).shape[1]
             names = list(map(str, config["classes"]))
             check_integer("parameters", config["parameters"], 0)

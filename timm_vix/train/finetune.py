@@ -31,7 +31,8 @@ from ..conversion.delta import save_delta
 from ..conversion.freeze import freeze_except
 from ..data.datasets import Items
 from ..data.folders import find_images, name_of
-from ..data.images import STEP, Images, normaliser, reseed, seed_of, transforms
+from ..data.images import Images, normaliser, transforms
+from ..data.seeds import STEP, reseed, seed_of
 from .build import build_model, construction
 from .checkpoint import Checkpoint, clear, read_tensors, write_history, write_tensors
 from .finetune_settings import FinetuneSettings
