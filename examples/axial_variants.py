@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from timm_vix._device import device_name, versions
 from timm_vix._records import Columns, append_record, earlier_records, key_of
+from timm_vix._weights import check_weights
 from timm_vix.cli import in_one_line
-from timm_vix.train.settings import check_weights
 
 COLUMNS: Columns = dict(
     variant=str,

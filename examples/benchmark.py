@@ -27,10 +27,10 @@ from timm_vix._device import device_name, find_device
 from timm_vix._names import parse_model
 from timm_vix._records import Columns, append_record, earlier_records, key_of
 from timm_vix.cli import in_one_line
-from timm_vix.conversion.keywords import check_keywords
 from timm_vix.measure.job import timed, warm_up
 from timm_vix.measure.memory import PeakMemory, set_malloc
 from timm_vix.mixers import MIXERS
+from timm_vix.mixers._keywords import check_keywords
 
 COLUMNS: Columns = dict(
     mixer=str, tokens=int, batch=int, mode=str, dtype=str, options=str,

@@ -27,6 +27,7 @@ from timm_vix._checks import InputError
 from timm_vix._device import device_name
 from timm_vix._files import write_whole
 from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
+from timm_vix._weights import check_weights
 from timm_vix.cli import in_one_line
 from timm_vix.data.decoding import as_shown
 from timm_vix.data.folders import read_labels
@@ -35,7 +36,6 @@ from timm_vix.measure.flops import count_flops
 from timm_vix.measure.job import time_interleaved
 from timm_vix.measure.statistics import compare_times
 from timm_vix.train.hub import delta_card
-from timm_vix.train.settings import check_weights
 from timm_vix.train.teacher import build_teacher
 
 SOURCE = "deit_tiny_patch16_224"

@@ -24,10 +24,10 @@ from tqdm import tqdm
 import timm_vix
 from timm_vix._device import device_name
 from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
+from timm_vix._weights import check_weights
 from timm_vix.cli import in_one_line
 from timm_vix.data.decoding import as_shown
 from timm_vix.data.folders import find_unlabelled
-from timm_vix.train.settings import check_weights
 from timm_vix.train.teacher import build_teacher
 
 SOURCE = "vit_small_patch14_dinov2"

@@ -41,12 +41,12 @@ from timm_vix._device import device_name, find_device, find_dtype, versions
 from timm_vix._files import name_and_checksum, write_whole
 from timm_vix._names import check_model
 from timm_vix._records import append_record, check_writable, earlier_records, key_of
+from timm_vix._weights import check_weights
 from timm_vix.cli import in_one_line
 from timm_vix.data.seeds import STEP, reseed
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.interrupt import deferred_interrupt
 from timm_vix.train.loop import Loop
-from timm_vix.train.settings import check_weights
 
 # what a training is, and the columns by which it is known
 SETTINGS: dict[str, type] = dict(

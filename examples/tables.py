@@ -1,9 +1,9 @@
 """Write what was measured into README.md and examples/results/RESULTS.md, from the files in examples/results.
 
-python examples/tables.py            # rewrites both between their <!-- table: NAME --> marks
-python examples/tables.py --check    # fails if one of them differs from the results
-python examples/tables.py --figures  # draws the figures of cost and of CIFAR-10 in examples/results anew
-python examples/tables.py --pays     # prints the sentences about speed that the docstrings of mixers and stems hold
+python examples/tables.py               # rewrites both between their <!-- table: NAME --> marks
+python examples/tables.py --check       # fails if one of them differs from the results
+python examples/tables.py --figures     # draws the figures of cost and of CIFAR-10 in examples/results anew
+python examples/tables.py --docstrings  # prints the sentences about speed that the docstrings of mixers and stems hold
 """
 
 import argparse
@@ -103,11 +103,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--figures", action="store_true", help="draw the figures too")
-    parser.add_argument("--pays", action="store_true", help="print the sentences of the docstrings and stop")
+    parser.add_argument("--docstrings", action="store_true", help="print the sentences of the docstrings and stop")
     arguments = parser.parse_args()
-    if arguments.pays:
-        sentences = {mixer: cost.pays(mixer) for mixer in MIXERS if mixer != "softmax"}
-        sentences["hmlp"] = mechanisms.stem_pays()
+    if arguments.docstrings:
+        sentences = {mixer: cost.speed_in_a_model(mixer) for mixer in MIXERS if mixer != "softmax"}
+        sentences["hmlp"] = mechanisms.operations_of_a_stem()
         for name, sentence in sentences.items():
             print(f"{name}\n{textwrap.fill(sentence, 120, break_on_hyphens=False)}\n")
         return 0

@@ -9,8 +9,8 @@ import timm
 import torch
 from conftest import image, small
 
-from timm_vix.conversion.keywords import mixer_keywords
 from timm_vix.mixers import MIXERS
+from timm_vix.mixers._keywords import mixer_keywords
 
 # (name, keywords, words); images are 224 px with patches of 16 unless a row says otherwise: 196 patch tokens
 BUILDS = [

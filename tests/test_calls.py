@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import timm_vix
-from timm_vix.conversion.slots import slots_of
+from timm_vix.slots.model import slots_of
 
 SIZES = ((14, 10), (10, 14), (28, 20), (20, 28))  # two pairs of grids with as many tokens
 CASES = [

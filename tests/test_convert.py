@@ -20,10 +20,10 @@ from timm.models import save_for_hf
 import timm_vix
 from timm_vix._checks import InputError
 from timm_vix.conversion.convert import attention_sites
-from timm_vix.conversion.slots import mixer_name
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._landmark_slot import LandmarkSlot
 from timm_vix.mixers._mechanism import AttentionMechanism
+from timm_vix.slots.landmark_slot import LandmarkSlot
+from timm_vix.slots.model import mixer_name
 from timm_vix.train.hub import write_hub
 
 

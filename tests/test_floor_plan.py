@@ -32,6 +32,7 @@ PACKAGES: list[tuple[str, set[str]]] = [
     ("_[!_]*.py", TOOLS),  # checks, files, devices and names, which every package may use
     ("mixers/*", LAYERS),
     ("stems/*", LAYERS),
+    ("slots/*", {*MODELS, "einops"}),
     ("conversion/*", MODELS),
     ("models/*", MODELS),
     ("measure/*", TOOLS),

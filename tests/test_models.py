@@ -37,7 +37,8 @@ from torch import nn
 
 import timm_vix
 from timm_vix.mixers import MIXERS
-from timm_vix.models.checkpoints import hosts_of, mixer_keys, stem_keys
+from timm_vix.models.checkpoints import mixer_keys, stem_keys
+from timm_vix.slots.model import hosts_of
 from timm_vix.stems import STEMS
 
 # Of the plain ViT with a mixer and a stem; of these, the ones that differ in more than their widths.

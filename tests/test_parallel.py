@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import ParallelThingsBlock
 
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._slot import MixerSlot
+from timm_vix.slots.slot import MixerSlot
 
 
 def side_by_side(model, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._attention_slot import AttentionSlot
+from timm_vix.slots.attention_slot import AttentionSlot
 
 NAMES = [
     f"{stem}{family}_{size}" for stem in ("", "hybrid_") for family in ("pin", "pip") for size in ("tiny", "cifar")

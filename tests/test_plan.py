@@ -42,7 +42,7 @@ from timm_vix.planning import latency
 from timm_vix.planning.measurements import COLUMNS, Measurements
 from timm_vix.planning.plan import plan_layers, tell_resolution
 from timm_vix.planning.plan_settings import PlanSettings
-from timm_vix.planning.sensitivity import Sensitivity, plan_to_json
+from timm_vix.planning.sensitivity import Sensitivity
 from timm_vix.planning.source import num_right, scale_source
 
 RESULTS = Path(__file__).parents[1] / "examples" / "results"
@@ -178,7 +178,7 @@ def everything(weights: Path, images: torch.Tensor) -> dict[str, tuple[float, fl
     found, original = {}, build(weights)
     for choice in itertools.product(entries, repeat=3):
         plan = Plan({layer: entry for layer, entry in enumerate(choice) if entry})
-        found[plan_to_json(plan)] = figures(original, images, plan.layers)
+        found[plan.to_json()] = figures(original, images, plan.layers)
     return found
 
 

@@ -173,6 +173,13 @@ def test_the_docstring_of_a_stem_says_what_it_adds(tables):
     assert mechanisms.operations_of_a_stem() in " ".join(hierarchical_mlp.__doc__.split())
 
 
+def test_the_sentences_of_docstrings_are_printed(tables, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--docstrings"])
+    assert tables.main() == 0
+    printed = capsys.readouterr().out
+    assert all(f"{mixer}\n*Speed:*" in printed for mixer in MIXERS if mixer != "softmax")
+
+
 # Prose
 
 

@@ -9,10 +9,10 @@ from conftest import FEW, distance, vit
 from timm.layers import Attention
 
 from timm_vix import convert, revert
-from timm_vix.conversion.keywords import mixer_keywords
-from timm_vix.conversion.slots import mixer_name, slots_of
 from timm_vix.mixers import MIXERS
+from timm_vix.mixers._keywords import mixer_keywords
 from timm_vix.mixers._mechanism import AttentionMechanism
+from timm_vix.slots.model import mixer_name, slots_of
 
 MECHANISMS = [mixer for mixer in MIXERS if mixer != "softmax"]
 
@@ -125,7 +125,7 @@ def convert_weights(model, fixed, mixer):
     """The weights of a dynamic model for one of another size."""
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    from timm_vix.conversion.slots import resample_weights
+    from timm_vix.slots.model import resample_weights
 
     convert(fixed, mixer, **next(iter(slots_of(model).values())).config())
     state = checkpoint_filter_fn(model.state_dict(), fixed)

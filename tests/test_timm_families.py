@@ -61,5 +61,5 @@ def test_cost_at_the_size_that_a_model_is_made_for(name, mode, tmp_path):
 def test_compare_trains_it(name, digits, tmp_path):
     where = dict(data_dir=str(digits), val_dir=None, data_root=None, workers=0, device="cpu", threads=2)
     recipe = dict(epochs=1, batch_size=16, amp="off")
-    (row,) = compare.compare([(name, None)], [0], recipe, where, tmp_path / "compare.csv", tmp_path / "runs")
+    (row,) = compare.compare([(name, False)], [0], recipe, where, tmp_path / "compare.csv", tmp_path / "runs")
     assert row["error"] is None and 0 <= row["top1"] <= 100 and row["img_size"] == FAMILIES[name][0]

@@ -12,8 +12,7 @@ from tqdm import tqdm
 from timm_vix._checks import InputError
 from timm_vix._records import Record
 from timm_vix.data.folders import label_names, list_images
-from timm_vix.data.images import normaliser
-from timm_vix.deploy.check import open_images
+from timm_vix.data.images import normaliser, open_images
 from timm_vix.deploy.classifier import load_trained
 from timm_vix.train.hub import write_hub
 

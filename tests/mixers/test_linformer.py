@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 import timm_vix
 from timm_vix.mixers._layout import TokenLayout
 from timm_vix.mixers._resample import resample_input_weight
-from timm_vix.models.checkpoints import hosts_of
+from timm_vix.slots.model import hosts_of
 
 
 def rotation(position, D: int, kind: str) -> torch.Tensor:

@@ -12,12 +12,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import timm_vix
-from timm_vix.conversion.slots import slots_of
 from timm_vix.mixers import MIXERS
-from timm_vix.mixers._landmark_slot import LandmarkSlot
 from timm_vix.mixers._layout import TokenLayout
 from timm_vix.mixers._local import locality_channels
 from timm_vix.mixers._mechanism import AttentionMechanism, AttentionShape, MechanismHost, TokenMixing
+from timm_vix.slots.landmark_slot import LandmarkSlot
+from timm_vix.slots.model import slots_of
 
 LOCAL = [name for name in MIXERS if "locality" in MIXERS[name].keywords()]
 

@@ -11,44 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .._names import parse_model
-from ..conversion.keywords import all_keywords
-from ..conversion.record import RECORDED
 from ..measure.job import JOB
-
-# keywords that the softmax model of the same trunk is not given: of what a conversion does, and those of the mixers
-NOT_TRUNK = {"stem_mixer", "train_only"} | RECORDED | all_keywords()
-# keywords of a trunk that timm's own ViT doesn't have
-OURS_ONLY = {"stem", "rope", "block", "mlp"}
-
-
-def softmax_of(name: str) -> Optional[str]:
-    """The softmax model of the same trunk, stem and positions as one of ours; None for any other model.
-
-    fnet2d mixes maps, so it has no such trunk; beside it stands the model of tokens with its stem and width.
-
-    Example:
-        >>> softmax_of("vix_nystrom_small"), softmax_of("hybrid_vin_tiny_rope"), softmax_of("vix_from_timm")
-        ('vit_small_patch16_224', 'hybrid_vit_tiny_rope', None)
-        >>> softmax_of("ccn_7"), softmax_of("pin_tiny"), softmax_of("fnet2d_cifar")
-        ('cct_7', 'pin_tiny mixer=softmax', 'hybrid_vit_cifar')
-    """
-    name = name.split(".")[0]
-    family, _, rest = name.partition("_")
-    size = rest.partition("_")[2]
-    if family in ("ccn", "ccp", "cct", "cvn", "cvp", "cvt"):
-        return f"{family[:2]}t_{rest}"
-    if name.startswith(("levin_", "levip_", "pin_", "pip_", "hybrid_pin_", "hybrid_pip_", "convix_")):
-        return f"{name} mixer=softmax"
-    if family == "t2t":
-        return f"t2t_vit_{size}"
-    if family == "hybrid":
-        return f"hybrid_vit_{size}"
-    if family == "fnet2d":
-        return f"hybrid_vit_{rest}"
-    if family == "vix":
-        twins = (f"vix_softmax_{size}", f"vit_{size}_patch16_224")
-        return next((twin for twin in twins if timm.is_model(twin)), None)
-    return None
+from ..models.softmax_trunk import softmax_counterpart
 
 
 def baseline_of(spec: str, given: Optional[str] = None) -> str:
@@ -65,17 +29,14 @@ def baseline_of(spec: str, given: Optional[str] = None) -> str:
     if given:
         parse_model(given)
         return given
-    twin = keywords.get("source", "deit_tiny_patch16_224") if name == "vix_from_timm" else softmax_of(name)
-    if twin is None:
+    found = softmax_counterpart(name, keywords)
+    if found is None:
         return JOB["baseline"]
-    if name.startswith("vix_") and name != "vix_from_timm" and twin.startswith("vit_") and OURS_ONLY & keywords.keys():
-        twin = f"{name.split('.')[0]} mixer=softmax"
+    softmax, trunk = found
     # as they were written: a tuple's own text has spaces
-    parts = [twin, *(part for part in spec.split()[1:] if part.partition("=")[0] not in NOT_TRUNK)]
-    stem = keywords.get("stem", "t2t" if name.startswith("t2t_") else None)
-    if stem == "t2t" and not twin.startswith("vit_"):
-        parts.append("stem_mixer=softmax")
-    return " ".join(parts)
+    written = {part.partition("=")[0]: part for part in spec.split()[1:]}
+    parts = [written[k] if keywords.get(k) == value else f"{k}={value}" for k, value in trunk.items()]
+    return " ".join([softmax, *parts])
 
 
 class CallsOfAttention(TorchFunctionMode):

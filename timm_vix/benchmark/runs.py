@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Union
 
 from .._files import name_and_checksum
 from .._names import parse_model
+from .._weights import check_weights
 from ..data.datasets import Items
-from ..train.settings import check_weights
 
 FILES_OF_A_MODEL = ("config.json", "model.safetensors", "pytorch_model.bin")  # in a folder that timm loads
 

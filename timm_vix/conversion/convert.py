@@ -12,19 +12,20 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot, has_hooks
-from .hooks import HOOKS
-from .keywords import ADDING_NOTHING, check_keywords
+from .._modules import has_hooks
+from ..mixers._keywords import ADDING_NOTHING, check_keywords
+from ..slots.attention_slot import AttentionSlot
+from ..slots.hooks import HOOKS
+from ..slots.model import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
+from ..slots.replace import build_mixer
 from .layers import Layers, layer_mixers
 from .merge_steps import Merge, first_merge, merge_steps
 from .merging import MergingBlocks, check_merging, keeps_container, set_merging
 from .plan_file import Plan, load_plan
 from .record import record_conversion, recorded_mixer
-from .replace import build_mixer
 from .report import Conversion, report_of
 from .scaling import ScaleLogits, check_scaling, scaled_for, trained_tokens
 from .sites import attention_sites
-from .slots import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
 
 
 def convert(

@@ -21,11 +21,10 @@ from torch import nn
 from .._checks import InputError
 from .._files import one_line, write_whole
 from ..mixers._dilated import check_dilations
-from ..mixers._slot import MixerSlot
+from ..mixers._keywords import ADDING_NOTHING
+from ..slots.slot import MixerSlot
 from .freeze import PARTS, classifiers, unfrozen_tensors, unwrapped_name
-from .identity import DTYPES, checksums, dtype_of, fingerprint, mechanisms_of
-from .keywords import ADDING_NOTHING
-from .plan_file import architecture
+from .identity import DTYPES, architecture, checksums, dtype_of, fingerprint, mechanisms_of
 
 FORMAT = "timm_vix delta 2"
 DESCRIBED = ("architecture", "pooling", "mechanisms", "backbone")  # in the metadata of a file

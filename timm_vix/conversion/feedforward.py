@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from .._checks import InputError, check_choice, is_number
-from ..mixers._attention_slot import is_plain_linear
+from .._modules import is_plain_linear
 from ._fitting import LayerFit, fit_in_one_pass
 from .handover import HandoverSchedule, handover
 

@@ -18,11 +18,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot, has_hooks, is_plain_linear
-from ..mixers._landmark_slot import LandmarkSlot
+from .._modules import has_hooks, is_plain_linear
 from ..mixers._layout import TokenLayout
+from ..slots.attention_slot import AttentionSlot
+from ..slots.hooks import HOOKS
+from ..slots.landmark_slot import LandmarkSlot
 from .handover import Handover
-from .hooks import HOOKS
 from .norms import NormSite, TokenBatchNorm, norm_sites
 from .record import record_norms
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from .._checks import InputError, check_choice
 from ..mixers._mechanism import MechanismHost
-from ..mixers._slot import TokenSlot
-from .slots import REPLACEABLE
+from ..slots.model import REPLACEABLE, hosts_of
+from ..slots.slot import TokenSlot
 
 PARTS = ("attention", "mlp", "mixer", "head")
 # Attention and feed-forward networks are known by their class, or by timm's name of their place: hierarchical models
@@ -76,7 +76,7 @@ def freeze_except(model: nn.Module, part: str) -> Frozen:
     model = unwrap_model(model)
     chosen = {id(parameter) for parameter in parameters_of(model, part)}
     if not chosen:
-        mixers = ", ".join(sorted({type(m.core).__name__ for m in model.modules() if isinstance(m, MechanismHost)}))
+        mixers = ", ".join(sorted({type(host.core).__name__ for host in hosts_of(model).values()}))
         lacks = dict(
             attention="has no attention that timm_vix knows",
             mlp="has no feed-forward network that timm_vix knows",
@@ -108,7 +108,7 @@ def parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
     head = [p for classifier in classifiers(model).values() for p in classifier.parameters()]
     if part == "head":
         return head
-    mixers = [m for m in model.modules() if isinstance(m, MechanismHost)]
+    mixers = hosts_of(model).values()
     if part == "mixer":
         return [parameter for mixer in mixers for parameter in mixer.core.parameters()]
     classes, names = PLACES[part]

@@ -8,12 +8,13 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ..mixers._mechanism import MechanismHost
-from ..mixers._slot import GridModule
+from .._names import weights_config
+from ..slots.model import hosts_of, mixer_name
+from ..slots.slot import GridModule
 from .freeze import unwrapped_name
 from .merging import MergingBlocks
+from .record import source_of
 from .scaling import scaled_for
-from .slots import mixer_name
 
 # from the finest to the coarsest
 DTYPES = dict(float64=torch.float64, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
@@ -26,14 +27,19 @@ def mechanisms_of(model: nn.Module) -> dict[str, list[Any]]:
     """
     found = {
         unwrapped_name(path): [mixer_name(module), json.loads(json.dumps(config_of(module)))]
-        for path, module in model.named_modules()
-        if isinstance(module, MechanismHost)
+        for path, module in hosts_of(model).items()
     }
     if isinstance(blocks := getattr(model, "blocks", None), MergingBlocks):
         found["blocks"] = ["merging", {"merge": json.loads(json.dumps(blocks.merge))}]
     if number := scaled_for(model):
         found["logits"] = ["scaling", {"scale_logits": number}]
     return found
+
+
+def architecture(model: nn.Module) -> str:
+    """timm's name of a model without a tag, of the source where it is converted; the class where it has none."""
+    name = source_of(model) or weights_config(model).get("architecture")
+    return name.partition(".")[0] if name else type(model).__name__
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:

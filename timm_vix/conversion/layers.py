@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 from .._checks import InputError, is_integer
-from .keywords import check_keywords, mixer_keywords
+from ..mixers._keywords import check_keywords, mixer_keywords
 
 Layers = Union[str, Sequence[int], Mapping[Any, Any]]
 

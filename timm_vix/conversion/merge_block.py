@@ -12,7 +12,6 @@ from timm.models.eva import EvaBlock
 from torch import nn
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot
 from ..mixers._layout import TokenLayout, check_sequence
 from ..mixers._masks import is_key_mask
 from ..mixers._merging import (
@@ -26,6 +25,7 @@ from ..mixers._merging import (
     propose,
     single_groups,
 )
+from ..slots.attention_slot import AttentionSlot
 from .merge_steps import Step, num_merged
 
 

@@ -26,9 +26,10 @@ from torch.nn.modules.module import (
 )
 
 from .._checks import InputError
-from ..mixers._attention_slot import AttentionSlot, has_hooks
+from .._modules import has_hooks
 from ..mixers._merging import Groups, copy_back, take_one
-from ..mixers._slot import GridModule
+from ..slots.attention_slot import AttentionSlot
+from ..slots.slot import GridModule
 from .merge_block import run_block
 from .merge_steps import Merge, Step, first_merge
 

@@ -24,10 +24,10 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, Parallel
 from torch import nn
 
 from .._checks import InputError
-from ..mixers._attention_slot import has_hooks
+from .._modules import has_hooks
+from ..slots.hooks import HOOKS
 from ._fitting import LayerFit, fit_in_one_pass
 from .handover import HandoverSchedule, handover
-from .hooks import HOOKS
 from .merging import class_of
 from .record import record_norms
 

@@ -14,12 +14,11 @@ from torch import nn
 from .._checks import InputError, is_integer
 from .._device import device_name
 from .._files import one_line
-from .._names import weights_config
-from .identity import fingerprint
+from ..slots.model import layout_of
+from .identity import architecture, fingerprint
 from .layers import layer_mixers
 from .merge_steps import Merge, merge_steps
-from .sites import attention_sites, source_of
-from .slots import layout_of
+from .sites import attention_sites
 
 FORMAT = "timm_vix plan 2"
 # the first one knew no merging, and nothing of time
@@ -45,11 +44,17 @@ class Plan:
         """Whether any layer is converted or merges tokens."""
         return bool(self.layers or self.merge)
 
+    def to_json(self) -> str:
+        """The plan as JSON, the same for equal plans; what does nothing is left out."""
+        others = {name: value for name in ("merge", "scale_logits") if (value := getattr(self, name))}
+        return json.dumps({**{str(layer): self.layers[layer] for layer in sorted(self.layers)}, **others})
 
-def architecture(model: nn.Module) -> str:
-    """timm's name of a model without a tag, of the source where it is converted; the class where it has none."""
-    name = source_of(model) or weights_config(model).get("architecture")
-    return name.partition(".")[0] if name else type(model).__name__
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that ``to_json`` wrote."""
+        content = json.loads(text)
+        others = {name: content.pop(name) for name in ("merge", "scale_logits") if name in content}
+        return cls({int(layer): mixer for layer, mixer in content.items()}, **others)
 
 
 def circumstances(model: nn.Module) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from typing import Any, Optional
 from torch import nn
 
 from .._checks import InputError
-from .hooks import update_hooks
-from .keywords import all_keywords
+from ..mixers._keywords import all_keywords
+from ..slots.hooks import update_hooks
+from ..slots.model import AttentionSite, mixer_name, no_decay_names, slots_of
 from .merging import MergingBlocks
 from .scaling import scaled_for
-from .sites import attention_sites, source_of
-from .slots import AttentionSite, mixer_name, no_decay_names, slots_of
+from .sites import attention_sites
 
 NAME = "vix_from_timm"
 # arguments with short forms, such as "all", "log" or a file: the resolved values are recorded as well
@@ -143,3 +143,9 @@ def record_resolved_arguments(model: nn.Module) -> None:
         dropped = {*RESOLVED, "conversion"} | all_keywords()
         own = {name: value for name, value in arguments.items() if name not in dropped}
         model._model_args = {**own, **{name: value for name, value in conversion["found"].items() if value is not None}}
+
+
+def source_of(model: nn.Module) -> Optional[str]:
+    """The original name of a converted model, if it had one; None for a model that isn't converted."""
+    arguments = getattr(model, "_model_args", {})
+    return arguments["source"] if "source" in arguments and "layers" in arguments else None

@@ -5,18 +5,20 @@ from typing import Any, Optional
 
 from torch import nn
 
-from ..mixers._attention_slot import logit_factor
+from ..mixers._keywords import ADDING_NOTHING
 from ..mixers._layout import TokenLayout, num_patches, num_tokens
-from .keywords import ADDING_NOTHING
+from ..slots.attention_slot import logit_factor
+from ..slots.model import AttentionSite, mixer_name
+from ..slots.slot import MixerSlot
 from .merge_steps import Step, merged_in_layers
 from .sites import class_name
-from .slots import AttentionSite
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
     """A row of the report: an attention module's block and path, its class before and after, the mixer's keywords.
 
+    ``mixer``: its name in ``MIXERS``; "softmax" for attention that has no slot.
     ``merged``: the number of patch tokens that merge after it, at the size for which the model is built; None: it
     depends on the image, since a threshold decides.
     """
@@ -25,6 +27,7 @@ class ConvertedLayer:
     path: str
     before: str
     after: str
+    mixer: str
     changed: bool
     config: dict[str, Any]
     new_parameters: int
@@ -89,6 +92,7 @@ def layer_row(index: int, site: AttentionSite, former: nn.Module, merged: Option
         path=site.path,
         before=class_name(former),
         after=class_name(module),
+        mixer=mixer_name(module) if isinstance(module, MixerSlot) else "softmax",
         changed=module is not former,
         config={} if module is site.attn else module.config(),
         new_parameters=new_parameters,

@@ -16,8 +16,8 @@ from torch import nn
 
 from .._checks import InputError, is_integer
 from .._names import weights_config
-from ..mixers._attention_slot import AttentionSlot
-from .slots import slots_of
+from ..slots.attention_slot import AttentionSlot
+from ..slots.model import slots_of
 
 ScaleLogits = Union[str, int]
 FORMS = "expected 'log', or the number of tokens with which the model was trained, at least 2; 0 takes the scaling away"

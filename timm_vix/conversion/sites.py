@@ -1,7 +1,5 @@
 """The attention modules of a timm ViT that a mixer can replace, and those from before a conversion."""
 
-from typing import Optional
-
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
@@ -9,8 +7,8 @@ from torch import nn
 
 from .._checks import InputError
 from ..mixers._mechanism import MechanismHost
-from ..mixers._slot import MixerSlot
-from .slots import REPLACEABLE, AttentionSite, follow_training, is_softmax
+from ..slots.model import REPLACEABLE, AttentionSite, follow_training, is_softmax
+from ..slots.slot import MixerSlot
 
 HOSTS = (VisionTransformer, Eva, NaFlexVit)
 
@@ -114,9 +112,3 @@ def reason(module: nn.Module) -> str:
 def class_name(module: nn.Module) -> str:
     """The class of an attention module; of a slot, that of its mixer."""
     return type(module.core if isinstance(module, MechanismHost) else module).__name__
-
-
-def source_of(model: nn.Module) -> Optional[str]:
-    """The original name of a converted model, if it had one; None for a model that isn't converted."""
-    arguments = getattr(model, "_model_args", {})
-    return arguments["source"] if "source" in arguments and "layers" in arguments else None

@@ -261,3 +261,9 @@ def stack(loaded: tuple[list[tuple[torch.Tensor, int]], list[Decoded]]) -> tuple
     """A batch of what ``Images`` loaded; None if none of its images can be read."""
     samples, decoded = loaded
     return default_collate(samples) if samples else None, decoded
+
+
+def open_images(items: Items, classes: list[str], config: dict[str, Any], lazy: bool = False) -> Images:
+    """Images as timm's validation prepares them."""
+    resize, _, evaluate = transforms(config, "none", 0.0)
+    return Images(items, classes, config["input_size"][0], resize, evaluate, 0, lazy)

@@ -8,12 +8,10 @@ from timm.models import get_model_args
 from torch import nn
 
 from .._checks import InputError
-from .._names import parse_model
-from ..benchmark.baselines import NOT_TRUNK, baseline_of
 from ..conversion.convert import revert
 from ..conversion.merging import MergingBlocks
-from ..conversion.slots import is_plain_core
-from ..models.checkpoints import hosts_of
+from ..models.softmax_trunk import NOT_TRUNK, softmax_counterpart
+from ..slots.model import hosts_of, is_plain_core
 
 
 def softmax_baseline(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
@@ -41,8 +39,11 @@ def softmax_baseline(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
             trunk = {name: value for name, value in keywords.items() if name not in NOT_TRUNK}
             softmax = timm.create_model(keywords["source"], **trunk, **(keywords.get("source_kwargs") or {})).eval()
     else:
-        words = [f"{name}={value}".replace(" ", "") for name, value in keywords.items()]
-        name, trunk = parse_model(baseline_of(" ".join([model.pretrained_cfg["architecture"], *words])))
+        architecture = model.pretrained_cfg["architecture"]
+        counterpart = softmax_counterpart(architecture, keywords)
+        if counterpart is None:
+            raise InputError(f"{architecture} has no softmax model of the same trunk; expected a model of this package")
+        name, trunk = counterpart
         softmax = timm.create_model(name, **trunk).eval()
     own, theirs = softmax.state_dict(), model.state_dict()
     fitting = {key: theirs[key] for key in own if key in theirs and theirs[key].shape == own[key].shape}

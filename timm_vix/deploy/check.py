@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .._checks import InputError
 from ..data.datasets import Items
 from ..data.folders import find_unlabelled, spread
-from ..data.images import Images, normaliser, transforms
+from ..data.images import normaliser, open_images
 from ..measure.job import time_interleaved
 from ..measure.statistics import compare_times
 from .formats import Runner
@@ -54,12 +54,6 @@ def known_images(size: tuple[int, ...], count: int = 2) -> torch.Tensor:
 def one_by_one(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """The outputs of a model that is called with one image at a time, as a threshold of merging wants it."""
     return torch.cat([model(image) for image in images.split(1)])
-
-
-def open_images(items: Items, classes: list[str], config: dict[str, Any], lazy: bool = False) -> Images:
-    """Images as timm's validation prepares them."""
-    resize, _, evaluate = transforms(config, "none", 0.0)
-    return Images(items, classes, config["input_size"][0], resize, evaluate, 0, lazy)
 
 
 @torch.inference_mode()

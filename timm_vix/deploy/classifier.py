@@ -15,14 +15,12 @@ from .. import models
 from .._checks import InputError
 from .._files import one_line
 from .._names import near_names, parse_model
+from .._weights import check_classes, check_weights, weights_of_file
 from ..conversion.delta import load_delta
-from ..conversion.slots import mixer_name
 from ..data.decoding import as_shown, image_mode
 from ..data.folders import label_names
 from ..mixers._mechanism import AttentionMechanism
-from ..models.checkpoints import hosts_of
-from ..train.settings import check_weights, weights_of_file
-from ..train.teacher import check_classes
+from ..slots.model import hosts_of, mixer_name
 from .exported import ExportedModel, is_exported
 
 FOLDERS = "hf-hub:USER/NAME, a folder with config.json and model.safetensors"

@@ -17,10 +17,9 @@ from torch import nn
 from .._checks import InputError, check_at_most_one, check_choice
 from .._names import parse_model
 from .._records import check_writable
+from .._weights import check_weights
 from ..conversion.delta import load_delta
-from ..conversion.slots import mixer_name
-from ..models.checkpoints import hosts_of
-from ..train.settings import check_weights
+from ..slots.model import hosts_of, mixer_name
 from ..train.teacher import build_teacher
 from . import quantise
 from .check import BATCHES, known_images, parity

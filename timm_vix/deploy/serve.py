@@ -20,9 +20,8 @@ from timm.models import get_model_args
 from torch import nn
 
 from .._checks import InputError, check_integer
-from ..conversion.slots import mixer_name
 from ..measure.job import time_interleaved
-from ..models.checkpoints import hosts_of
+from ..slots.model import hosts_of, mixer_name
 from .baseline import softmax_baseline
 from .classifier import Classifier
 from .exported import ExportedModel

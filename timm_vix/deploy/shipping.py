@@ -12,11 +12,11 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line, write_whole
+from .._weights import weights_of_file
 from ..conversion.delta import load_delta, save_delta
-from ..conversion.keywords import ADDING_NOTHING
 from ..conversion.record import NAME, record_resolved_arguments
-from ..models.checkpoints import hosts_of
-from ..train.settings import weights_of_file
+from ..mixers._keywords import ADDING_NOTHING
+from ..slots.model import hosts_of
 from .check import known_images, one_by_one
 from .classifier import load_trained
 

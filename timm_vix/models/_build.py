@@ -7,8 +7,8 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from .._checks import InputError
-from ..conversion.keywords import mixer_keywords
 from ..mixers import MIXERS
+from ..mixers._keywords import mixer_keywords
 from ._register import ModelName
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from .._checks import InputError, check_choice
 from ..mixers._layout import TokenLayout, check_sequence
-from ..mixers._slot import GridModule
+from ..slots.slot import GridModule
 from ..stems.hierarchical_mlp import ChannelsLastBatchNorm
 
 MLPS = ("mlp", "daff")

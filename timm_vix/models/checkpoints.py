@@ -16,10 +16,9 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 from .._checks import InputError
-from ..conversion.slots import resample_weights
-from ..mixers._mechanism import MechanismHost
-from ..mixers._slot import TokenSlot, rename_core_keys
 from ..mixers.softmax import SoftmaxAttention
+from ..slots.model import hosts_of, resample_weights
+from ..slots.slot import TokenSlot, rename_core_keys
 from ._daff import DepthwiseFeedForward
 
 _logger = logging.getLogger(__name__)
@@ -28,11 +27,6 @@ _logger = logging.getLogger(__name__)
 SOFTMAX_KEY = re.compile(r"(qkv|q_norm|k_norm|norm|gate|proj)\.")
 # what ConViT has at its attention besides
 CONVIT_POSITIONS = (".attn.core.gating_param", ".attn.core.pos_proj")
-
-
-def hosts_of(model: nn.Module) -> dict[str, MechanismHost]:
-    """The modules of a model that hold a mixer, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, MechanismHost)}
 
 
 def mixer_keys(model: nn.Module) -> set[str]:

@@ -23,11 +23,10 @@ from ..conversion.folding import fold_norms
 from ..conversion.layers import Layers, check_saved_form
 from ..conversion.merge_steps import Merge
 from ..conversion.norms import replace_norms
-from ..conversion.record import NAME, record_arguments, resolved_arguments
+from ..conversion.record import NAME, record_arguments, resolved_arguments, source_of
 from ..conversion.scaling import ScaleLogits
-from ..conversion.sites import source_of
+from ._arguments import take_keywords
 from .saved import build_saved
-from .vit import take_keywords
 
 # what may have become of the layer norms of a saved model
 NORMS = (None, "batch", "folded", "folded_blocks")

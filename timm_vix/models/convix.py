@@ -19,15 +19,15 @@ from torch import nn
 
 from .._checks import check_choice, check_integer
 from ..conversion.layers import Layers, check_saved_form, layer_mixers
-from ..conversion.replace import replace_attention
-from ..conversion.slots import no_decay_names, slots_of
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..mixers.gpsa import GatedPositionalAttention
+from ..slots.model import no_decay_names, slots_of
+from ..slots.replace import replace_attention
+from ._arguments import check_sizes, take_keywords
 from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, resample_positions, split_checkpoint, tensors_of
-from .vit import check_sizes, take_keywords
 
 SIZES: dict[str, dict[str, Any]] = {"tiny": dict(embed_dim=48, num_heads=4, local_up_to_layer=10)}
 

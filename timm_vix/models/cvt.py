@@ -24,14 +24,15 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from .._checks import InputError, check_choice, is_integer
-from ..conversion.hooks import update_hooks
-from ..conversion.slots import no_decay_names
 from ..mixers._layout import Grid
+from ..slots.hooks import update_hooks
+from ..slots.model import hosts_of, no_decay_names
+from ._arguments import check_sizes, projected_keywords
 from ._build import build_xformer, overridden
 from ._convolutional import Stage, check_image, embed_padding, to_image
 from ._register import ModelName, register_names
-from .checkpoints import complete_checkpoint, hosts_of, mixer_keys, new_keys, tensors_of
-from .vit import NYSTROM, PERFORMER, check_sizes, projected_keywords
+from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
+from .vit import NYSTROM, PERFORMER
 
 SIZES: dict[str, dict[str, Any]] = {
     "13": dict(

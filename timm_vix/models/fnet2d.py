@@ -31,9 +31,9 @@ from torch import nn
 
 from .._checks import check_choice, check_integer
 from ..stems import STEMS
+from ._arguments import check_sizes, first_convolution
 from ._build import build_xformer
 from .checkpoints import check_keys, tensors_of
-from .vit import check_sizes, first_convolution
 
 
 @register_notrace_function

@@ -26,18 +26,19 @@ from timm.models.levit import checkpoint_filter_fn as levit_checkpoint_filter_fn
 from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
-from ..conversion.hooks import update_hooks
-from ..conversion.keywords import is_plain_softmax
-from ..conversion.slots import no_decay_names
 from ..mixers import MIXERS
+from ..mixers._keywords import is_plain_softmax
 from ..mixers._layout import TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost
+from ..slots.hooks import update_hooks
+from ..slots.model import no_decay_names
 from ..stems import STEMS
+from ._arguments import StemMixer, check_sizes, check_stages, first_convolution, projected_keywords, stem_class
 from ._build import build_xformer, overridden
 from ._convolutional import check_image
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
-from .vit import NYSTROM, StemMixer, check_sizes, check_stages, first_convolution, projected_keywords, stem_class
+from .vit import NYSTROM
 
 LEVITS = "levit"  # the stem that LeViT has itself
 

@@ -24,15 +24,16 @@ from torch import nn
 
 from .._checks import InputError, check_choice, check_integer
 from ..conversion.layers import Layers, check_saved_form, layer_mixers
-from ..conversion.replace import replace_attention
-from ..conversion.slots import no_decay_names
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
+from ..slots.model import no_decay_names
+from ..slots.replace import replace_attention
 from ..stems import STEMS
+from ._arguments import StemMixer, check_sizes, check_stages, first_convolution, stem_class, take_keywords
 from ._build import build_xformer, overridden
 from ._register import ModelName, register_names
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
-from .vit import BLOCKS, NYSTROM, StemMixer, check_sizes, check_stages, first_convolution, stem_class, take_keywords
+from .vit import BLOCKS, NYSTROM
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(patch_size=16, stride=8, base_dims=(32, 32, 32), depth=(2, 6, 4), heads=(2, 4, 8), mlp_ratio=4.0),

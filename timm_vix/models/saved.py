@@ -20,8 +20,8 @@ from torch import nn
 
 from .._checks import InputError, is_integer
 from .._files import one_line
-from ..conversion.slots import resample_weights, slots_of
-from ..mixers._slot import TokenSlot, rename_core_keys
+from ..slots.model import resample_weights, slots_of
+from ..slots.slot import TokenSlot, rename_core_keys
 from .checkpoints import resample_positions, tensors_of
 from .vit import VisionXformer
 

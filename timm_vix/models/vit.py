@@ -19,8 +19,6 @@ following in the official code of Jeevan & Sethi, as far as they have the part i
   it. The default is off here, too.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -30,18 +28,17 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTra
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .._checks import InputError, check_choice, check_integer, is_integer
-from ..conversion.keywords import all_keywords, check_keywords
+from .._checks import InputError, check_choice, check_integer
 from ..conversion.layers import Layers, check_saved_form, layer_mixers
 from ..conversion.merge_steps import Merge, first_merge, merge_steps
 from ..conversion.merging import check_merging, set_merging
-from ..conversion.replace import replace_attention
+from ..conversion.record import source_of
 from ..conversion.scaling import check_scaling, trained_tokens
-from ..conversion.sites import source_of
-from ..conversion.slots import layout_of, mixer_name, no_decay_names, set_grid, slots_of
 from ..mixers import MIXERS
-from ..mixers._mechanism import AttentionMechanism
+from ..slots.model import layout_of, mixer_name, no_decay_names, set_grid, slots_of
+from ..slots.replace import replace_attention
 from ..stems import STEMS
+from ._arguments import StemMixer, check_sizes, first_convolution, stem_class, take_keywords
 from ._build import build_xformer, overridden
 from ._daff import replace_mlps
 from ._register import ModelName
@@ -58,7 +55,6 @@ NYSTROM = dict(num_landmarks=64, conv_residual=True)
 PERFORMER = dict(num_features=110, qkv_bias=True)
 LINFORMER = dict(num_proj_tokens=64)
 TITLES = {"tiny": "ViT-Ti/16", "small": "ViT-S/16", "base": "ViT-B/16"}
-StemMixer = Union[None, str, Mapping[str, Any]]
 BLOCKS = {"sequential": Block, "parallel": ParallelThingsBlock}
 
 
@@ -208,52 +204,6 @@ class VisionXformer(VisionTransformer):
             self._model_args = {**self._model_args, **recorded_config(self)}
 
 
-def stem_class(stem: str, stem_mixer: StemMixer) -> Callable[..., nn.Module]:
-    """The class of a stem, with the mixer inside it.
-
-    Raises:
-        ValueError: for a mixer in a stem that has none.
-    """
-    if stem_mixer is None:
-        return STEMS[stem]
-    if stem != "t2t":
-        raise InputError(f"stem_mixer={stem_mixer!r}: stem={stem!r} has no mixer inside; allowed is stem='t2t'")
-    return partial(STEMS[stem], mixer=stem_mixer)
-
-
-def first_convolution(stem: str, parent: str = "patch_embed") -> Optional[str]:
-    """The first convolution of a stem of ``STEMS``, which timm adapts to other numbers of input channels.
-
-    None: none that could be adapted, since layers before it have a width that depends on these.
-    """
-    places = {"linear": "proj", "conv": "proj.0.conv", "hmlp": "proj.0.conv", "sope": None, "t2t": None}
-    place = places.get(stem, "proj.0")
-    return None if place is None else f"{parent}.{place}"
-
-
-def take_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take the keywords of mixers, of any in ``MIXERS``, out of ``kwargs``."""
-    names = all_keywords()
-    return {name: kwargs.pop(name) for name in names & kwargs.keys()}
-
-
-def projected_keywords(mixer: str, kwargs: dict[str, Any], separate: bool = False) -> dict[str, Any]:
-    """Take the keywords of a mixer out of ``kwargs``, for a host that projects queries, keys and values itself.
-
-    Args:
-        separate: whether it has layers of their own for queries and keys, which would learn nothing where a mixer uses
-            the values of patches only.
-
-    Raises:
-        ValueError: for an unknown mixer, one without queries and keys, or a keyword of another one.
-    """
-    kinds = {name: kind for name, kind in MIXERS.items() if issubclass(kind, AttentionMechanism)}
-    check_choice("mixer", mixer, tuple(name for name in kinds if not (separate and kinds[name].uses_values_only)))
-    keywords = take_keywords(kwargs)
-    check_keywords(mixer, keywords)
-    return keywords
-
-
 def recorded_config(model: nn.Module) -> dict[str, Any]:
     """The mixers' keywords in force, with which a saved model is built again; by layer where mixers differ."""
     found = {
@@ -265,25 +215,6 @@ def recorded_config(model: nn.Module) -> dict[str, Any]:
     if any(config != configs[0] for config in configs):
         return {"layers": found}
     return {name: value for config in configs[:1] for name, value in config.items() if name != "mixer"}
-
-
-def check_sizes(img_size: Any, patch_size: Any, padded: bool) -> None:
-    """Raise ValueError unless patches tile the image (or the model pads it)."""
-    for name, value in (("img_size", img_size), ("patch_size", patch_size)):
-        sides = value if isinstance(value, (tuple, list)) else (value, value)
-        if len(sides) != 2 or any(not is_integer(side) or side < 1 for side in sides):
-            raise InputError(f"{name}={value!r}: expected a positive integer or a pair of them")
-    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
-    if not padded and any(i % p for i, p in zip(image, patch)):
-        raise InputError(f"img_size={img_size} is no multiple of patch_size={patch_size}")
-
-
-def check_stages(**values: Any) -> None:
-    """Raise ValueError unless each value is a tuple of positive integers, one for each stage."""
-    lengths = {len(numbers) if isinstance(numbers, (tuple, list)) else 0 for numbers in values.values()}
-    if lengths == {0} or len(lengths) > 1 or any(not is_integer(n) or n < 1 for own in values.values() for n in own):
-        given = ", ".join(f"{name}={numbers!r}" for name, numbers in values.items())
-        raise InputError(f"{given}: expected tuples of positive integers, one for each stage")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionXformer) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from ..conversion.merge_block import run_block
 from ..conversion.merge_steps import merge_steps, merged_in_layers
 from ..conversion.plan_file import Plan
 from ..conversion.sites import attention_sites
-from ..conversion.slots import layout_of
 from ..measure.flops import count_flops
 from ..measure.job import time_interleaved
 from ..measure.memory import set_malloc
@@ -29,8 +28,9 @@ from ..measure.statistics import compare_times
 from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout, num_patches
 from ..mixers._merging import Groups
+from ..slots.model import layout_of
 from .measurements import Measurements
-from .sensitivity import count_gflops, plan_to_json, temporarily_converted
+from .sensitivity import count_gflops, temporarily_converted
 
 Mixer = Optional[dict[str, Any]]  # "mixer" and its keywords; None: softmax
 # shares of the patches that are left, at which blocks are timed
@@ -94,7 +94,7 @@ class Latency:
 
     def time_model(self, plan: Plan, longer: int = 1) -> Time:
         """Time a whole model in turn with softmax, for so many times as long as usual, and append the row."""
-        what = plan_to_json(plan) if longer == 1 else f"{longer} times as long: {plan_to_json(plan)}"
+        what = plan.to_json() if longer == 1 else f"{longer} times as long: {plan.to_json()}"
         if what not in self.known:
             with temporarily_converted(self.model, plan):
                 models = [self.softmax, self.model]
@@ -127,7 +127,7 @@ class Latency:
             wanted.sort(key=lambda work: work.to_json() not in costs)
             costs = {work.to_json(): cost for work, cost in zip(wanted, self.measure_blocks(wanted))}
             # the whole model too, to whose time those of the blocks are added
-            self.known.pop(plan_to_json(Plan()), None)
+            self.known.pop(Plan().to_json(), None)
             self.time_model(Plan())
             for what, cost in costs.items():
                 self.table.add(self.run, what, **cost._asdict())

@@ -24,9 +24,9 @@ from .._device import find_device, versions
 from .._figures import write_figure
 from .._files import write_whole
 from .._records import check_writable
-from ..conversion.identity import fingerprint
+from ..conversion.identity import architecture, fingerprint
 from ..conversion.merging import BLOCKS, class_of
-from ..conversion.plan_file import FORMAT, Plan, architecture, circumstances
+from ..conversion.plan_file import FORMAT, Plan, circumstances
 from ..conversion.scaling import scaled_for
 from ..data.folders import spread
 from ..data.images import normaliser
@@ -36,7 +36,7 @@ from .latency import Latency
 from .measurements import Measurements
 from .plan_settings import MERGE, PlanSettings
 from .search import Search
-from .sensitivity import Sensitivity, plan_to_json
+from .sensitivity import Sensitivity
 from .source import ImageSet, build_softmax_model, num_right, read_images, scale_source
 from .target import Target
 
@@ -184,7 +184,7 @@ def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitiv
         held_out_images=held_out.num_images,
         minutes=run.minutes,
         stopped=search.stopped,
-        **search.curve[plan_to_json(plan)]._asdict(),
+        **search.curve[plan.to_json()]._asdict(),
         held_out_agreement=held_out.measure(plan).agreement,
         held_out_distance=held_out.measure(plan).distance,
         held_out_kept=held_out.measure(plan).kept,
@@ -223,7 +223,7 @@ def time_key(run: PlanSettings, model: nn.Module) -> str:
 def rows_of(search: Search, chosen: Plan) -> list[dict[str, Any]]:
     """The curve as rows, the slowest model first."""
     rows = [
-        dict(plan=json.loads(what), **tried._asdict(), chosen=what == plan_to_json(chosen))
+        dict(plan=json.loads(what), **tried._asdict(), chosen=what == chosen.to_json())
         for what, tried in search.curve.items()
     ]
     return sorted(rows, key=lambda row: (row["speedup"], -row["agreement"]))

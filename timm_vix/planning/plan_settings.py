@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from .._checks import InputError, check_at_most_one, check_choice
-from ..conversion.keywords import check_keywords
 from ..conversion.scaling import ScaleLogits
 from ..mixers import MIXERS
+from ..mixers._keywords import check_keywords
 from ..train.settings import ABOVE_0, ABOVE_0_TO_1, Range, Settings, check_keywords_are_plain, one_of, setting
 from ..train.teacher import check_teacher
 

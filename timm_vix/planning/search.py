@@ -20,7 +20,7 @@ from ..conversion.merge_steps import first_merge, merge_steps, merged_in_layers
 from ..conversion.plan_file import Plan
 from ..measure.statistics import pareto
 from .latency import Costs, Latency, Mixer, follows_merging
-from .sensitivity import Sensitivity, plan_from_json, plan_to_json
+from .sensitivity import Sensitivity
 from .target import Target, Tried
 
 # a candidate must save at least this share of a block's cost
@@ -49,7 +49,7 @@ class Search:
         start: ``time.monotonic()`` from which the minutes count.
 
     Attributes:
-        curve: the measurement of each plan that was tried, by ``plan_to_json``.
+        curve: the measurement of each plan that was tried, by ``Plan.to_json``.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Search:
         timed: set[str] = set()
         while allowed := [what for what, tried in self.curve.items() if self.target.allows(tried)]:
             best = max(allowed, key=lambda what: self.target.worth(self.curve[what]))
-            plan = plan_from_json(best)
+            plan = Plan.from_json(best)
             if best in timed:
                 return plan
             timed.add(best)
@@ -119,7 +119,7 @@ class Search:
 
     def measure(self, plan: Plan) -> Tried:
         """Measure a whole model, and put it on the curve."""
-        what = plan_to_json(plan)
+        what = plan.to_json()
         if what not in self.curve:
             kept, timed = self.chosen.measure(plan), self.latency.time_model(plan)
             self.curve[what] = tried = Tried(**kept._asdict(), **timed._asdict())
@@ -170,16 +170,16 @@ class Search:
                 (0, with_merging(Plan(), self.depth, layer, r)) for layer in range(self.depth) for r in self.in_one
             ]
         self.few.measure_single_layers(plans, self.has_time)
-        names = [plan_to_json(plan) for _, plan in plans]
+        names = [plan.to_json() for _, plan in plans]
         return {name: self.few.known[name].distance ** 2 for name in names if name in self.few.known}
 
     def estimate(self, plan: Plan) -> float:
         """The squared distance of a plan, as the sum of those of its parts."""
-        total = sum(self.alone.get(plan_to_json(Plan({layer: mixer})), 0.0) for layer, mixer in plan.layers.items())
+        total = sum(self.alone.get(Plan({layer: mixer}).to_json(), 0.0) for layer, mixer in plan.layers.items())
         for layer, r in enumerate(steps_of(plan, self.depth)):
             if r:
                 steps = [with_merging(Plan(), self.depth, layer, one) for one in self.in_one]
-                alone = [self.alone.get(plan_to_json(step), 0.0) for step in steps]
+                alone = [self.alone.get(step.to_json(), 0.0) for step in steps]
                 total += float(np.interp(r, [0, *self.in_one], [0.0, *alone]))
         return total
 

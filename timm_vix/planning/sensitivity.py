@@ -12,7 +12,6 @@ doesn't change.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
@@ -71,19 +70,6 @@ def temporarily_converted(model: nn.Module, plan: Plan) -> Iterator[None]:
             convert(model, "softmax", merge=0)
 
 
-def plan_to_json(plan: Plan) -> str:
-    """A plan as JSON, with layers in ascending order."""
-    merge = {"merge": plan.merge} if plan.merge else {}
-    return json.dumps({**{str(layer): plan.layers[layer] for layer in sorted(plan.layers)}, **merge})
-
-
-def plan_from_json(text: str) -> Plan:
-    """The inverse of ``plan_to_json``."""
-    content = json.loads(text)
-    merge = content.pop("merge", 0)
-    return Plan({int(layer): mixer for layer, mixer in content.items()}, merge)
-
-
 @torch.inference_mode()
 def count_gflops(model: nn.Module, image: torch.Tensor) -> float:
     """GFLOPs of a model for one image (1, C, H, W)."""
@@ -136,7 +122,7 @@ class Sensitivity:
         Args:
             has_time: asked before each of them; those that remain when it says no aren't measured.
         """
-        missing = [(first, plan) for first, plan in plans if plan_to_json(plan) not in self.known]
+        missing = [(first, plan) for first, plan in plans if plan.to_json() not in self.known]
         tokens: list[torch.Tensor] = []
         layer = 0
         for first, plan in tqdm(sorted(missing, key=lambda pair: pair[0]), "layers", leave=False, disable=None):
@@ -155,7 +141,7 @@ class Sensitivity:
             layer: the first layer that runs.
             tokens: input of that layer for each batch, (B, N, C); None: the model's own.
         """
-        what = plan_to_json(plan)
+        what = plan.to_json()
         if what in self.known:
             return self.known[what]
         if not self.original:

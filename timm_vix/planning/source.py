@@ -12,10 +12,10 @@ from ..conversion.convert import convert, revert
 from ..conversion.identity import mechanisms_of
 from ..conversion.scaling import ScaleLogits, trained_tokens
 from ..conversion.sites import attention_sites
-from ..conversion.slots import layout_of
 from ..data.folders import find_unlabelled, labelled_folder, spread
-from ..data.images import Images, transforms
+from ..data.images import open_images
 from ..mixers._layout import num_tokens
+from ..slots.model import layout_of
 from ..train.teacher import build_teacher
 from .plan_settings import PlanSettings
 
@@ -96,12 +96,11 @@ def read_images(run: PlanSettings, config: dict[str, Any], model: nn.Module) -> 
     """
     folder = Path(run.data_dir)
     found = labelled_folder(folder, model)[0] if run.labels else find_unlabelled(folder)
-    resize, _, evaluate = transforms(config, "none", 0.0)
     chosen = spread(found, run.images)
     label_of = dict(chosen)
     # as images of one class: so few have damaged ones left out, even the only one of a class
     unlabelled = [(image, 0) for image in label_of]
-    data = Images(unlabelled, [run.data_dir], config["input_size"][0], resize, evaluate, 0)
+    data = open_images(unlabelled, [run.data_dir], config)
     if len(data) < 2:
         raise InputError(
             f"data_dir={run.data_dir} has {len(data)} image that can be read: one half of the images chooses a plan "

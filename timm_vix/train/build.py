@@ -18,7 +18,7 @@ from .._checks import InputError
 from .._device import autocast
 from .._files import one_line
 from .._names import weights_config
-from .settings import weights_of_file
+from .._weights import weights_of_file
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from .._checks import InputError, check_at_most_one
 from .._names import check_model
+from .._weights import check_weights
 from ..conversion.freeze import PARTS
 from .settings import (
     ABOVE_0,
@@ -16,7 +17,6 @@ from .settings import (
     FROM_0_TO_1,
     Settings,
     check_folder,
-    check_weights,
     local_folder,
     one_of,
     setting,

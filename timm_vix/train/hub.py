@@ -13,6 +13,7 @@ from torch import nn
 
 from .._files import one_line
 from ..conversion.record import record_resolved_arguments
+from ..conversion.report import Conversion
 
 LOAD = """```python
 import timm{package}
@@ -138,17 +139,17 @@ on nothing from elsewhere. The terms of the training images and of the initial w
     return model_card(text, license, ours)
 
 
-def transferred_card(row: dict[str, Any], agreement: str, table: str) -> ModelCard:
+def transferred_card(row: dict[str, Any], agreement: str, report: Conversion) -> ModelCard:
     """The card of a model after attention transfer.
 
     Args:
         row: of result.csv.
         agreement: how far the model agrees with its original, in words.
-        table: of its layers.
+        report: of the conversion.
     """
     row = without_folders(row)
     facts = "\n".join(f"- {name}: {value}" for name, value in row.items() if value is not None)
-    scaled = " The logits of both are scaled." if "scale_logits=" in row["keywords"] else ""
+    scaled = " The logits of both are scaled." if report.trained_tokens else ""
     text = f"""# {row["source"]} with {row["mixer"]} attention
 
 The attention of `{row["source"]}` was replaced and trained to match the original without labels. On held-out
@@ -157,7 +158,7 @@ images {agreement}.{scaled}
 {LOAD.format(package=", timm_vix")}
 
 ```
-{table}
+{report.table()}
 ```
 
 ## How it was made

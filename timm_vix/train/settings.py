@@ -13,14 +13,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, Optional, TypeVar, Union, get_args, get_origin
-from zipfile import is_zipfile
 
-import torch
-from safetensors import safe_open
 from timm.utils import ParseKwargs
 
 from .._checks import InputError, check_at_most_one
-from .._files import one_line
 
 Ranges = Iterable[tuple[str, str, Callable[[Any], bool]]]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -209,30 +205,6 @@ def check_ranges(run: Any, ranges: Ranges) -> None:
             value = getattr(run, name)
             if value is not None and not holds(value):
                 raise InputError(f"{name}={value}: allowed is {allowed}")
-
-
-def weights_of_file(path: Any, num_classes: Optional[int] = None) -> dict[str, Any]:
-    """timm's ``pretrained_cfg_overlay`` for a file of weights in place of the Hub's.
-
-    ``num_classes``: those of the file, or timm leaves its classifier out; None: as many as the weights of the name.
-    """
-    classes = {} if num_classes is None else dict(num_classes=num_classes)
-    return dict(file=path, source=None, custom_load=False, **classes)
-
-
-def check_weights(name: str, path: Optional[str]) -> None:
-    """Raise ValueError if a file of weights is named and not there, or holds no weights."""
-    if path is None:
-        return
-    if not Path(path).is_file():
-        raise InputError(f"{name}={path} is no file; allowed is a .safetensors or .pth file")
-    try:  # what timm raises of a damaged file doesn't name it
-        if Path(path).suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                return
-        torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except Exception as error:  # torch and safetensors raise by kind of damage
-        raise InputError(f"{name}={path} is no readable file of weights: {one_line(error)}") from error
 
 
 def local_folder(name: str) -> Optional[str]:

@@ -11,9 +11,9 @@ from torch import nn
 from .._checks import InputError, check_at_most_one
 from .._files import one_line
 from .._names import check_model
-from ..mixers._attention_slot import AttentionSlot
-from ..mixers._slot import MixerSlot
-from .settings import check_weights, weights_of_file
+from .._weights import check_classes, check_weights, weights_of_file
+from ..slots.attention_slot import AttentionSlot
+from ..slots.slot import MixerSlot
 
 
 def check_teacher(run: Any) -> None:
@@ -60,13 +60,6 @@ def build_teacher(
     check_classes(teacher, f"{called}={source}")
     size = dict(img_size=img_size) if img_size else {}
     return teacher.to(device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)
-
-
-def check_classes(model: nn.Module, what: str) -> None:
-    """Raise InputError for a classifier of other classes than the weights have: timm leaves it random then."""
-    known = model.pretrained_cfg.get("num_classes")
-    if model.num_classes and known not in (None, model.num_classes):
-        raise InputError(f"{what} has {model.num_classes} classes, but its weights are for {known} classes")
 
 
 @torch.no_grad()

@@ -41,12 +41,12 @@ from .._files import one_line, write_table
 from ..conversion.convert import convert, read_layers
 from ..conversion.identity import fingerprint, mechanisms_of
 from ..conversion.report import Conversion
-from ..conversion.slots import is_softmax
 from ..data.datasets import Items
 from ..data.folders import find_unlabelled
 from ..data.images import Images, Key, normaliser, transforms
 from ..mixers import MIXERS
-from ..mixers._slot import MixerSlot
+from ..slots.model import is_softmax
+from ..slots.slot import MixerSlot
 from .build import construction, try_forward
 from .checkpoint import Checkpoint, clear
 from .hub import hub_of

@@ -13,10 +13,9 @@ from tqdm import tqdm
 from .._checks import InputError
 from .._device import autocast, device_name, versions
 from .._figures import write_figure
-from ..conversion.keywords import ADDING_NOTHING
 from ..conversion.report import Conversion
 from ..data.images import Images
-from ..mixers import MIXERS
+from ..mixers._keywords import ADDING_NOTHING
 from .checkpoint import write_history
 from .hub import transferred_card, write_hub
 from .plots import layer_errors
@@ -105,7 +104,7 @@ def finish(
     # without the error behind the rest of the original
     if errors := [values[: len(set(layers))] for stage, _, values in position["rows"] if stage == 1]:
         write_figure(folder / "layers.png", layer_errors, errors, sorted(set(layers)), f"{run.source} -> {mixer}")
-    write_hub(folder / "hub", student, config, transferred_card(row, in_words(figures), report.table()))
+    write_hub(folder / "hub", student, config, transferred_card(row, in_words(figures), report))
 
 
 def mixers_in_words(report: Conversion) -> tuple[str, str]:
@@ -113,9 +112,8 @@ def mixers_in_words(report: Conversion) -> tuple[str, str]:
 
     How many tokens each layer merges and the scaling of logits are among the keywords.
     """
-    names = {mixer.__name__: name for name, mixer in MIXERS.items()}
     found = dict.fromkeys(
-        (names[row.after], " ".join(f"{k}={v}" for k, v in row.config.items() if ADDING_NOTHING.get(k) != v))
+        (row.mixer, " ".join(f"{k}={v}" for k, v in row.config.items() if ADDING_NOTHING.get(k) != v))
         for row in report.rows
         if row.changed
     )

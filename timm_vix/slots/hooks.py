@@ -8,8 +8,8 @@ from torch import nn
 
 from ..mixers._layout import CarryGrid, RecordGrid
 from ..mixers._mechanism import Mixer
-from ..mixers._slot import GridModule
-from .slots import slots_of
+from .model import slots_of
+from .slot import GridModule
 
 HOOKS = (RecordGrid, CarryGrid)
 

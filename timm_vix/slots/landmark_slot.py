@@ -9,15 +9,16 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
-from ._attention import in_whole_vectors, is_half_on_cpu
-from ._attention_slot import AttentionSlot, is_plain_linear
-from ._fused import fused_attend_from, fused_attend_to, is_cheaper
-from ._gradients import may_need_gradients
-from ._landmarks import LandmarkAttention
-from ._layout import Grid, TokenLayout
-from ._local import append_channels, locality_channels
-from ._masks import MaskedPooling, added_to_logits, tokens_read
-from ._precision import is_half
+from .._modules import is_plain_linear
+from ..mixers._attention import in_whole_vectors, is_half_on_cpu
+from ..mixers._fused import fused_attend_from, fused_attend_to, is_cheaper
+from ..mixers._gradients import may_need_gradients
+from ..mixers._landmarks import LandmarkAttention
+from ..mixers._layout import Grid, TokenLayout
+from ..mixers._local import append_channels, locality_channels
+from ..mixers._masks import MaskedPooling, added_to_logits, tokens_read
+from ..mixers._precision import is_half
+from .attention_slot import AttentionSlot
 
 
 @register_notrace_module
@@ -41,8 +42,7 @@ class LandmarkSlot(AttentionSlot):
         cheaper = is_cheaper(num_tokens, k_m.shape[2], self.num_heads, self.head_dim, small_are_slow)
         if torch.jit.is_scripting():
             return cheaper
-        else:
-            return cheaper and is_plain_linear(self.qkv) and is_plain_linear(self.proj)
+        return cheaper and is_plain_linear(self.qkv) and is_plain_linear(self.proj)
 
     def landmarks(
         self,

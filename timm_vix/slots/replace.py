@@ -12,16 +12,16 @@ from torch import nn
 
 from .._checks import InputError, check_choice
 from ..mixers import MIXERS
-from ..mixers._attention_slot import AttentionSlot
-from ..mixers._landmark_slot import LandmarkSlot
+from ..mixers._keywords import is_plain_softmax
 from ..mixers._landmarks import LandmarkAttention
 from ..mixers._layout import Grid, TokenLayout
 from ..mixers._mechanism import AttentionMechanism, AttentionShape, Mixer, TokenMixing
 from ..mixers._rotary import RotaryPositions
-from ..mixers._slot import MixerSlot, TokenSlot
+from .attention_slot import AttentionSlot
 from .hooks import update_hooks
-from .keywords import is_plain_softmax
-from .slots import find_attention, follow_training, warn_of_unseen_patches
+from .landmark_slot import LandmarkSlot
+from .model import find_attention, follow_training, warn_of_unseen_patches
+from .slot import MixerSlot, TokenSlot
 
 
 def replace_attention(

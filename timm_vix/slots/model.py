@@ -10,13 +10,13 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from ..mixers import MIXERS
-from ..mixers._attention_slot import AttentionSlot
+from ..mixers._keywords import is_plain_softmax
 from ..mixers._layout import Grid, TokenLayout
 from ..mixers._mechanism import MechanismHost
 from ..mixers._rotary import RotaryPositions
-from ..mixers._slot import GridModule, MixerSlot
 from ..mixers.softmax import SoftmaxAttention
-from .keywords import is_plain_softmax
+from .attention_slot import AttentionSlot
+from .slot import GridModule, MixerSlot
 
 # exact classes whose weights a mixer takes over; a subclass may compute something else
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
@@ -40,6 +40,11 @@ def mixer_name(module: nn.Module) -> str:
 def slots_of(model: nn.Module) -> dict[str, MixerSlot]:
     """The slots of a model by path, first block first."""
     return {path: module for path, module in model.named_modules() if isinstance(module, MixerSlot)}
+
+
+def hosts_of(model: nn.Module) -> dict[str, MechanismHost]:
+    """The modules of a model that hold a mixer, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MechanismHost)}
 
 
 def find_attention(model: nn.Module) -> list[AttentionSite]:
@@ -86,9 +91,7 @@ def resample_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> N
 
     A mixer may take over from them what depends on their own grid.
     """
-    for path, host in model.named_modules():
-        if not isinstance(host, MechanismHost):
-            continue
+    for path, host in hosts_of(model).items():
         # where queries and keys have grids of their own, parameters lie on that of the keys
         grid: Any = getattr(host, "key_grid", host.grid)
         for name, resample in host.core.grid_parameters.items():
@@ -103,8 +106,7 @@ def no_decay_names(model: nn.Module) -> set[str]:
     """The mixers' parameters that weight decay should spare like those of one axis: grids of biases, and features."""
     return {
         f"{path}.core.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, MechanismHost)
+        for path, module in hosts_of(model).items()
         for name, _ in module.core.named_parameters()
         if name.rstrip("0123456789").endswith("bias") or name in module.core.learning_rates
     }

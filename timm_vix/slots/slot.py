@@ -14,9 +14,9 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
-from ._layout import Grid, TokenLayout, check_sequence, grid_of_images
-from ._masks import is_key_mask
-from ._mechanism import MechanismHost, Mixer, TokenMixing
+from ..mixers._layout import Grid, TokenLayout, check_sequence, grid_of_images
+from ..mixers._masks import is_key_mask
+from ..mixers._mechanism import MechanismHost, Mixer, TokenMixing
 
 
 class GridModule(nn.Module):

@@ -11,36 +11,11 @@ from einops.layers.torch import Rearrange
 from timm.layers import apply_rot_embed_cat, register_notrace_module
 from torch import nn
 
-from ._layout import Grid, TokenLayout, num_tokens
-from ._mechanism import AttentionMechanism
-from ._resample import table_of_cells
-from ._slot import MixerSlot
-
-# weights that can be read and multiplied elsewhere: quantised, sharded and other tensors have classes of their own
-PLAIN_TENSORS = (torch.Tensor, nn.Parameter, torch._subclasses.FakeTensor)
-PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def has_hooks(module: nn.Module, ignored: tuple[type, ...] = ()) -> bool:
-    """Is the module called with hooks, as for pruning, or with an overridden forward?
-
-    Args:
-        ignored: classes of hooks that don't count.
-    """
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    if "forward" in module.__dict__:
-        return True
-    return any(hooks) and any(not isinstance(hook, ignored) for kind in hooks for hook in kind.values())
-
-
-def is_plain_linear(module: Any) -> bool:
-    """Is it a linear layer of floating-point weights, without adapter, parametrisation, quantisation or hook?"""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) in PLAIN_TENSORS
-        and module.weight.dtype in PLAIN_DTYPES
-        and not has_hooks(module)
-    )
+from .._modules import is_plain_linear
+from ..mixers._layout import Grid, TokenLayout, num_tokens
+from ..mixers._mechanism import AttentionMechanism
+from ..mixers._resample import table_of_cells
+from .slot import MixerSlot
 
 
 def logit_factor(num_tokens: int, trained_tokens: int) -> float:
@@ -113,8 +88,7 @@ class AttentionSlot(MixerSlot):
         """Whether rows of the joint projection can be read apart."""
         if torch.jit.is_scripting():
             return True
-        else:
-            return is_plain_linear(self.qkv)
+        return is_plain_linear(self.qkv)
 
     def project(self, x: torch.Tensor, first: int, last: int) -> list[torch.Tensor]:
         """Project to those of queries (0), keys (1) and values (2) that are in ``range(first, last)``.
