@@ -27,7 +27,7 @@ from timm_vix._device import device_name, versions
 from timm_vix._files import name_and_checksum
 from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
-from timm_vix.conversion.handover import HandoverSchedule, finish
+from timm_vix.conversion.handover import HandoverSchedule, finish_handover
 from timm_vix.data.folders import find_unlabelled, labelled_folder, spread
 from timm_vix.data.images import Images, normaliser, transforms
 from timm_vix.deploy.check import accuracy, latency, read_calibration
@@ -96,7 +96,7 @@ def folded(teacher: nn.Module, config: dict[str, Any], steps: int, run: Any) -> 
     if steps:
         seconds = train(student, teacher, schedule, config, run)
         if run.fade:
-            finish(student)
+            finish_handover(student)
     timm_vix.fold_norms(student)
     return student.requires_grad_(False), seconds
 

@@ -45,7 +45,7 @@ def test_the_advice_names_the_fastest_the_smallest_and_the_crossovers() -> None:
     assert "At 640 px, 1,601 tokens: fastest is fnet, smallest nystrom." in text
     assert [line.split()[0] for line in text.splitlines()[1:4]] == ["fnet", "nystrom", "softmax"]
     even = advise.advice([row("softmax", 160, 10, 20, 1), row("fnet", 160, 9.8, 30, 1.02)])
-    assert "At 160 px, 101 tokens: no mechanism is measurably faster than softmax, smallest softmax." in even
+    assert "At 160 px, 101 tokens: no mixer is measurably faster than softmax, smallest softmax." in even
 
 
 def test_times_that_were_taken_in_turn_decide() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_vix._checks import InputError
 from timm_vix.conversion.feedforward import BlockLinear, LowRankLinear, structure_mlp
-from timm_vix.conversion.handover import HandoverSchedule, finish
+from timm_vix.conversion.handover import HandoverSchedule, finish_handover
 
 
 def dense_by_columns(layer):
@@ -111,7 +111,7 @@ def test_hand_over():
     structure_mlp(model, "block", 0.8, x, schedule)
     assert torch.equal(model(x), before)
     schedule.step()
-    finish(model)
+    finish_handover(model)
     structure_mlp(direct, "block", 0.8, x)
     assert torch.equal(model(x), direct(x))
     model(x).square().sum().backward()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_vix._checks import InputError
-from timm_vix.conversion.handover import Handover, HandoverSchedule, finish, handover
+from timm_vix.conversion.handover import Handover, HandoverSchedule, finish_handover
 
 
 class Double(nn.Linear):
@@ -26,7 +26,7 @@ class Double(nn.Linear):
 
 def pair(schedule, width=3):
     torch.manual_seed(0)
-    return handover(Double(width, width), Double(width, width), schedule)
+    return Handover(Double(width, width), Double(width, width), schedule)
 
 
 def mlp_model(schedule):
@@ -34,7 +34,7 @@ def mlp_model(schedule):
     torch.manual_seed(0)
     model = small("softmax", depth=3).train()
     for block in model.blocks:
-        block.mlp.fc2 = handover(block.mlp.fc2, copy.deepcopy(block.mlp.fc2), schedule)
+        block.mlp.fc2 = Handover(block.mlp.fc2, copy.deepcopy(block.mlp.fc2), schedule)
         nn.init.normal_(block.mlp.fc2.new.weight, std=0.2)
     return model
 
@@ -124,18 +124,18 @@ def test_accumulation_and_resume():
 def test_finish():
     schedule = HandoverSchedule(1)
     model, x = mlp_model(schedule).eval(), torch.randn(2, 3, 14, 10)
-    model.head = handover(model.head, handover(model.head, nn.Linear(32, 5), schedule), schedule)
+    model.head = Handover(model.head, Handover(model.head, nn.Linear(32, 5), schedule), schedule)
     with pytest.raises(InputError) as error:
-        finish(model)
+        finish_handover(model)
     assert "head is at" in str(error.value) and "step 0 of 1" in str(error.value)
     assert isinstance(model.head, Handover)
     schedule.step()
     expected = model(x)
-    finish(model)
+    finish_handover(model)
     assert torch.equal(model(x), expected)
     assert not any(isinstance(module, Handover) for module in model.modules())
     with pytest.raises(InputError, match="nothing to finish"):
-        finish(model)
+        finish_handover(model)
 
 
 def test_copies_share_the_schedule():
@@ -167,7 +167,7 @@ def test_compiled_once_while_the_share_moves():
         return graph.forward
 
     schedule = HandoverSchedule(4)
-    module, x = handover(nn.Linear(3, 3), nn.Linear(3, 3), schedule), torch.randn(5, 3)
+    module, x = Handover(nn.Linear(3, 3), nn.Linear(3, 3), schedule), torch.randn(5, 3)
     call = torch.compile(module, backend=backend, fullgraph=True)
     for _ in range(4):
         assert torch.equal(call(x), module(x))
@@ -181,7 +181,7 @@ def distributed(rank):
     schedule = HandoverSchedule(2)
     torch.manual_seed(0)
     images = torch.randn(4, 4, 3)[:, 2 * rank : 2 * rank + 2]
-    module = nn.parallel.DistributedDataParallel(handover(nn.Linear(3, 3), nn.Linear(3, 3), schedule))
+    module = nn.parallel.DistributedDataParallel(Handover(nn.Linear(3, 3), nn.Linear(3, 3), schedule))
     torch.manual_seed(1)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
@@ -195,7 +195,7 @@ def test_two_processes_equal_one(tmp_path):
     schedule = HandoverSchedule(2)
     torch.manual_seed(0)
     images = torch.randn(4, 4, 3)
-    module = handover(nn.Linear(3, 3), nn.Linear(3, 3), schedule)
+    module = Handover(nn.Linear(3, 3), nn.Linear(3, 3), schedule)
     torch.manual_seed(1)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
@@ -210,7 +210,7 @@ def test_two_processes_equal_one(tmp_path):
         (lambda: HandoverSchedule(0), ["steps=0", "at least 1"]),
         (lambda: HandoverSchedule(True), ["steps=True"]),
         (lambda: HandoverSchedule(3, "step"), ["kind='step'", "'linear', 'cosine'"]),
-        (lambda: handover(nn.Identity(), nn.Identity(), 3), ["schedule=3", "HandoverSchedule"]),
+        (lambda: Handover(nn.Identity(), nn.Identity(), 3), ["schedule=3", "HandoverSchedule"]),
         (lambda: HandoverSchedule(3).load_state_dict({}), ["state={}", "0 to 3"]),
         (lambda: HandoverSchedule(3).load_state_dict(HandoverSchedule(4).state_dict()), ["'steps': 4", "'steps': 3"]),
         (lambda: HandoverSchedule(3).load_state_dict(dict(steps=3, kind="linear", taken=4)), ["'taken': 4", "0 to 3"]),

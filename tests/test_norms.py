@@ -24,7 +24,7 @@ import timm_vix
 from timm_vix._checks import InputError
 from timm_vix.conversion.feedforward import structure_mlp
 from timm_vix.conversion.folding import PrefixAffine
-from timm_vix.conversion.handover import HandoverSchedule, finish
+from timm_vix.conversion.handover import HandoverSchedule, finish_handover
 from timm_vix.conversion.norms import TokenBatchNorm
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fold_norms.py"
@@ -242,7 +242,7 @@ def test_hand_over_and_training():
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    finish(model.eval())
+    finish_handover(model.eval())
     after = model(x)
     timm_vix.fold_norms(model)
     assert distance(model(x), after) < 1e-10

@@ -23,7 +23,7 @@ from .measure.process import explain
 CONTINUING = ("cost", "compare", "plan")
 COMMANDS = dict(
     cost=("benchmark.cost", "latency, memory and FLOPs of any timm models, beside softmax"),
-    advise=("benchmark.advise", "which mechanism is fastest here, and from how many tokens"),
+    advise=("benchmark.advise", "which mixer is fastest here, and from how many tokens"),
     compare=("benchmark.compare", "train several models by one recipe: accuracy beside cost"),
     plan=("planning.plan", "which layers of a trained ViT to convert, and to what, for a wanted agreement or cost"),
     transfer=("train.transfer", "convert a trained ViT and distil the original into it, without labels"),

@@ -47,7 +47,7 @@ RELATED = [
         "SimQ-NAS",
         "2312.13301",
         "Search for sub-networks and their bit widths in a trained super-network, which has to exist first.",
-        "`timm-vix plan`, which searches mechanisms layer by layer in one trained ViT",
+        "`timm-vix plan`, which searches mixers layer by layer in one trained ViT",
     ),
     Related(
         "ConvShareViT",

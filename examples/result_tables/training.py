@@ -79,7 +79,7 @@ def compared_caltech101() -> str:
 
 
 def reproduced() -> str:
-    """All systems by mechanism: the paper's number, ours by two recipes, softmax in its place; and what each costs.
+    """All systems by mixer: the paper's number, ours by two recipes, softmax in its place; and what each costs.
 
     A system with longer trainings has a table of these instead, and one with a few epochs no row of one epoch.
     """
@@ -90,7 +90,7 @@ def reproduced() -> str:
         groups.setdefault(key_of(row), []).append(row)
     order = list(MIXERS)
     body = []
-    for key, mine in sorted(groups.items(), key=lambda item: order.index(mechanism_of(item[0][0]))):
+    for key, mine in sorted(groups.items(), key=lambda item: order.index(mixer_of(item[0][0]))):
         ours = [mean_top1([row for row in mine if row["recipe"] == recipe]) for recipe in RECIPES]
         baseline = (baseline_of(key[0]), *key[1:])  # whose rows count where longer trainings replace them, too
         control = [row for row in all_rows if key_of(row) == baseline and row["recipe"] == "modern"]
@@ -100,8 +100,8 @@ def reproduced() -> str:
         costs = [f"{float(mine[0]['parameters']) / 1e6:.2f}", f"{1e3 * float(mine[0]['gflops']):.0f}", *[""] * 2]
         if step:
             costs[2:] = [f"{float(step['peak_memory_mib']):,.0f} MiB", f"{float(step['faster_than_softmax']):.2f}"]
-        body.append([mechanism_of(key[0]), f"`{key[0]}`", *key[1:], mine[0]["paper"], *ours, softmax, *costs])
-    head = ["mechanism", "system", "patch", "epochs", "dtype", "paper %", "paper's recipe %", "modern %"]
+        body.append([mixer_of(key[0]), f"`{key[0]}`", *key[1:], mine[0]["paper"], *ours, softmax, *costs])
+    head = ["mixer", "system", "patch", "epochs", "dtype", "paper %", "paper's recipe %", "modern %"]
     head += ["the softmax model in its place, modern %", "parameters (M)", "MFLOPs", "peak memory"]
     return markdown([*head, "times as fast"], body, measured({**row, "dtype": ""} for row in rows))
 
@@ -141,7 +141,7 @@ def longer() -> str:
     return markdown(head, body, measured({**row, "dtype": ""} for row in rows))
 
 
-def mechanism_of(system: str) -> str:
+def mixer_of(system: str) -> str:
     """The name in ``MIXERS`` of a registered system's mixer."""
     families = [getattr(models, family) for family in models.__all__]
     found = {row.name: row.mixer for family in families for row in getattr(family, "NAMES", [])}

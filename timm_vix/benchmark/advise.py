@@ -1,7 +1,7 @@
-"""Which mechanism is fastest at a resolution on this machine, and from how many tokens each is faster than softmax.
+"""Which mixer is fastest at a resolution on this machine, and from how many tokens each is faster than softmax.
 
 Measured, not looked up: ViT-Ti blocks with each mixer, in turn with softmax through ``scaled_dot_product_attention``,
-at growing numbers of tokens up to the one that is asked for. Crossovers are interpolated between them. All mechanisms
+at growing numbers of tokens up to the one that is asked for. Crossovers are interpolated between them. All mixers
 are timed together, in one process for each size, which takes about a minute; --memory measures each in a process of
 its own, and takes several times as long.
 """
@@ -59,30 +59,30 @@ def advice(records: list[Record]) -> str:
     lines = table(here, good)
     for record in records:
         if record["error"] is not None:
-            lines.append(f"{mechanism(record)}, {record['img_size']} px: failed: {record['error']}")
+            lines.append(f"{mixer_of(record)}, {record['img_size']} px: failed: {record['error']}")
     start = f"nothing could be measured at {asked} px; at" if largest < asked else "At"
     answer = f"{start} {largest} px, {here[0]['tokens']:,} tokens: {fastest_of(here)}"
     sized = [record for record in here if record["peak_memory_mib"] is not None]
     if sized:
         smallest = min(sized, key=lambda record: record["peak_memory_mib"])
-        answer += f", smallest {mechanism(smallest)}"
+        answer += f", smallest {mixer_of(smallest)}"
     lines.append(
         f"\n{answer}. This is cost only. `timm-vix plan` measures what accuracy a trained model keeps, also with "
-        "merged tokens; `timm-vix compare` measures what accuracy each mechanism reaches in training."
+        "merged tokens; `timm-vix compare` measures what accuracy each mixer reaches in training."
     )
     return "\n".join(lines)
 
 
 def table(here: list[Record], good: list[Record]) -> list[str]:
-    """Its lines: a mechanism's time at one size, and where it overtakes softmax, from the rows of all sizes.
+    """Its lines: a mixer's time at one size, and where it overtakes softmax, from the rows of all sizes.
 
     Memory has a column where it was measured.
     """
     with_memory = any(record["peak_memory_mib"] is not None for record in here)
-    lines = [f"{'mechanism':10}  {'ms':>9}  {'x softmax (spread)':32}{'      MiB' * with_memory}  overtakes softmax"]
+    lines = [f"{'mixer':10}  {'ms':>9}  {'x softmax (spread)':32}{'      MiB' * with_memory}  overtakes softmax"]
     for record in here:
         when, spread, memory = "", "", ""
-        if mechanism(record) != "softmax":
+        if mixer_of(record) != "softmax":
             rows = [r for r in good if r["model"] == record["model"] and r["difference"] not in (None, "unknown")]
             if rows:
                 tokens = [r["tokens"] for r in rows]
@@ -91,26 +91,26 @@ def table(here: list[Record], good: list[Record]) -> list[str]:
             spread = ratio(record).replace(" x softmax", "")
         if with_memory:
             memory = f"{'' if record['peak_memory_mib'] is None else round(record['peak_memory_mib']):>9}"
-        lines.append(f"{mechanism(record):10}  {record['latency_p50_ms']:9.4g}  {spread:32}{memory}  {when}".rstrip())
+        lines.append(f"{mixer_of(record):10}  {record['latency_p50_ms']:9.4g}  {spread:32}{memory}  {when}".rstrip())
     return lines
 
 
 def fastest_of(here: list[Record]) -> str:
-    """Which mechanism is fastest, of rows of one size from the fastest on, or why that is not known."""
-    mixers = [record for record in here if mechanism(record) != "softmax"]
+    """Which mixer is fastest, of rows of one size from the fastest on, or why that is not known."""
+    mixers = [record for record in here if mixer_of(record) != "softmax"]
     faster = [record for record in mixers if record["difference"] == "faster"]
     if faster:
-        even = [mechanism(r) for r in faster[1:] if r["speedup_high"] >= faster[0]["speedup_low"]]
+        even = [mixer_of(r) for r in faster[1:] if r["speedup_high"] >= faster[0]["speedup_low"]]
         others = f" ({', '.join(even)} as fast within the spread)" if even else ""
-        return f"fastest is {mechanism(faster[0])}{others}"
+        return f"fastest is {mixer_of(faster[0])}{others}"
     if mixers and len(mixers) == len(here):
-        return f"softmax could not be measured, fastest of the others is {mechanism(mixers[0])}"
+        return f"softmax could not be measured, fastest of the others is {mixer_of(mixers[0])}"
     if any(record["difference"] == "unknown" for record in mixers):
         return "too few rounds to tell what is faster than softmax (give --rounds 5 or more)"
-    return "no mechanism is measurably faster than softmax"
+    return "no mixer is measurably faster than softmax"
 
 
-def mechanism(record: Record) -> str:
+def mixer_of(record: Record) -> str:
     """The mixer in a model's name."""
     return record["model"].split("_")[1] if record["model"].startswith("vix_") else "softmax"
 

@@ -48,12 +48,12 @@ def fastest(
 
 
 def is_other(row: Record) -> bool:
-    """Whether a row shows another mechanism than softmax attention, timed beside it."""
+    """Whether a row shows another mixer than softmax attention, timed beside it."""
     return row["attention"] == "fused" and not is_softmax(row) and row["speedup"] is not None
 
 
 def is_faster(row: Record) -> bool:
-    """Whether a row shows a mechanism that is faster than softmax attention; with few rounds by the ratio alone."""
+    """Whether a row shows a mixer that is faster than softmax attention; with few rounds by the ratio alone."""
     return is_other(row) and row["speedup"] > 1 and row["difference"] not in ("none", "slower")
 
 

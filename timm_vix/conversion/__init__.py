@@ -1,1 +1,1 @@
-"""Conversion of trained models: other attention mechanisms, token merging, batch norms, training of a part only."""
+"""Conversion of trained models: other mixers, token merging, batch norms, training of a part only."""

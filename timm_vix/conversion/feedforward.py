@@ -33,7 +33,7 @@ from torch.nn.functional import linear
 from .._checks import InputError, check_choice, is_number
 from .._modules import is_plain_linear
 from ._fitting import LayerFit, fit_in_one_pass
-from .handover import HandoverSchedule, handover
+from .handover import Handover, HandoverSchedule
 
 KINDS = ("low_rank", "block")
 LAYERS = {Mlp: ("fc1", "fc2"), GluMlp: ("fc1", "fc2"), SwiGLU: ("fc1_g", "fc1_x", "fc2")}
@@ -144,7 +144,7 @@ def structure_mlp(
         share: of a layer's weights that are left, at most; above 0, below 1. Blocks come in whole numbers.
         images: (B, 3, H, W) as the model takes them, some dozens, whose activations weigh the errors. None: all inputs
             of a layer count alike.
-        schedule: of a hand-over from the dense layers, which are kept until ``finish``; None: they go at once.
+        schedule: of a hand-over from the dense layers, which are kept until ``finish_handover``; None: they go at once.
 
     Returns:
         For each layer the share of its weights that is left.
@@ -154,8 +154,8 @@ def structure_mlp(
             was.
 
     Example:
-        >>> schedule = HandoverSchedule(steps=10_000, kind="cosine")
-        >>> structure_mlp(model, "low_rank", 0.63, images, schedule)
+        >>> schedule = timm_vix.HandoverSchedule(steps=10_000, kind="cosine")
+        >>> timm_vix.structure_mlp(model, "low_rank", 0.63, images, schedule)
     """
     check_choice("kind", kind, KINDS)
     if not is_number(share) or not 0 < share < 1:
@@ -187,7 +187,7 @@ def structure_mlp(
         fit_in_one_pass(model, [LayerFit(path, layer, partial(fit, path)) for path, layer in layers.items()], images)
     for path, parent, name, layer in mlp_layers(model):
         new = structured[path].train(layer.training)
-        setattr(parent, name, new if schedule is None else handover(layer, new, schedule))
+        setattr(parent, name, new if schedule is None else Handover(layer, new, schedule))
     weights = {path: new.first.numel() + new.second.numel() for path, new in structured.items()}
     return {path: weights[path] / layer.weight.numel() for path, layer in layers.items()}
 

@@ -68,7 +68,7 @@ def fold_norms(model: nn.Module, last: bool = True) -> None:
     The model computes what it computed in evaluation. Fold after training: further training would be without norms.
 
     Args:
-        model: after ``replace_norms``, and after ``finish`` where that had a schedule.
+        model: after ``replace_norms``, and after ``finish_handover`` where that had a schedule.
         last: fold the last norm too, into the classifier. False keeps it a batch norm. It is for models whose features
             are used, since folding the last norm would change them.
 
@@ -100,7 +100,8 @@ def folding_at(model: nn.Module, site: NormSite) -> Optional[Folding]:
     norm = site.norm
     if isinstance(norm, Handover) and isinstance(norm.new, TokenBatchNorm):
         raise InputError(
-            f"{site.path} is a Handover at step {norm.schedule.taken} of {norm.schedule.steps}; expected finish(model) "
+            f"{site.path} is a Handover at step {norm.schedule.taken} of {norm.schedule.steps}; expected "
+            "finish_handover(model) "
             "after the last step, before fold_norms(model)"
         )
     if not isinstance(norm, TokenBatchNorm):

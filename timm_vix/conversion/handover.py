@@ -35,12 +35,12 @@ class HandoverSchedule:
         ended: whether a is 0.
 
     Example:
-        >>> schedule = HandoverSchedule(steps=1000)
+        >>> schedule = timm_vix.HandoverSchedule(steps=1000)
         >>> timm_vix.replace_norms(model, images, schedule)
         >>> for images, labels in loader:
         ...     cross_entropy(model(images), labels).backward()
         ...     optimizer.step(), optimizer.zero_grad(), schedule.step()
-        >>> finish(model)
+        >>> timm_vix.finish_handover(model)
     """
 
     def __init__(self, steps: int, kind: str = "linear") -> None:
@@ -90,10 +90,23 @@ class HandoverSchedule:
 
 
 class Handover(nn.Module):
-    """The weighted sum of the outputs of ``old`` and ``new``, see ``handover``."""
+    """``a·old(x) + (1 - a)·new(x)``, with the share a of a schedule.
+
+    Both are trained until the schedule ends. From then on the old module is no longer computed, and
+    ``finish_handover`` removes it.
+
+    Args:
+        old, new: modules that take the same arguments and give one tensor each, of the same shape.
+        schedule: one for all modules of a model.
+
+    Example:
+        >>> block.norm1 = Handover(block.norm1, TokenBatchNorm(192, 1), schedule)
+    """
 
     def __init__(self, old: nn.Module, new: nn.Module, schedule: HandoverSchedule) -> None:
         super().__init__()
+        if not isinstance(schedule, HandoverSchedule):
+            raise InputError(f"schedule={schedule!r}: expected a HandoverSchedule")
         self.old, self.new = old, new
         self.schedule = schedule
         self.train(old.training)
@@ -106,30 +119,12 @@ class Handover(nn.Module):
             share = self.schedule.share
             return share * self.old(*args, **kwargs) + (1 - share) * new
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            for parameter in self.old.parameters():  # it waits for the old ones as well, until ``finish``
+            for parameter in self.old.parameters():  # it waits for the old ones as well, until ``finish_handover``
                 new = new + 0 * parameter.flatten()[0]
         return new
 
 
-def handover(old: nn.Module, new: nn.Module, schedule: HandoverSchedule) -> Handover:
-    """A module that gives ``a·old(x) + (1 - a)·new(x)``, with the share a of ``schedule``.
-
-    Both are trained until the schedule ends. From then on the old module is no longer computed, and ``finish`` removes
-    it.
-
-    Args:
-        old, new: modules that take the same arguments and give one tensor each, of the same shape.
-        schedule: one for all modules of a model.
-
-    Example:
-        >>> block.norm1 = handover(block.norm1, TokenBatchNorm(192, 1), schedule)
-    """
-    if not isinstance(schedule, HandoverSchedule):
-        raise InputError(f"schedule={schedule!r}: expected a HandoverSchedule")
-    return Handover(old, new, schedule)
-
-
-def finish(model: nn.Module) -> None:
+def finish_handover(model: nn.Module) -> None:
     """Replace each ``Handover`` whose schedule has ended by its new module, in place.
 
     Args:
@@ -150,7 +145,7 @@ def finish(model: nn.Module) -> None:
         if not child.schedule.ended:
             raise InputError(
                 f"{path}.{name}".lstrip(".") + f" is at step {child.schedule.taken} of {child.schedule.steps} of its "
-                "schedule; call finish(model) after the last step"
+                "schedule; call finish_handover(model) after the last step"
             )
     for _, parent, name, child in reversed(found):  # the innermost first
         setattr(parent, name, child.new)

@@ -27,7 +27,7 @@ from .._checks import InputError
 from .._modules import has_hooks
 from ..slots.hooks import HOOKS
 from ._fitting import LayerFit, fit_in_one_pass
-from .handover import HandoverSchedule, handover
+from .handover import Handover, HandoverSchedule
 from .merging import class_of
 from .record import record_norms
 
@@ -190,8 +190,8 @@ def replace_norms(
         model: timm ``VisionTransformer`` or ``Eva``, converted or not, or one of ours.
         images: (B, 3, H, W) as the model takes them, some dozens, which pass as one batch. None: constants of no
             meaning, for a model whose weights are loaded afterwards.
-        schedule: of a hand-over from the layer norms, which are then kept until ``finish``; None: they go at once. A
-            model can be built again by name only if it was saved after ``finish``.
+        schedule: of a hand-over from the layer norms, which are then kept until ``finish_handover``; None: they go at
+            once. A model can be built again by name only if it was saved after ``finish_handover``.
 
     Returns:
         For each norm the share of the layer norm's variance that the batch norm doesn't explain; 0 without images.
@@ -201,11 +201,10 @@ def replace_norms(
             anything but a tensor (B, C, H, W); the model is then as it was.
 
     Example:
-        >>> from timm_vix.conversion.handover import HandoverSchedule, finish
-        >>> schedule = HandoverSchedule(steps=1000)
+        >>> schedule = timm_vix.HandoverSchedule(steps=1000)
         >>> timm_vix.replace_norms(model, images, schedule)
         >>> train(model, schedule)  # schedule.step() after each step of the optimizer
-        >>> finish(model)
+        >>> timm_vix.finish_handover(model)
         >>> timm_vix.fold_norms(model)
     """
     sites = [site for site in norm_sites(model) if isinstance(site.norm, nn.LayerNorm)]
@@ -226,7 +225,7 @@ def replace_norms(
     for site in sites:
         old = site.norm
         put = new[site.path].train(old.training)
-        setattr(site.parent, site.name, put if schedule is None else handover(old, put, schedule))
+        setattr(site.parent, site.name, put if schedule is None else Handover(old, put, schedule))
     record_norms(model, "batch")
     return residuals
 

@@ -18,7 +18,7 @@ def softmax_baseline(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
     """The softmax baseline of a trained model, in eval mode, and whether its predictions are meaningful.
 
     A converted model is reverted. One of ours is built anew with softmax attention, and takes over the weights; where
-    the mechanism has no queries, keys and values, only the time of softmax can be compared.
+    the mixer has no queries, keys and values, only the time of softmax can be compared.
 
     Returns:
         None instead of a model for one whose attention is softmax over all tokens, or that has none.

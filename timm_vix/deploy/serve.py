@@ -147,7 +147,7 @@ def number_of_parameters(model: nn.Module) -> int:
     return model.num_parameters if isinstance(model, ExportedModel) else sum(p.numel() for p in model.parameters())
 
 
-def mechanisms_in(model: nn.Module) -> str:
+def mixers_in(model: nn.Module) -> str:
     """The names of what mixes the tokens of a model of ours or a converted one, for the title of its answers."""
     names = dict.fromkeys(mixer_name(host) for host in hosts_of(model).values())
     return ", ".join(name for name in names if name != "softmax") or "answer"
@@ -165,7 +165,7 @@ def note_of(answers: Answers) -> str:
 def build_page(gradio: Any, answers: Answers) -> tuple[Any, dict[str, Any]]:
     """The page, and what ``launch`` is given for its looks."""
 
-    titles = [mechanisms_in(answers.classifier.net), *(["softmax"] if answers.softmax else [])]
+    titles = [mixers_in(answers.classifier.net), *(["softmax"] if answers.softmax else [])]
 
     def answer(given: Any) -> list[Any]:
         nothing = [part for title in titles for part in (f"### {title}", None)]

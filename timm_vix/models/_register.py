@@ -4,10 +4,20 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import register_model
 from torch import nn
 
 from ..mixers import MIXERS
+
+# timm's configuration of a model for CIFAR-10
+CIFAR10: dict[str, Any] = dict(
+    num_classes=10,
+    input_size=(3, 32, 32),
+    crop_pct=1.0,
+    mean=IMAGENET_INCEPTION_MEAN,
+    std=IMAGENET_INCEPTION_STD,
+)
 
 
 class ModelName(NamedTuple):

@@ -17,7 +17,7 @@ there is a last normalisation.
 from typing import Any, Optional, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_device_dtype, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
@@ -30,7 +30,7 @@ from ..slots.model import hosts_of, no_decay_names
 from ._arguments import check_sizes, projected_keywords
 from ._build import build_xformer, overridden
 from ._convolutional import Stage, check_image, embed_padding, to_image
-from ._register import ModelName, register_names
+from ._register import CIFAR10, ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
 from .vit import NYSTROM, PERFORMER
 
@@ -283,11 +283,9 @@ def describe(row: ModelName) -> str:
 def _cfgs() -> dict[str, dict[str, Any]]:
     shared = dict(pool_size=None, interpolation="bicubic", fixed_input_size=True, license="apache-2.0")
     shared.update(first_conv="stage0.patch_embed.proj", classifier="head")
-    small = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0)
-    small.update(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
     large = dict(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.875)
     large.update(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-    sizes = {"cifar": dict(shared, **small), "13": dict(shared, **large)}
+    sizes = {"cifar": {**shared, **CIFAR10}, "13": dict(shared, **large)}
     return {f"{family}_{size}": cfg for family in ("cvn", "cvp", "cvt") for size, cfg in sizes.items()}
 
 

@@ -17,7 +17,6 @@ Shapes: maps (B, C, H, W).
 from typing import Any, Optional, Union
 
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import (
     ConvMlp,
     DropPath,
@@ -30,9 +29,10 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from .._checks import check_choice, check_integer
-from ..stems import STEMS
+from ..stems import MAP_STEMS, STEMS
 from ._arguments import check_sizes, first_convolution
 from ._build import build_xformer
+from ._register import CIFAR10
 from .checkpoints import check_keys, tensors_of
 
 
@@ -87,7 +87,7 @@ class FourierMap(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
+        check_choice("stem", stem, MAP_STEMS)
         check_pooling(global_pool, num_classes)
         check_sizes(img_size, patch_size, False)
         for name, value in (("embed_dim", embed_dim), ("depth", depth)):
@@ -192,13 +192,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: FourierMap) -> dict[
 default_cfgs = generate_default_cfgs(
     {
         "fnet2d_cifar": dict(
-            num_classes=10,
-            input_size=(3, 32, 32),
+            CIFAR10,
             pool_size=None,
-            crop_pct=1.0,
             interpolation="bicubic",
-            mean=IMAGENET_INCEPTION_MEAN,
-            std=IMAGENET_INCEPTION_STD,
             first_conv="patch_embed.proj.0.conv",
             classifier="head",
             license="apache-2.0",

@@ -17,7 +17,7 @@ normalisation, as in LeViT. The code has no normalisation, so its stem is one li
 from typing import Any, Optional, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module, to_2tuple
 from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
@@ -32,11 +32,11 @@ from ..mixers._layout import TokenLayout
 from ..mixers._mechanism import AttentionShape, MechanismHost
 from ..slots.hooks import update_hooks
 from ..slots.model import no_decay_names
-from ..stems import STEMS
+from ..stems import MAP_STEMS
 from ._arguments import StemMixer, check_sizes, check_stages, first_convolution, projected_keywords, stem_class
 from ._build import build_xformer, overridden
 from ._convolutional import check_image
-from ._register import ModelName, register_names
+from ._register import CIFAR10, ModelName, register_names
 from .checkpoints import complete_checkpoint, mixer_keys, new_keys, tensors_of
 from .vit import NYSTROM
 
@@ -142,7 +142,7 @@ def levit_arguments(
         # timm rounds the grid down and the stem's convolutions round it up
         check_sizes(img_size, stride, False)
         return dict(img_size=img_size, in_chans=in_chans, **kwargs)
-    check_choice("stem", stem, (LEVITS, *(name for name in STEMS if name != "hmlp")))
+    check_choice("stem", stem, (LEVITS, *MAP_STEMS))
     patch_size = 16 if patch_size is None else patch_size
     check_integer("patch_size", patch_size, 1)
     check_sizes(img_size, patch_size, False)
@@ -292,8 +292,7 @@ def describe(row: ModelName) -> str:
 
 def _cfgs() -> dict[str, dict[str, Any]]:
     shared = dict(pool_size=None, interpolation="bicubic", fixed_input_size=True, license="apache-2.0")
-    small = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, classifier="head.linear")
-    small.update(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD, first_conv="stem.proj.0.conv")
+    small = dict(CIFAR10, classifier="head.linear", first_conv="stem.proj.0.conv")
     large = dict(num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9, hf_hub_id="timm/levit_128s.fb_dist_in1k")
     large.update(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="stem.conv1.linear")
     large.update(classifier=("head.linear", "head_dist.linear"))

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from typing import Any, Optional, Union
 
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, get_pretrained_cfg
 from timm.models.pit import PoolingVisionTransformer
@@ -28,10 +27,10 @@ from ..mixers import MIXERS
 from ..mixers._layout import TokenLayout
 from ..slots.model import no_decay_names
 from ..slots.replace import replace_attention
-from ..stems import STEMS
+from ..stems import MAP_STEMS
 from ._arguments import StemMixer, check_sizes, check_stages, first_convolution, stem_class, take_keywords
 from ._build import build_xformer, overridden
-from ._register import ModelName, register_names
+from ._register import CIFAR10, ModelName, register_names
 from .checkpoints import complete_checkpoint, split_checkpoint, tensors_of
 from .vit import BLOCKS, NYSTROM
 
@@ -76,8 +75,7 @@ class PoolingXformer(PoolingVisionTransformer):
         layers: Layers = "all",
         **kwargs: Any,
     ) -> None:
-        # the last normalisation of a hierarchical MLP is for tokens; PiT embeds patches as a map
-        check_choice("stem", stem, tuple(name for name in STEMS if name != "hmlp"))
+        check_choice("stem", stem, MAP_STEMS)
         check_choice("block", block, tuple(BLOCKS))
         check_choice("mixer", mixer, tuple(MIXERS))
         keywords = take_keywords(kwargs)
@@ -166,8 +164,7 @@ def _cfgs() -> dict[str, dict[str, Any]]:
         host = {key: host[key] for key in ("num_classes", "input_size", "mean", "std", "license", "classifier")}
         host.update(pool_size=None, crop_pct=0.9, interpolation="bicubic", fixed_input_size=True, first_conv=first_conv)
         cfgs[f"{family}_tiny.in1k"] = dict(host, hf_hub_id="timm/pit_ti_224.in1k")
-        small = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0)
-        cfgs[f"{family}_cifar"] = dict(host, mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD, **small)
+        cfgs[f"{family}_cifar"] = {**host, **CIFAR10}
     return cfgs
 
 

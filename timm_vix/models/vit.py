@@ -41,7 +41,7 @@ from ..stems import STEMS
 from ._arguments import StemMixer, check_sizes, first_convolution, stem_class, take_keywords
 from ._build import build_xformer, overridden
 from ._daff import replace_mlps
-from ._register import ModelName
+from ._register import CIFAR10, ModelName
 from .checkpoints import check_positions, complete_checkpoint, resample_positions, split_checkpoint, tensors_of
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -82,8 +82,7 @@ def default_cfgs_for(
     for row in rows:
         name, size = row.name, row.size
         if size == "cifar":
-            mean_std = dict(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
-            cfgs[name] = dict(shared, num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, **mean_std)
+            cfgs[name] = {**shared, **CIFAR10}
             continue
         imagenet = dict(shared, num_classes=1000, input_size=(3, 224, 224))
         cfgs[f"{name}.augreg_in21k_ft_in1k"] = dict(
@@ -106,7 +105,7 @@ class VisionXformer(VisionTransformer):
 
     Args:
         mixer: a name in ``timm_vix.mixers.MIXERS``.
-        layers: the blocks that have it, as for ``timm_vix.convert``; a mapping mixes mechanisms. Other blocks have
+        layers: the blocks that have it, as for ``timm_vix.convert``; a mapping mixes them. Other blocks have
             softmax attention.
         stem: "linear", "conv", "conv_linear", "conv_pool", "hmlp", "sope" or "t2t".
         stem_mixer: for ``stem="t2t"`` the mixer in the stem, as a name, or as a mapping with "mixer" and its keywords;

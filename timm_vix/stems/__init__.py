@@ -17,3 +17,5 @@ STEMS = {
     "sope": SequentialOverlappingStem,
     "t2t": TokensToTokenStem,
 }
+# for models that embed patches as a map: the last normalisation of the hierarchical MLP is for tokens
+MAP_STEMS = tuple(name for name in STEMS if name != "hmlp")

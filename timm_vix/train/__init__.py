@@ -1,1 +1,1 @@
-"""Fine-tuning and attention transfer, with the images that they need."""
+"""Fine-tuning and attention transfer: settings, loops, checkpoints, and folders for the Hub."""

@@ -29,7 +29,7 @@ class TransferSettings(Settings):
     )
     mixer: Optional[str] = setting(
         None,
-        "name of a mechanism, as for timm_vix.convert; None: nystrom, or with only merge or scale_logits in "
+        "name of a mixer, as for timm_vix.convert; None: nystrom, or with only merge or scale_logits in "
         "mixer_kwargs the attention that each layer has",
     )
     layers: Layers = setting(  # noqa: RUF009  (a field, not a shared default)
