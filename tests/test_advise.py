@@ -28,7 +28,7 @@ def test_sizes_end_at_the_one_that_was_asked_for() -> None:
 
 
 def test_every_mixer_is_measured_in_the_same_trunk() -> None:
-    jobs = advise.plan([224], "depth=2 patch_size=16", dict(device="cpu"))
+    jobs = advise.jobs_of([224], "depth=2 patch_size=16", dict(device="cpu"))
     assert {job["model"].split()[0] for job in jobs[1:]} == {f"vix_{m}_tiny" for m in MIXERS if m != "softmax"}
     assert {job["baseline"] for job in jobs} == {jobs[0]["model"]} == {"vit_tiny_patch16_224 depth=2 patch_size=16"}
 

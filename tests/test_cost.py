@@ -18,7 +18,7 @@ from timm_vix import cli, models
 from timm_vix._names import parse_model
 from timm_vix._records import append_record, read_records
 from timm_vix.benchmark.baselines import baseline_of
-from timm_vix.benchmark.cost import COLUMNS, plan, summary, sweep
+from timm_vix.benchmark.cost import COLUMNS, jobs_of, summary, sweep
 from timm_vix.mixers._mechanism import MechanismHost
 from timm_vix.mixers.softmax import SoftmaxAttention
 
@@ -34,12 +34,12 @@ def environment() -> dict[str, str]:
 
 
 def jobs(models: list[str], **settings) -> list[dict]:
-    planned = plan(models, {**SETTINGS, **settings}, None, [])
+    planned = jobs_of(models, {**SETTINGS, **settings}, None, [])
     return [{**job, **QUICK} for job in planned]
 
 
 def test_softmax_of_the_same_trunk_stands_beside_each_model_fused_and_unfused() -> None:
-    planned = plan(["vix_nystrom_small patch_size=8 num_landmarks=64", "swin_tiny_patch4_window7_224"],
+    planned = jobs_of(["vix_nystrom_small patch_size=8 num_landmarks=64", "swin_tiny_patch4_window7_224"],
                    {**SETTINGS, "mode": ["infer", "train"]}, None, ["fused", "unfused"])  # fmt: skip
     rows = [(job["model"], job["attention"], job["baseline"]) for job in planned if job["mode"] == "train"]
     small, tiny = "vit_small_patch16_224 patch_size=8", "vit_tiny_patch16_224"
@@ -52,7 +52,7 @@ def test_softmax_of_the_same_trunk_stands_beside_each_model_fused_and_unfused() 
         ("swin_tiny_patch4_window7_224", "fused", tiny),
     ]
     assert len(planned) == 12
-    unfused = plan(["vix_nystrom_tiny", "levit_128s"], SETTINGS, "levit_128s", ["fused", "unfused"])
+    unfused = jobs_of(["vix_nystrom_tiny", "levit_128s"], SETTINGS, "levit_128s", ["fused", "unfused"])
     assert [(job["model"], job["attention"]) for job in unfused] == [
         ("levit_128s", "unfused"),
         ("vix_nystrom_tiny", "fused"),
@@ -61,7 +61,7 @@ def test_softmax_of_the_same_trunk_stands_beside_each_model_fused_and_unfused() 
 
 @pytest.mark.slow
 def test_a_fused_row_of_a_model_that_ran_no_fused_kernel_is_a_failure(tmp_path) -> None:
-    (job,) = plan(["levit_128s"], {**SETTINGS, "img_size": [64]}, "levit_128s", [])
+    (job,) = jobs_of(["levit_128s"], {**SETTINGS, "img_size": [64]}, "levit_128s", [])
     records = sweep([job | QUICK, job | QUICK | dict(attention="fused")], tmp_path / "cost.csv")
     assert records[0]["attention"] == "unfused" and records[0]["latency_p50_ms"] > 0
     assert "fused" in records[1]["error"] and records[1]["latency_p50_ms"] is None
@@ -122,7 +122,7 @@ def test_another_baseline_is_another_row(tmp_path, monkeypatch) -> None:
     row = dict(latency_p50_ms=1.0, images_per_s=1.0, first_call_ms=1.0)
     monkeypatch.setattr(MEASURE, lambda job: measured.append(job["baseline"]) or row)
     for given in (None, "deit_tiny_patch16_224", None, "deit_tiny_patch16_224"):
-        planned = plan(["vix_nystrom_tiny"], SETTINGS, given, [])
+        planned = jobs_of(["vix_nystrom_tiny"], SETTINGS, given, [])
         sweep([job | QUICK for job in planned], tmp_path / "cost.csv")
     assert measured == ["vit_tiny_patch16_224", "deit_tiny_patch16_224"]
 
@@ -191,7 +191,7 @@ def test_a_failure_is_measured_again_only_where_that_is_asked_for(tmp_path, monk
 def test_a_model_beside_two_baselines_has_two_lines(tmp_path, monkeypatch) -> None:
     row = dict(latency_p90_ms=1.0, images_per_s=1.0, first_call_ms=1.0, rounds=3, speedup_low=None)
     monkeypatch.setattr(MEASURE, lambda job: row | dict(latency_p50_ms=5.0, speedup=1.0 + ("tiny" in job["baseline"])))
-    planned = plan(["vit_small_patch16_224", "vix_nystrom_small"], SETTINGS, None, ["fused"])
+    planned = jobs_of(["vit_small_patch16_224", "vix_nystrom_small"], SETTINGS, None, ["fused"])
     text = summary(sweep([job | QUICK for job in planned], tmp_path / "cost.csv"))
     lines = [line for line in text.splitlines() if "vit_small_patch16_224" in line]
     assert any("vit_small_patch16_224, beside vit_tiny_patch16_224" in line and "2.00" in line for line in lines)

@@ -51,7 +51,7 @@ def test_a_small_model_of_timm_is_measured():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cost_at_the_size_that_a_model_is_made_for(name, mode, tmp_path):
     settings = dict(img_size=[FAMILIES[name][0]], batch_size=[1], mode=[mode], dtype=["float32"], compile=["off"])
-    (job,) = cost.plan([name], settings, None, [])
+    (job,) = cost.jobs_of([name], settings, None, [])
     (row,) = cost.sweep([job | dict(device="cpu", threads=1, rounds=1, seconds=0.0)], tmp_path / "cost.csv")
     assert row["error"] is None and row["latency_p50_ms"] > 0 and row["peak_memory_mib"] > 0
 

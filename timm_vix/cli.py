@@ -14,9 +14,15 @@ import sys
 from collections.abc import Callable
 from typing import Optional
 
+import timm
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from . import __version__, models
 from ._checks import InputError
 from ._names import near_names
+from .measure.flops import count_flops
+from .measure.job import tokens_of
 from .measure.process import explain
 
 # commands that, once stopped, go on when they are called again
@@ -36,8 +42,6 @@ COMMANDS = dict(
 
 def matching_names(pattern: str) -> list[str]:
     """Our registered names that match a pattern with wildcards."""
-    import timm
-
     found = timm.list_models(pattern, module=models.__all__)
     if not found:
         near = near_names(pattern, timm.list_models(module=models.__all__))
@@ -54,8 +58,6 @@ def script_file(path: str) -> str:
 
 def list_models(arguments: argparse.Namespace) -> None:
     """Print parameters, cost, tokens and default weights of our models."""
-    import timm
-
     width = max(map(len, arguments.names))
     print(f"{'name':{width}}  params (M)  GFLOPs  tokens  default weights")
     for name in arguments.names:
@@ -76,13 +78,6 @@ def size_of(name: str) -> tuple[int, int, Optional[int]]:
 
     On the meta device, where nothing is computed: all our models take seconds.
     """
-    import timm
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from .measure.flops import count_flops
-    from .measure.job import tokens_of
-
     # torch's counter can't follow a weight that is handed from module to module while gradients are off
     model = timm.create_model(name, device="meta").eval().requires_grad_(False)
     # attention as its two matrix products: the meta device has no fused kernel

@@ -39,7 +39,7 @@ def image_sizes(img_size: int, patch_size: int) -> list[int]:
     return [patch_size * s for s in sorted(sides)]
 
 
-def plan(sizes: list[int], trunk: str, settings: dict[str, Any]) -> list[Record]:
+def jobs_of(sizes: list[int], trunk: str, settings: dict[str, Any]) -> list[Record]:
     """The jobs: softmax and each mixer at each image size; blocks are alike, so a few stand for all."""
     baseline = f"vit_tiny_patch16_224 {trunk}"
     models = [baseline, *(f"vix_{mixer}_tiny {trunk}" for mixer in MIXERS if mixer != "softmax")]
@@ -133,7 +133,7 @@ def main(arguments: argparse.Namespace) -> None:
     sizes = image_sizes(arguments.img_size, arguments.patch_size)
     trunk = f"depth={arguments.depth} patch_size={arguments.patch_size}"
     settings = {name: getattr(arguments, name) for name in ("mode", "dtype", "batch_size")}
-    jobs = plan(sizes, trunk, settings | machine_of(arguments))
+    jobs = jobs_of(sizes, trunk, settings | machine_of(arguments))
     with tempfile.TemporaryDirectory() as folder:
         out = arguments.out or Path(folder) / "advise.csv"
         try:

@@ -66,7 +66,7 @@ COSTS = (
 )
 MEANS = ("top1", "top5", "train_s_per_epoch", "infer_s_per_epoch", *COSTS[:-1])
 # where costs are measured; with other values they can't be averaged
-PLACE = ("device", "device_name", "threads", "torch", "timm")
+MACHINE = ("device", "device_name", "threads", "torch", "timm")
 # keywords of ``finetune`` that make the recipe, and those that don't change a run
 RECIPE: dict[str, type] = dict(
     img_size=int,
@@ -219,7 +219,7 @@ def summary(records: list[Record]) -> str:
             lines.append([model, start, f"failed: {group[0]['error']}"[:100]])
             continue
         # accuracies are of all runs, costs of those on the machine of the last
-        here = [record for record in good if key_of(record, PLACE) == key_of(good[-1], PLACE)]
+        here = [record for record in good if key_of(record, MACHINE) == key_of(good[-1], MACHINE)]
         means = (mean_text([r[name] for r in (good if name in ("top1", "top5") else here)]) for name in MEANS)
         lines.append([model, start, str(len(good)), *means])
     return aligned(lines)

@@ -69,7 +69,7 @@ NOTE = (
 )
 
 
-def plan(models: list[str], settings: dict[str, list], baseline: Optional[str], softmax: list[str]) -> list[Record]:
+def jobs_of(models: list[str], settings: dict[str, list], baseline: Optional[str], softmax: list[str]) -> list[Record]:
     """The jobs of a sweep: all combinations of the settings in the order given, softmax first in each.
 
     Args:
@@ -273,7 +273,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Run the sweep that the command line asks for, and print its table."""
     machine = machine_of(arguments)
     settings = {name: getattr(arguments, name) for name in ("img_size", "dtype", "compile", "mode", "batch_size")}
-    jobs = [job | machine for job in plan(arguments.models, settings, arguments.baseline, arguments.softmax)]
+    jobs = [job | machine for job in jobs_of(arguments.models, settings, arguments.baseline, arguments.softmax)]
     records = sweep(jobs, arguments.out, arguments.epoch_images, arguments.retry_failed)
     print(f"\n{summary(records)}\n\n{arguments.out}: {len(records)} rows of this sweep")
     failed = [record for record in records if record["error"] is not None]

@@ -31,7 +31,7 @@ from .figures import (
     series_of,
     trade_off,
 )
-from .tables import PLACE, Tables, read_tables
+from .tables import DEVICE, Tables, read_tables
 
 COST_COLUMNS = (
     *("model", "attention", "img_size", "tokens", "batch_size", "mode", "dtype", "compile", "params_m", "gflops"),
@@ -40,8 +40,8 @@ COST_COLUMNS = (
 )
 BEST = ("best_images_per_s", "best_batch_size")
 # rows with the same values here are in the same figures
-COST_SETTING = ("mode", "dtype", "compile", *PLACE, "batch_size", "baseline")
-COMPARE_SETTING = ("dataset", "recipe", *PLACE)
+COST_SETTING = ("mode", "dtype", "compile", *DEVICE, "batch_size", "baseline")
+COMPARE_SETTING = ("dataset", "recipe", *DEVICE)
 MACHINE = ("device_name", "device", "threads", "dtype", "torch", "timm", "timm_vix")
 COMPARE_COLUMNS = ("model", "start", "seeds", *compare.MEANS, "epochs", "img_size", "batch_size")
 

@@ -9,7 +9,7 @@ from . import compare, cost
 from .runs import Run
 
 # rows of a run that agree in these, too, are the same measurement
-PLACE = ("device", "device_name", "threads")
+DEVICE = ("device", "device_name", "threads")
 
 
 @dataclass
@@ -51,7 +51,7 @@ def read_tables(paths: list[Path]) -> Tables:
         raise InputError(f"{', '.join(map(str, paths))}: no good row to report")
     done = {key_of(record, cost.KEY) for record in costs} | {key_of(record, Run._fields) for record in runs}
     left = [text for key, text in failures.items() if key not in done]
-    return Tables(last_of_each(costs, cost.KEY), last_of_each(runs, Run._fields + PLACE), files, left)
+    return Tables(last_of_each(costs, cost.KEY), last_of_each(runs, Run._fields + DEVICE), files, left)
 
 
 def last_of_each(records: list[Record], key: tuple[str, ...]) -> list[Record]:

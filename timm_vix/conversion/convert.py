@@ -17,7 +17,7 @@ from ..mixers._keywords import ADDING_NOTHING, check_keywords
 from ..slots.attention_slot import AttentionSlot
 from ..slots.hooks import HOOKS
 from ..slots.model import AttentionSite, is_softmax, layout_of, warn_of_unseen_patches
-from ..slots.replace import build_mixer
+from ..slots.replace import build_slot
 from .layers import Layers, layer_mixers
 from .merge_steps import Merge, first_merge, merge_steps
 from .merging import MergingBlocks, check_merging, keeps_container, set_merging
@@ -261,7 +261,7 @@ def planned_attention(
             return site.attn
     try:
         rope = site.attn.rope if isinstance(site.attn, AttentionSlot) else None
-        slot = build_mixer(model, site.attn, name, layout_of(model), rope, **own)
+        slot = build_slot(model, site.attn, name, layout_of(model), rope, **own)
     except ValueError as error:
         raise InputError(f"{site.path}: {error}") from error
     for parameter, value in slot.core.added_init.items():

@@ -32,7 +32,7 @@ from ..slots.model import layout_of
 from .measurements import Measurements
 from .sensitivity import count_gflops, temporarily_converted
 
-Mixer = Optional[dict[str, Any]]  # "mixer" and its keywords; None: softmax
+Candidate = Optional[dict[str, Any]]  # "mixer" and its keywords; None: softmax
 # shares of the patches that are left, at which blocks are timed
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 # share of the patches that a block merges when the cost of merging is timed
@@ -58,7 +58,7 @@ class Cost(NamedTuple):
 class Work(NamedTuple):
     """A block that is measured: its mixer, the share of the patches that it sees, and whether it merges some."""
 
-    mixer: Mixer
+    mixer: Candidate
     share: float = 1.0
     merges: bool = False
 
@@ -66,7 +66,7 @@ class Work(NamedTuple):
         return json.dumps({"block": self.mixer, "share": self.share, "merges": self.merges})
 
 
-def follows_merging(mixer: Mixer) -> bool:
+def follows_merging(mixer: Candidate) -> bool:
     """Whether a mixer may stand where tokens have merged."""
     return mixer is None or MIXERS[mixer["mixer"]].takes_merged_tokens(**mixer)
 
@@ -116,7 +116,7 @@ class Latency:
         """Time a block with each mixer, all in turn, and append the rows; nothing if all of them are there."""
         wanted = [Work(None), *(Work(mixer) for mixer in mixers)]
         if merging:
-            followers: list[Mixer] = [None, *(mixer for mixer in mixers if follows_merging(mixer))]
+            followers: list[Candidate] = [None, *(mixer for mixer in mixers if follows_merging(mixer))]
             wanted += [Work(mixer, share) for mixer in followers for share in SHARES[1:]]
             wanted += [Work(None, share, True) for share in SHARES]
         found = self.table.of_run(self.run, *Cost._fields)
@@ -219,7 +219,7 @@ class Costs:
         self.patches, self.depth = num_patches(layout), len(model.blocks)
         self.blocks, self.whole = blocks, whole
 
-    def of_mixer(self, mixer: Mixer, name: str, share: float = 1.0, merges: bool = False) -> float:
+    def of_mixer(self, mixer: Candidate, name: str, share: float = 1.0, merges: bool = False) -> float:
         """Cost of a block with a share of the patches, interpolated between those that were measured."""
         points = [
             (other, getattr(cost, name))

@@ -19,7 +19,7 @@ from .._checks import InputError
 from ..conversion.merge_steps import first_merge, merge_steps, merged_in_layers
 from ..conversion.plan_file import Plan
 from ..measure.statistics import pareto
-from .latency import Costs, Latency, Mixer, follows_merging
+from .latency import Candidate, Costs, Latency, follows_merging
 from .sensitivity import Sensitivity
 from .target import Target, Tried
 
@@ -136,7 +136,7 @@ class Search:
 
     # ------------------------------------------------------------------ candidates
 
-    def saving(self, mixer: Mixer) -> float:
+    def saving(self, mixer: Candidate) -> float:
         """The share of a block's cost that a mixer saves."""
         return 1 - self.costs.of_mixer(mixer, self.target.cost) / self.costs.of_mixer(None, self.target.cost)
 
@@ -305,7 +305,7 @@ class Search:
         """Raise ValueError for a target that the cheapest plans miss by far, before a search for it."""
         if self.target.keep is not None:
             return
-        everything: list[Mixer] = [None, *self.mixers]
+        everything: list[Candidate] = [None, *self.mixers]
         plans = []
         for mixers in (everything, [mixer for mixer in everything if follows_merging(mixer)]):
             cheapest = max(mixers, key=self.saving)

@@ -70,13 +70,13 @@ def replace_attention(
                 positions[layout.grid] = RotaryPositions(
                     rope, site.attn.head_dim, layout.grid, layout.num_prefix_tokens, **dd
                 )
-            slot = build_mixer(model, site.attn, mixer, layout, positions.get(layout.grid), **keywords)
+            slot = build_slot(model, site.attn, mixer, layout, positions.get(layout.grid), **keywords)
             setattr(site.parent, site.name, slot)
     update_hooks(model)
     warn_of_unseen_patches(model)
 
 
-def build_mixer(
+def build_slot(
     model: nn.Module, attn: nn.Module, mixer: str, layout: TokenLayout, rope: Optional[nn.Module], **keywords: Any
 ) -> MixerSlot:
     """A slot with a mixer and the weights of ``attn``, for the tokens of ``model``; neither is changed.
@@ -92,7 +92,7 @@ def build_mixer(
     rotary = type(attn) in (AttentionRope, EvaAttention) and getattr(model, "rope", None) is not None
     if rotary and not MIXERS[mixer].supports_rotary:
         raise InputError(f"mixer={mixer!r} has no queries and keys for the rotary positions of {type(model).__name__}")
-    slot = build_slot(MIXERS[mixer], attn, layout, rope, rope is not None or rotary, **keywords)
+    slot = slot_around(MIXERS[mixer], attn, layout, rope, rope is not None or rotary, **keywords)
     slot.is_sequence = isinstance(model, NaFlexVit)
     if slot.is_sequence and not (slot.core.takes_sequences and slot.supports_key_mask):
         names = ", ".join(name for name, mixer_class in MIXERS.items() if mixer_class.takes_sequences)
@@ -110,7 +110,7 @@ def build_mixer(
     return slot
 
 
-def build_slot(
+def slot_around(
     mixer_class: type[Mixer],
     attn: nn.Module,
     layout: TokenLayout,

@@ -116,7 +116,7 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
                 seconds=position["seconds"] + time.perf_counter() - start,
                 train_seconds=position["seconds"],
                 images_per_second=steps * batch_size / position["seconds"],
-                **circumstances(net, config, settings["amp"], run.device, batch_size),
+                **conditions(net, config, settings["amp"], run.device, batch_size),
             )
             end_epoch(checkpoint, row, run)
     finish(checkpoint, run, config, classes, f"{train.readable:,} images; validation: {val.readable:,}")
@@ -208,7 +208,7 @@ def seed_step(run: FinetuneSettings, epoch: int, step: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def circumstances(net: nn.Module, config: dict[str, Any], dtype: str, device: str, batch_size: int) -> dict[str, Any]:
+def conditions(net: nn.Module, config: dict[str, Any], dtype: str, device: str, batch_size: int) -> dict[str, Any]:
     """What the figures of an epoch depend on."""
     return dict(
         parameters=sum(parameter.numel() for parameter in net.parameters()),
