@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from road_scenes import CLASSES, IGNORED
 from timm.data import resolve_model_data_config
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -32,7 +34,7 @@ except ImportError as error:
         "error: segmentation_models_pytorch is not installed; pip install 'timm-vix[segmentation]' brings it"
     ) from error
 
-# mechanisms with their keywords, and softmax with merged tokens
+# mixers with their keywords, and softmax with merged tokens
 MIXERS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "merged": dict(merge=0.3),
@@ -99,6 +101,8 @@ def build(run: argparse.Namespace, mixer: str) -> nn.Module:
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         raise InputError(f"model={run.model} with weights={run.weights} cannot be built: {one_line(error)}") from error
     backbone = net.encoder.model
+    if not isinstance(backbone, (VisionTransformer, Eva)):
+        raise InputError(f"model={run.model} is a {type(backbone).__name__}; expected a ViT of timm, or an Eva")
     if mixer != "softmax":
         timm_vix.convert(backbone, "softmax" if mixer == "merged" else mixer, **MIXERS[mixer])
     if run.trained_blocks is not None:

@@ -810,6 +810,28 @@ def test_what_was_frozen_is_frozen_when_it_comes_back(mixer, back):
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_keyword_changes_a_saved_model(in_place, tmp_path):
+    """Whether it was converted after it had been created, or by name."""
+    sizes = dict(depth=2, img_size=32, patch_size=8, num_classes=4)
+    if in_place:
+        model = timm.create_model("vit_tiny_patch16_224", **sizes)
+        timm_vix.convert(model, "nystrom", num_landmarks=9)
+    else:
+        model = timm.create_model(
+            "vix_from_timm", source="vit_tiny_patch16_224", mixer="nystrom", num_landmarks=9, **sizes
+        )
+    save_for_hf(model, tmp_path / "hub", safe_serialization=True)
+    folder = f"local-dir:{tmp_path / 'hub'}"
+    for keywords, wanted in (({}, 9), (dict(num_landmarks=4), 4)):
+        loaded = timm.create_model(folder, pretrained=True, **keywords)
+        assert [block.attn.config()["num_landmarks"] for block in loaded.blocks] == [wanted] * 2
+    save_for_hf(loaded, tmp_path / "again", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(x), loaded.eval()(x))
+
+
 def test_a_saved_model_may_have_an_argument_of_its_source_in_two_places(tmp_path):
     arguments = dict(source="vit_tiny_patch16_224", mixer="nystrom", layers="last-1", img_size=32, num_classes=3)
     model = timm.create_model("vix_from_timm", **arguments, source_kwargs=dict(depth=2)).eval()

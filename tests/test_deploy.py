@@ -406,6 +406,10 @@ def test_what_openvino_is_opened_by_computes_in_the_dtype_of_the_file(tmp_path: 
         (dict(mixer="axial"), "pt2", "mixer='axial': blocks.0.attn counts the patches of one grid"),
         (dict(mixer="atrous"), "onnx", "mixer='atrous': blocks.0.attn counts the patches of one grid"),
         (dict(mixer="legendre"), "onnx", "mixer='legendre': blocks.0.attn counts the patches of one grid"),
+        (dict(mixer="relu"), "pt2", "mixer='relu': blocks.0.attn counts the patches of one grid"),
+        (dict(mixer="hyena"), "pt2", "mixer='hyena': blocks.0.attn counts the patches of one grid"),
+        (dict(mixer="scattering"), "onnx", "mixer='scattering': blocks.0.attn counts the patches of one grid"),
+        (dict(mixer="mixer"), "pt2", "mixer='mixer': blocks.0.attn counts the patches of one grid"),
         (dict(mixer="softmax"), "openvino", "OpenVINO resamples learned positions otherwise than torch"),
         (
             dict(mixer="softmax", scale_logits=17),

@@ -706,7 +706,7 @@ WRONG_DATA = {
     "single images": (["cat/a.png", "dog/a.png"], ["held out", "val_dir"]),
     "no train": (["val/cat/a.png", "val/dog/a.png"], ["val/ but no train/"]),
     "unreadable class": (["cat/a.png", "cat/b.png", "dog/a.jpg", "dog/b.jpg"], ["'dog'", "none of its", "can be read"]),
-    "new class": (["train/cat/a.png", "train/dog/a.png", "val/emu/a.png"], ["training images lack: emu"]),
+    "new class": (["train/cat/a.png", "train/dog/a.png", "val/emu/a.png"], ["none of the 2 known classes: emu"]),
 }
 
 

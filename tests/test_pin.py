@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from timm_vix.mixers import MIXERS
+from timm_vix.models.pin import checkpoint_filter_fn
 from timm_vix.slots.attention_slot import AttentionSlot
 
 NAMES = [
@@ -179,3 +180,14 @@ def test_a_wrong_keyword_is_named(kwargs, words):
     with pytest.raises(ValueError) as error:
         timm.create_model("pin_tiny", **{**SHAPE, **kwargs})
     assert not [word for word in words if word not in str(error.value)], error.value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_in_half_precision_are_resampled(dtype):
+    """torch has no antialiasing in half precision on a CPU."""
+    state = timm.create_model("pin_cifar").state_dict()
+    expected = timm.create_model("pin_cifar", img_size=64)
+    expected.load_state_dict(checkpoint_filter_fn(dict(state), expected))
+    model = timm.create_model("pin_cifar", img_size=64).to(dtype)
+    model.load_state_dict(checkpoint_filter_fn({k: v.to(dtype) for k, v in state.items()}, model))
+    assert (model.pos_embed.float() - expected.pos_embed).abs().max() <= 0.01 * expected.pos_embed.abs().max()

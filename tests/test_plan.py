@@ -440,7 +440,7 @@ def test_a_plan_is_accepted_everywhere(merging_plan: Path, weights: Path, images
     timm_vix.convert(by_hand, "softmax", layers=content["layers"] or "all", merge=content["merge"])
     timm_vix.convert(by_file, layers=str(merging_plan))
     plan = load_plan(merging_plan, loaded)
-    assert plan == Plan({int(k): v for k, v in content["layers"].items()}, content["merge"])
+    assert plan == Plan({int(k): v for k, v in content["layers"].items()}, content["merge"], 0)
     timm_vix.convert(loaded, layers=plan)
     named = timm.create_model(
         "vix_from_timm", source=NAME, layers=str(merging_plan), depth=3, img_size=SIDE, num_classes=1000
@@ -452,6 +452,24 @@ def test_a_plan_is_accepted_everywhere(merging_plan: Path, weights: Path, images
     assert named.pretrained_cfg["architecture"] == "vix_from_timm"
     timm.models.save_for_hf(named, tmp_path / "named", safe_serialization=True)
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'named'}", pretrained=True).eval()(images), expected)
+
+
+def test_a_plan_says_what_becomes_of_a_converted_model(merging_plan: Path, weights: Path, images, tmp_path) -> None:
+    """All of it: a layer that the plan doesn't name has its own attention again, and logits aren't scaled."""
+    content = json.loads(merging_plan.read_text()) | dict(merge=0, layers={"1": {"mixer": "axial"}}, scale_logits=0)
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    model, expected = build(weights).eval(), build(weights).eval()
+    timm_vix.convert(expected, "axial", layers=[1])
+    timm_vix.convert(model, "performer", merge=3, scale_logits=10)
+    report = timm_vix.convert(model, layers=str(tmp_path / "plan.json"))
+    assert [row.mixer for row in report.rows] == ["softmax", "axial", "softmax"] and "multiplied" not in report.table()
+    assert torch.equal(model(images), expected(images))
+
+
+@pytest.mark.parametrize("given", [dict(mixer="nystrom"), dict(num_landmarks=4)])
+def test_a_mixer_beside_a_plan_is_refused(given: dict, merging_plan: Path, weights: Path) -> None:
+    with pytest.raises(ValueError, match="a plan names the mixer of each layer; allowed beside it are merge and scale"):
+        timm_vix.convert(build(weights), layers=str(merging_plan), **given)
 
 
 def test_a_plan_for_other_circumstances_is_told(merging_plan: Path, weights: Path, tmp_path: Path, caplog) -> None:
@@ -474,7 +492,7 @@ def test_a_plan_for_other_circumstances_is_told(merging_plan: Path, weights: Pat
         words in said
         for words in ("img_size=96 and not 64", "grid=[6, 6] and not [4, 4]", "dtype=float32 and not bfloat16")
     )
-    assert "machine=Abacus" in said
+    assert "machine=Abacus" in said and "weights" not in said  # the position embedding is of another size
     caplog.clear()
     # as many pixels in other patches, and a model that is on no machine
     load_plan(tmp_path / "other.json", timm.create_model(NAME, depth=3, img_size=96, patch_size=8, device="meta"))
@@ -910,6 +928,24 @@ def test_a_published_plan_converts_the_layers_that_it_names(path: Path) -> None:
     converted = {str(row.layer): row.after for row in rows if row.after not in ("Attention", "SoftmaxAttention")}
     assert converted == {layer: MIXERS[entry["mixer"]].__name__ for layer, entry in content["layers"].items()}
     assert model.blocks.merge == content["merge"]
+
+
+def test_times_are_beside_the_source_as_it_is(weights: Path, images: torch.Tensor, tmp_path: Path, monkeypatch) -> None:
+    """Also where its logits are scaled for all plans, which takes some time itself."""
+    plain, scaled, timed = build(weights).eval(), build(weights).eval(), []
+    timm_vix.convert(scaled, scale_logits=10)
+
+    def clock(calls: list, job: dict) -> np.ndarray:
+        timed.extend(calls)
+        return np.array([[0.002, 0.0025]] * 9)
+
+    monkeypatch.setattr(latency, "time_interleaved", clock)
+    times = latency.Latency(scaled, images[:1], Measurements(tmp_path / "plan.csv"), "run")
+    assert times.time_model(Plan()) == (2.5, 0.8)
+    with torch.no_grad():
+        assert torch.equal(times.softmax(images), plain(images))
+        assert not torch.equal(scaled(images), plain(images))
+    assert times.softmax.head.weight is scaled.head.weight and len(timed) == 2
 
 
 def test_a_plan_scales_the_logits_of_its_source(clock, photos: Path, weights: Path, images, tmp_path: Path) -> None:

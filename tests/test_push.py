@@ -257,6 +257,14 @@ DAMAGE = {
         lambda hub: (hub / "README.md").write_text("# flowers, 75 %\n"),
         ["README.md lacks library_name, license, pipeline_tag, tags"],
     ),
+    "too few names of classes": (
+        lambda hub: changed(hub / "config.json", lambda config: config.update(label_names=["rose", "tulip"])),
+        ["config.json: 2 label_names for a model of 3 classes"],
+    ),
+    "a list of configurations": (
+        lambda hub: (hub / "config.json").write_text("[]"),
+        ["config.json holds a list; expected a mapping"],
+    ),
     "no JSON": (lambda hub: (hub / "config.json").write_text("{"), ["cannot be read"]),
 }
 
@@ -290,6 +298,9 @@ def test_a_preparation_that_cannot_be_used_is_named(entry, run):
         (r"\\server\share\x", r"\\server\share\x"),
         (r"C:\me\x y", r"C:\me\x"),
         ("[paper](/blob/main/README.md)", None),
+        ("![figure](/home/me/x.png)", "/home/me/x.png"),
+        ("[data](~/photos)", "~/photos"),
+        (r"[data](C:\me\x)", r"C:\me\x"),
         ("https://arxiv.org/abs/2107.02239", None),
         ("90 km/h, 1/2, and/or, </b>, | / |", None),
     ],

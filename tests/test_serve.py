@@ -217,6 +217,55 @@ def test_weights_of_a_softmax_model_are_told(monkeypatch):
         else:
             assert "not fine-tuned" in note_of_weights(name, model)
     assert note_of_weights("examples/checkpoints/hybrid_pin_cifar", load_trained(str(SHIPPED))) == ""
+
+
+def test_weights_of_a_softmax_model_from_a_file_are_told(tmp_path):
+    """A file of the model's own weights is taken without a note."""
+    softmax = dict(depth=1, img_size=32, num_classes=10)
+    save_file(timm.create_model("vit_tiny_patch16_224", **softmax).state_dict(), tmp_path / "softmax.safetensors")
+    words = "depth=1 img_size=32 num_classes=10"
+    for name in ("linformer", "performer"):
+        own = timm.create_model(f"vix_{name}_tiny", **softmax, conv_residual=True).state_dict()
+        save_file(own, tmp_path / "own.safetensors")
+        spec = f"vix_{name}_tiny {words} conv_residual=True"
+        assert Classifier(spec, str(tmp_path / "own.safetensors")).note == ""
+        assert "not fine-tuned" in Classifier(spec, str(tmp_path / "softmax.safetensors")).note
+    converted = f"vix_from_timm source=vit_tiny_patch16_224 {words} mixer="
+    assert "not fine-tuned" in Classifier(f"{converted}nystrom", str(tmp_path / "softmax.safetensors")).note
+    for spec in (f"{converted}fnet", f"vix_fnet_tiny {words}"):
+        with pytest.raises(InputError, match="has the weights of a softmax model, which mean nothing to fnet"):
+            Classifier(spec, str(tmp_path / "softmax.safetensors"))
+
+
+def test_own_weights_of_a_mixer_without_parameters_are_no_softmax_model(tmp_path, caplog):
+    save_file(timm.create_model("vix_fnet_cifar", depth=1).state_dict(), tmp_path / "own.safetensors")
+    assert Classifier("vix_fnet_cifar depth=1", str(tmp_path / "own.safetensors")).note == ""
+    assert not caplog.records
+    save_file(timm.create_model("vix_axial_cifar", depth=1).state_dict(), tmp_path / "own.safetensors")
+    assert Classifier("vix_axial_cifar depth=1", str(tmp_path / "own.safetensors")).note == ""
+    assert "If they are of one, the model needs fine-tuning" in caplog.text
+
+
+@pytest.mark.parametrize("load", [load_trained, build])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vix_nystrom_tiny", "hybrid_vit_tiny"])
+def test_weights_for_other_classes_are_told(load, name, tmp_path):
+    path = str(tmp_path / "softmax.safetensors")
+    save_file(timm.create_model(name, depth=1, num_classes=7).state_dict(), path)
+    with pytest.raises(InputError, match="has 1000 classes, and the weights are for 7; allowed here is num_classes=7"):
+        load_trained(name, path, depth=1) if load is load_trained else build(f"{name} depth=1", path)
+    with pytest.raises(InputError, match="has 10 classes, and the weights are for 7; allowed here is num_classes=7"):
+        load_trained(name, path, depth=1, num_classes=10) if load is load_trained else build(
+            f"{name} depth=1 num_classes=10", path
+        )
+
+
+def test_a_text_is_no_file_of_weights(tmp_path):
+    (tmp_path / "notes.pth").write_text("hello")
+    with pytest.raises(InputError, match="it is neither a .safetensors file nor one that torch.save wrote"):
+        load_trained("vit_tiny_patch16_224", str(tmp_path / "notes.pth"))
+
+
+def test_no_note_for_a_model_of_timm():
     assert note_of_weights("vit_tiny_patch16_224", timm.create_model("vit_tiny_patch16_224", depth=1)) == ""
 
 

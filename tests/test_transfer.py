@@ -312,6 +312,14 @@ def test_a_conversion_that_only_scales_has_nothing_to_learn(weights, unlabelled,
     assert not (tmp_path / "run").exists()
 
 
+def test_the_first_stage_trains_the_layers_with_other_attention_only(weights, unlabelled, tmp_path):
+    """Where logits are scaled, softmax attention has slots as well, which compute what the original computes."""
+    kwargs = dict(mixer="axial", layers=[1], mixer_kwargs=dict(scale_logits=4), pass_through=1.0, block_steps=3)
+    transfer(**arguments(weights, unlabelled, tmp_path / "run", **kwargs))
+    first = [values for stage, values in losses_of(tmp_path / "run") if stage == 1]
+    assert len(first) == 3 and all(len(values) == 2 and min(values) > 0 for values in first)
+
+
 def test_a_conversion_that_only_merges_has_no_first_stage(weights, unlabelled, tmp_path, capsys):
     settings = arguments(weights, unlabelled, tmp_path / "merged", mixer="softmax", mixer_kwargs=dict(merge=4))
     transfer(**settings)

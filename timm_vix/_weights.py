@@ -1,15 +1,20 @@
 """Files of weights, and whether a model fits them."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Optional
 from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
+from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
 from ._checks import InputError
 from ._files import one_line
+
+# the weights of classifiers, by the keys that timm's transformers have for them
+CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight", "classifier.weight", "fc.weight")
 
 
 def weights_of_file(path: Any, num_classes: Optional[int] = None) -> dict[str, Any]:
@@ -33,7 +38,35 @@ def check_weights(name: str, path: Optional[str]) -> None:
                 return
         torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # torch and safetensors raise by kind of damage
-        raise InputError(f"{name}={path} is no readable file of weights: {one_line(error)}") from error
+        saved = Path(path).suffix == ".safetensors" or is_zipfile(path) or isinstance(error, UnpicklingError)
+        reason = one_line(error) if saved else "it is neither a .safetensors file nor one that torch.save wrote"
+        raise InputError(f"{name}={path} is no readable file of weights: {reason}") from error
+
+
+def reason_of(error: Exception, name: str, path: Optional[str], num_classes: Optional[int]) -> str:
+    """Why a model can't be built with weights, in one line.
+
+    Args:
+        error: which timm, torch, safetensors or the Hub's client raised.
+        name: of the model.
+        path: of the file of weights, if there is one.
+        num_classes: of the model; None: those of its configuration.
+    """
+    config = get_pretrained_cfg(name)  # None for a folder
+    expected = num_classes or (config and config.num_classes)
+    found = classes_in(path) if path else None
+    if found and expected and found != expected:
+        return f"the model has {expected} classes, and the weights are for {found}; allowed here is num_classes={found}"
+    return f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+
+
+def classes_in(path: str) -> Optional[int]:
+    """The number of classes of a file of weights; None if it has no classifier that is known, or can't be read."""
+    try:
+        weights = load_state_dict(path)
+    except Exception:  # torch and safetensors raise by kind of damage
+        return None
+    return next((len(weights[key]) for key in CLASSIFIERS if key in weights), None)
 
 
 def check_classes(model: nn.Module, what: str) -> None:

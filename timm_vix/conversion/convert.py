@@ -46,7 +46,8 @@ def convert(
             new one, without what an earlier one has learned.
         layers: "all"; "first-n" or "last-n"; "every-n": each n-th, from the n-th on, so that the first stay; indices
             from 0; a mapping from index to a mixer, or to a dict with "mixer" and keywords; or a plan of ``timm-vix
-            plan``, its file or what ``load_plan`` makes of it. Other layers stay as they are, converted ones too.
+            plan``, its file or what ``load_plan`` makes of it. Other layers stay as they are, converted ones too;
+            a plan gives them their own attention back, and takes no ``mixer`` and no keywords of one.
         merge: token merging (Bolya et al. 2023, ``timm_vix/mixers/_merging.py``) in all layers, whatever ``layers``
             says. An integer is the number of patch tokens that each layer merges; a list has one number for each layer;
             a float in (0, 1) is the share of patch tokens left after the last layer; ``{"threshold": t}`` merges all
@@ -80,7 +81,7 @@ def convert(
     layers = read_layers(layers, model)
     if isinstance(layers, Plan):
         merge = layers.merge if merge is None else merge
-        scale_logits = layers.scale_logits or None if scale_logits is None else scale_logits
+        scale_logits = layers.scale_logits if scale_logits is None else scale_logits
     check_sequence_options(model, merge, scale_logits)
     keeps_mixers = mixer is None and not keywords and (merge is not None or scale_logits is not None)
     mixer, wanted = wanted_mixers(model, len(sites), mixer, layers, keywords, keeps_mixers)
@@ -136,13 +137,14 @@ def wanted_mixers(
         ValueError: for a mixer, layer or keyword that isn't there, or layers for which no mixer is named.
     """
     if isinstance(layers, Plan):
-        if not layers.layers:
-            if keywords:
-                raise InputError(
-                    f"{', '.join(keywords)}: the plan converts no layer that could take keywords of a mixer"
-                )
-            return recorded_mixer(model), {}
-        layers = layers.layers
+        if mixer is not None or keywords:
+            given = {} if mixer is None else dict(mixer=mixer)
+            words = ", ".join(f"{name}={value!r}" for name, value in {**given, **keywords}.items())
+            raise InputError(
+                f"{words}: a plan names the mixer of each layer; allowed beside it are merge and scale_logits"
+            )
+        wanted = layer_mixers(layers.layers, depth, "softmax", {}) if layers.layers else {}
+        return recorded_mixer(model), {layer: ("softmax", {}) for layer in range(depth)} | wanted
     if keeps_mixers and not isinstance(layers, Mapping):
         if not isinstance(layers, str) or layers != "all":
             raise InputError(
@@ -217,7 +219,7 @@ def check_sequence_options(model: nn.Module, merge: Optional[Merge], scale_logit
         if isinstance(model, NaFlexVit) and value:
             raise InputError(
                 f"{name}={value!r}: {type(model).__name__} takes padded sequences, whose padding would take part; "
-                "allowed is None"
+                "allowed is None or 0"
             )
 
 

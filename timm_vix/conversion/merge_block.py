@@ -135,7 +135,7 @@ def attend_groups(
         supported = supported or is_key_mask(attn_mask, groups.place)
     check_sequence(groups.place, grid, attn_mask, False, supported, False)
     q, k, v = slot.project(x, 0, 3)
-    q = slot.scale(q, grid)
+    q = slot.scale_queries(q, grid)
     table = slot.rotary_table(grid, grid.grid, rope)
     if table is not None:
         table = merge_table(table, groups)

@@ -11,9 +11,9 @@ Merge = Union[int, float, Sequence[int], Mapping[str, float]]
 Step = Union[int, float, Mapping[str, float]]
 
 FORMS = (
-    "expected a number of tokens that each layer merges, a list with one number for each layer, the share of the patch "
-    "tokens left in the end (a float above 0 and below 1), or {'threshold': t}, a cosine between -1 and 1; "
-    "the integer 0 merges nothing"
+    "expected the number of tokens that each layer merges (a Python int), a list with one number for each layer, the "
+    "share of the patch tokens left in the end (a float above 0 and below 1), or {'threshold': t}, a cosine between -1 "
+    "and 1; the integer 0 merges nothing"
 )
 
 

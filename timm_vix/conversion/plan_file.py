@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 from timm.layers import to_2tuple
@@ -33,12 +33,12 @@ class Plan:
 
     ``layers``: for each layer that is converted "mixer" and its keywords, as ``convert`` takes them. ``merge``: how
     tokens merge, as ``convert`` takes it; 0: they don't. ``scale_logits``: the tokens with which the model was trained,
-    where its logits are scaled; 0: they stay as they are.
+    where its logits are scaled; 0: they aren't scaled; None: that stays as it is.
     """
 
     layers: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     merge: Merge = 0
-    scale_logits: int = 0
+    scale_logits: Optional[int] = None
 
     def converts(self) -> bool:
         """Whether any layer is converted or merges tokens."""
@@ -108,7 +108,8 @@ def load_plan(path: Union[str, Path], model: nn.Module) -> Plan:
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from error
     here = circumstances(model) | dict(threads=torch.get_num_threads())
-    if content.get("dtype") == here["dtype"] and "machine" in here:  # other dtypes and meta tensors are other weights
+    # in another dtype, at another size and on the meta device the same model has other weights
+    if all(content.get(name) == here[name] for name in ("dtype", "grid")) and "machine" in here:
         here["weights"] = fingerprint(model.state_dict())
     tell_differences(path, content, here)
     entries = {layer: {"mixer": name, **keywords} for layer, (name, keywords) in layers.items()}

@@ -124,7 +124,7 @@ def list_images(folder: Path, known: Optional[list[str]] = None) -> tuple[Items,
     names = sorted((path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=order)
     known = known or names
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"{folder} has classes that the training images lack: {', '.join(unknown)}")
+        raise InputError(f"{folder} has folders that are none of the {len(known)} known classes: {', '.join(unknown)}")
     files = {name: image_files(folder / name) for name in names}
     if not any(files.values()):
         raise InputError(f"{folder} holds no images in class folders; {layout}")
@@ -172,6 +172,8 @@ def labelled_folder(folder: Path, model: nn.Module) -> tuple[Items, list[str]]:
     inner = [folder / name for name in VALIDATION if (folder / name).is_dir()]
     names = label_names(model)
     known = names if names and len(names) == model.num_classes else None
+    if folder.is_dir() and not any(path.is_dir() for path in folder.iterdir()):
+        raise InputError(f"{folder} has no classes; expected {folder}/<class>/<image>.jpg, or images and labels.csv")
     items, classes = list_images(inner[0] if inner else folder, known)
     if known is None and len(classes) != model.num_classes:
         raise InputError(f"data_dir={folder} has {len(classes)} classes; the model has {model.num_classes}")

@@ -1,5 +1,6 @@
 """Trained models by name, and what they answer to a picture."""
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from .. import models
 from .._checks import InputError
 from .._files import one_line
 from .._names import near_names, parse_model
-from .._weights import check_classes, check_weights, weights_of_file
+from .._weights import check_classes, check_weights, reason_of, weights_of_file
 from ..conversion.delta import load_delta
+from ..conversion.record import NAME as CONVERTED
 from ..data.decoding import as_shown, image_mode
 from ..data.folders import label_names
 from ..mixers._mechanism import AttentionMechanism
@@ -81,7 +83,7 @@ def load_trained(model: str, weights: Optional[str] = None, delta: Optional[str]
     try:
         net = timm.create_model(address, pretrained=True, **keywords).eval()
     except Exception as error:  # timm, torch, safetensors and the Hub's client raise by kind of damage
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        reason = reason_of(error, model, weights, keywords.get("num_classes"))
         raise InputError(f"model={model} cannot be loaded: {reason}") from error
     check_classes(net, f"model={model}")
     if delta:
@@ -113,15 +115,22 @@ def class_names(model: nn.Module) -> list[str]:
     return [name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(found)]
 
 
-def note_of_weights(name: str, model: nn.Module) -> str:
-    """A warning for a model of this package whose default weights are a softmax model's; empty for any other model.
+def note_of_weights(name: str, model: nn.Module, from_file: bool = False) -> str:
+    """A warning for a model of this package with the weights of a softmax model; empty for any other model.
+
+    Args:
+        from_file: the weights are of a file, and not those that timm knows for the name. Those of a conversion by name
+            are its source's in either case.
 
     Raises:
         InputError: if such weights are useless, since no mixer of the model has queries, keys and values.
     """
     ours = timm.list_models(module=models.__all__)
     mixers = {mixer_name(host) for host in hosts_of(model).values()} - {"softmax"}
-    if name.partition(".")[0] not in ours or not mixers:
+    architecture = name.partition(".")[0]
+    if architecture not in (*ours, CONVERTED) or not mixers:
+        return ""
+    if from_file and architecture != CONVERTED and not getattr(model, "has_softmax_weights", False):
         return ""
     if not any(isinstance(host.core, AttentionMechanism) for host in hosts_of(model).values()):
         raise InputError(
@@ -172,7 +181,7 @@ class Classifier:
         if isinstance(self.net, ExportedModel):
             self.note = self.net.note
         else:
-            self.note = "" if weights or delta else note_of_weights(name, self.net)
+            self.note = "" if delta else note_of_weights(name, self.net, from_file=bool(weights))
         if not self.net.num_classes:
             raise InputError(f"model={model} has no classifier")
         config, self.transform = preparation_of(self.net, f"model={model}")
@@ -189,9 +198,11 @@ class Classifier:
             InputError: for what is no picture, or a damaged one.
         """
         try:
-            image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-            with image:
-                return self.transform(as_shown(image, self.mode)).unsqueeze(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # one that is too large is an error
+                image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+                with image:
+                    return self.transform(as_shown(image, self.mode)).unsqueeze(0)
         except Exception as error:  # what a damaged file raises differs between PIL's readers
             if not isinstance(picture, Image.Image) and not Path(picture).is_file():
                 kind = "is a folder" if Path(picture).is_dir() else "does not exist"

@@ -156,9 +156,9 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.calibrate:
         calibration = read_calibration(arguments.calibrate, arguments.calibrate_images, config)
     note = ""
-    if arguments.pretrained and not arguments.delta:
+    if (arguments.pretrained or arguments.weights) and not arguments.delta:
         try:
-            note = note_of_weights(arguments.model.split()[0], model)
+            note = note_of_weights(arguments.model.split()[0], model, from_file=bool(arguments.weights))
         except InputError as error:  # such a file shows how fast the model is
             note = str(error)
     options = (calibration, arguments.dynamic_size, threads, note)

@@ -29,6 +29,7 @@ from torch import nn
 
 from .._checks import InputError
 from .._files import one_line
+from ..data.folders import label_names
 from ..train.checkpoint import read_tensors
 from ..train.hub import hub_of
 from .check import known_images, one_by_one
@@ -37,9 +38,10 @@ from .classifier import load_trained, preparation_of
 FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 # an absolute path of Unix, of a home folder or of Windows within a text; neither a web address, which has two slashes
-# after the colon, nor a Markdown link within a site
+# after the colon, nor a Markdown link within a site, unless that begins with a folder of a machine
 ABSOLUTE = re.compile(
-    r"(?:^|(?<!\])\(|[\s\"'`=:,|\[*>{;])((?:file:/+|/|~/|[A-Za-z]:\\|\\\\)[\w.~-]+(?:[/\\][^\s\"'`)\]*<|}]*)?)"
+    r"(?:^|(?<!\])\(|\]\((?=file:/|~/|[A-Za-z]:\\|\\|/(?:home|root|Users|tmp|mnt|media|var|private)/)|"
+    r"[\s\"'`=:,|\[*>{;])((?:file:/+|/|~/|[A-Za-z]:\\|\\\\)[\w.~-]+(?:[/\\][^\s\"'`)\]*<|}]*)?)"
 )
 # what would tell a loader to take the weights from elsewhere
 PLACES = {"file", "url", "hf_hub_id", "hf_hub_filename", "checkpoint_path", "state_dict", "source_url"}
@@ -154,10 +156,14 @@ def check_folder(hub: Path) -> tuple[nn.Module, ModelCard]:
         card = ModelCard.load(hub / "README.md", ignore_metadata_errors=False)
     except Exception as error:  # damaged JSON, YAML or text
         raise InputError(f"{hub} cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{hub / 'config.json'} holds a {type(config).__name__}; expected a mapping as timm writes it")
     check_config(hub / "config.json", config)
     check_card(hub / "README.md", card)
     model, again = load_trained(f"local-dir:{hub}"), load_trained(f"local-dir:{hub}")
     preparation_of(model, str(hub))
+    if (names := label_names(model)) and len(names) != model.num_classes:
+        raise InputError(f"{hub / 'config.json'}: {len(names)} label_names for a model of {model.num_classes} classes")
     images = known_images(model.pretrained_cfg["input_size"])
     outputs = one_by_one(model, images)
     if not outputs.isfinite().all():

@@ -4,8 +4,8 @@
     Y = softmax(Q K~^T / sqrt(D) + c) V~                 c: log of the number of tokens that a landmark stands for
 
 The methods here work on projected heads. A ViT can pool before it projects and fuse attention with its projections
-(``LandmarkSlot`` in ``_landmark_slot.py``), with fewer operations. The result is the same unless queries and keys are
-normalised, or Linformer's learned averages don't sum to one: then pooled heads have another bias.
+(``slots/landmark_slot.py``), with fewer operations. The result is the same unless queries and keys are normalised, or
+Linformer's learned averages don't sum to one: then pooled heads have another bias.
 
 Shapes: B images, N = P + H·W tokens, h heads, D width of queries and keys, E of values, m landmarks: the P prefix
 tokens and the cells of a coarser grid.

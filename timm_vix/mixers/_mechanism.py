@@ -5,7 +5,7 @@
   themselves. Each mixer is one class in one file, with an entry in ``MIXERS``.
 - A *host* contains a mixer. It is a timm model, or the module that has the mixer as its sub-module ``core``
   (``MechanismHost``). It does everything else: projections, rotary positions, merging of heads.
-- A *slot* is the ``MechanismHost`` that takes the place of an attention module in ViT, Eva and PiT (``_slot.py``).
+- A *slot* is the ``MechanismHost`` that takes the place of an attention module in ViT, Eva and PiT (``slots/slot.py``).
   The hosts in CvT and LeViT are in ``models/``.
 
 Hosts create a mixer by ``build``. It adds the keywords that all mixers share (``_local.py``), so that a subclass

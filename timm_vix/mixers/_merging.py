@@ -12,8 +12,9 @@ patches. With a mask of the whole grid, two tokens merge only if they attend to 
 attend to them. So no masked token becomes part of an unmasked one. Tokens that no query attends to merge first, so
 they don't decide which other tokens merge. The mask is merged as well.
 
-The result doesn't depend on the rest of the batch. On CUDA sums over groups of three and more tokens have a fixed order
-only with ``torch.use_deterministic_algorithms(True)``.
+In float32 the result doesn't depend on the rest of the batch. In half precision a product may be rounded otherwise in a
+batch of another size, and where similarities are nearly equal, other pairs merge then. On CUDA sums over groups of
+three and more tokens have a fixed order only with ``torch.use_deterministic_algorithms(True)``.
 
 Shapes: B images, N tokens of the whole grid with P prefix tokens, M tokens that are left, h heads, D head width,
 C channels.

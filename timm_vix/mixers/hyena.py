@@ -89,6 +89,7 @@ class HyenaConvolution(AttentionMechanism):
 
     title = "a gated long convolution"
     source = "Zimerman & Wolf 2023, arXiv 2309.13600"
+    exports_one_grid = True
     supports_dropout = False
     # gates aren't compared
     has_logits = False

@@ -39,6 +39,7 @@ class TokenMlp(TokenMixing):
 
     title = "a token MLP"
     source = "Tolstikhin et al. 2021, arXiv 2105.01601"
+    exports_one_grid = True
     grid_parameters = {
         "read_patches": resample_input_weight,
         "write_patches": resample_output_weight,

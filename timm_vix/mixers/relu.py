@@ -61,6 +61,7 @@ class ReluAttention(AttentionMechanism):
     # there are no logits to which a bias could be added
     has_logits = False
     conv_residual = True
+    exports_one_grid = True
     grid_parameters = {"key_positions": resample_output_weight}
 
     def __init__(self, shape: AttentionShape) -> None:

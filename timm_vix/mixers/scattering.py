@@ -134,6 +134,7 @@ class WaveletScattering(TokenMixing):
 
     title = "wavelet scattering"
     source = "Patro & Agneeswaran 2023, arXiv 2311.01310"
+    exports_one_grid = True
     grid_parameters = {"low_weight": resample_output_weight}
 
     def __init__(self, shape: AttentionShape, num_blocks: int = 4) -> None:

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 from .._checks import InputError
+from ..mixers._mechanism import AttentionMechanism
 from ..mixers.softmax import SoftmaxAttention
 from ..slots.model import hosts_of, resample_weights
 from ..slots.slot import TokenSlot, rename_core_keys
@@ -171,12 +172,23 @@ def complete_checkpoint(
     state_dict = {**state_dict, **fresh}
     check_keys(state_dict, model, target)
     cfg = model.pretrained_cfg
-    # a mixer without parameters has no keys that identify a checkpoint; a saved model brings its configuration
-    mixers = any(not isinstance(module.core, SoftmaxAttention) for module in hosts_of(model).values())
-    if new or (not ours and (dropped or paired or (mixers and not cfg.get("source")))):
+    # attention without parameters has no keys that identify a checkpoint; a saved model brings its configuration
+    cores = [host.core for host in hosts_of(model).values()]
+    plain = any(isinstance(core, AttentionMechanism) and not isinstance(core, SoftmaxAttention) for core in cores)
+    unknown = plain and not ours and not cfg.get("source")
+    named = not cfg.get("file") and not cfg.get("state_dict")  # the weights that timm knows for the name
+    # read by ``deploy``, where it is told beside what the model predicts
+    model.has_softmax_weights = bool(new or (not ours and (dropped or paired)) or (unknown and named))
+    architecture = cfg.get("architecture", "model")
+    if model.has_softmax_weights:
         _logger.warning(
-            f"{cfg.get('architecture', 'model')}: loaded the weights of a softmax ViT, so the model needs fine-tuning. "
+            f"{architecture}: loaded the weights of a softmax ViT, so the model needs fine-tuning. "
             f"Newly initialized: {summary(new)}. Unused: {summary(dropped)}."
+        )
+    elif unknown:
+        _logger.warning(
+            f"{architecture}: the weights have the same names as a softmax ViT's. If they are of one, the model needs "
+            "fine-tuning."
         )
     return state_dict
 

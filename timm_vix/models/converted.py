@@ -5,6 +5,7 @@
 What comes from a folder or the Hub isn't trusted, see ``saved.py``.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Optional
 
@@ -25,6 +26,7 @@ from ..conversion.merge_steps import Merge
 from ..conversion.norms import replace_norms
 from ..conversion.record import NAME, record_arguments, resolved_arguments, source_of
 from ..conversion.scaling import ScaleLogits
+from ..mixers import MIXERS
 from ._arguments import take_keywords
 from .saved import build_saved
 
@@ -70,6 +72,22 @@ def build(
     elif keywords:
         convert(model, **keywords)
     return model
+
+
+def with_keywords(layers: Layers, keywords: dict[str, Any]) -> Layers:
+    """The layers of a saved model, which hold all keywords of their mixers, with those that the caller gives instead.
+
+    Such a model was converted after it had been created, so ``keywords`` are none that it was saved with.
+    """
+    if not isinstance(layers, Mapping):
+        return layers
+    found = {}
+    for index, layer in layers.items():
+        own = layer if isinstance(layer, Mapping) else {"mixer": layer}
+        mixer = own.get("mixer")
+        taken = MIXERS[mixer].keywords() if isinstance(mixer, str) and mixer in MIXERS else []
+        found[index] = {**own, **{name: value for name, value in keywords.items() if name in taken}}
+    return found
 
 
 def features_of(model: nn.Module, **wrapping: Any) -> nn.Module:
@@ -134,8 +152,11 @@ def vix_from_timm(
     names = ("features_only", "out_indices", "feature_cls")
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     check_choice("norms", norms, NORMS)
+    saved = isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub")
+    if saved and conversion is None:
+        layers = with_keywords(layers, keywords)
     create = partial(build, source, mixer, layers, keywords, source_kwargs or {}, norms)
-    if isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub"):
+    if saved:
         classes = kwargs.get("num_classes")
         if norms == "folded" and pretrained and classes not in (None, cfg.get("num_classes")):
             raise InputError(

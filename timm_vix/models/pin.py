@@ -138,7 +138,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PoolingXformer) -> d
     positions = state_dict.get("pos_embed")
     if positions is not None and positions.ndim == 4 and positions.shape != model.pos_embed.shape:
         size = model.pos_embed.shape[2:]
-        state_dict["pos_embed"] = nn.functional.interpolate(positions, size, mode="bicubic", antialias=True)
+        # torch has no antialiasing in half precision on a CPU
+        resampled = nn.functional.interpolate(positions.float(), size, mode="bicubic", antialias=True)
+        state_dict["pos_embed"] = resampled.to(positions.dtype)
     return complete_checkpoint(state_dict, model, **found)
 
 

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..conversion.convert import convert
 from ..conversion.merge_block import run_block
 from ..conversion.merge_steps import merge_steps, merged_in_layers
 from ..conversion.plan_file import Plan
+from ..conversion.scaling import scaled_for
 from ..conversion.sites import attention_sites
 from ..measure.flops import count_flops
 from ..measure.job import time_interleaved
@@ -75,7 +77,8 @@ class Latency:
     """Times one model's blocks and whole plans, each for ``seconds`` or a few rounds if these take longer.
 
     Args:
-        model: softmax model in eval mode; it is converted during a measurement and then restored.
+        model: softmax model in eval mode, whose logits may be scaled; it is converted during a measurement and then
+            restored.
         images: normalised images of one pass.
         table: to which rows are appended, and which knows earlier ones.
         run: text that identifies everything that times depend on besides the plan.
@@ -88,6 +91,9 @@ class Latency:
         # the same weights in modules of their own, so that both can be called in turn
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.softmax = copy.deepcopy(model, shared)
+        self.scaled = scaled_for(model) > 0
+        if self.scaled:  # times are compared with those of the source as it is
+            convert(self.softmax, scale_logits=0)
         self.job = dict(device=str(images.device), rounds=self.rounds, seconds=self.seconds)
         self.known = {what: Time(**figures) for what, figures in table.of_run(run, *Time._fields).items()}
         set_malloc(2**25)  # the most that glibc would learn, as in ``measure``
@@ -101,7 +107,7 @@ class Latency:
                 calls = [lambda model=model: self.call(model, self.images) for model in models]
                 times = time_interleaved(calls, {**self.job, "seconds": longer * self.seconds})
             row = compare_times(times[:, 1], times[:, 0])
-            speedup = round(row["speedup"], 4) if plan.converts() else 1.0
+            speedup = round(row["speedup"], 4) if plan.converts() or self.scaled else 1.0
             measured = Time(round(row["latency_p50_ms"], 4), speedup)
             self.table.add(self.run, what, **measured._asdict())
             self.known[what] = measured

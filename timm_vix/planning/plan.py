@@ -166,7 +166,7 @@ def tell_resolution(keep: Optional[float], images: int) -> None:
 
 def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitivity) -> dict[str, Any]:
     """The content of a plan's file, with what the plan keeps on the images that are held out."""
-    model = held_out.model
+    model, tried = held_out.model, search.curve[plan.to_json()]
     return dict(
         format=FORMAT,
         source=run.source,
@@ -184,12 +184,12 @@ def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitiv
         held_out_images=held_out.num_images,
         minutes=run.minutes,
         stopped=search.stopped,
-        **search.curve[plan.to_json()]._asdict(),
+        **tried._asdict(),
         held_out_agreement=held_out.measure(plan).agreement,
         held_out_distance=held_out.measure(plan).distance,
         held_out_kept=held_out.measure(plan).kept,
         softmax_gflops=round(search.costs.whole.gflops, 9),
-        softmax_milliseconds=search.costs.whole.milliseconds,
+        softmax_milliseconds=round(tried.milliseconds * tried.speedup, 4),  # timed in turn with the plan
         layers={str(layer): plan.layers[layer] for layer in sorted(plan.layers)},
         merge=plan.merge,
         scale_logits=scaled_for(model),
@@ -217,7 +217,8 @@ def time_key(run: PlanSettings, model: nn.Module) -> str:
     keywords = json.dumps(get_model_args(model), sort_keys=True, default=str)
     here = json.dumps(circumstances(model) | versions())
     threads = torch.get_num_threads()
-    return f"time of {architecture(model)} {keywords}, batch {run.latency_batch}, {threads} threads, {here}"
+    beside = " beside unscaled logits" * (scaled_for(model) > 0)
+    return f"time of {architecture(model)} {keywords}{beside}, batch {run.latency_batch}, {threads} threads, {here}"
 
 
 def rows_of(search: Search, chosen: Plan) -> list[dict[str, Any]]:

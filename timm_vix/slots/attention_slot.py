@@ -75,7 +75,7 @@ class AttentionSlot(MixerSlot):
         layout = self.layout_of(x, None, False)
         q, k, v = self.project(x, 0, 3)
         q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
-        q, k, _ = self.core.localise(self.scale(q, layout), k, v, layout, layout)
+        q, k, _ = self.core.localise(self.scale_queries(q, layout), k, v, layout, layout)
         self.core.init_from_inputs(q, k)
 
     def bias_of_qkv(self) -> Optional[torch.Tensor]:
@@ -153,7 +153,7 @@ class AttentionSlot(MixerSlot):
         table = self.rotary_table(layout, cells, rope, cell_weight)
         return x if table is None else apply_rot_embed_cat(x, table, half=self.rotate_half).type_as(x)
 
-    def scale(self, q: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    def scale_queries(self, q: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Multiply queries or, in their place, keys (B, h, n, D) by ``logit_factor`` of the layout's tokens."""
         factor = logit_factor(num_tokens(layout), self.trained_tokens)
         return q if factor == 1.0 else q * factor
@@ -176,7 +176,7 @@ class AttentionSlot(MixerSlot):
         """Project, rotate, call the mechanism and merge: (B, N, C) -> (B, N, C)."""
         q, k, v = self.project(x, 0, 3)
         q, k = self.rotate(q, layout, layout.grid, rope), self.rotate(k, layout, layout.grid, rope)
-        return self.merge(self.mix(self.scale(q, layout), k, v, layout, layout, x, attn_mask, is_causal), x)
+        return self.merge(self.mix(self.scale_queries(q, layout), k, v, layout, layout, x, attn_mask, is_causal), x)
 
     def attend(
         self,

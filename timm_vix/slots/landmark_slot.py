@@ -68,7 +68,7 @@ class LandmarkSlot(AttentionSlot):
             parts = [core.pool(part, layout, cells, i == len(parts) - 1, masked) for i, part in enumerate(parts)]
         weight = None if masked is None else masked.averages
         k = self.rotate(parts[len(parts) - 2], layout, cells, rope, weight)
-        q = self.scale(self.rotate(parts[0], layout, cells, rope, weight), layout) if core.needs_queries else k
+        q = self.scale_queries(self.rotate(parts[0], layout, cells, rope, weight), layout) if core.needs_queries else k
         return [q, k, parts[len(parts) - 1]]
 
     def attend(
@@ -95,7 +95,7 @@ class LandmarkSlot(AttentionSlot):
         else:  # keys and values of single tokens aren't read
             q = self.project(x, 0, 1)[0]
             k, v = q, q
-        q = self.scale(self.rotate(q, layout, layout.grid, rope), layout)
+        q = self.scale_queries(self.rotate(q, layout, layout.grid, rope), layout)
         wide = v
         if core.locality > 0.0:  # the mean logit of a cell's tokens is that of their mean channels
             of_queries, of_keys = locality_channels(core.locality, self.head_dim, layout, layout, q)
@@ -128,5 +128,5 @@ class LandmarkSlot(AttentionSlot):
         if is_half_on_cpu(k_m):
             k_m, v_m, bias = in_whole_vectors(k_m, v_m, bias)
         dropout = self.core.dropout if self.training else 0.0
-        k_m = self.scale(k_m, layout)  # in the place of the queries, which aren't computed
+        k_m = self.scale_queries(k_m, layout)  # in the place of the queries, which aren't computed
         return self.proj_drop(fused_attend_to(x, k_m, v_m, bias, weight[:A], bias_q, proj.weight, proj.bias, dropout))

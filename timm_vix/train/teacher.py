@@ -9,9 +9,8 @@ from timm.data import resolve_input_data_config
 from torch import nn
 
 from .._checks import InputError, check_at_most_one
-from .._files import one_line
 from .._names import check_model
-from .._weights import check_classes, check_weights, weights_of_file
+from .._weights import check_classes, check_weights, reason_of, weights_of_file
 from ..slots.attention_slot import AttentionSlot
 from ..slots.slot import MixerSlot
 
@@ -56,7 +55,8 @@ def build_teacher(
         teacher = timm.create_model(source, pretrained=True, **arguments)
     except Exception as error:  # timm, torch and safetensors raise by kind of damage
         given = f" with weights={weights}" if weights else ""
-        raise InputError(f"{called}={source}{given} cannot be built: {one_line(error)}") from error
+        reason = reason_of(error, source, weights, arguments.get("num_classes"))
+        raise InputError(f"{called}={source}{given} cannot be built: {reason}") from error
     check_classes(teacher, f"{called}={source}")
     size = dict(img_size=img_size) if img_size else {}
     return teacher.to(device).eval().requires_grad_(False), resolve_input_data_config(teacher, size)

@@ -55,7 +55,7 @@ from .loop import Loop
 from .losses import BlockMatching, Distillation
 from .settings import add_settings, documented, given_settings
 from .teacher import build_teacher, start_mixers
-from .transfer_results import compare, finish, in_words
+from .transfer_results import compare, finish, in_words, layers_with_other_attention
 from .transfer_settings import TransferSettings
 
 FILES = ("checkpoint.pt", "steps.csv", "result.csv", "layers.png")
@@ -125,7 +125,7 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
             seen = [images[key][0] for key in images.batches(run.batch_size)[0]]
             start_mixers(teacher, mixers, normalise(torch.stack(seen)))
         save()  # a full disk shows now and not after an hour
-    layers = sorted({row.layer for row in report.rows if row.changed})
+    layers = layers_with_other_attention(student, report)
     with deferred_interrupt() as asked:
         loop = Loop(checkpoint, run.checkpoint_every, asked, save, show=rank == 0)
         for stage in range(position["stage"], 3):

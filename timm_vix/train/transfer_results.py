@@ -16,6 +16,7 @@ from .._figures import write_figure
 from ..conversion.report import Conversion
 from ..data.images import Images
 from ..mixers._keywords import ADDING_NOTHING
+from ..slots.model import is_softmax
 from .checkpoint import write_history
 from .hub import transferred_card, write_hub
 from .plots import layer_errors
@@ -101,10 +102,21 @@ def finish(
         **versions(),
     )
     write_history(folder / "result.csv", [row])
+    matched = layers_with_other_attention(student, report)
     # without the error behind the rest of the original
-    if errors := [values[: len(set(layers))] for stage, _, values in position["rows"] if stage == 1]:
-        write_figure(folder / "layers.png", layer_errors, errors, sorted(set(layers)), f"{run.source} -> {mixer}")
+    if errors := [values[: len(matched)] for stage, _, values in position["rows"] if stage == 1]:
+        write_figure(folder / "layers.png", layer_errors, errors, matched, f"{run.source} -> {mixer}")
     write_hub(folder / "hub", student, config, transferred_card(row, in_words(figures), report))
+
+
+def layers_with_other_attention(student: nn.Module, report: Conversion) -> list[int]:
+    """The layers whose attention computes something else than before, which the first stage trains.
+
+    Softmax attention that got a slot, since tokens merge after it or its logits are scaled, computes the same as the
+    original's.
+    """
+    changed = {row.layer: student.get_submodule(row.path) for row in report.rows if row.changed}
+    return sorted(layer for layer, module in changed.items() if not is_softmax(module))
 
 
 def mixers_in_words(report: Conversion) -> tuple[str, str]:

@@ -36,7 +36,7 @@ class TransferSettings(Settings):
         "all", "all, first-6, last-6, every-2, 0,3,5 or the .json file of a plan", parse=parse_layers
     )
     mixer_kwargs: Optional[dict[str, Any]] = setting(  # noqa: RUF009
-        None, "keywords of the mixer, e.g. num_landmarks=64"
+        None, "keywords of the mixer, e.g. num_landmarks=64; also merge=0.3 and scale_logits=197, see timm_vix.convert"
     )
     source_kwargs: Optional[dict[str, Any]] = setting(  # noqa: RUF009
         None, "further keywords of the source, plain values"
