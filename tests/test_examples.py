@@ -290,3 +290,55 @@ def test_variants_of_axial_attention_are_exact_on_one_row(given):
     keys, values = (torch.cat([first, rest.flatten(1, 2)], 1) for first, rest in zip(prefix, (k, v)))
     expected = (q.flatten(1, 2) @ keys.transpose(1, 2)).softmax(2) @ values
     assert (y.flatten(1, 2) - expected).abs().max() < 1e-10
+
+
+def test_structured_mlps_are_measured_once(photographs_of_two, tmp_path, monkeypatch, capsys):
+    example, original = load_example("structured_mlp"), lively(vit(num_classes=1000))
+    config = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic")
+    config |= dict(crop_pct=1.0, crop_mode="center")
+    monkeypatch.setattr(example, "build_teacher", lambda *_, **__: (copy.deepcopy(original).eval(), config))
+    monkeypatch.setattr(example, "STRUCTURES", [("low_rank", 0.5), ("low_rank", 0.25)])
+    command = [*photographs_of_two, "--data-dir", tmp_path, "--rounds", 1, "--threads", torch.get_num_threads()]
+    for told in (2, 0):
+        code, out, _ = run(example, monkeypatch, capsys, *command)
+        assert code == 0 and out.count("'kind': 'low_rank'") == told
+    rows, damaged = read_records(tmp_path / "rows.csv", example.COLUMNS, exact=True)
+    assert not damaged and [(row["share"], row["fitted_to"]) for row in rows] == [(0.5, 2), (0.25, 2)]
+    # a rank of layers of 128 x 32 is a whole number
+    wanted = [round(int(share * 128 * 32 / 160) * 160 / (128 * 32), 3) for share in (0.5, 0.25)]
+    assert [row["weights_left"] for row in rows] == wanted
+
+
+def test_steps_of_trained_systems_are_timed_in_turn(tmp_path, monkeypatch, capsys):
+    example, trained = load_example("step_times"), tmp_path / "trained.csv"
+    text = (EXAMPLES / "results" / "reproduce_vix.csv").read_text().splitlines()
+    systems = ("hybrid_pin_cifar", "levip_cifar")
+    rows = [row for row in csv.DictReader(text) if example.is_long(row) and row["system"] in systems]
+    for row in rows:
+        row["batch_size"] = "2"
+    with trained.open("w") as file:
+        writer = csv.DictWriter(file, text[0].split(","))
+        writer.writeheader()
+        writer.writerows([*rows, dict(rows[0], seed="1")])  # another seed is the same system
+    made = []
+    make_call = example.make_call
+    monkeypatch.setattr(example, "make_call", lambda *given: made.append(given) or make_call(*given))
+    command = [
+        "--results",
+        trained,
+        "--rounds",
+        2,
+        "--threads",
+        torch.get_num_threads(),
+        "--out",
+        tmp_path / "times.csv",
+    ]
+    for _ in range(2):  # the rows are replaced
+        assert run(example, monkeypatch, capsys, *command)[0] == 0
+        found, damaged = read_records(tmp_path / "times.csv", example.COLUMNS, exact=True)
+        assert not damaged and [(r["system"], r["dtype"], r["rounds"]) for r in found] == [
+            (row["system"], row["dtype"], 2) for row in rows
+        ]
+        assert all(0 < row["ms_low"] <= row["ms"] <= row["ms_high"] for row in found)
+    assert {type(model).__name__ for model, *_ in made} == {"PoolingXformer", "LevitXformer"}
+    assert {job["dtype"] for *_, job in made} == {row["dtype"] for row in rows}

@@ -577,7 +577,7 @@ def test_layers_of_a_plan(weights, unlabelled, tmp_path):
         layers = {layer: {"mixer": "linformer", "num_proj_tokens": 4}}
         content = dict(format="timm_vix plan 1", architecture=SOURCE, depth=depth, layers=layers)
         plan.write_text(json.dumps(content))
-        return arguments(weights, unlabelled, tmp_path / "run", layers=str(plan), mixer="nystrom", mixer_kwargs={})
+        return arguments(weights, unlabelled, tmp_path / "run", layers=str(plan), mixer=None, mixer_kwargs={})
 
     _, report = transfer(**write("1"))
     assert [(row.layer, row.after) for row in report.rows if row.changed] == [(1, "LinformerAttention")]
@@ -585,9 +585,12 @@ def test_layers_of_a_plan(weights, unlabelled, tmp_path):
         transfer(**write("2"), resume=True)
     with pytest.raises(ValueError, match="plan.json is a plan for vit_tiny_patch16_224 with 12 layers; this model"):
         transfer(**write("1", depth=12), overwrite=True)
+    with pytest.raises(ValueError, match="mixer='performer': a plan names the mixer of each layer; allowed is None"):
+        transfer(**write("1") | dict(mixer="performer"), overwrite=True)
     plan.unlink()
+    settings = arguments(weights, unlabelled, tmp_path / "run", layers=str(plan), mixer=None, mixer_kwargs={})
     with pytest.raises(ValueError, match="plan.json cannot be read as a plan"):
-        transfer(**{**arguments(weights, unlabelled, tmp_path / "run"), "layers": str(plan)}, overwrite=True)
+        transfer(**settings, overwrite=True)
 
 
 def test_a_plan_that_merges_and_scales_is_transferred_as_a_whole(weights, unlabelled, tmp_path):

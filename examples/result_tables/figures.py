@@ -1,7 +1,6 @@
 """The figures beside the tables: cost over resolution, and the longer trainings on CIFAR-10."""
 
 import itertools
-import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +8,11 @@ from reproduction.cards import CURVE, read_rows
 
 from timm_vix._figures import canvas, png
 from timm_vix._files import write_whole
-from timm_vix._records import Record, grouped, key_of, read_records
+from timm_vix._records import Record, key_of, read_records
 from timm_vix.benchmark.cost import COLUMNS
 from timm_vix.benchmark.figures import legend_below, over_tokens, styles, trade_off
 
-from . import RESULTS
+from . import RESULTS, read
 from .cost import LEAST_ROUNDS, has_amx, is_shown
 from .training import is_long
 
@@ -45,7 +44,7 @@ def trainings() -> Iterator[tuple[str, Any]]:
         return
     epochs = [row for row in read_records(RESULTS / "reproduce_vix_curves.csv", CURVE)[0] if is_long(row)]
     for patch_size in sorted({row["patch_size"] for row in epochs}, reverse=True):
-        hours = hours_per_epoch([row for row in rows if row["patch_size"] == patch_size])
+        hours = hours_per_epoch(patch_size)
         mine = [row for row in epochs if row["patch_size"] == patch_size and row["system"] in hours]
         yield f"cifar10_patch{patch_size}_time", over_time(mine, hours)
         groups: dict[str, list[Record]] = {}
@@ -56,17 +55,13 @@ def trainings() -> Iterator[tuple[str, Any]]:
             yield f"cifar10_patch{patch_size}_{name}", trade_off(list(groups.values()), cost, "test top-1 (%)")
 
 
-def hours_per_epoch(rows: list[Record]) -> dict[str, float]:
-    """The hours of an epoch of each system, by the time of its step in turn with softmax of its dtype.
+def hours_per_epoch(patch_size: int) -> dict[str, float]:
+    """The hours of an epoch of each system, by the time of its steps, which were timed in turn on one machine.
 
     The seconds of the trainings themselves depend on what else the machine did.
     """
-    timed = [row for row in rows if row["faster_than_softmax"] and row["images_per_second"]]
-    softmax = {
-        dtype: statistics.median(row["images_per_second"] / row["faster_than_softmax"] for row in mine)
-        for (dtype,), mine in grouped(timed, ("dtype",)).items()
-    }
-    return {row["system"]: IMAGES / (softmax[row["dtype"]] * row["faster_than_softmax"]) / 3600 for row in timed}
+    rows = [row for row in read("step_times.csv") if int(row["patch_size"]) == patch_size]
+    return {row["system"]: IMAGES / int(row["batch_size"]) * float(row["ms"]) / 3.6e6 for row in rows}
 
 
 def over_time(epochs: list[Record], hours: dict[str, float]) -> Any:
@@ -90,7 +85,8 @@ def over_time(epochs: list[Record], hours: dict[str, float]) -> Any:
         axes.plot(passed, top1, label=system, markersize=4, linewidth=1.2, **looks[system])
     threads = max(row["threads"] for row in epochs)
     axes.set(
-        xlabel=f"hours of training, {threads} CPU thread{'s' * (threads > 1)}", ylabel="top-1 on held-out images (%)"
+        xlabel=f"hours of training on {threads} CPU thread{'s' * (threads > 1)}, from the time of a step",
+        ylabel="top-1 on held-out images (%)",
     )
     axes.grid(alpha=0.3)
     legend_below(figure)

@@ -40,6 +40,7 @@ from .._device import autocast, find_device, find_dtype
 from .._files import one_line, write_table
 from ..conversion.convert import convert, read_layers
 from ..conversion.identity import fingerprint, mechanisms_of
+from ..conversion.plan_file import Plan
 from ..conversion.report import Conversion
 from ..data.datasets import Items
 from ..data.folders import find_unlabelled
@@ -189,7 +190,8 @@ def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, 
     """
     run.layers = read_layers(run.layers, teacher)
     student = copy.deepcopy(teacher)
-    report = convert(student, run.mixer, run.layers, **(run.mixer_kwargs or {}))
+    mixer = None if isinstance(run.layers, Plan) else run.mixer  # a plan names mixers itself
+    report = convert(student, mixer, run.layers, **(run.mixer_kwargs or {}))
     mixers = mixers_of(student, report)
     if not mixers:
         raise InputError(f"mixer={run.mixer!r}, layers={run.layers!r} leave every layer as it is: nothing to transfer")

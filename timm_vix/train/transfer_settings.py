@@ -89,6 +89,8 @@ class TransferSettings(Settings):
         folders = [self.data_dir] if isinstance(self.data_dir, str) else self.data_dir
         if not isinstance(folders, (list, tuple)) or not folders or not all(isinstance(f, str) for f in folders):
             raise InputError(f"data_dir={self.data_dir!r}: expected a folder, or a list of folders")
+        if self.mixer is not None and str(self.layers).endswith(".json"):
+            raise InputError(f"mixer={self.mixer!r}: a plan names the mixer of each layer; allowed is None")
         if self.mixer is None and not {"merge", "scale_logits"} & (self.mixer_kwargs or {}).keys():
             self.mixer = "nystrom"
         check_teacher(self)
