@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Optional
 
 import timm
 import torch
@@ -193,7 +193,7 @@ def measure_all(given: argparse.Namespace) -> None:
     config = resolve_input_data_config(baseline, dict(img_size=size))
     images, labels = read_images(given.images, given.count, create_transform(**config))
 
-    def converted(mixer: str = "nystrom", layers: Any = "all", **options: Any) -> nn.Module:
+    def converted(mixer: Optional[str] = None, layers: Any = "all", **options: Any) -> nn.Module:
         model = softmax(given.weights, size)
         timm_vix.convert(model, mixer, layers, **options)
         return model
