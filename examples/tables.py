@@ -74,6 +74,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": training.parts,
     "deployment": deployment.deployment,
     "folded norms": norms.folded,
+    "structured MLPs": norms.structured,
     "axial variants": conversion.axial_variants,
     "other mechanisms": mechanisms.other_mechanisms,
     "all mechanisms": mechanisms.all_mechanisms,

@@ -16,6 +16,7 @@ import timm
 
 import timm_vix
 from timm_vix import cli
+from timm_vix.conversion import feedforward
 from timm_vix.mixers import MIXERS
 from timm_vix.stems import hierarchical_mlp
 
@@ -171,6 +172,15 @@ def test_docstrings_say_what_was_measured(tables, mixer):
 def test_the_docstring_of_a_stem_says_what_it_adds(tables):
     mechanisms = importlib.import_module("result_tables.mechanisms")
     assert mechanisms.operations_of_a_stem() in " ".join(hierarchical_mlp.__doc__.split())
+
+
+def test_the_docstring_of_structured_mlps_says_what_was_measured(tables):
+    norms = importlib.import_module("result_tables.norms")
+    said = " ".join(feedforward.__doc__.split())
+    kept = {(row["kind"], float(row["share"])): row["top1"] for row in norms.read("structured_mlp.csv")}
+    low = [kept["low_rank", share] for share in (0.84, 0.63, 0.5)]
+    assert f"low rank keeps {low[0]}, {low[1]} and {low[2]} with 84, 63 and 50 % of the weights" in said
+    assert f"two blocks (63 %) keep {kept['block', 0.63]} " in said
 
 
 def test_the_sentences_of_docstrings_are_printed(tables, monkeypatch, capsys):
