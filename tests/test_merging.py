@@ -818,8 +818,8 @@ def test_onnx(tmp_path):
 @pytest.mark.parametrize(
     "merge, told",
     [
-        (-1, "merge=-1: expected a number"),
-        (0.0, "merge=0.0: expected a number"),
+        (-1, "merge=-1: expected the number"),
+        (0.0, "merge=0.0: expected the number"),
         (1.0, "above 0 and below 1"),
         (True, "merge=True"),
         ("8", "merge='8'"),
@@ -829,7 +829,7 @@ def test_onnx(tmp_path):
         ({"above": 0.5}, "threshold"),
         ({"threshold": math.nan}, "between -1 and 1"),
         (math.nan, "above 0 and below 1"),
-        (4.0, "merge=4.0: expected a number"),
+        (4.0, "merge=4.0: expected the number"),
         ([], "has 0 numbers; the model has 4 layers"),
     ],
 )
