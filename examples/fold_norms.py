@@ -54,6 +54,16 @@ COLUMNS: Columns = {
 FORMATS = (("eager", "float32"), ("onnx", "float32"), ("onnx", "int8"))
 
 
+def times_beside(original: nn.Module, model: Any, config: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Milliseconds of a model for each batch, and how many times as fast as the original it is, timed in turn."""
+    found = {}
+    for batch in BATCHES:
+        (times,) = latency(model, [original], torch.randn(batch, *config["input_size"]), rounds)
+        found[f"ms_{batch}"] = round(times["latency_p50_ms"], 2)
+        found[f"faster_{batch}"] = round(times["speedup"], 3)
+    return found
+
+
 def train(student: nn.Module, teacher: nn.Module, schedule: HandoverSchedule, config: dict, run: Any) -> float:
     """Let the student learn what the teacher predicts; return the seconds it took.
 
@@ -120,11 +130,7 @@ def rows_of(
             scores = accuracy(dict(original=teacher, this=runner), spread(items, run.count), classes, config)
             row = dict(job, top1=round(scores["top1"]["this"], 2), agreement=round(scores["agreement"]["this"], 2))
             row["size_mb"] = round(size, 2)
-            for batch in BATCHES:
-                (times,) = latency(runner, [teacher], torch.randn(batch, *config["input_size"]), run.rounds)
-                row[f"ms_{batch}"] = round(times["latency_p50_ms"], 2)
-                row[f"faster_{batch}"] = round(times["speedup"], 3)
-            yield row
+            yield row | times_beside(teacher, runner, config, run.rounds)
 
 
 def run_all(run: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import copy
 from pathlib import Path
 
 import torch
+from fold_norms import BATCHES, SOURCE, times_beside
 
 from timm_vix._checks import check_integer
 from timm_vix._device import device_name, versions
@@ -20,11 +21,9 @@ from timm_vix._records import Columns, append_record, check_writable, earlier_re
 from timm_vix.cli import in_one_line
 from timm_vix.conversion.feedforward import structure_mlp
 from timm_vix.data.folders import labelled_folder, spread
-from timm_vix.deploy.check import accuracy, latency, read_calibration
+from timm_vix.deploy.check import accuracy, read_calibration
 from timm_vix.train.teacher import build_teacher
 
-SOURCE = "deit_tiny_patch16_224"
-BATCHES = (1, 8)
 STRUCTURES = [*(("low_rank", share) for share in (0.84, 0.63, 0.5)), *(("block", share) for share in (0.63, 0.32))]
 # what a row is, and what it tells
 KEY: Columns = dict(kind=str, share=float, fitted_to=int, images=int, device_name=str, threads=int)
@@ -58,10 +57,7 @@ def run_all(run: argparse.Namespace) -> None:
         scores = accuracy(dict(original=original, this=model), photographs, classes, config)
         row["weights_left"] = round(sum(left.values()) / len(left), 3)  # all layers are of the same size
         row |= {name: round(scores[name]["this"], 2) for name in ("top1", "agreement")}
-        for batch in BATCHES:
-            (times,) = latency(model, [original], torch.randn(batch, *config["input_size"]), run.rounds)
-            row[f"ms_{batch}"] = round(times["latency_p50_ms"], 2)
-            row[f"faster_{batch}"] = round(times["speedup"], 3)
+        row |= times_beside(original, model, config, run.rounds)
         append_record(run.out, COLUMNS, row | versions())
         print(row, flush=True)
 

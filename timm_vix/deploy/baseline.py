@@ -1,5 +1,6 @@
 """The softmax baseline of a trained model: the same trunk with softmax attention, and with the weights that fit."""
 
+import contextlib
 import copy
 from typing import Optional
 
@@ -10,7 +11,7 @@ from torch import nn
 from .._checks import InputError
 from ..conversion.convert import revert
 from ..conversion.merging import MergingBlocks
-from ..models.softmax_trunk import NOT_TRUNK, softmax_counterpart
+from ..models.softmax_trunk import softmax_counterpart
 from ..slots.model import hosts_of, is_plain_core
 
 
@@ -32,19 +33,15 @@ def softmax_baseline(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
     keywords = get_model_args(model)
     if "source" in keywords:
         reverted = copy.deepcopy(model)
-        try:
+        with contextlib.suppress(InputError):  # a mixer without queries, keys and values: the attention was not saved
             revert(reverted)
             return reverted.eval(), True
-        except InputError:  # a mixer without queries, keys and values: the attention was not saved
-            trunk = {name: value for name, value in keywords.items() if name not in NOT_TRUNK}
-            softmax = timm.create_model(keywords["source"], **trunk, **(keywords.get("source_kwargs") or {})).eval()
-    else:
-        architecture = model.pretrained_cfg["architecture"]
-        counterpart = softmax_counterpart(architecture, keywords)
-        if counterpart is None:
-            raise InputError(f"{architecture} has no softmax model of the same trunk; expected a model of this package")
-        name, trunk = counterpart
-        softmax = timm.create_model(name, **trunk).eval()
+    architecture = model.pretrained_cfg["architecture"]
+    counterpart = softmax_counterpart(architecture, keywords)
+    if counterpart is None:
+        raise InputError(f"{architecture} has no softmax model of the same trunk; expected a model of this package")
+    name, trunk = counterpart
+    softmax = timm.create_model(name, **trunk, **(keywords.get("source_kwargs") or {})).eval()
     own, theirs = softmax.state_dict(), model.state_dict()
     fitting = {key: theirs[key] for key in own if key in theirs and theirs[key].shape == own[key].shape}
     softmax.load_state_dict(fitting, strict=False)

@@ -46,7 +46,6 @@ from ..data.datasets import Items
 from ..data.folders import find_unlabelled
 from ..data.images import Images, Key, normaliser, transforms
 from ..mixers import MIXERS
-from ..slots.model import is_softmax
 from ..slots.slot import MixerSlot
 from .build import construction, try_forward
 from .checkpoint import Checkpoint, clear
@@ -93,7 +92,8 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
     mixers = mixers_of(student, report)
     if report.trained_tokens:  # the original predicts better with scaled logits as well
         convert(teacher, scale_logits=report.trained_tokens)
-    if all(is_softmax(mixer) for mixer in mixers.values()) and run.block_steps:
+    layers = layers_with_other_attention(student, report)
+    if not layers and run.block_steps:
         if rank == 0:
             print("stage 1 is left out: the blocks alone, without merging, are those of the original")
         run.block_steps = 0
@@ -126,7 +126,6 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
             seen = [images[key][0] for key in images.batches(run.batch_size)[0]]
             start_mixers(teacher, mixers, normalise(torch.stack(seen)))
         save()  # a full disk shows now and not after an hour
-    layers = layers_with_other_attention(student, report)
     with deferred_interrupt() as asked:
         loop = Loop(checkpoint, run.checkpoint_every, asked, save, show=rank == 0)
         for stage in range(position["stage"], 3):
@@ -195,7 +194,7 @@ def convert_copy(teacher: nn.Module, run: TransferSettings) -> tuple[nn.Module, 
     mixers = mixers_of(student, report)
     if not mixers:
         raise InputError(f"mixer={run.mixer!r}, layers={run.layers!r} leave every layer as it is: nothing to transfer")
-    if all(is_softmax(mixer) for mixer in mixers.values()) and all(row.merged == 0 for row in report.rows):
+    if not layers_with_other_attention(student, report) and all(row.merged == 0 for row in report.rows):
         raise InputError(f"mixer={run.mixer!r} only scales logits, as the original's are too: nothing to transfer")
     if not any(True for mixer in mixers.values() for _ in mixer.parameters()):
         raise InputError(f"mixer={run.mixer!r} has no parameters to fit")
