@@ -14,7 +14,8 @@ Linformer have the paper's 64 landmarks and projected tokens, but at most a quar
 tokens they would approximate nothing. Training is in float32 unless --amp says otherwise. Each row of
 examples/results/reproduce_vix.csv says which it was, and reproduce_vix_curves.csv has a row for each of its epochs;
 weights stay in --runs. With --ship those of the wanted rows also go to a folder each, small: in bfloat16, with a card
-that states the accuracy of the rounded weights.
+that states the accuracy of the rounded weights. On Linux MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 before
+the command lets glibc keep the memory of large tensors, which saves page faults in every step, most with --compile.
 """
 
 import argparse
@@ -159,6 +160,7 @@ def train(key: dict[str, Any], recipe: str, given: argparse.Namespace, device: s
         threads=given.threads,
         workers=given.workers,
         amp=given.amp,
+        compile=given.compile,
         out=str(out),
         resume=(out / "checkpoint.pt").exists(),
         license="apache-2.0",
@@ -295,6 +297,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tract", type=float, help="lambda of TrAct; its rows have a recipe of their own")
     parser.add_argument("--amp", choices=("off", "auto", "bfloat16"), default="off", help="auto: where it is fast")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=0)

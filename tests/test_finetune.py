@@ -1137,3 +1137,22 @@ def test_a_checkpoint_of_something_else_is_one_line(damage, words, digits, finis
     with pytest.raises(InputError) as error:
         finetune(data_dir=str(digits), out=str(tmp_path / "out"), **EXACT, resume=True)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow  # inductor compiles the training and the validation
+def test_compiled_training_follows_the_other(digits, tmp_path):
+    """The same losses, accuracies and weights as in eager mode, from code that was compiled."""
+    settings = dict(EXACT, data_dir=str(digits), drop_path=0.0, lr=1e-4)
+    eager, expected = finetune(out=str(tmp_path / "eager"), **settings)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled, history = finetune(out=str(tmp_path / "compiled"), compile=True, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= graphs + 2  # in training and in eval mode
+    for row, other in zip(history, expected, strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+        assert row["top1"] == pytest.approx(other["top1"], abs=100 / 32)  # one of the images at most
+    # AdamW turns a tiny gradient into a whole step, so single weights may differ by some steps
+    for name, weight in compiled.state_dict().items():
+        assert (weight - eager.state_dict()[name]).norm() <= 1e-2 * eager.state_dict()[name].norm() + 1e-4
+    hub = timm.create_model(f"local-dir:{tmp_path / 'compiled' / 'hub'}", pretrained=True).eval()
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(hub(x), compiled(x))

@@ -88,7 +88,8 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
     batch_size = min(run.batch_size, len(train) - len(train) % 2)  # even, as mixup pairs images
     steps = len(train) // batch_size
     optimizer, scheduler = optimizer_of(net, run, steps)
-    objective = objective_of(net, run, config, len(classes), dtype)
+    forward = torch.compile(net) if run.compile else net
+    objective = objective_of(forward, run, config, len(classes), dtype)
     position: dict[str, Any] = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
     checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position, (train, val))
     start_or_resume(checkpoint, run)
@@ -106,7 +107,7 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
                 position["loss"] += loss.item()
                 loop.note(f"loss={position['loss'] / (position['step'] + 1):.3f}")
             start = time.perf_counter()
-            top1, top5 = evaluate(net, val, run, dtype, normaliser(config, run.device), loop.stop_if_asked)
+            top1, top5 = evaluate(forward, val, run, dtype, normaliser(config, run.device), loop.stop_if_asked)
             row = dict(
                 epoch=epoch + 1,
                 train_loss=position["loss"] / steps,

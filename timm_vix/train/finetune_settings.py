@@ -84,6 +84,9 @@ class FinetuneSettings(Settings):
     seed: int = setting(0, "seed of the order of images, of their augmentation and of new weights", FROM_0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
     amp: str = setting("auto", "auto: bfloat16 where the processor has it", one_of("auto", "off", "bfloat16"))
+    compile: bool = setting(
+        False, "train with torch.compile, which pays in long runs; dropout draws other numbers", may_change=True
+    )
     threads: Optional[int] = setting(None, "CPU threads; None: torch's number", ABOVE_0, may_change=True)
     workers: int = setting(0, "processes that load images", FROM_0, may_change=True)
     out: str = setting("finetuned", "folder for the results", may_change=True)
