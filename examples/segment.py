@@ -33,6 +33,7 @@ from road_scenes import (
     scores,
 )
 from segmenter import MIXERS, Objective, build, check_size, costs, optimizer_of
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from tqdm import tqdm
 
@@ -59,20 +60,18 @@ COLUMNS: dict[str, type] = SETTINGS | dict(
     **dict(step_ms=float, faster_training=float, peak_memory_mib=float, infer_ms=float, faster_inference=float),
     **dict(rounds=int, device_name=str, threads=int, torch=str, timm=str, timm_vix=str),
 )
-WARMUP = 0.1  # share of the training
+TICKS = 1000  # of the schedule of the learning rate in a training, whether its steps or its seconds are given
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None:
-    """A linear warm-up and half a cosine; ``progress`` is the share of the training that is over."""
-    falling = 0.5 + 0.5 * math.cos(math.pi * (min(progress, 1.0) - WARMUP) / (1 - WARMUP))
-    factor = max(progress, 0.01) / WARMUP if progress < WARMUP else falling
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"] * factor
+def schedule_of(optimizer: torch.optim.Optimizer, lr: float) -> CosineLRScheduler:
+    """A warm-up in the first tenth of the training, and half a cosine."""
+    return CosineLRScheduler(optimizer, TICKS, warmup_t=TICKS // 10, warmup_lr_init=lr / 100, t_in_epochs=False)
 
 
 def train(net: nn.Module, scenes: Scenes, settings: dict[str, Any], run: argparse.Namespace, folder: Path) -> dict:
     """Train, from the last checkpoint if there is one; return the position at the end: steps and seconds."""
     optimizer, objective = optimizer_of(net, run), Objective(net, run)
+    scheduler = schedule_of(optimizer, run.lr)
     position: dict[str, Any] = dict(step=0, seconds=0.0)
     checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position)
     if checkpoint.path.exists():
@@ -93,7 +92,7 @@ def train(net: nn.Module, scenes: Scenes, settings: dict[str, Any], run: argpars
         for pixels, classes in loop.steps("train", batches(), total):
             step, seconds = position["step"], position["seconds"]
             reseed(STEP, run.seed, step)
-            set_rate(optimizer, run.lr, seconds / run.seconds if total is None else (step + 0.5) / total)
+            scheduler.step_update(round(TICKS * (seconds / run.seconds if total is None else (step + 0.5) / total)))
             loss = objective.loss(pixels, classes)
             loop.update(loss, f"lower lr={run.lr} or set amp=off")
             loop.note(f"loss={loss.item():.3f}" + (f", {seconds:.0f} of {run.seconds:g} s" if run.seconds else ""))

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import itertools
+import math
 import sys
 import tarfile
 from pathlib import Path
@@ -228,18 +229,19 @@ def test_rates_fall_from_the_head_to_the_first_block_and_over_the_training(folde
     run = start(folder, "--layer-decay", 0.5)
     net = segmenter.build(run, "nystrom")
     optimizer = segmenter.optimizer_of(net, run)
+    scheduler = segment.schedule_of(optimizer, run.lr)
 
     def rates(progress: float) -> dict[torch.Tensor, float]:
-        segment.set_rate(optimizer, 0.1, progress)
+        scheduler.step_update(round(segment.TICKS * progress))
         return {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
 
     found, blocks = rates(0.1), net.encoder.model.blocks
     assert {id(parameter) for parameter in found} == {id(parameter) for parameter in net.parameters()}
-    assert found[net.segmentation_head.head[0].weight] == pytest.approx(0.1)
+    assert found[net.segmentation_head.head[0].weight] == pytest.approx(run.lr * (1 + math.cos(0.1 * math.pi)) / 2)
     for before, after in itertools.pairwise(blocks):
         assert found[before.mlp.fc1.weight] == pytest.approx(0.5 * found[after.mlp.fc1.weight])
     head = net.segmentation_head.head[0].weight
-    assert [rates(p)[head] for p in (0.05, 0.55, 1.0, 1.2)] == pytest.approx([0.05, 0.05, 0.0, 0.0], abs=1e-9)
+    assert [rates(p)[head] / run.lr for p in (0.05, 0.5, 1.0)] == pytest.approx([0.505, 0.5, 0.0], abs=1e-9)
 
 
 class Killed(Exception):
