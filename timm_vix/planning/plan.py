@@ -4,9 +4,10 @@
     2. Of the faster candidates, those that change the output least are tried in each layer alone, as is token merging.
     3. Conversions are added step by step, and whole models are measured: what they keep and how fast they are.
 
-Labels are optional. One half of the images chooses the plan. On that half it is the best of many plans, so expect on
-new images what it keeps on the other half. Every measurement is a row of a table, so the same command continues a
-stopped run.
+Labels are optional. One half of the images chooses the plan, and the other tells what it keeps on new images. The best
+of many plans is often one that was lucky with the half that chooses. So a plan has to keep enough there, and to be
+expected to keep enough by its distance, given what all plans kept at theirs. Every measurement is a row of a table, so
+the same command continues a stopped run.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         The content of ``out``: the plan in ``layers`` and ``merge``; ``agreement`` and ``distance`` on the images that
         chose it, ``held_out_agreement`` and ``held_out_distance`` on the others; ``speedup``, beside softmax; and
         ``curve``, all whole models that were measured. Without a classifier an agreement is the mean cosine of the
-        output tokens.
+        output tokens. ``kept`` is what was kept on the images that chose, ``expected_kept`` what the plan is expected
+        to keep on others by its distance, and ``held_out_kept`` what it kept on them.
 
     Raises:
         ValueError: for a wrong argument, a source that can't be converted, images that can't be read or are too few, a
@@ -104,7 +106,7 @@ def plan_layers(*arguments: Any, **keywords: Any) -> dict[str, Any]:
     print(f"{run.source}: {len(model.blocks)} layers, {len(mixers)} candidates{' and merging' * merging}", flush=True)
     costs = latency.time_blocks(mixers, merging)
     target = Target(run.keep, run.speedup, run.budget_gflops)
-    tell_resolution(run.keep, chosen.num_images if right[0] is None else right[0])
+    tell_resolution(run.keep, chosen.counted)
     few = choosing.select("a few of those that choose", spread(list(range(len(choosing.pixels))), FEW))
     search = Search(
         sensitivity_on(few._replace(labels=None), run, model, config, table),
@@ -154,19 +156,17 @@ def merging_is_tried(run: PlanSettings, model: nn.Module) -> bool:
     return MERGE in run.names() and not others
 
 
-def tell_resolution(keep: Optional[float], images: int) -> None:
-    """Print a note if there are so few images that ``keep`` allows no image to change.
-
-    ``images``: the number of images that choose; with labels, of those whose label the source predicts.
-    """
+def tell_resolution(keep: Optional[float], images: Optional[int]) -> None:
+    """Print a note if there are so few images that ``keep`` allows no image to change; ``images``: see ``counted``."""
     # 10 - 0.9 * 10 is a little below 1
-    if keep is not None and keep < 1 and (1 - keep) * images < 1 - 1e-9:
+    if keep is not None and images is not None and keep < 1 and (1 - keep) * images < 1 - 1e-9:
         print(f"keep={keep:g} of {images} images means all of them; a finer choice needs more images", flush=True)
 
 
 def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitivity) -> dict[str, Any]:
     """The content of a plan's file, with what the plan keeps on the images that are held out."""
-    model, tried = held_out.model, search.curve[plan.to_json()]
+    model, what = held_out.model, plan.to_json()
+    tried, expected = search.curve[what], search.expected()
     return dict(
         format=FORMAT,
         source=run.source,
@@ -185,6 +185,7 @@ def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitiv
         minutes=run.minutes,
         stopped=search.stopped,
         **tried._asdict(),
+        expected_kept=expected[what],
         held_out_agreement=held_out.measure(plan).agreement,
         held_out_distance=held_out.measure(plan).distance,
         held_out_kept=held_out.measure(plan).kept,
@@ -223,8 +224,9 @@ def time_key(run: PlanSettings, model: nn.Module) -> str:
 
 def rows_of(search: Search, chosen: Plan) -> list[dict[str, Any]]:
     """The curve as rows, the slowest model first."""
+    expected = search.expected()
     rows = [
-        dict(plan=json.loads(what), **tried._asdict(), chosen=what == chosen.to_json())
+        dict(plan=json.loads(what), **tried._asdict(), expected_kept=expected[what], chosen=what == chosen.to_json())
         for what, tried in search.curve.items()
     ]
     return sorted(rows, key=lambda row: (row["speedup"], -row["agreement"]))
@@ -233,9 +235,11 @@ def rows_of(search: Search, chosen: Plan) -> list[dict[str, Any]]:
 def table_of(result: dict[str, Any]) -> str:
     """The curve and the chosen plan as text."""
     agreement, labelled = "cosine" if result["keep_of"] == "cosine" else "agreement", result["keep_of"] == "top-1"
-    lines = [f"layers  merges  times as fast  GFLOPs  {agreement:>9}  {'top-1 kept  ' * labelled}distance"]
+    titles = f"{'top-1 kept  ' * labelled}{'expected  ' * (agreement == 'agreement')}distance"
+    lines = [f"layers  merges  times as fast  GFLOPs  {agreement:>9}  {titles}"]
     for row in result["curve"]:
         merges, kept = "yes" if row["plan"].get("merge") else "", f"{row['kept']:10.4f}  " * labelled
+        kept += f"{row['expected_kept']:8.4f}  " * (agreement == "agreement")
         lines.append(
             f"{len([name for name in row['plan'] if name != 'merge']):6}  {merges:6}  {row['speedup']:13.2f}  "
             f"{row['gflops']:6.3f}  {row['agreement']:9.4f}  {kept}{row['distance']:8.4f}"

@@ -21,7 +21,7 @@ from ..conversion.plan_file import Plan
 from ..measure.statistics import pareto
 from .latency import Candidate, Costs, Latency, follows_merging
 from .sensitivity import Sensitivity
-from .target import Target, Tried
+from .target import Target, Tried, expected_shares
 
 # a candidate must save at least this share of a block's cost
 LEAST_SAVING = 0.02
@@ -98,10 +98,13 @@ class Search:
         return self.best()
 
     def best(self) -> Plan:
-        """The best plan that was tried. It is timed for longer, since noise makes the fastest of many seem too fast."""
-        timed: set[str] = set()
-        while allowed := [what for what, tried in self.curve.items() if self.target.allows(tried)]:
-            best = max(allowed, key=lambda what: self.target.worth(self.curve[what]))
+        """The best plan that was tried, by what it kept and by what it is expected to keep.
+
+        It is timed for longer, since noise makes the fastest of many seem too fast.
+        """
+        expected, timed = self.expected(), set()
+        while allowed := [what for what in self.curve if self.is_allowed(what, expected[what])]:
+            best = max(allowed, key=lambda what: self.target.worth(self.curve[what]._replace(kept=expected[what])))
             plan = Plan.from_json(best)
             if best in timed:
                 return plan
@@ -116,6 +119,19 @@ class Search:
                 "same call with more minutes goes on"
             )
         raise self.target.unreached(fastest, cheapest)
+
+    def expected(self) -> dict[str, float]:
+        """What each plan of the curve is expected to keep. A mean cosine is no count, so that it needs no other."""
+        if self.chosen.counted is None:
+            return {what: tried.kept for what, tried in self.curve.items()}
+        source = Plan().to_json()
+        plans = [source, *(what for what in self.curve if what != source)]
+        return dict(zip(plans, expected_shares([self.curve[what] for what in plans], self.chosen.counted)))
+
+    def is_allowed(self, what: str, expected: float) -> bool:
+        """Whether the target allows a plan of the curve both by what it kept and by what it is expected to keep."""
+        tried = self.curve[what]
+        return self.target.allows(tried) and self.target.allows(tried._replace(kept=expected))
 
     def measure(self, plan: Plan) -> Tried:
         """Measure a whole model, and put it on the curve."""

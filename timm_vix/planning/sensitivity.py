@@ -116,6 +116,13 @@ class Sensitivity:
         self.compared = "agreement" if model.num_classes else "mean cosine"
         self.num_images = sum(len(images) for images in batches)
 
+    @property
+    def counted(self) -> Optional[int]:
+        """The number of images that what a plan keeps is a share of; None for a mean cosine, which is no count."""
+        if not self.model.num_classes:
+            return None
+        return self.num_images if self.labels is None else self.right
+
     def measure_single_layers(self, plans: list[tuple[int, Plan]], has_time: Callable[[], bool]) -> None:
         """Measure plans that change nothing below the layer beside them, from the lowest layer to the highest.
 
