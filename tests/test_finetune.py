@@ -1156,3 +1156,14 @@ def test_compiled_training_follows_the_other(digits, tmp_path):
     hub = timm.create_model(f"local-dir:{tmp_path / 'compiled' / 'hub'}", pretrained=True).eval()
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(hub(x), compiled(x))
+
+
+@pytest.mark.slow  # torch.compile is imported, and works up to its end
+def test_a_missing_compiler_is_one_line(tmp_path):
+    environment = dict(os.environ, PATH=str(tmp_path), CXX="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    arguments = ["--compile", "--threads", "1", "--out", str(tmp_path / "out"), "--model-kwargs", "depth=1"]
+    command = [sys.executable, str(SCRIPT), *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert run.returncode == 2 and last.startswith("error: compile: ") and last.endswith("; train without it")
+    assert "No working C++ compiler found" in last and "Traceback" not in run.stderr

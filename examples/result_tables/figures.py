@@ -17,6 +17,7 @@ from .cost import LEAST_ROUNDS, has_amx, is_shown
 from .training import is_long
 
 IMAGES = 45_000  # of an epoch of CIFAR-10: the others are held out
+LEAST_SYSTEMS = 3  # of one patch size; fewer are compared in the table
 
 
 def draw_all() -> None:
@@ -38,12 +39,14 @@ def costs() -> Iterator[tuple[str, Any]]:
 
 
 def trainings() -> Iterator[tuple[str, Any]]:
-    """For each patch size of the longer trainings: accuracy over time, over parameters and over operations."""
+    """For each patch size with some longer trainings: accuracy over time, over parameters and over operations."""
     rows = [row for row in read_rows(RESULTS / "reproduce_vix.csv")[0] if is_long(row)]
     if not rows:
         return
     epochs = [row for row in read_records(RESULTS / "reproduce_vix_curves.csv", CURVE)[0] if is_long(row)]
     for patch_size in sorted({row["patch_size"] for row in epochs}, reverse=True):
+        if len({row["system"] for row in epochs if row["patch_size"] == patch_size}) < LEAST_SYSTEMS:
+            continue
         hours = hours_per_epoch(patch_size)
         mine = [row for row in epochs if row["patch_size"] == patch_size and row["system"] in hours]
         yield f"cifar10_patch{patch_size}_time", over_time(mine, hours)

@@ -7,9 +7,10 @@ generator. On a CPU, with as many threads, this is exact to the last bit; on CUD
 order. Other threads add in another order, and another device may draw other numbers for dropout.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from .._checks import InputError
 from .._device import autocast, find_device, find_dtype
 from .._figures import write_figure
+from .._files import one_line
 from ..conversion.delta import save_delta
 from ..conversion.freeze import freeze_except
 from ..data.datasets import Items
@@ -94,7 +96,7 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
     checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position, (train, val))
     start_or_resume(checkpoint, run)
     history = position["history"]
-    with deferred_interrupt() as asked:
+    with deferred_interrupt() as asked, told_if_it_cannot_be_compiled(run):
         loop = Loop(checkpoint, run.checkpoint_every, asked)
         for epoch in range(position["epoch"], run.epochs):
             net.train()
@@ -152,6 +154,20 @@ def objective_of(
         return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
     return objective
+
+
+@contextlib.contextmanager
+def told_if_it_cannot_be_compiled(run: FinetuneSettings) -> Iterator[None]:
+    """Raise InputError where torch.compile fails, as for lack of a C++ compiler."""
+    if not run.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise InputError(f"compile: {one_line(error)}; train without it") from error
 
 
 def divergence_advice(run: FinetuneSettings) -> str:
