@@ -242,6 +242,16 @@ def test_what_is_said_of_the_tables_holds(tables):
     gains = {line.split(" | ")[0][2:]: line for line in training.compared(1).splitlines()[2:]}
     for change in ("convolutional stem", "rotary positions, softmax, Performer, Nyström"):
         assert "-" not in gains[change]
+    long = [row for row in training.read("reproduce_vix.csv") if training.is_long(row)]
+    score = {(row["system"], row["patch_size"]): float(row["top1"]) for row in long}
+    assert max(score, key=score.get) == ("hybrid_pin_cifar", "2")
+    assert 2.5 < score["hybrid_pin_cifar", "2"] - score["hybrid_pin_cifar", "4"] < 3
+    curves = [row for row in training.read("reproduce_vix_curves.csv") if training.is_long(row)]
+    levip = [
+        [float(row["held_out_top1"]) for row in curves if (row["system"], row["patch_size"]) == ("levip_cifar", side)]
+        for side in ("2", "4")
+    ]
+    assert len(levip[0]) == 11 and all(fine - coarse < 0.5 for fine, coarse in zip(*levip))
     top1 = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in training.caltech101().splitlines()[2:9]}
     for column in (0, 2):  # all images, and a part of them
         names = ("deit_tiny_patch16_224.fb_in1k", "vix_nystrom_tiny.deit_fb_in1k", "vix_linformer_tiny.deit_fb_in1k")

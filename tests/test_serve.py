@@ -402,7 +402,7 @@ def test_the_page_names_what_the_model_names(page, address, photographs, tmp_pat
     model = timm.create_model(f"local-dir:{SHIPPED}", pretrained=True).eval()
     names = class_names(model)
     softmax = timm.create_model(
-        "hybrid_pin_cifar", mixer="softmax", patch_size=4, stride=4, num_classes=10, img_size=32
+        "hybrid_pin_cifar", mixer="softmax", patch_size=2, stride=2, num_classes=10, img_size=32
     ).eval()
     softmax.load_state_dict({k: v for k, v in model.state_dict().items() if k in softmax.state_dict()})
     with torch.no_grad():
