@@ -140,12 +140,9 @@ def plans() -> str:
         plan = json.loads(path.read_text(encoding="utf-8"))
         kept = [f"{100 * plan[name]:.1f} % ({plan[images]})" for name, images in HALVES]
         merged = ", ".join(map(str, plan["merge"])) if plan["merge"] else "none"
-        keep, wanted = plan["keep"], plan["speedup_wanted"]
-        target = f"{100 * keep:.0f} %" if keep else f"{wanted:g} times as fast"
-        body.append([f"[{path.stem}]({path.name})", str(plan["img_size"]), target, *kept])
-        alike = [row["speedup"] for row in plan["curve"] if keep and row["agreement"] >= keep]
-        body[-1] += [f"{plan['speedup']:.2f}", f"{max(alike):.2f}" if alike else ""]
-        body[-1] += [str(plan["latency_batch"]), str(plan["threads"])]
+        body.append([f"[{path.stem}]({path.name})", str(plan["img_size"]), f"{100 * plan['keep']:.0f} %", *kept])
+        alike = max(row["speedup"] for row in plan["curve"] if row["agreement"] >= plan["keep"])
+        body[-1] += [f"{plan['speedup']:.2f}", f"{alike:.2f}", str(plan["latency_batch"]), str(plan["threads"])]
         body[-1] += ["yes" if plan.get("scale_logits") else "no", f"{len(plan['layers'])} of {plan['depth']}", merged]
     head = ["plan", "px", "target", "kept (half that chose)", "kept (other half)", "times as fast"]
     head += ["times as fast with that share of predictions", "batch", "threads", "scaled logits", "layers converted"]
