@@ -37,7 +37,7 @@ from timm_vix.train.interrupt import deferred_interrupt
 from timm_vix.train.loop import Loop
 from timm_vix.train.losses import Distillation
 from timm_vix.train.teacher import build_teacher
-from timm_vix.train.transfer import batches
+from timm_vix.train.transfer_start import batches
 
 SOURCE = "deit_tiny_patch16_224"
 FITTED = 48  # images to which the batch norms are fitted

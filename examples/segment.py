@@ -33,7 +33,6 @@ from road_scenes import (
     scores,
 )
 from segmenter import MIXERS, Objective, build, check_size, costs, optimizer_of
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 from tqdm import tqdm
 
@@ -48,6 +47,7 @@ from timm_vix.data.seeds import STEP, reseed
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.interrupt import deferred_interrupt
 from timm_vix.train.loop import Loop
+from timm_vix.train.schedule import warmup_and_cosine
 
 # what a training is, and the columns by which it is known
 SETTINGS: dict[str, type] = dict(
@@ -63,15 +63,10 @@ COLUMNS: dict[str, type] = SETTINGS | dict(
 TICKS = 1000  # of the schedule of the learning rate in a training, whether its steps or its seconds are given
 
 
-def schedule_of(optimizer: torch.optim.Optimizer, lr: float) -> CosineLRScheduler:
-    """A warm-up in the first tenth of the training, and half a cosine."""
-    return CosineLRScheduler(optimizer, TICKS, warmup_t=TICKS // 10, warmup_lr_init=lr / 100, t_in_epochs=False)
-
-
 def train(net: nn.Module, scenes: Scenes, settings: dict[str, Any], run: argparse.Namespace, folder: Path) -> dict:
     """Train, from the last checkpoint if there is one; return the position at the end: steps and seconds."""
     optimizer, objective = optimizer_of(net, run), Objective(net, run)
-    scheduler = schedule_of(optimizer, run.lr)
+    scheduler = warmup_and_cosine(optimizer, run.lr, TICKS, TICKS // 10)
     position: dict[str, Any] = dict(step=0, seconds=0.0)
     checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position)
     if checkpoint.path.exists():

@@ -1020,7 +1020,7 @@ def test_a_batch_norm_after_pooling_refuses_single_images_before_a_run_is_replac
 def test_killed_before_the_best_epoch_is_written_it_is_written_later(digits, tmp_path, monkeypatch):
     """The checkpoint comes first, so no weights are the best ones that the history doesn't have."""
     out, written = tmp_path / "out", []
-    write = timm_vix.train.finetune.write_tensors
+    write = timm_vix.train.finetune_results.write_tensors
 
     def write_or_stop(path, tensors):
         written.append(path.name)
@@ -1028,7 +1028,7 @@ def test_killed_before_the_best_epoch_is_written_it_is_written_later(digits, tmp
             raise KeyboardInterrupt
         write(path, tensors)
 
-    monkeypatch.setattr("timm_vix.train.finetune.write_tensors", write_or_stop)
+    monkeypatch.setattr("timm_vix.train.finetune_results.write_tensors", write_or_stop)
     settings = dict(TINY, epochs=1, keep="best", data_dir=str(digits), out=str(out), device="cpu")
     with pytest.raises(KeyboardInterrupt):
         finetune(**settings)

@@ -123,7 +123,7 @@ def test_the_best_epoch_is_kept_also_after_a_stop(images, tmp_path):
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("timm_vix.train.finetune.write_figure", stop)
+        patch.setattr("timm_vix.train.finetune_results.write_figure", stop)
         with pytest.raises(Stop):
             finetune(out=str(tmp_path / "stopped"), **settings)
     again, _ = finetune(out=str(tmp_path / "stopped"), resume=True, **settings)

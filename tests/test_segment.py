@@ -229,7 +229,7 @@ def test_rates_fall_from_the_head_to_the_first_block_and_over_the_training(folde
     run = start(folder, "--layer-decay", 0.5)
     net = segmenter.build(run, "nystrom")
     optimizer = segmenter.optimizer_of(net, run)
-    scheduler = segment.schedule_of(optimizer, run.lr)
+    scheduler = segment.warmup_and_cosine(optimizer, run.lr, segment.TICKS, segment.TICKS // 10)
 
     def rates(progress: float) -> dict[torch.Tensor, float]:
         scheduler.step_update(round(segment.TICKS * progress))
