@@ -183,7 +183,7 @@ def everything(weights: Path, images: torch.Tensor) -> dict[str, tuple[float, fl
     return found
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.45, 0.6])
+@pytest.mark.parametrize("keep", [0.3, 0.45, 0.6, 0.8])
 def test_the_chosen_plan_keeps_what_was_wanted_and_is_nearly_the_fastest(
     keep: float, clock, photos: Path, weights: Path, images: torch.Tensor, everything: dict, tmp_path: Path
 ) -> None:
@@ -198,7 +198,8 @@ def test_the_chosen_plan_keeps_what_was_wanted_and_is_nearly_the_fastest(
     least = min(gflops for agreement, _, gflops in everything.values() if agreement >= keep)
     assert least <= gflops + 1e-9
     # a good part of what the best of all choices saves; with 8 images agreement jumps, and greed stops early
-    assert softmax - gflops >= 0.5 * (softmax - least)
+    # by so few images no plan is expected to keep 0.8
+    assert softmax - gflops >= 0.5 * (softmax - least) or keep == 0.8
     # nothing that was found feasible on the way is faster
     feasible = [row for row in plan["curve"] if min(row["agreement"], row["expected_kept"]) >= keep]
     assert all(row["speedup"] <= plan["speedup"] for row in feasible)
@@ -1069,9 +1070,9 @@ def test_plans_of_other_models_and_broken_ones_are_refused(weights: Path, tmp_pa
         load_plan(tmp_path / "absent.json", model)
 
 
-def tried(distance: float, kept: float, speedup: float = 1.0) -> Tried:
+def tried(distance: float, kept: float) -> Tried:
     """A model that was measured, of which only this counts."""
-    return Tried(agreement=0.0, distance=distance, gflops=0.0, kept=kept, milliseconds=0.0, speedup=speedup)
+    return Tried(agreement=0.0, distance=distance, gflops=0.0, kept=kept, milliseconds=0.0, speedup=1.0)
 
 
 def test_expected_shares_lie_on_the_weighted_parabola_through_the_source() -> None:
@@ -1101,11 +1102,9 @@ def test_the_fastest_plan_is_no_longer_the_luckiest() -> None:
     for _ in range(200):
         # of 450 images: a plan loses some and gains a few
         changed = generator.poisson(450 * np.stack([1 - truth + 0.05 * distances, 0.05 * distances]))
-        models = [
-            tried(d, 1 - (lost - won) / 450, 1 + d)
-            for d, (lost, won) in zip(distances, changed.T)  # farther is faster
-        ]
+        models = [tried(d, 1 - (lost - won) / 450) for d, (lost, won) in zip(distances, changed.T)]
         likely = expected_shares(models, 450)
+        # farther is faster
         by_share.append(max(i for i, model in enumerate(models) if model.kept >= 0.99))
         by_both.append(max(i for i, model in enumerate(models) if min(model.kept, likely[i]) >= 0.99))
     assert truth[by_share].mean() < 0.987  # what choosing by the share alone comes to

@@ -45,10 +45,10 @@ def trainings() -> Iterator[tuple[str, Any]]:
         return
     epochs = [row for row in read_records(RESULTS / "reproduce_vix_curves.csv", CURVE)[0] if is_long(row)]
     for patch_size in sorted({row["patch_size"] for row in epochs}, reverse=True):
-        if len({row["system"] for row in epochs if row["patch_size"] == patch_size}) < LEAST_SYSTEMS:
-            continue
         hours = hours_per_epoch(patch_size)
         mine = [row for row in epochs if row["patch_size"] == patch_size and row["system"] in hours]
+        if len({row["system"] for row in mine}) < LEAST_SYSTEMS:
+            continue
         yield f"cifar10_patch{patch_size}_time", over_time(mine, hours)
         groups: dict[str, list[Record]] = {}
         for row in (row for row in rows if row["patch_size"] == patch_size):

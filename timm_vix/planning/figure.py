@@ -21,8 +21,7 @@ def agreement_over_time(plan: dict[str, Any]) -> Any:
         rows = [row for row in plan["curve"] if row["chosen"] == chosen]
         speeds, kept = [row["speedup"] for row in rows], [100 * row["kept"] for row in rows]
         axes.plot(speeds, kept, marker, color=colour, markersize=size, label=label)
-    # of a plan of an earlier version none are known, and a mean cosine needs no other
-    if plan["keep_of"] != "cosine" and "expected_kept" in plan:
+    if plan["keep_of"] != "cosine":  # which is no count, so that nothing else is expected
         speeds, kept = ([row[name] for row in plan["curve"]] for name in ("speedup", "expected_kept"))
         label = "expected on other images, by distance"
         axes.plot(speeds, [100 * share for share in kept], "_", color=BLACK, markersize=10, label=label)

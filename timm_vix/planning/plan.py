@@ -39,7 +39,7 @@ from .plan_settings import MERGE, PlanSettings
 from .search import Search
 from .sensitivity import Sensitivity
 from .source import ImageSet, build_softmax_model, num_right, read_images, scale_source
-from .target import Target
+from .target import Target, Tried
 
 FEW = 20  # images, of those that choose, on which single steps are measured
 
@@ -165,8 +165,8 @@ def tell_resolution(keep: Optional[float], images: Optional[int]) -> None:
 
 def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitivity) -> dict[str, Any]:
     """The content of a plan's file, with what the plan keeps on the images that are held out."""
-    model, what = held_out.model, plan.to_json()
-    tried, expected = search.curve[what], search.expected()
+    model, what, expected = held_out.model, plan.to_json(), search.expected()
+    tried = search.curve[what]
     return dict(
         format=FORMAT,
         source=run.source,
@@ -194,7 +194,7 @@ def content_of(run: PlanSettings, search: Search, plan: Plan, held_out: Sensitiv
         layers={str(layer): plan.layers[layer] for layer in sorted(plan.layers)},
         merge=plan.merge,
         scale_logits=scaled_for(model),
-        curve=rows_of(search, plan),
+        curve=rows_of(search.curve, expected, plan),
         device=run.device,
         **versions(),
     )
@@ -222,24 +222,24 @@ def time_key(run: PlanSettings, model: nn.Module) -> str:
     return f"time of {architecture(model)} {keywords}{beside}, batch {run.latency_batch}, {threads} threads, {here}"
 
 
-def rows_of(search: Search, chosen: Plan) -> list[dict[str, Any]]:
-    """The curve as rows, the slowest model first."""
-    expected = search.expected()
+def rows_of(curve: dict[str, Tried], expected: dict[str, float], chosen: Plan) -> list[dict[str, Any]]:
+    """The curve as rows, the slowest model first; ``expected``: what each plan of it is expected to keep."""
     rows = [
         dict(plan=json.loads(what), **tried._asdict(), expected_kept=expected[what], chosen=what == chosen.to_json())
-        for what, tried in search.curve.items()
+        for what, tried in curve.items()
     ]
     return sorted(rows, key=lambda row: (row["speedup"], -row["agreement"]))
 
 
 def table_of(result: dict[str, Any]) -> str:
     """The curve and the chosen plan as text."""
-    agreement, labelled = "cosine" if result["keep_of"] == "cosine" else "agreement", result["keep_of"] == "top-1"
-    titles = f"{'top-1 kept  ' * labelled}{'expected  ' * (agreement == 'agreement')}distance"
+    counted, labelled = result["keep_of"] != "cosine", result["keep_of"] == "top-1"
+    agreement = "agreement" if counted else "cosine"
+    titles = f"{'top-1 kept  ' * labelled}{'expected  ' * counted}distance"
     lines = [f"layers  merges  times as fast  GFLOPs  {agreement:>9}  {titles}"]
     for row in result["curve"]:
         merges, kept = "yes" if row["plan"].get("merge") else "", f"{row['kept']:10.4f}  " * labelled
-        kept += f"{row['expected_kept']:8.4f}  " * (agreement == "agreement")
+        kept += f"{row['expected_kept']:8.4f}  " * counted
         lines.append(
             f"{len([name for name in row['plan'] if name != 'merge']):6}  {merges:6}  {row['speedup']:13.2f}  "
             f"{row['gflops']:6.3f}  {row['agreement']:9.4f}  {kept}{row['distance']:8.4f}"

@@ -8,29 +8,23 @@ measured in the present plan, since conversions interact. After each step the wh
 all images that choose, and its time, in turn with softmax.
 """
 
-import json
 import time
-from collections.abc import Iterator
 from typing import Any, Optional
 
 import numpy as np
 
 from .._checks import InputError
-from ..conversion.merge_steps import first_merge, merge_steps, merged_in_layers
 from ..conversion.plan_file import Plan
 from ..measure.statistics import pareto
 from .latency import Candidate, Costs, Latency, follows_merging
 from .sensitivity import Sensitivity
+from .steps import Steps
 from .target import Target, Tried, expected_shares
 
 # a candidate must save at least this share of a block's cost
 LEAST_SAVING = 0.02
 # number of candidates for each layer, of steps on the short list, and of failed steps in a row that end a descent
 MOST_CANDIDATES, SHORT_LIST, PATIENCE = 5, 4, 5
-# Shares of the patches: merged by a step in one layer; merged in each layer by a step in all layers; left at the end,
-# below which no further step merges. The first merging in a layer has a fixed cost, so merging few tokens there may not
-# save time where merging many does.
-MERGED_IN_ONE, MERGED_IN_EACH, LEAST_LEFT = (0.05, 0.15, 0.4), 0.01, 0.1
 LONGER = 4  # the best plans are timed this many times as long as others
 EPSILON = 1e-12  # the least squared distance in the denominator of a ratio
 
@@ -68,8 +62,7 @@ class Search:
         self.target, self.minutes, self.end = target, minutes, start + 60 * minutes
         self.stopped = False  # whether the time is over
         self.depth, self.patches = costs.depth, costs.patches
-        self.in_one = sorted({max(1, round(share * self.patches)) for share in MERGED_IN_ONE}) if merging else []
-        self.in_each = max(1, round(MERGED_IN_EACH * self.patches)) if merging else 0
+        self.steps = Steps(self.depth, self.patches, merging)
         self.curve: dict[str, Tried] = {}
         self.mixers = self.cheaper(mixers)
         if not self.mixers and not merging:
@@ -89,7 +82,7 @@ class Search:
         self.mixers = self.promising(self.mixers)
         self.alone = self.measure_alone()
         starts = [Plan()]
-        if self.in_each and (alike := self.merge_alike()).merge:
+        if self.steps.in_each and (alike := self.merge_alike()).merge:
             starts.insert(0, alike)  # first, since it is nearer to the target if there is no time for both
         for start in starts:
             self.improve(self.descend(start, set()))
@@ -102,8 +95,13 @@ class Search:
 
         It is timed for longer, since noise makes the fastest of many seem too fast.
         """
-        expected, timed = self.expected(), set()
-        while allowed := [what for what in self.curve if self.is_allowed(what, expected[what])]:
+        expected = self.expected()
+        timed: set[str] = set()
+        while allowed := [
+            what
+            for what, tried in self.curve.items()
+            if self.target.allows(tried._replace(kept=min(tried.kept, expected[what])))
+        ]:
             best = max(allowed, key=lambda what: self.target.worth(self.curve[what]._replace(kept=expected[what])))
             plan = Plan.from_json(best)
             if best in timed:
@@ -128,18 +126,13 @@ class Search:
         plans = [source, *(what for what in self.curve if what != source)]
         return dict(zip(plans, expected_shares([self.curve[what] for what in plans], self.chosen.counted)))
 
-    def is_allowed(self, what: str, expected: float) -> bool:
-        """Whether the target allows a plan of the curve both by what it kept and by what it is expected to keep."""
-        tried = self.curve[what]
-        return self.target.allows(tried) and self.target.allows(tried._replace(kept=expected))
-
     def measure(self, plan: Plan) -> Tried:
         """Measure a whole model, and put it on the curve."""
         what = plan.to_json()
         if what not in self.curve:
             kept, timed = self.chosen.measure(plan), self.latency.time_model(plan)
             self.curve[what] = tried = Tried(**kept._asdict(), **timed._asdict())
-            changes = f"{len(plan.layers):3} layers converted, {self.merged(plan):4} tokens merged"
+            changes = f"{len(plan.layers):3} layers converted, {self.steps.merged(plan):4} tokens merged"
             figures = f"{tried.speedup:.2f} times as fast, {tried.gflops:.3f} GFLOPs"
             figures += f", {self.chosen.compared} {tried.agreement:.4f}"
             figures += f", {tried.kept:.4f} of top-1" if self.chosen.labels is not None else ""
@@ -181,10 +174,9 @@ class Search:
     def measure_alone(self) -> dict[str, float]:
         """The squared distance of each candidate, and of a step of merging, in each layer alone, as time allows."""
         plans = [(layer, Plan({layer: mixer})) for layer in range(self.depth) for mixer in self.mixers]
-        if self.in_one:  # in whole passes, since blocks that merge are called together
-            plans += [
-                (0, with_merging(Plan(), self.depth, layer, r)) for layer in range(self.depth) for r in self.in_one
-            ]
+        # in whole passes, since blocks that merge are called together
+        merging = [(layer, r) for layer in range(self.depth) for r in self.steps.in_one]
+        plans += [(0, self.steps.with_merging(Plan(), layer, r)) for layer, r in merging]
         self.few.measure_single_layers(plans, self.has_time)
         names = [plan.to_json() for _, plan in plans]
         return {name: self.few.known[name].distance ** 2 for name in names if name in self.few.known}
@@ -192,50 +184,21 @@ class Search:
     def estimate(self, plan: Plan) -> float:
         """The squared distance of a plan, as the sum of those of its parts."""
         total = sum(self.alone.get(Plan({layer: mixer}).to_json(), 0.0) for layer, mixer in plan.layers.items())
-        for layer, r in enumerate(steps_of(plan, self.depth)):
+        for layer, r in enumerate(self.steps.merges(plan)):
             if r:
-                steps = [with_merging(Plan(), self.depth, layer, one) for one in self.in_one]
+                steps = [self.steps.with_merging(Plan(), layer, one) for one in self.steps.in_one]
                 alone = [self.alone.get(step.to_json(), 0.0) for step in steps]
-                total += float(np.interp(r, [0, *self.in_one], [0.0, *alone]))
+                total += float(np.interp(r, [0, *self.steps.in_one], [0.0, *alone]))
         return total
 
     # ------------------------------------------------------------------ steps
-
-    def steps(self, plan: Plan) -> Iterator[tuple[str, Plan]]:
-        """All steps from a plan by name, cheaper or not."""
-        first = first_merge(merge_steps(plan.merge, self.depth))
-        for layer in range(self.depth):
-            for mixer in self.mixers:
-                if first is None or layer <= first or follows_merging(mixer):
-                    yield f"{layer} {json.dumps(mixer)}", Plan({**plan.layers, layer: mixer}, plan.merge)
-        if not self.in_one or not self.can_merge(plan):
-            return
-        last = max((layer for layer, mixer in plan.layers.items() if not follows_merging(mixer)), default=0)
-        for layer in range(last, self.depth):
-            for r in self.in_one:
-                yield f"merge {r} {layer}", with_merging(plan, self.depth, layer, r)
-        if last == 0:
-            yield "merge alike", self.with_more_everywhere(plan)
-
-    def with_more_everywhere(self, plan: Plan) -> Plan:
-        for layer in range(self.depth):
-            plan = with_merging(plan, self.depth, layer, self.in_each)
-        return plan
-
-    def merged(self, plan: Plan) -> int:
-        """How many patches have merged after the last layer."""
-        return sum(r or 0 for r in merged_in_layers(steps_of(plan, self.depth), self.patches))
-
-    def can_merge(self, plan: Plan) -> bool:
-        """Whether so many patches are left that more may merge."""
-        return self.patches - self.merged(plan) > LEAST_LEFT * self.patches
 
     def best_step(self, plan: Plan, refused: set[str]) -> Optional[tuple[str, Plan]]:
         """The step that saves most for the squared distance that it adds, measured in place."""
         cost, here = self.costs.of_plan(plan, self.target.cost), self.estimate(plan)
         least = 1e-4 * getattr(self.costs.whole, self.target.cost)
         found = []
-        for name, new in self.steps(plan):
+        for name, new in self.steps.onward(plan, self.mixers):
             saved = cost - self.costs.of_plan(new, self.target.cost)
             if name not in refused and saved > least:
                 found.append((saved / max(self.estimate(new) - here, EPSILON), saved, name, new))
@@ -273,41 +236,27 @@ class Search:
 
     def merge_alike(self) -> Plan:
         """The most merging, alike in all layers, that ``keep`` allows or that is still short of a speedup or budget."""
-        plan, new = Plan(), self.with_more_everywhere(Plan())
+        plan, new = Plan(), self.steps.with_more_everywhere(Plan())
         softmax = self.costs.of_plan(plan, self.target.cost)
         # no layer merges more than half of its tokens, so that more may change nothing
-        while self.has_time() and self.can_merge(plan) and self.merged(new) > self.merged(plan):
+        while self.has_time() and self.steps.can_merge(plan) and self.steps.merged(new) > self.steps.merged(plan):
             # a little merging may cost more than it saves
             pays = self.costs.of_plan(new, self.target.cost) < softmax
             if pays and self.target.allows(self.measure(new)) != (self.target.keep is not None):
                 break
-            plan, new = new, self.with_more_everywhere(new)
+            plan, new = new, self.steps.with_more_everywhere(new)
         return plan if self.costs.of_plan(plan, self.target.cost) < softmax else Plan()
-
-    def undone(self, plan: Plan) -> list[tuple[str, Plan]]:
-        """Plans with one conversion, or some merging in one layer, taken back; the smallest estimated distance first.
-
-        Each has the name of the step that leads back to ``plan``.
-        """
-        found = [
-            (f"{layer} {json.dumps(mixer)}", Plan({i: m for i, m in plan.layers.items() if i != layer}, plan.merge))
-            for layer, mixer in plan.layers.items()
-        ]
-        for layer, r in enumerate(steps_of(plan, self.depth)):
-            if r:
-                less = max((one for one in self.in_one if one <= r), default=r)
-                found.append((f"merge {less} {layer}", with_merging(plan, self.depth, layer, -less)))
-        return sorted(found, key=lambda pair: self.estimate(pair[1]))
 
     def improve(self, plan: Plan) -> None:
         """Undo changes that a speedup or a budget doesn't need; with ``keep`` replace the change that distorts most."""
         if self.target.keep is not None:
-            if self.has_time() and (back := self.undone(plan)):
-                name, without = back[0]
+            if self.has_time() and (back := self.steps.back(plan)):
+                name, without = min(back, key=lambda step: self.estimate(step[1]))
                 self.descend(without, {name})
             return
         while self.target.allows(self.measure(plan)):
-            for _, less in self.undone(plan):
+            # the smallest estimated distance first
+            for _, less in sorted(self.steps.back(plan), key=lambda step: self.estimate(step[1])):
                 near = self.target.is_near(self.costs.of_plan(less, self.target.cost), self.costs.whole)
                 if self.has_time() and near and self.target.allows(self.measure(less)):
                     plan = less
@@ -326,21 +275,9 @@ class Search:
         for mixers in (everything, [mixer for mixer in everything if follows_merging(mixer)]):
             cheapest = max(mixers, key=self.saving)
             plans.append(Plan({layer: cheapest for layer in range(self.depth) if cheapest}))
-        if self.in_one:
+        if self.steps.in_one:
             # no layer merges more than half
             plans.append(Plan(plans[1].layers, [self.patches if layer < 3 else 0 for layer in range(self.depth)]))
         costs = [self.costs.of_plan(plan, self.target.cost) for plan in plans]
         if not any(self.target.is_near(cost, self.costs.whole) for cost in costs):
             raise self.target.unreached(self.costs.whole.milliseconds / min(costs), min(costs))
-
-
-def steps_of(plan: Plan, depth: int) -> list[Any]:
-    """How many patches each layer is asked to merge."""
-    return list(merge_steps(plan.merge, depth))
-
-
-def with_merging(plan: Plan, depth: int, layer: int, more: int) -> Plan:
-    """A plan whose ``layer`` merges more patches."""
-    merge = steps_of(plan, depth)
-    merge[layer] += more
-    return Plan(plan.layers, merge if any(merge) else 0)
