@@ -99,7 +99,8 @@ def to_complex(x: torch.Tensor) -> torch.Tensor:
     if W % 2 > 0:
         x = torch.cat([x, x[:, :, -1:]], dim=2)
     x = x.reshape(A, (H + 1) // 2, 2, (W + 1) // 2, 2, C) * 0.5**0.5
-    p, q, r, s = x[:, :, 0, :, 0], x[:, :, 0, :, 1], x[:, :, 1, :, 0], x[:, :, 1, :, 1]
+    above, below = x.unbind(2)
+    (p, q), (r, s) = above.unbind(3), below.unbind(3)
     return torch.stack([p - s, q + r, p + s, q - r], dim=3).reshape(A, p.shape[1], p.shape[2], 2, 2, C)
 
 
@@ -107,7 +108,7 @@ def from_complex(z: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The inverse of ``to_complex``, cropped: (A, ·, ·, 2, 2, C) -> (A, H, W, C)."""
     A, rows, columns, _, _, C = z.shape
     z = z * 0.5**0.5
-    real, imaginary, other_real, other_imaginary = z[..., 0, 0, :], z[..., 0, 1, :], z[..., 1, 0, :], z[..., 1, 1, :]
+    real, imaginary, other_real, other_imaginary = z.flatten(3, 4).unbind(3)
     x = torch.stack(
         [real + other_real, imaginary + other_imaginary, imaginary - other_imaginary, other_real - real], dim=3
     )
@@ -173,8 +174,10 @@ class WaveletScattering(TokenMixing):
         P, (H, W) = layout.num_prefix_tokens, layout.grid
         B, _, C = x.shape
         bands = analyse(x[:, P:].reshape(B, H, W, C))
-        low = bands[:, 0, :, 0] * resample_output_weight(self.low_weight, layout.grid).permute(1, 2, 0)
-        high = torch.stack([bands[:, 0, :, 1], bands[:, 1, :, 0], bands[:, 1, :, 1]], dim=1).flatten(0, 1)
+        above, below = bands.unbind(1)
+        (low, right), (left, corner) = above.unbind(2), below.unbind(2)
+        low = low * resample_output_weight(self.low_weight, layout.grid).permute(1, 2, 0)
+        high = torch.stack([right, left, corner], dim=1).flatten(0, 1)
         z = to_complex(high)
         high = from_complex(z + self.mix_channels(z), H, W).reshape(B, 3, H, W, C)
         top, bottom = torch.stack([low, high[:, 0]], dim=2), torch.stack([high[:, 1], high[:, 2]], dim=2)

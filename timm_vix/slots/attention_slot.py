@@ -116,10 +116,9 @@ class AttentionSlot(MixerSlot):
                 assert bias is not None
                 y = y + bias
             y = y[..., start:stop]
-        heads = self.split_heads(y)
         out: list[torch.Tensor] = []
-        for i in range(first, last):
-            part = heads[i - first]
+        # one gradient for all parts: indexing would fill a tensor of all of them with zeros for each
+        for i, part in enumerate(self.split_heads(y).unbind(0), first):
             out.append(self.q_norm(part) if i == 0 else self.k_norm(part) if i == 1 else part)
         return out
 
