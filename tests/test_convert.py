@@ -832,6 +832,23 @@ def test_a_keyword_changes_a_saved_model(in_place, tmp_path):
     assert torch.equal(again.eval()(x), loaded.eval()(x))
 
 
+def test_a_mixer_changes_the_layers_of_a_model_that_was_converted_in_place(tmp_path):
+    expected = lively(timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32, patch_size=8).eval())
+    model = copy.deepcopy(expected)
+    timm_vix.convert(model, layers={0: "axial", 2: {"mixer": "nystrom", "num_landmarks": 4}})
+    save_for_hf(model, tmp_path / "hub", safe_serialization=True)
+    folder = f"local-dir:{tmp_path / 'hub'}"
+    x = images(model)
+    for mixer, keywords in (("axial", dict(strip_width=1)), ("softmax", dict(merge_keys=0.5))):
+        loaded = timm.create_model(folder, pretrained=True, mixer=mixer, **keywords).eval()
+        timm_vix.convert(expected, mixer, layers=(0, 2), **keywords)
+        assert distance(loaded(x), expected(x)) < 1e-6 < distance(model(x), expected(x))
+        timm_vix.revert(expected)
+    # the weights of its projections are in no file
+    with pytest.raises(ValueError, match="the weights don't fit"):
+        timm.create_model(folder, pretrained=True, mixer="linformer")
+
+
 def test_a_saved_model_may_have_an_argument_of_its_source_in_two_places(tmp_path):
     arguments = dict(source="vit_tiny_patch16_224", mixer="nystrom", layers="last-1", img_size=32, num_classes=3)
     model = timm.create_model("vix_from_timm", **arguments, source_kwargs=dict(depth=2)).eval()

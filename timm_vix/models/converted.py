@@ -74,18 +74,21 @@ def build(
     return model
 
 
-def with_keywords(layers: Layers, keywords: dict[str, Any]) -> Layers:
-    """The layers of a saved model, which hold all keywords of their mixers, with those that the caller gives instead.
+def with_arguments(layers: Layers, mixer: Optional[str], keywords: dict[str, Any]) -> Layers:
+    """The layers of a saved model, which hold their mixers with all keywords, with what the caller gives instead.
 
     Such a model was converted after it had been created, so ``keywords`` are none that it was saved with.
+
+    Args:
+        mixer: For all of these layers; None: those that they were saved with.
     """
     if not isinstance(layers, Mapping):
         return layers
     found = {}
     for index, layer in layers.items():
-        own = layer if isinstance(layer, Mapping) else {"mixer": layer}
-        mixer = own.get("mixer")
-        taken = MIXERS[mixer].keywords() if isinstance(mixer, str) and mixer in MIXERS else []
+        own = {"mixer": mixer} if mixer else layer if isinstance(layer, Mapping) else {"mixer": layer}
+        name = own.get("mixer")
+        taken = MIXERS[name].keywords() if isinstance(name, str) and name in MIXERS else []
         found[index] = {**own, **{name: value for name, value in keywords.items() if name in taken}}
     return found
 
@@ -154,7 +157,8 @@ def vix_from_timm(
     check_choice("norms", norms, NORMS)
     saved = isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub")
     if saved and conversion is None:
-        layers = with_keywords(layers, keywords)
+        saved_mixer = (kwargs.get("pretrained_model_args") or {}).get("mixer")
+        layers = with_arguments(layers, None if mixer == saved_mixer else mixer, keywords)
     create = partial(build, source, mixer, layers, keywords, source_kwargs or {}, norms)
     if saved:
         classes = kwargs.get("num_classes")
