@@ -188,7 +188,15 @@ def write_pt2(program: torch.export.ExportedProgram, path: Path, metadata: dict[
 def write_aoti(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     """Compile a program for this machine and write what was compiled."""
     from torch._inductor import aoti_compile_and_package
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise InputError(
+            "to=aoti needs a C++ compiler, and there is none on the PATH; install one, such as g++, or try --to pt2"
+        ) from error
     aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
 
 
