@@ -625,7 +625,6 @@ def test_the_operator_of_an_error_is_found_behind_others(text: str, operator: st
     assert f"cannot hold operator {operator}: why" in str(cannot_hold("onnx", "int8", operator_of(error), "why"))
 
 
-@pytest.mark.slow  # imports the compiler
 def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(InputError) as caught:
         export.export_model(vit(depth=1), dict(CONFIG, input_size=(3, 32, 32)), "aoti", "float32", tmp_path / "m.pt2")
