@@ -22,8 +22,8 @@ from timm_vix._checks import InputError, positive
 from timm_vix._device import device_name, fields_of, versions
 from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
-from timm_vix.data.folders import find_unlabelled, labelled_folder, read_labels, spread
-from timm_vix.deploy.check import accuracy, latency, read_calibration
+from timm_vix.data.folders import find_unlabelled, read_labels
+from timm_vix.deploy.check import accuracy, latency, open_labelled, read_calibration
 from timm_vix.deploy.export import build, export_model
 from timm_vix.deploy.formats import SUFFIXES
 
@@ -99,8 +99,8 @@ def measure(
             if isinstance(error.__cause__, ImportError):  # a library is missing: no result
                 raise
             return dict(error=str(error))
-        items, classes = labelled_folder(given.images, model)
-        scores = accuracy(dict(eager=model, file=run), spread(items, given.limit), classes, config)
+        photographs = open_labelled(given.images, model, given.limit, config)
+        scores = accuracy(dict(eager=model, file=run), photographs, config)
         row = dict(
             size_mb=round(found["size_mb"], 2),
             top1=round(scores["top1"]["file"], 2),

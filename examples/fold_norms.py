@@ -30,7 +30,7 @@ from timm_vix.cli import in_one_line
 from timm_vix.conversion.handover import HandoverSchedule, finish_handover
 from timm_vix.data.folders import find_unlabelled, labelled_folder, spread
 from timm_vix.data.images import Images, normaliser, transforms
-from timm_vix.deploy.check import accuracy, latency, read_calibration
+from timm_vix.deploy.check import accuracy, latency, open_labelled, read_calibration
 from timm_vix.deploy.export import export_model
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.interrupt import deferred_interrupt
@@ -115,7 +115,7 @@ def rows_of(
     model: nn.Module, teacher: nn.Module, config: dict[str, Any], jobs: list[dict], run: Any
 ) -> Iterator[dict[str, Any]]:
     """Accuracy and time of one model in each format, as they come."""
-    items, classes = labelled_folder(run.images, teacher)
+    photographs = open_labelled(run.images, teacher, run.count, config)
     calibration = read_calibration(run.data_dir, 100, config)
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs:
@@ -127,7 +127,7 @@ def rows_of(
                     model, config, job["format"], job["dtype"], out, int8, threads=run.threads
                 )
                 size = written["size_mb"]
-            scores = accuracy(dict(original=teacher, this=runner), spread(items, run.count), classes, config)
+            scores = accuracy(dict(original=teacher, this=runner), photographs, config)
             row = dict(job, top1=round(scores["top1"]["this"], 2), agreement=round(scores["agreement"]["this"], 2))
             row["size_mb"] = round(size, 2)
             yield row | times_beside(teacher, runner, config, run.rounds)

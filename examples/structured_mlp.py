@@ -20,8 +20,7 @@ from timm_vix._device import device_name, versions
 from timm_vix._records import Columns, append_record, check_writable, earlier_records, key_of
 from timm_vix.cli import in_one_line
 from timm_vix.conversion.feedforward import structure_mlp
-from timm_vix.data.folders import labelled_folder, spread
-from timm_vix.deploy.check import accuracy, read_calibration
+from timm_vix.deploy.check import accuracy, open_labelled, read_calibration
 from timm_vix.train.teacher import build_teacher
 
 STRUCTURES = [*(("low_rank", share) for share in (0.84, 0.63, 0.5)), *(("block", share) for share in (0.63, 0.32))]
@@ -44,8 +43,7 @@ def run_all(run: argparse.Namespace) -> None:
     known, _ = earlier_records(run.out, COLUMNS)
     done = {key_of(row, KEY) for row in known}
     original, config = build_teacher(SOURCE, weights=run.weights)
-    items, classes = labelled_folder(run.images, original)
-    photographs = spread(items, run.count)
+    photographs = open_labelled(run.images, original, run.count, config)
     fitted_to = read_calibration(run.data_dir, run.fit, config)
     shared = dict(images=len(photographs), device_name=device_name("cpu"), threads=run.threads)
     for kind, share in STRUCTURES:
@@ -54,7 +52,7 @@ def run_all(run: argparse.Namespace) -> None:
             continue
         model = copy.deepcopy(original)
         left = structure_mlp(model, kind, share, fitted_to)
-        scores = accuracy(dict(original=original, this=model), photographs, classes, config)
+        scores = accuracy(dict(original=original, this=model), photographs, config)
         row["weights_left"] = round(sum(left.values()) / len(left), 3)  # all layers are of the same size
         row |= {name: round(scores[name]["this"], 2) for name in ("top1", "agreement")}
         row |= times_beside(original, model, config, run.rounds)

@@ -25,7 +25,7 @@ from timm_vix._checks import InputError
 from timm_vix._records import key_of, read_records
 from timm_vix.data.folders import labelled_folder
 from timm_vix.deploy import export, export_command
-from timm_vix.deploy.check import accuracy, parity, read_calibration
+from timm_vix.deploy.check import accuracy, open_labelled, parity, read_calibration
 from timm_vix.deploy.classifier import Classifier
 from timm_vix.deploy.formats import cannot_hold, needs, operator_of
 from timm_vix.deploy.serve import number_of_parameters
@@ -427,14 +427,55 @@ def test_sizes_that_cannot_be_free_are_refused_before_an_export(keywords, to, wo
 def test_accuracy_counts_against_labels_and_against_the_first(photos: Path) -> None:
     model = nn.Identity()
     model.num_classes = 5
-    items, classes = labelled_folder(photos, model)
+    items, _ = labelled_folder(photos, model)
     assert [label for _, label in items] == [label for label in range(5) for _ in range(4)]
 
-    def always(label: int):
-        return lambda images: torch.eye(5)[[label] * len(images)]
+    found = accuracy(dict(eager=always(1), file=always(2)), open_labelled(photos, model, 10, CONFIG), CONFIG)
+    assert found == dict(images=10, top1=dict(eager=20.0, file=20.0), agreement=dict(eager=100.0, file=0.0))
 
-    found = accuracy(dict(eager=always(1), file=always(2)), items[:12], classes, CONFIG)
-    assert found == dict(images=12, top1=dict(eager=100 / 3, file=100 / 3), agreement=dict(eager=100.0, file=0.0))
+
+def always(label: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A model of five classes that gives one answer to all images."""
+    return lambda images: torch.eye(5)[[label] * len(images)]
+
+
+@pytest.mark.parametrize("damaged", ["0.png", "3.png"])  # the first, which is decoded at once, or the last
+def test_a_damaged_image_counts_in_no_accuracy(damaged: str, tmp_path: Path, photos: Path, capsys) -> None:
+    shutil.copytree(photos / "class0", tmp_path / "images")
+    (tmp_path / "labels.csv").write_text("0.png,4\n1.png,1\n2.png,2\n3.png,3\n")  # each the only one of its class
+    model = nn.Identity()
+    model.num_classes = 5
+    os.truncate(tmp_path / "images" / damaged, 50)
+    scores = accuracy(dict(one=always(1), four=always(4)), open_labelled(tmp_path, model, None, CONFIG), CONFIG)
+    right = dict(one=100 / 3, four=0.0 if damaged == "0.png" else 100 / 3)
+    assert scores == dict(images=3, top1=right, agreement=dict(one=100.0, four=0.0))
+    name = tmp_path / "images" / damaged
+    assert capsys.readouterr().out == f"skipped 1 of 4 images that cannot be read: {name}\n"
+    for path in (tmp_path / "images").iterdir():
+        os.truncate(path, 50)
+    with pytest.raises(InputError, match="none of its 4 images can be read, such as .*0.png"):
+        open_labelled(tmp_path, model, None, CONFIG)
+
+
+def test_the_command_leaves_a_damaged_image_out(tmp_path: Path, photos: Path, monkeypatch, capsys) -> None:
+    data, weights = tmp_path / "data", tmp_path / "weights.safetensors"
+    shutil.copytree(photos / "class0", data)
+    (data / "labels.csv").write_text("0.png,4\n1.png,1\n2.png,2\n")
+    os.truncate(data / "2.png", 50)
+    model = timm.create_model(SPEC.split()[0], **timm_arguments(SPEC.split()[1:]))
+    nn.init.zeros_(model.head.weight)
+    model.head.bias.data.copy_(torch.eye(5)[4])  # all images are of class 4
+    save_file(model.state_dict(), weights)
+    options = ["--to", "pt2", "--weights", weights, "--rounds", 1, "--threads", 1, "--out", tmp_path / "model.pt2"]
+    export_command.main(command(SPEC, *options, "--data-dir", data))
+    printed = capsys.readouterr().out
+    assert "top-1 50.00 %, eager 50.00 %, the same answer on 100.00 % of 2 images" in printed
+    assert f"skipped 1 of 3 images that cannot be read: {data / '2.png'}" in printed
+    for name in ("0.png", "1.png"):
+        os.truncate(data / name, 50)
+    monkeypatch.setattr(export_command, "export_model", lambda *_: pytest.fail("exported before the images were seen"))
+    with pytest.raises(InputError, match="none of its 3 images can be read, such as .*0.png"):
+        export_command.main(command(SPEC, *options, "--data-dir", data))
 
 
 def test_a_table_of_labels(tmp_path: Path, photos: Path) -> None:
@@ -838,12 +879,11 @@ def test_int8_keeps_the_accuracy_of_deit(to: str, deit: Path, tmp_path: Path, ph
         archive.extractall(tmp_path / "photographs", filter="data")
     (table,) = (tmp_path / "photographs").rglob("labels.csv")
     model, config = export.build("deit_tiny_patch16_224", str(DEIT))
-    items, classes = labelled_folder(table.parent, model)
     images = read_calibration(table.parent, 50, config)
     out = tmp_path / f"deit{export.SUFFIXES[to]}"
     run, found = export.export_model(model, config, to, "int8", out, images)
     assert found["size_mb"] < 0.3 * 22.9
-    scores = accuracy(dict(eager=model, file=run), items[::4], classes, config)
+    scores = accuracy(dict(eager=model, file=run), open_labelled(table.parent, model, 250, config), config)
     assert scores["top1"]["file"] > scores["top1"]["eager"] - 2.5  # 250 images: one point is 2.5 of them
     assert scores["agreement"]["file"] > 93
 

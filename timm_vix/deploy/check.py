@@ -10,9 +10,8 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from .._checks import InputError
-from ..data.datasets import Items
-from ..data.folders import find_unlabelled, spread
-from ..data.images import normaliser, open_images
+from ..data.folders import find_unlabelled, labelled_folder, spread
+from ..data.images import Images, normaliser, open_images
 from ..measure.job import time_interleaved
 from ..measure.statistics import compare_times
 from .formats import Runner
@@ -102,10 +101,25 @@ def parity(
     return rows
 
 
+def open_labelled(folder: Path, model: nn.Module, count: Optional[int], config: dict[str, Any]) -> Images:
+    """Up to ``count`` images of a folder, all for None, with the model's labels; they are decoded as they are needed.
+
+    Damaged images are left out, even the only one of a class.
+
+    Raises:
+        ValueError: for another folder than those of ``labelled_folder``, or one without an image that can be read.
+    """
+    items = spread(labelled_folder(folder, model)[0], count)
+    # opened as images of one class, since a class without any image that can be read is an error
+    images = open_images([(image, 0) for image, _ in items], [str(folder)], config, lazy=True)
+    images.items = items
+    return images
+
+
 @torch.inference_mode()
-def accuracy(runners: dict[str, Runner], items: Items, classes: list[str], config: dict[str, Any]) -> dict[str, Any]:
+def accuracy(runners: dict[str, Runner], data: Images, config: dict[str, Any]) -> dict[str, Any]:
     """Top-1 of each runner, its agreement with the first runner, both in % of the images, and the number of images."""
-    data, normalise = open_images(items, classes, config, lazy=True), normaliser(config, "cpu")
+    normalise = normaliser(config, "cpu")
     right, same, total = dict.fromkeys(runners, 0), dict.fromkeys(runners, 0), 0
     batches = data.batches(BATCH)
     for pixels, labels in tqdm(data.loader(batches), "accuracy", len(batches), leave=False, disable=None):

@@ -26,9 +26,8 @@ from torch import nn
 
 from .._checks import InputError, positive
 from ..data.decoding import image_mode
-from ..data.folders import labelled_folder, spread
 from ..mixers import MIXERS
-from .check import accuracy, latency, read_calibration
+from .check import accuracy, latency, open_labelled, read_calibration
 from .classifier import class_names, note_of_weights
 from .export import build, export_model
 from .formats import DTYPES, OPENVINO_SECTION, SUFFIXES, openvino_hint
@@ -151,7 +150,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.dynamic_size,
         arguments.delta,
     )
-    labelled = labelled_folder(arguments.data_dir, model) if arguments.data_dir else None
+    labelled = open_labelled(arguments.data_dir, model, arguments.limit, config) if arguments.data_dir else None
     calibration = None
     if arguments.calibrate:
         calibration = read_calibration(arguments.calibrate, arguments.calibrate_images, config)
@@ -169,8 +168,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"its images are prepared by {prepared_by(config)}; its classes are {classes_in_words(model)}", flush=True)
     print(f"both are in its metadata too, which is read by {metadata_read_by(to, arguments.out)}", flush=True)
     if labelled:
-        items, classes = labelled
-        scores = accuracy(dict(eager=model, file=run), spread(items, arguments.limit), classes, config)
+        scores = accuracy(dict(eager=model, file=run), labelled, config)
         print(
             f"top-1 {scores['top1']['file']:.2f} %, eager {scores['top1']['eager']:.2f} %, "
             f"the same answer on {scores['agreement']['file']:.2f} % of {scores['images']} images",
