@@ -585,6 +585,19 @@ def test_a_model_is_never_left_with_the_weights_of_another(failing, error, forme
     assert left == ({"m.xml": b"old model", "m.bin": b"old weights"} if former else {})
 
 
+@pytest.mark.parametrize("entry", [dict(std=[0, 0, 0]), dict(mean="abc"), dict(interpolation="x")], ids=str)
+def test_a_preparation_that_cannot_be_used_is_refused_before_an_export(entry: dict, tmp_path: Path) -> None:
+    save_for_hf(small("pool", depth=1), tmp_path / "hub", safe_serialization=True)
+    path, out = tmp_path / "hub" / "config.json", tmp_path / "model.pt2"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"].update(entry)
+    path.write_text(json.dumps(config))
+    out.write_bytes(b"before")
+    with pytest.raises(InputError, match=r"model=local-dir:.*hub has a preparation of images that cannot be used: "):
+        export_command.main(command(tmp_path / "hub", "--to", "pt2", "--out", out))
+    assert out.read_bytes() == b"before" and {path.name for path in tmp_path.iterdir()} == {"hub", "model.pt2"}
+
+
 def test_weights_and_sizes_are_given_once(tmp_path: Path) -> None:
     name, file = "vix_axial_cifar", str(tmp_path / "weights.safetensors")
     sizes = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=5)

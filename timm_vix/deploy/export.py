@@ -23,7 +23,7 @@ from ..slots.model import hosts_of, mixer_name
 from ..train.teacher import build_teacher
 from . import quantise
 from .check import BATCHES, known_images, parity
-from .classifier import address_of, class_names
+from .classifier import address_of, class_names, preparation_of
 from .formats import (
     DTYPES,
     OPEN,
@@ -71,7 +71,8 @@ def build(
         delta: A file of ``save_delta``, which is put onto these weights.
 
     Raises:
-        ValueError: for a wrong name, keywords or weights that don't fit, and a model that takes one size only.
+        ValueError: for a wrong name, keywords or weights that don't fit, a model that takes one size only, and a
+            preparation of images that can't be used.
     """
     name, keywords = parse_model(spec, lambda name: address_of(name, trained=False))
     if "pretrained" in keywords:
@@ -91,6 +92,7 @@ def build(
         if dynamic_size and "dynamic_img_size" in str(error):
             raise fixed_size(name, "it takes no dynamic_img_size") from error
         raise
+    preparation_of(model, f"model={name}")  # nothing could open the file of a model without one
     if delta:
         load_delta(model, delta)
     return model, config
