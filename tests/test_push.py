@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -261,6 +262,10 @@ DAMAGE = {
         lambda hub: changed(hub / "config.json", lambda config: config.update(label_names=["rose", "tulip"])),
         ["config.json: 2 label_names for a model of 3 classes"],
     ),
+    "a name of a class that is a list": (
+        lambda hub: changed(hub / "config.json", lambda config: config.update(label_names=["rose", "tulip", ["lily"]])),
+        ["['lily'] among its label_names; expected texts"],
+    ),
     "a list of configurations": (
         lambda hub: (hub / "config.json").write_text("[]"),
         ["config.json holds a list; expected a mapping"],
@@ -316,6 +321,15 @@ def test_a_dry_run_checks_without_a_login_and_uploads_nothing(run, monkeypatch, 
     assert exit_code(cli.main) == 0 and "nothing was" in capsys.readouterr().out
     (run / "hub" / "README.md").unlink()
     check_refused(["push", str(run), "me/flowers", "--dry-run"], ["lacks README.md"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("names", [["a"], "abc", 3])
+def test_a_dry_run_approves_no_descriptions_that_classify_cannot_show(names, run, monkeypatch, capsys):
+    changed(run / "hub" / "config.json", lambda config: config.update(label_descriptions=names))
+    words = f"label_descriptions={names!r}; expected texts by name"
+    check_refused(["push", str(run), "me/flowers", "--dry-run"], [words], monkeypatch, capsys)
+    with pytest.raises(InputError, match=re.escape(words)):
+        Classifier(str(run / "hub"))
 
 
 def test_the_weights_of_the_run_are_found_from_inside_its_folder(run, login, monkeypatch, capsys):

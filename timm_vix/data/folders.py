@@ -190,7 +190,9 @@ def label_names(model: nn.Module) -> list[str]:
     if not isinstance(names, (Mapping, list, tuple)):
         raise InputError(f"the model's configuration has label_names={names!r}; expected a list, or names by label")
     if isinstance(names, Mapping):  # by label, which is text in a JSON file
-        return [names[label] for label in sorted(names, key=lambda label: order(str(label)))]
+        names = [names[label] for label in sorted(names, key=lambda label: order(str(label)))]
+    if wrong := [name for name in names if isinstance(name, (Mapping, list, tuple))]:
+        raise InputError(f"the model's configuration has {wrong[0]!r} among its label_names; expected texts")
     return list(names)
 
 

@@ -33,7 +33,7 @@ from ..data.folders import label_names
 from ..train.checkpoint import read_tensors
 from ..train.hub import hub_of
 from .check import known_images, one_by_one
-from .classifier import load_trained, preparation_of
+from .classifier import class_names, load_trained, preparation_of
 
 FILES = {"config.json", "model.safetensors", "README.md"}  # what a Hub folder holds, and what is uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
@@ -164,6 +164,7 @@ def check_folder(hub: Path) -> tuple[nn.Module, ModelCard]:
     preparation_of(model, str(hub))
     if (names := label_names(model)) and len(names) != model.num_classes:
         raise InputError(f"{hub / 'config.json'}: {len(names)} label_names for a model of {model.num_classes} classes")
+    class_names(model)  # raises for descriptions of classes that no program can show
     images = known_images(model.pretrained_cfg["input_size"])
     outputs = one_by_one(model, images)
     if not outputs.isfinite().all():
