@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--delta", metavar="FILE", help="a file of timm_vix.save_delta, put onto the weights")
     parser.add_argument("--top", type=int, default=3, help="classes shown")
     parser.add_argument("--list", action="store_true", help="show the shipped models")
-    in_one_line(classify)(parser.parse_args())
+    in_one_line(classify, "interrupted")(parser.parse_args())
 
 
 if __name__ == "__main__":

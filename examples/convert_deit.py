@@ -252,7 +252,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--again", action="store_true", help="append what has a row, its time and memory measured anew")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "convert_deit_tiny.csv")
-    in_one_line(measure_all)(parser.parse_args())
+    given = parser.parse_args()
+    if given.again:  # which begins with the first row
+        in_one_line(measure_all, "interrupted")(given)
+    else:
+        in_one_line(measure_all)(given)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ Ctrl-C, the same command with --resume continues with the numbers of a run that 
 """
 
 import argparse
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, Optional
 
 import torch
 
@@ -25,10 +26,26 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)  # one line, as for every other wrong input
 
 
+def time_of(file: Path) -> Optional[int]:
+    """When a file was written, in ns; None if it isn't there."""
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
 def train(parser: argparse.ArgumentParser) -> None:
     """Fine-tune with what was given; what was not given stays with its defaults."""
+    given = given_settings(parser.parse_args(), FinetuneSettings)
+    checkpoint = Path(given.get("out", FinetuneSettings.out)) / "checkpoint.pt"
+    former = time_of(checkpoint)
     try:
-        finetune(**given_settings(parser.parse_args(), FinetuneSettings))
+        finetune(**given)
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):  # says what was saved
+            raise
+        written = time_of(checkpoint)
+        if written is None or (given.get("overwrite") and written == former):  # that of the run to be replaced
+            raise KeyboardInterrupt("interrupted before the first checkpoint") from None
+        option = "--resume instead of --overwrite" if given.get("overwrite") else "--resume"
+        raise KeyboardInterrupt(f"interrupted; the same command with {option} continues") from None
     except torch.OutOfMemoryError as error:
         raise InputError("the device is out of memory; lower --batch-size or --img-size") from error
 
@@ -36,7 +53,7 @@ def train(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, FinetuneSettings)
-    in_one_line(train, "interrupted; the same command with --resume continues")(parser)
+    in_one_line(train, "interrupted")(parser)
 
 
 if __name__ == "__main__":

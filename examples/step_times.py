@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "step_times.csv")
-    in_one_line(run_all)(parser.parse_args())
+    in_one_line(run_all, "interrupted")(parser.parse_args())  # rows are written at the end, all at once
 
 
 if __name__ == "__main__":

@@ -68,6 +68,30 @@ def test_wrong_words_are_named(name, words, told, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "out.csv").exists()
 
 
+PHOTOGRAPHS = ["--images", "images", "--weights", "weights.safetensors", "--out", "out.csv"]
+
+
+@pytest.mark.parametrize(
+    "name, step, words, told",
+    [
+        ("classify", "Classifier", ["absent.jpg"], "interrupted"),
+        ("step_times", "read_rows", ["--out", "out.csv"], "interrupted"),
+        ("convert_deit", "check_weights", [*PHOTOGRAPHS, "--again"], "interrupted"),
+        ("convert_deit", "check_weights", PHOTOGRAPHS, "interrupted; the same command continues"),
+        ("public_packages", "package_of", ["--out", "out.csv"], "interrupted; the same command continues"),
+    ],
+)
+def test_only_an_example_that_goes_on_says_so(name, step, words, told, tmp_path, monkeypatch, capsys):
+    def press(*arguments):
+        raise KeyboardInterrupt
+
+    example = load_example(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example, step, press)
+    code, _, errors = run(example, monkeypatch, capsys, *words)
+    assert (code, errors) == (130, f"{told}\n")
+
+
 def test_a_table_of_other_columns_is_noticed_before_a_training(tmp_path, monkeypatch, capsys):
     example = load_example("compare_finetune")
     (tmp_path / "finetune_cifar10.csv").write_text("model,dataset,epoch,train_loss,top1,img_size\n")

@@ -161,6 +161,31 @@ def test_interrupted_run_is_saved_and_continues_exactly(digits, finished, tmp_pa
     assert_same_run(out, finished)
 
 
+def test_ctrl_c_promises_a_continuation_only_from_a_checkpoint(digits, tmp_path, monkeypatch, script):
+    out = tmp_path / "out"
+    words = command(digits, out, **EXACT)
+
+    def press(*_):
+        raise KeyboardInterrupt
+
+    def stopped_in(step, *more):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"timm_vix.train.finetune.{step}", press)
+            code, stderr = script(*words, *more)
+        assert code == 130
+        return stderr
+
+    too_early = "interrupted before the first checkpoint\n"
+    assert stopped_in("find_images") == too_early and not out.exists()
+    assert stopped_in("seed_step") == "interrupted; the same command with --resume continues\n"
+    assert stopped_in("find_images", "--resume") == "interrupted; the same command with --resume continues\n"
+    assert stopped_in("find_images", "--overwrite") == too_early  # the checkpoint is that of the former run
+    told = stopped_in("seed_step", "--overwrite")
+    assert told == "interrupted; the same command with --resume instead of --overwrite continues\n"
+    assert position(out)["epoch"] == 0
+    assert script(*words, "--resume")[0] == 0
+
+
 def test_weights_threads_and_device_may_change_in_between(digits, tmp_path, monkeypatch, script):
     weights, out = tmp_path / "start.safetensors", tmp_path / "out"
     torch.manual_seed(5)
