@@ -152,6 +152,14 @@ def test_a_name_with_a_tag_has_the_accuracy_of_its_model() -> None:
     assert head[-1] == "top-1 (%)" and [cells[-1].text for cells in body] == ["80.5", ""]
 
 
+def test_folders_have_the_accuracy_of_their_own_models() -> None:
+    names = ["local-dir:./first run/hub", "local-dir:./second run/hub", "hf-hub:me/vit.a", "hf-hub:me/vit.b depth=2"]
+    trained = [[dict(runs()[0], model=name, top1=80.0 + number)] for number, name in enumerate(names)]
+    assert mean_top1(trained) == dict(zip(names, (80.0, 81.0, 82.0, 83.0)))
+    _, body = speedups([cost_row(name, 224, 5.0, 2.0) for name in names], trained)
+    assert [cells[-1].text for cells in body] == ["80.0", "81.0", "82.0", "83.0"]
+
+
 def test_rows_measured_under_other_load_are_drawn_by_their_speedups() -> None:
     rows = costs()
     for row in rows[1::2]:  # everything took three times as long while this model was measured

@@ -101,8 +101,10 @@ def mean_top1(runs: list[list[Record]]) -> dict[str, float]:
 
 
 def without_tag(model: str) -> str:
-    """A model's name and keywords, without the tag of its weights."""
+    """A model's name and keywords, without the tag of its weights; a folder and a place of the Hub have no tag."""
     name, _, keywords = model.partition(" ")
+    if ":" in name:
+        return model
     return f"{name.partition('.')[0]} {keywords}".strip()
 
 
