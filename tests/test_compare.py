@@ -113,6 +113,19 @@ def trained(monkeypatch) -> list[Path]:
     return folders
 
 
+def test_a_folder_is_timed_beside_the_softmax_model_of_its_trunk(digits, tmp_path, trained, monkeypatch) -> None:
+    name, keywords = parse_model(OTHER)
+    save_for_hf(timm.create_model(name, **keywords), tmp_path / "hub", safe_serialization=True)
+    measured: list[str] = []
+    monkeypatch.setattr(compare, "measure_in_process", lambda job: measured.append(job["baseline"]) or {})
+    assert call(monkeypatch, *command(digits, tmp_path, f"local-dir:{tmp_path}/hub")) == 0
+    for baseline in measured:
+        name, found = parse_model(baseline)
+        trunk = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=3)
+        assert name == "vix_softmax_cifar" and found == dict(trunk, in_chans=3, global_pool="token")
+    assert len(measured) == 2
+
+
 def test_a_failed_run_is_trained_again_and_a_good_one_is_not(digits, tmp_path, trained, monkeypatch, capsys) -> None:
     arguments = command(digits, tmp_path, MODEL)
     assert call(monkeypatch, *arguments, "--workers", "1") == 2
@@ -336,6 +349,7 @@ def read(path: Path) -> str:
     [
         (["vix_nistrom_tiny"], "near names: vix_nystrom_tiny"),
         ([], "no model given"),
+        (["local-dir:absent"], "model='local-dir:absent': its configuration can't be read"),
         ([MODEL, "--device", "cuda:9"], "device='cuda:9' is not on this machine"),
         ([MODEL, "--data-dir", "empty"], "holds no images"),
         ([MODEL, "--data-dir", "single"], "one class only, 'digit0'"),

@@ -1,6 +1,7 @@
 """The cost table: which rows are measured, beside what, and rows that survive a kill; failures are rows."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,15 +13,18 @@ import pytest
 import timm
 import torch
 from conftest import exit_code, on_meta
+from timm.models import save_for_hf
 from torch import nn
 
 from timm_vix import cli, models
+from timm_vix._checks import InputError
 from timm_vix._names import parse_model
 from timm_vix._records import append_record, read_records
 from timm_vix.benchmark.baselines import baseline_of
 from timm_vix.benchmark.cost import COLUMNS, jobs_of, summary, sweep
 from timm_vix.mixers._mechanism import MechanismHost
 from timm_vix.mixers.softmax import SoftmaxAttention
+from timm_vix.train.hub import note_classes_once
 
 ROOT = Path(__file__).parents[1]
 SMALL = "depth=1 embed_dim=32 num_heads=2 patch_size=8"
@@ -115,6 +119,69 @@ def test_the_name_of_a_folder_may_have_spaces(tmp_path):
 def test_a_baseline_has_the_keywords_of_the_trunk(spec, baseline) -> None:
     assert baseline_of(spec) == baseline
     on_meta(baseline)
+
+
+@pytest.mark.parametrize(
+    "spec, baseline",
+    [
+        ("vix_nystrom_tiny num_landmarks=4 patch_size=8 img_size=32 depth=1",
+         "vit_tiny_patch16_224 patch_size=8 depth=1"),
+        ("vix_performer_tiny stem=conv depth=1", "vix_performer_tiny mixer=softmax stem=conv depth=1"),
+        ("cvn_13 embed_strides=(2,2,2) depths=(1,1,1)", "cvt_13 embed_strides=[2,2,2] depths=[1,1,1]"),
+        ("vix_from_timm source=vit_tiny_patch16_224 mixer=nystrom depth=1 source_kwargs={'qk_norm':True}",
+         "vit_tiny_patch16_224 depth=1 qk_norm=True"),
+    ],
+)  # fmt: skip
+def test_the_baseline_of_a_folder_is_that_of_the_model_in_it(spec, baseline, tmp_path) -> None:
+    name, keywords = parse_model(spec)
+    folder = tmp_path / "my runs" / "hub"
+    save_for_hf(timm.create_model(name, num_classes=3, **keywords), folder, safe_serialization=True)
+    found = baseline_of(f"local-dir:{folder}")
+    # what timm adds when it saves a model
+    assert set(found.split()) == {*baseline.split(), "num_classes=3", "in_chans=3", "global_pool=token"}
+    assert trunk_of(on_meta(found)) == trunk_of(on_meta(f"{baseline} num_classes=3"))
+    # what is given comes before what was saved
+    assert set(baseline_of(f"local-dir:{folder} num_classes=5").split()) == {*found.split(), "num_classes=5"} - {
+        "num_classes=3"
+    }
+
+
+def test_the_baseline_of_a_folder_that_holds_no_model_of_ours_is_the_default(tmp_path) -> None:
+    save_for_hf(timm.create_model("vit_small_patch16_224", depth=1), tmp_path, safe_serialization=True)
+    assert baseline_of(f"local-dir:{tmp_path}") == "vit_tiny_patch16_224"
+
+
+def test_the_baseline_of_a_trained_folder_has_its_classes(tmp_path) -> None:
+    save_for_hf(timm.create_model("vix_nystrom_tiny", depth=1, num_classes=3), tmp_path, safe_serialization=True)
+    note_classes_once(tmp_path / "config.json")
+    assert on_meta(baseline_of(f"local-dir:{tmp_path}")).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    "architecture, arguments, words",
+    [
+        ("vix_from_timm", dict(source="local-dir:{place}"), "is no model of timm itself"),
+        ("vix_from_timm", dict(source="vit_tiny_patch16_224.x checkpoint_path={place}"), "can't be written"),
+        ("vix_from_timm", dict(source_kwargs=dict(checkpoint_path="{place}")), "checkpoint_path: a saved"),
+        ("vix_from_timm", dict(source_kwargs="{place}"), "expected a mapping"),
+        ("vix_nystrom_tiny", dict(checkpoint_path="{place}"), "checkpoint_path: a saved"),
+        ("vix_nystrom_tiny", dict(act_layer="gelu checkpoint_path={place}"), "can't be written"),
+        ("vix_nystrom_tiny", dict(depth=10**9), "depth=1000000000"),
+        ("local-dir:{place}", {}, "can't be read"),
+    ],
+)
+def test_the_configuration_of_a_folder_names_no_file_for_its_baseline(architecture, arguments, words, tmp_path) -> None:
+    save_for_hf(timm.create_model("vix_nystrom_cifar", depth=1), tmp_path / "place", safe_serialization=True)
+    config = dict(architecture=architecture, pretrained_cfg=dict(num_classes=1000), model_args=arguments)
+    text = json.dumps(config).replace("{place}", str(tmp_path / "place"))
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        baseline_of(f"local-dir:{tmp_path}")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path) -> None:
+    with pytest.raises(InputError, match="absent.*: its configuration can't be read"):
+        baseline_of(f"local-dir:{tmp_path}/absent")
 
 
 def test_another_baseline_is_another_row(tmp_path, monkeypatch) -> None:

@@ -1,5 +1,9 @@
-"""The softmax baseline of a model, by name: the same trunk, stem and positions with softmax attention."""
+"""The softmax baseline of a model, by name: the same trunk, stem and positions with softmax attention.
 
+What the configuration of a folder or of the Hub says isn't trusted, see ``saved_model``.
+"""
+
+import inspect
 from typing import Any, Optional
 
 import timm
@@ -10,9 +14,17 @@ from timm.models import resolve_model_input_args
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from .._checks import InputError
+from .._files import one_line
 from .._names import parse_model
+from ..conversion.record import NAME
 from ..measure.job import JOB
-from ..models.softmax_trunk import softmax_counterpart
+from ..models.converted import check_source
+from ..models.saved import check_plain
+from ..models.softmax_trunk import Model, softmax_counterpart
+
+# what a saved configuration may not say about its baseline: how and where timm loads a model
+NOT_SAVED = inspect.signature(timm.create_model).parameters.keys() | {"device", "dtype"}
 
 
 def baseline_of(spec: str, given: Optional[str] = None) -> str:
@@ -23,20 +35,62 @@ def baseline_of(spec: str, given: Optional[str] = None) -> str:
         given: The baseline that the user wants instead.
 
     Raises:
-        InputError: for a name that timm does not know.
+        InputError: for a name that timm does not know, and for a configuration that can't be read or isn't allowed.
     """
-    name, keywords = parse_model(spec)
+    name, given_keywords = parse_model(spec)
     if given:
         parse_model(given)
         return given
-    found = softmax_counterpart(name, keywords)
+    found = softmax_counterpart(*(saved_model(name, given_keywords) if ":" in name else (name, given_keywords)))
     if found is None:
         return JOB["baseline"]
     softmax, trunk = found
     # as they were written: a tuple's own text has spaces
     written = {part.partition("=")[0]: part for part in spec.split()[1:]}
-    parts = [written[k] if keywords.get(k) == value else f"{k}={value}" for k, value in trunk.items()]
-    return " ".join([softmax, *parts])
+    parts = [
+        written[key] if key in given_keywords and given_keywords[key] == value else f"{key}={text_of(value)}"
+        for key, value in trunk.items()
+    ]
+    baseline = " ".join([softmax, *parts])
+    if parse_model(baseline) != (softmax, trunk):  # text with spaces would become keywords of its own
+        raise InputError(f"model={spec!r} has a baseline with arguments that can't be written as key=value: {trunk}")
+    return baseline
+
+
+def text_of(value: Any) -> str:
+    """A keyword's value without spaces, as ``parse_model`` reads it."""
+    return value if isinstance(value, str) else repr(value).replace(" ", "")
+
+
+def saved_model(name: str, keywords: dict[str, Any]) -> Model:
+    """Architecture and keywords of a model in a folder or on the Hub: the saved ones, and before them those given here.
+
+    The saved image size is left out, since the model is measured at another. No path in the configuration is followed:
+    the source of a conversion has to be a model of timm itself, and no weights are named.
+
+    Raises:
+        InputError: for a configuration that can't be read, or that says more than how the model is built.
+    """
+    try:
+        found = resolve_model_input_args(name, {}, **keywords)
+    except Exception as error:  # timm raises as it likes
+        raise InputError(f"model={name!r}: its configuration can't be read: {one_line(error)}") from error
+    architecture, cfg = found.pop("model_name"), found.pop("pretrained_cfg")
+    saved = found.pop("pretrained_model_args", {})
+    source_kwargs = saved.get("source_kwargs") or {}
+    if not isinstance(source_kwargs, dict):
+        raise InputError(f"model={name!r}: source_kwargs={source_kwargs!r}: expected a mapping of arguments by name")
+    for key, value in (*saved.items(), *source_kwargs.items()):
+        if key in NOT_SAVED:
+            raise InputError(f"model={name!r}: {key}: a saved configuration may not say how another model is loaded")
+        check_plain(key, value)
+    if architecture == NAME and "source" in found:
+        check_source(found["source"])
+    check_plain("num_classes", cfg.get("num_classes"))
+    found.setdefault("num_classes", cfg.get("num_classes"))  # those of a trained model need not be among its arguments
+    if "img_size" not in keywords:
+        found.pop("img_size", None)
+    return architecture, {key: value for key, value in found.items() if value is not None}
 
 
 class CallsOfAttention(TorchFunctionMode):

@@ -266,6 +266,7 @@ def main(arguments: argparse.Namespace) -> None:
     for model in [*arguments.models, *arguments.from_scratch]:
         name, keywords = parse_model(model)  # a wrong name shows before a data set is fetched
         check_keywords_are_plain(f"model={name}", keywords)
+        baseline_of(model)  # likewise a folder whose configuration can't be read
     data_dir = as_folder(arguments.data_dir, arguments.data_root, arguments.runs / "data")
     where = dict(data_dir=data_dir, val_dir=arguments.val_dir, workers=arguments.workers, device=device)
     where["data_root"] = arguments.data_root if data_dir == arguments.data_dir else None  # a folder was made of it

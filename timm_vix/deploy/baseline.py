@@ -41,7 +41,7 @@ def softmax_baseline(model: nn.Module) -> tuple[Optional[nn.Module], bool]:
     if counterpart is None:
         raise InputError(f"{architecture} has no softmax model of the same trunk; expected a model of this package")
     name, trunk = counterpart
-    softmax = timm.create_model(name, **trunk, **(keywords.get("source_kwargs") or {})).eval()
+    softmax = timm.create_model(name, **trunk).eval()
     own, theirs = softmax.state_dict(), model.state_dict()
     fitting = {key: theirs[key] for key in own if key in theirs and theirs[key].shape == own[key].shape}
     softmax.load_state_dict(fitting, strict=False)

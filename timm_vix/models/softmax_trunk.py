@@ -48,7 +48,8 @@ def softmax_of(name: str) -> Optional[Model]:
 def softmax_counterpart(name: str, keywords: dict[str, Any]) -> Optional[Model]:
     """The softmax model beside a model of ours with these keywords; None where it is no model of ours.
 
-    It has the keywords of the trunk. Its stem, if that mixes tokens, has softmax attention, too.
+    It has the keywords of the trunk. Its stem, if that mixes tokens, has softmax attention, too. The counterpart of a
+    conversion is its source, with ``source_kwargs`` as well.
     """
     found = (keywords.get("source", "deit_tiny_patch16_224"), {}) if name == "vix_from_timm" else softmax_of(name)
     if found is None:
@@ -58,6 +59,8 @@ def softmax_counterpart(name: str, keywords: dict[str, Any]) -> Optional[Model]:
     if name.startswith("vix_") and name != "vix_from_timm" and of_timm and OURS_ONLY & keywords.keys():
         softmax, added = name.split(".")[0], {"mixer": "softmax"}
     trunk = {**added, **{key: value for key, value in keywords.items() if key not in NOT_TRUNK}}
+    if name == "vix_from_timm":
+        trunk |= keywords.get("source_kwargs") or {}
     stem = keywords.get("stem", "t2t" if name.startswith("t2t_") else None)
     if stem == "t2t" and not softmax.startswith("vit_"):
         trunk["stem_mixer"] = "softmax"
