@@ -194,6 +194,56 @@ def test_another_baseline_is_another_row(tmp_path, monkeypatch) -> None:
     assert measured == ["vit_tiny_patch16_224", "deit_tiny_patch16_224"]
 
 
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """The models of measurements that take no time."""
+    models: list[str] = []
+    row = dict(latency_p50_ms=1.0, latency_p90_ms=1.0, images_per_s=8.0, first_call_ms=1.0, rounds=3)
+    monkeypatch.setattr(MEASURE, lambda job: models.append(job["model"]) or row)
+    return models
+
+
+def test_a_folder_or_plan_that_changed_is_measured_again(tmp_path, measured) -> None:
+    path, plan, hub = tmp_path / "cost.csv", tmp_path / "plan.json", tmp_path / "hub"
+    plan.write_text("{}")
+    save_for_hf(timm.create_model("vix_fnet_cifar", depth=1), hub, safe_serialization=True)
+    specs = [f"vix_from_timm layers={plan}", f"local-dir:{hub}", "vix_nystrom_tiny"]
+
+    def measured_now() -> list[str]:
+        measured.clear()
+        records = sweep(jobs(specs), path)
+        assert [record["model"] for record in records] == specs
+        return list(measured)
+
+    assert measured_now() == specs and measured_now() == []
+    plan.write_text("{ }")
+    assert measured_now() == specs[:1] and measured_now() == []
+    config = hub / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert measured_now() == specs[1:2] and measured_now() == []
+    plan.write_text("{}")  # as it was when the first row was measured
+    assert measured_now() == []
+
+
+def test_a_table_of_an_earlier_version_is_continued(tmp_path, measured) -> None:
+    path, plan = tmp_path / "cost.csv", tmp_path / "plan.json"
+    plan.write_text("{}")
+    earlier = {name: kind for name, kind in COLUMNS.items() if name != "files"}
+    specs = ["vix_nystrom_tiny", f"vix_from_timm layers={plan}"]
+    for record in sweep(jobs(specs), tmp_path / "new.csv"):
+        append_record(path, earlier, record)
+    measured.clear()
+    before = path.read_bytes()
+    (known,) = sweep(jobs(specs[:1]), path)
+    assert measured == [] and known["files"] is None and path.read_bytes() == before
+    for _ in range(2):  # nobody knows what the plan was then
+        sweep(jobs(specs), path)
+        assert measured == specs[1:]
+    records, damaged = read_records(path, COLUMNS, exact=True)
+    assert [record["model"] for record in records] == [*specs, specs[1]] and damaged == 0
+    assert [record["files"] is None for record in records] == [True, True, False]
+
+
 def test_rows_of_another_machine_and_rows_without_a_measurement_do_not_stand_for_this_ones(
     tmp_path, monkeypatch, capsys
 ) -> None:

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ._checks import InputError
+from ._files import write_whole
 
 Columns = Mapping[str, type]
 Record = dict[str, Any]
+
+
+class LaterText(str):
+    """The type of a last column of text that tables of earlier versions lack; it is empty in their rows."""
 
 
 def key_of(record: Record, names: Iterable[str]) -> tuple:
@@ -83,6 +88,24 @@ def append_record(path: Path, columns: Columns, record: Record) -> None:
         ) from error
 
 
+def earlier_columns(columns: Columns) -> list[str]:
+    """The names of the columns that tables of earlier versions have as well."""
+    return [name for name, kind in columns.items() if not issubclass(kind, LaterText)]
+
+
+def add_later_columns(path: Path, columns: Columns) -> None:
+    """Give a table of an earlier version the columns that it lacks, empty, so that rows with them can be appended.
+
+    Raises:
+        OSError: in one line, with the file's name; the table stays.
+    """
+    earlier = earlier_columns(columns)
+    if path.exists() and lines_of(path) and header_of(path) == earlier != list(columns):
+        cells = "," * (len(columns) - len(earlier)) + "\n"
+        lines = [line_of(columns), *(row.rstrip("\r") + cells for row in lines_of(path)[1:])]
+        write_whole(path, "".join(lines).encode())
+
+
 def lines_of(path: Path) -> list[str]:
     """The lines of a file that aren't empty.
 
@@ -121,14 +144,14 @@ def read_records(path: Path, columns: Columns, exact: bool = False) -> tuple[lis
     is not finite. Columns that are not asked for are left out.
 
     Args:
-        exact: Ask for these columns and no other, since rows are to be appended.
+        exact: Ask for these columns and no other, since rows are to be appended, after ``add_later_columns``.
 
     Raises:
         InputError: for a file that cannot be read, or that lacks a column.
     """
     header = header_of(path)
-    missing = [name for name in columns if name not in header]
-    if missing or (exact and header != list(columns)):
+    missing = [name for name in earlier_columns(columns) if name not in header]
+    if missing or (exact and header not in (list(columns), earlier_columns(columns))):
         extra = [name for name in header if name not in columns]
         reasons = [f"it lacks {', '.join(missing)}"] * bool(missing) + [f"it has also {', '.join(extra)}"] * bool(extra)
         raise InputError(
@@ -141,7 +164,7 @@ def read_records(path: Path, columns: Columns, exact: bool = False) -> tuple[lis
             (cells,) = csv.DictReader([line], header, strict=True)
             if None in cells or None in cells.values():
                 raise InputError("too many or too few cells")
-            record = {name: kind(cells[name]) if cells[name] else None for name, kind in columns.items()}
+            record = {name: kind(cells[name]) if cells.get(name) else None for name, kind in columns.items()}
             if not all(math.isfinite(value) for value in record.values() if isinstance(value, float)):
                 raise InputError("a number that no measurement gives")
             records.append(record)

@@ -18,15 +18,28 @@ import torch
 
 from .._checks import InputError, positive
 from .._device import device_name, find_device, versions
-from .._records import Columns, Record, aligned, append_record, check_writable, earlier_records, grouped, key_of
+from .._records import (
+    Columns,
+    LaterText,
+    Record,
+    add_later_columns,
+    aligned,
+    append_record,
+    check_writable,
+    earlier_records,
+    grouped,
+    key_of,
+)
 from ..measure.job import JOB, measure_in_process, measure_together
 from ..measure.process import call_in_process
 from .baselines import attention_of, baseline_of
+from .runs import files_of
 
 KEY = (
     *("model", "attention", "baseline", "img_size", "batch_size", "mode", "dtype", "compile"),
     *("device", "device_name", "threads"),
 )
+KNOWN_BY = (*KEY, "files")  # a row of files that changed stands for no other
 # name: type; GFLOPs count a multiply-add as two and are those of one image, with mode=train of a whole training step
 COLUMNS: Columns = dict(
     model=str,
@@ -61,6 +74,7 @@ COLUMNS: Columns = dict(
     timm=str,
     timm_vix=str,
     error=str,
+    files=LaterText,  # those that the names of model and baseline hold, with checksums
 )
 NOTE = (
     "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline,\n"
@@ -98,7 +112,7 @@ def sweep(
 ) -> list[Record]:
     """Measure the jobs that ``path`` has no row of from this machine, append each row, and return the rows of all jobs.
 
-    A row of fewer rounds than the job asks for doesn't count.
+    A row of fewer rounds than the job asks for doesn't count, nor one of a plan or folder that has changed.
 
     Args:
         epoch_images: Images of an epoch, for its time; 0: left empty.
@@ -109,15 +123,20 @@ def sweep(
         InputError: for a file of another version.
         OSError: for a file that cannot be written.
     """
-    jobs = [{**job, "device_name": device_name(job["device"])} for job in jobs]
+    files = {names: files_text(*names) for names in {(job["model"], job["baseline"]) for job in jobs}}
+    jobs = [
+        {**job, "device_name": device_name(job["device"]), "files": files[job["model"], job["baseline"]]}
+        for job in jobs
+    ]
     known = known_rows(jobs, path, retry_failed, together)
-    left = [job for job in jobs if key_of(job, KEY) not in known]
+    left = [job for job in jobs if key_of(job, KNOWN_BY) not in known]
     if len(left) < len(jobs):
         others = sum(any(record[name] != version for name, version in versions().items()) for record in known.values())
         note = f", {others} of them by other versions of torch, timm or timm_vix" if others else ""
         print(f"{path}: {len(jobs) - len(left)} of {len(jobs)} rows are there already{note}")
     if left:
         check_writable(path)
+        add_later_columns(path, COLUMNS)
     start = time.perf_counter()
     for number, (job, found) in enumerate(measured(left, together), 1):
         if job["attention"] == "fused" and job["model"] == job["baseline"] and found.get("fused") is False:
@@ -128,20 +147,25 @@ def sweep(
         if epoch_images and record.get("images_per_s"):
             record |= dict(epoch_images=epoch_images, epoch_s=round(epoch_images / record["images_per_s"], 1))
         append_record(path, COLUMNS, record)
-        known[key_of(job, KEY)] = {name: record.get(name) for name in COLUMNS}
+        known[key_of(job, KNOWN_BY)] = {name: record.get(name) for name in COLUMNS}
         minutes = (time.perf_counter() - start) / 60
         rest = f"{minutes:.1f} min, about {minutes / number * (len(left) - number):.0f} to go"
         print(f"[{len(jobs) - len(left) + number}/{len(jobs)}] {describe(record)}  [{rest}]", flush=True)
-    return [known[key_of(job, KEY)] for job in jobs]
+    return [known[key_of(job, KNOWN_BY)] for job in jobs]
+
+
+def files_text(model: str, baseline: str) -> Optional[str]:
+    """Names and checksums of the files that a model and its baseline hold; None for no file."""
+    return " ".join(dict.fromkeys(files_of(model) + files_of(baseline))) or None
 
 
 def known_rows(jobs: list[Record], path: Path, retry_failed: bool, together: bool) -> dict[tuple, Record]:
     """The rows of ``path`` that stand for one of the jobs, by their keys."""
     records, damaged = earlier_records(path, COLUMNS)
-    rounds = {key_of(job, KEY): job.get("rounds", JOB["rounds"]) for job in jobs}
+    rounds = {key_of(job, KNOWN_BY): job.get("rounds", JOB["rounds"]) for job in jobs}
     known = {}
     for record in records:
-        key, failed = key_of(record, KEY), record["error"] is not None
+        key, failed = key_of(record, KNOWN_BY), record["error"] is not None
         if failed and key in known:
             continue  # what was measured once stays known
         if not failed and record["latency_p50_ms"] is None:

@@ -1,4 +1,4 @@
-"""What a run of ``timm-vix compare`` and its row are known by.
+"""What a run of ``timm-vix compare`` and its row are known by, and the files of a row of ``timm-vix cost``.
 
 Weights are recorded by the name and checksum of their file, images by the name of their folder, their number and a
 checksum, so that both may move. A row of an earlier version has names without checksums. It counts as the row of a run
@@ -33,20 +33,24 @@ class Run(NamedTuple):
         return f"{name}-seed{self.seed}-{zlib.crc32(repr(sorted(self._asdict().items())).encode()):08x}"
 
 
-def start_of(model: str, weights: Union[str, bool]) -> str:
-    """What a run starts from: "scratch", "pretrained", or name and checksum of a file; of a local folder those of all.
+def files_of(model: str) -> list[str]:
+    """Names and checksums of the files that a model's name holds: those of a local folder, and those of keywords.
 
-    A file that a keyword names, as that of a plan, counts, too.
+    A keyword may be the file of a plan.
     """
     name, keywords = parse_model(model)
     files = [Path(value) for value in keywords.values() if isinstance(value, str)]
     if name.startswith("local-dir:"):
         files = [Path(name.removeprefix("local-dir:"), file) for file in FILES_OF_A_MODEL] + files
-    known = [name_and_checksum(file) for file in files if file.is_file()]
+    return [name_and_checksum(file) for file in files if file.is_file()]
+
+
+def start_of(model: str, weights: Union[str, bool]) -> str:
+    """What a run starts from: "scratch", "pretrained", or name and checksum of a file; then those of ``files_of``."""
     if isinstance(weights, str):
         check_weights("checkpoint", weights)
-        return " ".join([name_and_checksum(weights), *known])
-    return " ".join(["pretrained" if weights else "scratch", *known])
+        return " ".join([name_and_checksum(weights), *files_of(model)])
+    return " ".join(["pretrained" if weights else "scratch", *files_of(model)])
 
 
 def with_checksum(name: str, *splits: Items) -> str:
