@@ -244,6 +244,20 @@ def test_a_table_of_an_earlier_version_is_continued(tmp_path, measured) -> None:
     assert [record["files"] is None for record in records] == [True, True, False]
 
 
+def test_an_epoch_of_another_number_of_images_is_computed_from_the_speed_that_was_measured(
+    tmp_path, measured, capsys
+) -> None:
+    path, planned = tmp_path / "cost.csv", jobs(["vix_nystrom_tiny", "vix_fnet_tiny"])
+    first = sweep(planned, path, epoch_images=1000)
+    for _ in range(2):
+        again = sweep(planned, path, epoch_images=4000)
+        assert again == [record | dict(epoch_images=4000, epoch_s=500.0) for record in first]
+    assert len(measured) == 2 and first[0]["epoch_s"] == 125.0
+    assert capsys.readouterr().out.count("2 of them are added again with the time of 4000 images an epoch") == 1
+    assert read_records(path, COLUMNS, exact=True) == ([*first, *again], 0)
+    assert sweep(planned, path) == again  # where nobody asks for a number
+
+
 def test_rows_of_another_machine_and_rows_without_a_measurement_do_not_stand_for_this_ones(
     tmp_path, monkeypatch, capsys
 ) -> None:

@@ -20,7 +20,7 @@ from timm_vix._records import earlier_records
 from timm_vix.benchmark import compare, cost
 from timm_vix.benchmark.answer import answer, fastest, mean_top1, speedups
 from timm_vix.benchmark.figures import legend, over_tokens, png_of_page, series_of, trade_off
-from timm_vix.benchmark.report import report
+from timm_vix.benchmark.report import COST_COLUMNS, report
 from timm_vix.measure.statistics import crossing, crossover, crossover_text, exponent, pareto, verdict
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
@@ -324,6 +324,16 @@ def test_the_page_stands_alone_and_counts_what_it_leaves_out(tables, tmp_path) -
     for path in images:
         with Image.open(path) as image:
             assert image.format == "PNG" and min(image.size) > 300
+
+
+def test_the_time_of_an_epoch_has_its_number_of_images_and_the_last_one_counts(tmp_path) -> None:
+    rows = [row | dict(epoch_images=1000, epoch_s=12.5) for row in costs()]
+    again = [row | dict(epoch_images=4000, epoch_s=50.0) for row in rows[1:]]
+    page, *_ = report([write(tmp_path / "cost.csv", cost.COLUMNS, [*rows, *again])], tmp_path / "report.html")
+    found = [row for row in cells_of(page) if len(row) > 20]
+    start = COST_COLUMNS.index("epoch_images")
+    assert COST_COLUMNS[start : start + 2] == ("epoch_images", "epoch_s") and len(found) == len(rows)
+    assert [row[start : start + 2] for row in found] == [["1000", "12.5"], *[["4000", "50.0"]] * (len(rows) - 1)]
 
 
 def test_what_a_table_says_is_text_and_no_markup(tmp_path) -> None:

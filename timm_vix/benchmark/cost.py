@@ -115,7 +115,8 @@ def sweep(
     A row of fewer rounds than the job asks for doesn't count, nor one of a plan or folder that has changed.
 
     Args:
-        epoch_images: Images of an epoch, for its time; 0: left empty.
+        epoch_images: Images of an epoch, for its time; 0: left as it is. A row that has the time of another number is
+            appended again with that of this one, from the speed that was measured; of equal rows the last counts.
         retry_failed: Measure jobs again whose row is a failure.
         together: Time all models of a size in one process, see ``measure_together``.
 
@@ -134,9 +135,19 @@ def sweep(
         others = sum(any(record[name] != version for name, version in versions().items()) for record in known.values())
         note = f", {others} of them by other versions of torch, timm or timm_vix" if others else ""
         print(f"{path}: {len(jobs) - len(left)} of {len(jobs)} rows are there already{note}")
-    if left:
+    other_epochs = [
+        key
+        for key, record in known.items()
+        if record["epoch_images"] != epoch_images and epoch_of(record, epoch_images)
+    ]
+    if left or other_epochs:
         check_writable(path)
         add_later_columns(path, COLUMNS)
+    for key in other_epochs:
+        known[key] |= epoch_of(known[key], epoch_images)
+        append_record(path, COLUMNS, known[key])
+    if other_epochs:
+        print(f"{path}: {len(other_epochs)} of them are added again with the time of {epoch_images} images an epoch")
     start = time.perf_counter()
     for number, (job, found) in enumerate(measured(left, together), 1):
         if job["attention"] == "fused" and job["model"] == job["baseline"] and found.get("fused") is False:
@@ -144,14 +155,19 @@ def sweep(
         record = round_off({**job, **versions(), **found})  # a failure has its machine and versions too
         if found.get("no_baseline"):
             print(f"{job['baseline']} could not be timed beside {job['model']}: {found['no_baseline']}", flush=True)
-        if epoch_images and record.get("images_per_s"):
-            record |= dict(epoch_images=epoch_images, epoch_s=round(epoch_images / record["images_per_s"], 1))
+        record |= epoch_of(record, epoch_images)
         append_record(path, COLUMNS, record)
         known[key_of(job, KNOWN_BY)] = {name: record.get(name) for name in COLUMNS}
         minutes = (time.perf_counter() - start) / 60
         rest = f"{minutes:.1f} min, about {minutes / number * (len(left) - number):.0f} to go"
         print(f"[{len(jobs) - len(left) + number}/{len(jobs)}] {describe(record)}  [{rest}]", flush=True)
     return [known[key_of(job, KNOWN_BY)] for job in jobs]
+
+
+def epoch_of(record: Record, images: int) -> Record:
+    """The columns of an epoch of so many images at a row's speed; none for no images, and for a failure."""
+    speed = record.get("images_per_s")
+    return dict(epoch_images=images, epoch_s=round(images / speed, 1)) if images and speed else {}
 
 
 def files_text(model: str, baseline: str) -> Optional[str]:

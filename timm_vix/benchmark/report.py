@@ -36,7 +36,8 @@ from .tables import DEVICE, Tables, read_tables
 COST_COLUMNS = (
     *("model", "attention", "img_size", "tokens", "batch_size", "mode", "dtype", "compile", "params_m", "gflops"),
     *("latency_p50_ms", "latency_p90_ms", "speedup", "speedup_low", "speedup_high", "difference", "images_per_s"),
-    *("epoch_s", "peak_memory_mib", "checkpoint_mib", "first_call_ms", "rounds", "device_name", "threads"),
+    *("epoch_images", "epoch_s", "peak_memory_mib", "checkpoint_mib", "first_call_ms", "rounds"),
+    *("device_name", "threads"),
 )
 BEST = ("best_images_per_s", "best_batch_size")
 # rows with the same values here are in the same figures
