@@ -980,6 +980,10 @@ def test_signature_documentation_and_command_line_are_those_of_the_settings():
         model="test_vit", model_kwargs=dict(depth=3, pool="avg"), lr=3e-3, epochs=2, pretrained=True, keep="best"
     )
     assert given_settings(parser.parse_args([]), FinetuneSettings) == {}
+    twice = "--model-kwargs depth=3 pool=avg --lr 3e-3 --model-kwargs num_heads=2 depth=4"  # the last value counts
+    given = given_settings(parser.parse_args(twice.split()), FinetuneSettings)
+    assert given == dict(model_kwargs=dict(depth=4, pool="avg", num_heads=2), lr=3e-3)
+    assert given_settings(parser.parse_args([]), FinetuneSettings) == {}
     for option in ("--checkpoint", "--weights"):  # as other commands call it
         assert given_settings(parser.parse_args([option, "vit.pth"]), FinetuneSettings) == dict(checkpoint="vit.pth")
 

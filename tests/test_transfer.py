@@ -29,6 +29,7 @@ from timm_vix.planning.plan import plan_layers
 from timm_vix.train.checkpoint import Checkpoint
 from timm_vix.train.finetune import finetune
 from timm_vix.train.losses import BlockMatching, Distillation
+from timm_vix.train.settings import add_settings
 from timm_vix.train.transfer import join_processes, transfer
 from timm_vix.train.transfer_results import mixers_in_words
 from timm_vix.train.transfer_settings import TransferSettings, parse_layers
@@ -667,6 +668,15 @@ def test_a_keyword_without_a_value_is_refused(command, option, monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and f"{option} depth: expected key=value" in capsys.readouterr().err
+
+
+def test_keywords_of_one_option_given_twice_are_all_taken():
+    parser = argparse.ArgumentParser()
+    add_settings(parser, TransferSettings)
+    text = "--source vit_tiny_patch16_224 --data-dir x --mixer-kwargs num_proj_tokens=4 --mixer-kwargs merge=8"
+    given = parser.parse_args([*text.split(), "--source-kwargs", "depth=3", "--source-kwargs", "num_heads=2"])
+    assert given.mixer_kwargs == dict(num_proj_tokens=4, merge=8)
+    assert given.source_kwargs == dict(depth=3, num_heads=2)
 
 
 @pytest.mark.parametrize("name", ["cut.safetensors", "text.pth", "text.safetensors", "pickled.pth"])

@@ -134,14 +134,16 @@ def type_of(own: Field) -> Any:
 
 
 class KeyValue(ParseKwargs):
-    """timm's ``key=value`` arguments, with an error for one that is none."""
+    """timm's ``key=value`` arguments, with an error for one that is none; an option may be given several times."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Optional[str] = None
     ) -> None:
         if wrong := [value for value in values if "=" not in value]:
             parser.error(f"{option_string} {wrong[0]}: expected key=value")
+        before = getattr(namespace, self.dest, None) or {}
         super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, {**before, **getattr(namespace, self.dest)})
 
 
 def add_settings(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
