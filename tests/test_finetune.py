@@ -35,7 +35,7 @@ from timm_vix.data.folders import find_images, hold_out
 from timm_vix.data.images import Images, transforms
 from timm_vix.train.build import build_model
 from timm_vix.train.checkpoint import write_history
-from timm_vix.train.finetune import finetune, seed_step
+from timm_vix.train.finetune import evaluate, finetune, seed_step
 from timm_vix.train.finetune_settings import FinetuneSettings
 from timm_vix.train.settings import add_settings, given_settings
 
@@ -321,8 +321,21 @@ def test_accuracy_is_what_timm_measures(digits, tmp_path):
     with torch.inference_mode():
         predicted = model(torch.stack(held_out)).argmax(1)
     correct = sum(int(p) == label for p, (_, label) in zip(predicted, val, strict=True))
-    assert history[-1]["top1"] == pytest.approx(100 * correct / len(val), abs=1e-4)
+    assert history[-1]["top1"] == 100 * correct / len(val)
     assert history[-1]["top5"] == 100
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_as_many_right_answers_are_the_same_accuracy_whatever_batch_they_are_in(classes):
+    """Eleven images in batches of three, of which four are right and three more among the first five."""
+    settings = SimpleNamespace(batch_size=3, workers=0, device="cpu")
+    labels, ranks = torch.arange(11) % classes, torch.tensor([0] * 4 + [2] * 3 + [6] * 4).clamp(max=classes - 1)
+    logits = -(torch.arange(classes) - labels[:, None] + ranks[:, None]).remainder(classes).float()
+    assert torch.equal(logits.argsort(1, descending=True).argsort(1).gather(1, labels[:, None])[:, 0], ranks)
+    for order in (torch.arange(11), torch.arange(11).flip(0), torch.arange(11) * 4 % 11):
+        images = SimpleNamespace(batches=order.split, loader=lambda keys, _: ((logits[k], labels[k]) for k in keys))
+        found = evaluate(torch.nn.Identity(), images, settings, torch.float32, lambda pixels: pixels, lambda: None)
+        assert found == (400 / 11, 700 / 11 if classes == 7 else 100.0)
 
 
 @pytest.fixture(scope="module")
