@@ -1089,6 +1089,22 @@ def test_a_file_of_weights_beside_pretrained_is_refused(digits, tmp_path):
         finetune(data_dir=str(digits), out=str(tmp_path / "out"), **given)
 
 
+def test_a_run_is_continued_without_the_file_of_its_initial_weights(digits, tmp_path):
+    weights, out = tmp_path / "weights.safetensors", tmp_path / "out"
+    save_file(timm.create_model("vit_tiny_patch16_224", img_size=32, **MODEL_KWARGS).state_dict(), weights)
+    given = dict(TINY, data_dir=str(digits), out=str(out), checkpoint=str(weights), epochs=1, device="cpu")
+    whole, _ = finetune(**given)
+    weights.unlink()
+    again, _ = finetune(**given, resume=True)
+    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert "trained from `weights.safetensors`" in (out / "hub" / "README.md").read_text()
+    for other, words in ((None, "None now"), (str(tmp_path / "other.pth"), "other.pth now")):
+        with pytest.raises(InputError, match=f"settings differ.*checkpoint=weights.safetensors before, {words}"):
+            finetune(**{**given, "checkpoint": other}, resume=True)
+    with pytest.raises(InputError, match="weights.safetensors is no file"):
+        finetune(**given, overwrite=True)
+
+
 def test_a_default_of_zero_is_documented():
     assert "workers: processes that load images (0 or more); default: 0." in " ".join(finetune.__doc__.split())
 

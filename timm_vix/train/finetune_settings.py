@@ -115,6 +115,6 @@ class FinetuneSettings(Settings):
         check_model(self.model)
         if not self.resume:  # an earlier version took both, and such a run may be continued
             check_at_most_one(checkpoint=self.checkpoint, pretrained=self.pretrained)
-        check_weights("checkpoint", self.checkpoint)
+            check_weights("checkpoint", self.checkpoint)  # a continued run has its weights in its own checkpoint
         starts = dict(model=local_folder(self.model), checkpoint=self.checkpoint)
         check_folder(Path(self.out), self.resume, self.overwrite, **starts)
