@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from conftest import distance
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.utils.misc import natural_key
 
 import timm_vix
 from timm_vix import cli
@@ -262,6 +264,32 @@ def test_killed_in_either_stage_it_resumes_to_the_same_weights(weights, unlabell
     resumed, _ = transfer(**settings)
     for key, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], tensor), key
+
+
+def test_it_resumes_with_images_that_moved(weights, unlabelled, tmp_path):
+    """Images lie in the folder itself and in folders of it; an earlier version counted the name of the first, too."""
+    run = arguments(weights, unlabelled, tmp_path / "run", block_steps=1, distill_steps=1)
+    whole, _ = transfer(**run)
+    moved = shutil.copytree(unlabelled, tmp_path / "moved")
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+
+    def resumes(folder):
+        again, _ = transfer(**{**run, "data_dir": str(folder)}, resume=True)
+        assert all(torch.equal(tensor, whole.state_dict()[key]) for key, tensor in again.state_dict().items())
+
+    resumes(moved)
+    saved = torch.load(checkpoint, weights_only=True)
+    names = sorted((str(path) for path in unlabelled.rglob("*.jpg")), key=natural_key)
+    names = ["/".join(Path(name).parts[-2:]) for index, name in enumerate(names) if index % 20]
+    saved["settings"]["images"] = f"{len(names)} images, names {zlib.crc32(repr(names).encode()):08x}"
+    torch.save(saved, checkpoint)
+    with pytest.raises(InputError, match="settings differ.*images="):
+        resumes(moved)
+    resumes(unlabelled)
+    resumes(moved)
+    (moved / "0.jpg").rename(moved / "other.jpg")
+    with pytest.raises(InputError, match="settings differ.*images="):
+        resumes(moved)
 
 
 def test_a_held_out_image_that_cannot_be_read_is_named(weights, unlabelled, tmp_path):

@@ -8,7 +8,7 @@ import errno
 import os
 import signal
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
@@ -238,9 +238,13 @@ class Images(Dataset):
         finally:
             self.report_damaged()
 
-    def digest(self) -> str:
-        """Number of images and checksum of the file names, the same for a copy of the folder at another place."""
-        names = ["/".join(source.parts[-2:]) for source, _ in self.items if isinstance(source, Path)]
+    def digest(self, folders: Collection[Path] = ()) -> str:
+        """Number of images and checksum of the names of files and of the folders they are in, for a copy the same.
+
+        ``folders``: those that were given, whose own names don't count.
+        """
+        files = [source for source, _ in self.items if isinstance(source, Path)]
+        names = [file.name if file.parent in folders else "/".join(file.parts[-2:]) for file in files]
         return f"{len(self)} images, names {zlib.crc32(repr(names).encode()):08x}"
 
     def checksum(self) -> str:

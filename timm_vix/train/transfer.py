@@ -110,6 +110,8 @@ def transfer(*arguments: Any, **keywords: Any) -> tuple[nn.Module, Conversion]:
 
     if run.resume:
         saved = checkpoint.read()
+        if saved["settings"].get("images") == images.digest():  # an earlier version counted the names of the folders
+            saved["settings"]["images"] = settings["images"]
         checkpoint.check_settings(saved["settings"])  # before its position, which is another one's if they differ
         checkpoint.optimizer = optimizer_of(saved["position"]["stage"])
         checkpoint.restore(saved)
@@ -167,7 +169,7 @@ def settings_of(
     """What must be the same when the run is continued, as plain values."""
     return {
         **json.loads(json.dumps(run.recorded() | dict(layers=str(run.layers)), default=str)),
-        "images": images.digest(),
+        "images": images.digest(run.folders),
         "content": images.checksum(),
         "dtype": str(dtype),
         "teacher": fingerprint(teacher.state_dict()),

@@ -96,3 +96,8 @@ class TransferSettings(Settings):
         check_teacher(self)
         starts = dict(source=local_folder(self.source), weights=self.weights, start=self.start)
         check_folder(Path(self.out), self.resume, self.overwrite, **starts)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of images."""
+        return [Path(folder) for folder in ([self.data_dir] if isinstance(self.data_dir, str) else self.data_dir)]

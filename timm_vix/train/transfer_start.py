@@ -88,9 +88,8 @@ def prepare_images(run: TransferSettings, config: dict[str, Any]) -> tuple[Image
         ValueError: for a folder with too few.
     """
     resize, augmented, evaluated = transforms(config, "light", 0.5)
-    folders = [run.data_dir] if isinstance(run.data_dir, str) else run.data_dir
     # an image that is in two of the folders counts once
-    found = list({os.path.realpath(str(i[0])): i for folder in folders for i in find_unlabelled(Path(folder))}.values())
+    found = list({os.path.realpath(str(i[0])): i for folder in run.folders for i in find_unlabelled(folder)}.values())
 
     def part(items: Items, transform: Callable) -> Images:
         return Images(items, ["image"], config["input_size"][0], resize, transform, run.seed, lazy=True)
