@@ -364,6 +364,7 @@ def read(path: Path) -> str:
         ([MODEL, "--data-root", "somewhere"], "data_root=somewhere is for a data set of timm's factory"),
         ([MODEL, "--augment", "much"], "none, light, rand"),
         ([MODEL, "--seeds", "0", "-1"], "seed=-1"),
+        ([MODEL, "--from-scratch", "local-dir:somewhere"], "from_scratch=local-dir:somewhere has weights of its own"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_trained(
@@ -407,3 +408,20 @@ def test_a_folder_whose_weights_or_plan_changed_is_another_start(digits, tmp_pat
     assert start() == 3 and start() == 3
     plan.write_text("{ }")
     assert start() == 4 and len(set(trained)) == 4
+
+
+@pytest.mark.parametrize("pretrained", [[], ["--pretrained"]])
+def test_a_folder_starts_from_its_weights_and_its_row_says_so(pretrained, digits, tmp_path, monkeypatch) -> None:
+    hub, given = tmp_path / "hub", {}
+    save_for_hf(timm.create_model("vix_softmax_cifar", num_classes=3, depth=1), hub, safe_serialization=True)
+
+    def record(function, settings, interactive) -> dict:
+        given.update(settings)
+        return dict(top1=50.0, img_size=32, batch_size=4, dtype="float32", threads=1)
+
+    monkeypatch.setattr(compare, "call_in_process", record)
+    monkeypatch.setattr(compare, "costs_of", lambda model, num_classes, at: dict.fromkeys(compare.COSTS))
+    assert call(monkeypatch, *command(digits, tmp_path, f"local-dir:{hub}"), *pretrained) == 0
+    (record,), _ = read_records(tmp_path / "compare.csv", compare.COLUMNS, exact=True)
+    assert given["pretrained"] is True
+    assert re.fullmatch(r"pretrained config.json \w{8} model.safetensors \w{8}", record["start"])

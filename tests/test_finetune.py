@@ -288,7 +288,7 @@ def test_full_disk(digits, tmp_path, script):
         code, stderr = script(*command(digits, disk / "out", **EXACT))
         assert code == 2 and stderr.count("\n") == 1
         assert stderr.startswith("error: cannot write") and "No space left on device" in stderr
-        assert position(disk / "out") == dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
+        assert position(disk / "out") == dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[], weighted=False)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -681,6 +681,40 @@ def test_a_checkpoint_replaces_the_weights_of_a_converted_folder(digits, tmp_pat
     assert found["head.weight"].shape == (4, 32) and "blocks.0.attn.core.token_proj" in weights
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[key], weights[key]) for key in weights.keys() - {"head.weight", "head.bias"})
+
+
+@pytest.mark.parametrize("given", [{}, dict(pretrained=True)], ids=str)
+def test_a_folder_brings_its_weights(given, digits, tmp_path):
+    """With or without pretrained; of another number of classes, all but its head, and images as they were prepared."""
+    saved = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7, **MODEL_KWARGS)
+    saved.pretrained_cfg.update(mean=(0.2, 0.3, 0.4))
+    save_for_hf(saved, tmp_path / "hub", safe_serialization=True)
+    start = dict(model=f"local-dir:{tmp_path / 'hub'}", model_kwargs=None, **given)
+    settings = {**TINY, **start, **dict(data_dir=str(digits), out=str(tmp_path / "out"), epochs=1, lr=1e-9)}
+    whole, _ = finetune(**settings)
+    config = json.loads((tmp_path / "out" / "hub" / "config.json").read_text())["pretrained_cfg"]
+    assert config["mean"] == [0.2, 0.3, 0.4] and whole.head.weight.shape == (4, 32)
+    for key, tensor in saved.state_dict().items():
+        if not key.startswith("head."):
+            torch.testing.assert_close(whole.state_dict()[key], tensor, rtol=0, atol=1e-6)
+    again, _ = finetune(**settings, resume=True)
+    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert "trained from a local folder" in (tmp_path / "out" / "hub" / "README.md").read_text()
+
+
+def test_a_folder_that_an_earlier_version_started_from_random_weights_is_continued(digits, tmp_path):
+    saved = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, **MODEL_KWARGS)
+    saved.pretrained_cfg.update(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)  # as a run from random weights leaves it
+    save_for_hf(saved, tmp_path / "hub", safe_serialization=True)
+    out, start = tmp_path / "out", dict(model=f"local-dir:{tmp_path / 'hub'}", model_kwargs=None)
+    settings = {**TINY, **start, **dict(data_dir=str(digits), out=str(out), epochs=1)}
+    whole, _ = finetune(**settings)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    del state["position"]["weighted"]
+    torch.save(state, out / "checkpoint.pt")
+    again, _ = finetune(**settings, resume=True)
+    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert "trained from random weights" in (out / "hub" / "README.md").read_text()
 
 
 def test_overwrite_replaces_only_the_run(digits, finished, tmp_path):

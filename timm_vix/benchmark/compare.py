@@ -149,7 +149,7 @@ def compare(
 
     Args:
         models: "NAME key=value ...", and the file of its initial weights; True: those that timm knows for the name;
-            False: from scratch.
+            False: from scratch, or those of the folder or the place of the Hub that the name is.
         recipe: Keywords of ``finetune``, the same for all.
         where: Its ``data_dir``, ``data_root``, ``val_dir``, ``workers``, ``device`` and ``threads``.
         runs: Folder of unfinished runs and trained models.
@@ -203,7 +203,9 @@ def run_one(
 ) -> dict[str, Any]:
     """Train one model in a process of its own: the columns of its row, or ``error`` with the reason."""
     name, keywords = parse_model(model)
-    start: dict[str, Any] = dict(checkpoint=weights) if isinstance(weights, str) else dict(pretrained=weights)
+    file = isinstance(weights, str)
+    # a folder or a place of the Hub has weights, and its run may be continued with --pretrained or without
+    start: dict[str, Any] = dict(checkpoint=weights) if file else dict(pretrained=weights or ":" in name)
     start["train_only"] = keywords.pop("train_only", None)
     settings = {**recipe, **where, **start, "model": name, "model_kwargs": keywords, "seed": seed, "out": str(out)}
     return call_in_process(train, settings, interactive=True)
@@ -261,6 +263,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise InputError("no model given; expected names of timm.list_models(), such as vix_nystrom_tiny")
     check_at_most_one(checkpoint=arguments.checkpoint, pretrained=arguments.pretrained)
     recipe = {name: getattr(arguments, name) for name in RECIPE if getattr(arguments, name) is not None}
+    if saved := [model for model in arguments.from_scratch if ":" in parse_model(model)[0]]:
+        raise InputError(f"from_scratch={saved[0]} has weights of its own; allowed are names of timm.list_models()")
     device = find_device(arguments.device)
     recipe["amp"] = "bfloat16" if find_dtype(recipe.get("amp", "auto"), device) == torch.bfloat16 else "off"
     for model in [*arguments.models, *arguments.from_scratch]:

@@ -46,11 +46,15 @@ def files_of(model: str) -> list[str]:
 
 
 def start_of(model: str, weights: Union[str, bool]) -> str:
-    """What a run starts from: "scratch", "pretrained", or name and checksum of a file; then those of ``files_of``."""
+    """What a run starts from: "scratch", "pretrained", or name and checksum of a file; then those of ``files_of``.
+
+    A folder or a place of the Hub has weights of its own, so it is "pretrained" unless a file is given.
+    """
     if isinstance(weights, str):
         check_weights("checkpoint", weights)
         return " ".join([name_and_checksum(weights), *files_of(model)])
-    return " ".join(["pretrained" if weights else "scratch", *files_of(model)])
+    weighted = weights or ":" in parse_model(model)[0]
+    return " ".join(["pretrained" if weighted else "scratch", *files_of(model)])
 
 
 def with_checksum(name: str, *splits: Items) -> str:

@@ -61,7 +61,7 @@ def build_model(run: Any, dtype: torch.dtype, num_classes: int) -> tuple[nn.Modu
                 "given; allowed is one of them"
             )
         extra["drop_path_rate"] = run.drop_path
-    weighted = bool(run.pretrained or run.checkpoint)
+    weighted = bool(run.pretrained or run.checkpoint or ":" in run.model)  # a folder or place of the Hub has weights
     try:
         given = resolve_model_input_args(run.model, dict(img_size=run.img_size, in_chans=run.in_chans), **extra)
         given["num_classes"] = num_classes  # instead of those that a saved converted model records

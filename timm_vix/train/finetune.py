@@ -88,6 +88,8 @@ def finetune(*arguments: Any, **keywords: Any) -> tuple[nn.Module, list[dict[str
     forward = torch.compile(net) if run.compile else net
     objective = objective_of(forward, run, config, len(classes), dtype)
     position: dict[str, Any] = dict(epoch=0, step=0, loss=0.0, seconds=0.0, history=[])
+    # a continued run has the entry of its checkpoint; an earlier version gave a folder random weights, and has no entry
+    position["weighted"] = run.pretrained or (":" in run.model and not run.resume)
     checkpoint = Checkpoint(folder / "checkpoint.pt", settings, net, optimizer, position, (train, val))
     start_or_resume(checkpoint, run)
     history = position["history"]

@@ -78,7 +78,7 @@ def finish(
         architecture if local else run.model,
         run.license,
         ours=timm.model_entrypoint(architecture).__module__.startswith("timm_vix"),
-        start=quoted or (start if run.pretrained else "random weights"),
+        start=quoted or (start if checkpoint.position["weighted"] else "random weights"),
         data=f"{data} ({len(classes)} classes, {images})",
         row=dict(row, img_size=width if height == width else f"{height}x{width}"),
         best=run.keep == "best",

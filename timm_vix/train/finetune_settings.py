@@ -36,7 +36,10 @@ def by_data(meaning: str, name: str) -> str:
 class FinetuneSettings(Settings):
     """The keywords of ``finetune``; ``None`` is replaced by what suits the images."""
 
-    model: str = setting(None, "name in timm's registry, or local-dir:DIR; only the digits have a default")
+    model: str = setting(
+        None,
+        "name in timm's registry, or local-dir:DIR or hf-hub:USER/NAME, which have weights; only digits have a default",
+    )
     model_kwargs: Optional[dict[str, Any]] = setting(  # noqa: RUF009  (a field, not a shared default)
         None, "further keywords of the model, plain values"
     )
