@@ -251,7 +251,8 @@ def test_what_is_said_of_the_tables_holds(tables):
         [float(row["held_out_top1"]) for row in curves if (row["system"], row["patch_size"]) == ("levip_cifar", side)]
         for side in ("2", "4")
     ]
-    assert len(levip[0]) == 11 and all(fine - coarse < 0.5 for fine, coarse in zip(*levip))
+    assert len(levip[0]) == len(levip[1]) == 20 and all(fine - coarse < 0.5 for fine, coarse in zip(*levip))
+    assert 0.5 < score["levip_cifar", "4"] - score["levip_cifar", "2"] < 1.5
     top1 = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in training.caltech101().splitlines()[2:9]}
     for column in (0, 2):  # all images, and a part of them
         names = ("deit_tiny_patch16_224.fb_in1k", "vix_nystrom_tiny.deit_fb_in1k", "vix_linformer_tiny.deit_fb_in1k")
