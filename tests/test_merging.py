@@ -894,6 +894,7 @@ def test_blocks_that_came_later_are_not_left_out():
     for call in (model, model.forward_intermediates):
         with pytest.raises(InputError, match="has 5 blocks, and tokens were to merge in 4"):
             call(x)
+    assert "(0-4): 5 x MergingVitBlock(" in repr(model)  # which a debugger asks for, whatever its state
     timm_vix.convert(model, merge=1)
     other = copy.deepcopy(model)
     timm_vix.revert(other)

@@ -84,6 +84,10 @@ class MergingBlocks(nn.ModuleList):
                 "with merge= sets this anew"
             )
 
+    def __repr__(self) -> str:
+        # that of a list iterates over it, which ``check_length`` may refuse
+        return repr(nn.ModuleList(self.children())).replace("ModuleList", type(self).__name__, 1)
+
     def __iter__(self) -> Iterator[Any]:
         self.check_length()
         groups: list[Optional[Groups]] = [None] * (len(self) + 1)
