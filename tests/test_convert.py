@@ -849,6 +849,71 @@ def test_a_mixer_changes_the_layers_of_a_model_that_was_converted_in_place(tmp_p
         timm.create_model(folder, pretrained=True, mixer="linformer")
 
 
+NYSTROM = {"mixer": "nystrom", "num_landmarks": 4}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    "layers, changes, expected",
+    [
+        ({0: NYSTROM, 1: NYSTROM}, dict(mixer="softmax"), {}),
+        (
+            {0: NYSTROM, 1: NYSTROM},
+            dict(mixer="axial", strip_width=1),
+            {i: dict(mixer="axial", strip_width=1) for i in (0, 1)},
+        ),
+        ({0: NYSTROM, 1: NYSTROM}, dict(layers="first-1"), {0: NYSTROM}),
+        ({0: NYSTROM, 1: NYSTROM}, dict(layers={1: "nystrom"}, num_landmarks=2), {1: {**NYSTROM, "num_landmarks": 2}}),
+        ({0: "axial", 1: NYSTROM}, dict(mixer="softmax"), {}),
+        ({0: "axial", 1: NYSTROM}, dict(num_landmarks=2), {0: "axial", 1: {**NYSTROM, "num_landmarks": 2}}),
+        ({0: "axial", 1: NYSTROM}, dict(layers={0: "nystrom", 1: "axial"}), {0: NYSTROM, 1: "axial"}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_is_given_for_a_saved_model_is_saved_again(layers, changes, expected, in_place, tmp_path):
+    sizes = dict(depth=2, img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=4)
+    plain = lively(timm.create_model("vit_tiny_patch16_224", **sizes).eval())
+    if in_place:
+        model = copy.deepcopy(plain)
+        timm_vix.convert(model, layers=layers)
+    else:
+        model = timm.create_model("vix_from_timm", source="vit_tiny_patch16_224", layers=layers, **sizes).eval()
+        model.load_state_dict(plain.state_dict())
+    if expected:
+        timm_vix.convert(plain, layers=expected)
+    x = torch.randn(2, 3, 32, 32)
+    place, given = tmp_path / "first", changes
+    for again in ("second", "third"):
+        save_for_hf(model, place, safe_serialization=True)
+        model = timm.create_model(f"local-dir:{place}", pretrained=True, **given).eval()
+        assert distance(model(x), plain(x)) < 1e-6
+        place, given = tmp_path / again, {}
+
+
+def test_a_model_with_another_mixer_than_its_name_is_saved_and_loaded(tmp_path):
+    model = timm.create_model("vix_nystrom_cifar", depth=2, patch_size=8, num_landmarks=4, conv_residual=False)
+    save_for_hf(model, tmp_path / "first", safe_serialization=True)
+    model = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True, mixer="axial", layers=[0]).eval()
+    save_for_hf(model, tmp_path / "second", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True).eval()
+    assert mixer_name(again.blocks[0].attn) == "axial" and type(again.blocks[1].attn) is Attention
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_layers_for_a_saved_model_without_a_mixer_are_refused(in_place, tmp_path):
+    sizes = dict(depth=2, img_size=32, patch_size=8, num_classes=4)
+    name, source = ("vit_tiny_patch16_224", {}) if in_place else ("vix_from_timm", {"source": "vit_tiny_patch16_224"})
+    model = timm.create_model(name, **source, **sizes, **({} if in_place else {"merge": 0.5}))
+    if in_place:
+        timm_vix.convert(model, merge=0.5)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match="layers='first-1': these are layers for a mixer, and none is named"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, layers="first-1")
+
+
 def test_a_saved_model_may_have_an_argument_of_its_source_in_two_places(tmp_path):
     arguments = dict(source="vit_tiny_patch16_224", mixer="nystrom", layers="last-1", img_size=32, num_classes=3)
     model = timm.create_model("vix_from_timm", **arguments, source_kwargs=dict(depth=2)).eval()

@@ -11,7 +11,6 @@ from typing import Any, Optional
 
 from torch import nn
 
-from .._checks import InputError
 from ..mixers._keywords import all_keywords
 from ..slots.hooks import update_hooks
 from ..slots.model import AttentionSite, mixer_name, no_decay_names, slots_of
@@ -105,35 +104,6 @@ def record_arguments(model: nn.Module, arguments: dict[str, Any], conversion: Op
     conversion.clear()
     conversion.update(given=arguments, found={name: model._model_args.get(name) for name in RESOLVED})
     model._model_args = {**model._model_args, "conversion": conversion}
-
-
-def resolved_arguments(conversion: Any, arguments: dict[str, Any]) -> list[Any]:
-    """Mixer, layers, keywords, merge and scale_logits: the saved model's resolved values of unchanged arguments.
-
-    Args:
-        conversion: what ``record_arguments`` recorded: "given", the arguments with which the model was created, and
-            "found", their resolved values. Resolved layers hold the keywords of their mixers.
-        arguments: those of the present call; the caller may have changed some.
-    """
-    given, found = (conversion.get(part) if isinstance(conversion, dict) else None for part in ("given", "found"))
-    if (
-        not isinstance(given, dict)
-        or not isinstance(found, dict)
-        or not (given.keys() >= arguments.keys() and found.keys() == {*RESOLVED})
-    ):
-        raise InputError(
-            f"conversion={conversion!r}: expected the mapping with 'given' and 'found' that a saved model has"
-        )
-    # timm saves the arguments that were given, and the resolved values of the others
-    same = {name: value in (given.get(name), found.get(name)) for name, value in arguments.items()}
-    merge, scale_logits = (found[name] if same[name] else arguments[name] for name in ("merge", "scale_logits"))
-    if same["mixer"] and same["layers"] and same["keywords"]:
-        return [found["mixer"], found["layers"], {}, merge, scale_logits]
-    # resolved layers hold keywords, which would take precedence over those of the caller
-    mixer, layers, keywords = ((given if same[name] else arguments)[name] for name in ("mixer", "layers", "keywords"))
-    if same["mixer"] and mixer is None:  # which of its meanings it had depends on the other arguments
-        mixer = found["mixer"]
-    return [mixer, layers, dict(keywords), merge, scale_logits]
 
 
 def record_resolved_arguments(model: nn.Module) -> None:

@@ -7,8 +7,9 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from .._checks import InputError
+from ..conversion.saved_arguments import mixers_of
 from ..mixers import MIXERS
-from ..mixers._keywords import mixer_keywords
+from ..mixers._keywords import all_keywords, mixer_keywords
 from ._register import ModelName
 
 
@@ -26,12 +27,15 @@ def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[st
 
 
 def without_saved_keywords(row: ModelName, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords, without those of a saved model's mixer where the user asks for another one that lacks them."""
-    saved = kwargs.get("pretrained_model_args") or {}
-    former, mixer = saved.get("mixer", row.mixer), kwargs.get("mixer", row.mixer)
-    if not saved or mixer == former or mixer not in MIXERS:
+    """The keywords, without those that were saved with a model and are of none of the mixers that it is to have.
+
+    timm records them again when a model is saved that was loaded with another mixer.
+    """
+    saved, layers = kwargs.get("pretrained_model_args") or {}, kwargs.get("layers")
+    used = mixers_of(layers, kwargs.get("mixer", row.mixer))
+    if not saved or not all(isinstance(mixer, str) and mixer in MIXERS for mixer in used):
         return kwargs
-    stale = set(mixer_keywords(former)) - set(mixer_keywords(mixer))
+    stale = all_keywords().difference(*map(mixer_keywords, used))
     return {k: v for k, v in kwargs.items() if not (k in stale and k in saved and saved[k] == v)}
 
 

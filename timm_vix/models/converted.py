@@ -5,7 +5,6 @@
 What comes from a folder or the Hub isn't trusted, see ``saved.py``.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Optional
 
@@ -24,9 +23,9 @@ from ..conversion.folding import fold_norms
 from ..conversion.layers import Layers, check_saved_form
 from ..conversion.merge_steps import Merge
 from ..conversion.norms import replace_norms
-from ..conversion.record import NAME, record_arguments, resolved_arguments, source_of
+from ..conversion.record import NAME, record_arguments, source_of
+from ..conversion.saved_arguments import saved_arguments
 from ..conversion.scaling import ScaleLogits
-from ..mixers import MIXERS
 from ._arguments import take_keywords
 from .saved import build_saved
 
@@ -72,25 +71,6 @@ def build(
     elif keywords:
         convert(model, **keywords)
     return model
-
-
-def with_arguments(layers: Layers, mixer: Optional[str], keywords: dict[str, Any]) -> Layers:
-    """The layers of a saved model, which hold their mixers with all keywords, with what the caller gives instead.
-
-    Such a model was converted after it had been created, so ``keywords`` are none that it was saved with.
-
-    Args:
-        mixer: For all of these layers; None: those that they were saved with.
-    """
-    if not isinstance(layers, Mapping):
-        return layers
-    found = {}
-    for index, layer in layers.items():
-        own = {"mixer": mixer} if mixer else layer if isinstance(layer, Mapping) else {"mixer": layer}
-        name = own.get("mixer")
-        taken = MIXERS[name].keywords() if isinstance(name, str) and name in MIXERS else []
-        found[index] = {**own, **{name: value for name, value in keywords.items() if name in taken}}
-    return found
 
 
 def features_of(model: nn.Module, **wrapping: Any) -> nn.Module:
@@ -146,19 +126,17 @@ def vix_from_timm(
     cfg = kwargs.pop("pretrained_cfg", None)
     cache_dir = kwargs.pop("cache_dir", None)
     keywords = take_keywords(kwargs)
-    arguments = dict(mixer=mixer, layers=layers, keywords=dict(keywords), merge=merge, scale_logits=scale_logits)
-    if conversion is not None and conversion != {}:
-        mixer, layers, keywords, merge, scale_logits = resolved_arguments(conversion, arguments)
-    keywords |= {
-        name: value for name, value in dict(merge=merge, scale_logits=scale_logits).items() if value is not None
-    }
+    arguments: dict[str, Any] = dict(mixer=mixer, layers=layers, keywords=keywords, merge=merge)
+    arguments["scale_logits"] = scale_logits
+    saved = isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub")
+    built = arguments
+    if saved or conversion:
+        built = saved_arguments(conversion, kwargs.get("pretrained_model_args") or {}, arguments)
+    mixer, layers = built["mixer"], built["layers"]
+    keywords = built["keywords"] | {name: built[name] for name in ("merge", "scale_logits") if built[name] is not None}
     names = ("features_only", "out_indices", "feature_cls")
     wrapping = {name: kwargs.pop(name) for name in names if name in kwargs}
     check_choice("norms", norms, NORMS)
-    saved = isinstance(cfg, dict) and cfg.get("source") in ("local-dir", "hf-hub")
-    if saved and conversion is None:
-        saved_mixer = (kwargs.get("pretrained_model_args") or {}).get("mixer")
-        layers = with_arguments(layers, None if mixer == saved_mixer else mixer, keywords)
     create = partial(build, source, mixer, layers, keywords, source_kwargs or {}, norms)
     if saved:
         classes = kwargs.get("num_classes")
@@ -182,13 +160,11 @@ def vix_from_timm(
             overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
             kwargs["pretrained_cfg_overlay"] = dict(source=None, custom_load=False) | given | overlay
         model = create(pretrained=pretrained, cache_dir=cache_dir, **kwargs)
-    if source_of(model) is not None:
-        record_arguments(model, arguments, conversion)
-    elif getattr(model, "pretrained_cfg", None):
+    if source_of(model) is None and getattr(model, "pretrained_cfg", None):
         # softmax as it was: under the source's own name the keywords of this one would be unknown
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": NAME}
         own = dict(source=source, mixer="softmax", layers="all")
         model._model_args = {**getattr(model, "_model_args", {}), **own}
-        if conversion is not None:
-            conversion.clear()
+    if source_of(model) is not None:
+        record_arguments(model, arguments, conversion)
     return features_of(model, **wrapping) if wrapping.pop("features_only", False) else model
