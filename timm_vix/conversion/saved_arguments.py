@@ -37,7 +37,7 @@ def saved_arguments(conversion: Any, saved: dict[str, Any], arguments: dict[str,
     mixer = (arguments if "mixer" in changed else given)["mixer"]
     if mixer is None and found["mixer"] != "softmax":  # as which it was resolved
         mixer = found["mixer"]
-    layers = result["layers"] or "all"
+    layers = result["layers"] or given["layers"]
     keywords = arguments["keywords"]
     if "layers" in changed:
         layers, keywords = with_saved_keywords(layers, mixer, keywords, shared_keywords(found["layers"], new))
