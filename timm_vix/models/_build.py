@@ -1,6 +1,6 @@
 """Build a registered model through timm: its row under the user's keywords, one clear error for a bad checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from timm.models import build_model_with_cfg
@@ -17,11 +17,8 @@ def overridden(row: ModelName, sizes: dict[str, dict[str, Any]], kwargs: dict[st
     """A row's arguments, overridden by the user's; another mixer doesn't get the keywords of the row's mixer."""
     kwargs = without_saved_keywords(row, kwargs)
     chosen = {name: value for name, value in row._asdict().items() if name in ("mixer", "stem", "rope") and value}
-    left_out = mixer_keywords(row.mixer) if kwargs.get("mixer", row.mixer) != row.mixer else []
-    if isinstance(layers := kwargs.get("layers"), Mapping):
-        default = kwargs.get("mixer", row.mixer)
-        named = [entry.get("mixer", default) if isinstance(entry, Mapping) else entry for entry in layers.values()]
-        left_out = [] if row.mixer in named else mixer_keywords(row.mixer)
+    used = mixers_of(kwargs.get("layers"), kwargs.get("mixer", row.mixer))
+    left_out = [] if row.mixer in used else mixer_keywords(row.mixer)
     own = {name: value for name, value in row.keywords.items() if name not in left_out}
     return {**sizes.get(row.size, {}), **chosen, **own, **kwargs}
 
