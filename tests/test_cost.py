@@ -21,7 +21,8 @@ from timm_vix._checks import InputError
 from timm_vix._names import parse_model
 from timm_vix._records import append_record, read_records
 from timm_vix.benchmark.baselines import baseline_of
-from timm_vix.benchmark.cost import COLUMNS, jobs_of, summary, sweep
+from timm_vix.benchmark.cost import COLUMNS, jobs_of, sweep
+from timm_vix.benchmark.cost_text import summary
 from timm_vix.mixers._mechanism import MechanismHost
 from timm_vix.mixers.softmax import SoftmaxAttention
 from timm_vix.train.hub import note_classes_once

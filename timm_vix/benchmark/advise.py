@@ -15,7 +15,8 @@ from .._checks import InputError, positive
 from .._records import Record
 from ..measure.statistics import crossover, crossover_text
 from ..mixers import MIXERS
-from .cost import add_machine, machine_of, ratio, sweep
+from .cost import add_machine, machine_of, sweep
+from .cost_text import ratio
 from .figures import paired_times
 
 SIZES = 5

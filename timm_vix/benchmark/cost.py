@@ -23,16 +23,15 @@ from .._records import (
     LaterText,
     Record,
     add_later_columns,
-    aligned,
     append_record,
     check_writable,
     earlier_records,
-    grouped,
     key_of,
 )
 from ..measure.job import JOB, measure_in_process, measure_together
 from ..measure.process import call_in_process
 from .baselines import attention_of, baseline_of
+from .cost_text import describe, summary
 from .runs import files_of
 
 KEY = (
@@ -76,11 +75,6 @@ COLUMNS: Columns = dict(
     error=str,
     files=LaterText,  # those that the names of model and baseline hold, with checksums
 )
-NOTE = (
-    "ms and MiB at the smallest batch; with mode=train a training step. x softmax: speed over the softmax baseline,\n"
-    "timed in turn, fused where a fused kernel can run it. none: the spread over the rounds (10th to 90th percentile)\n"
-    "contains 1, so no difference was measured. few rounds: with fewer than five, no difference is reported."
-)
 
 
 def jobs_of(models: list[str], settings: dict[str, list], baseline: Optional[str], softmax: list[str]) -> list[Record]:
@@ -91,10 +85,10 @@ def jobs_of(models: list[str], settings: dict[str, list], baseline: Optional[str
         softmax: Of "fused" and "unfused", how the baselines run in rows of their own, see ``attention_of``.
     """
     rows = []
-    for reference in dict.fromkeys(baseline_of(model, baseline) for model in models):
+    references = {model: baseline_of(model, baseline) for model in models}  # of a folder or the Hub it is read there
+    for reference in dict.fromkeys(references.values()):
         rows += [(reference, kind, reference) for kind in attention_of(reference, softmax)]
-    for model in models:
-        reference = baseline_of(model, baseline)
+    for model, reference in references.items():
         # a model that is its own baseline is softmax too
         (kind,) = attention_of(model, ["fused"]) if model == reference else ["fused"]
         rows.append((model, kind, reference))
@@ -211,52 +205,6 @@ def measured(jobs: list[Record], together: bool) -> Iterator[tuple[Record, Recor
 def round_off(record: Record) -> Record:
     """Round all floats to five significant digits."""
     return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in record.items()}
-
-
-def describe(record: Record) -> str:
-    """One line about one row."""
-    what = f"{record['model']}{', unfused' * (record['attention'] == 'unfused')}"
-    what += f", {record['img_size']} px, batch {record['batch_size']}, {record['mode']}, {record['dtype']}"
-    what += ", compiled" * (record["compile"] == "on")
-    if record.get("error"):
-        return f"{what}: failed: {record['error']}"
-    memory = record.get("peak_memory_mib")
-    size = "" if memory is None else f", {memory:.0f} MiB"
-    return f"{what}: {record['latency_p50_ms']:.4g} ms, {ratio(record)}{size}"
-
-
-def ratio(record: Record) -> str:
-    """Times the baseline's speed, with the spread, and whether that is a difference."""
-    if record.get("speedup") is None:
-        return "no baseline"
-    if record.get("speedup_low") is None:
-        return f"{record['speedup']:.2f} x softmax ({'one round' if record['rounds'] == 1 else 'two rounds'})"
-    text = f"{record['speedup']:.2f} x softmax ({record['speedup_low']:.2f} to {record['speedup_high']:.2f})"
-    return text + {"none": ": none", "unknown": ": few rounds"}.get(record["difference"], "")
-
-
-def summary(records: list[Record]) -> str:
-    """A table for the terminal: one line for each model and setting, batch sizes joined."""
-    groups = grouped(records, ("img_size", "mode", "dtype", "compile", "model", "attention", "baseline"))
-    several = len({baseline for *_, baseline in groups}) > 1
-    head = ["px", "mode", "dtype", "compile", "model"]
-    head += ["ms (p90)", "x softmax (spread)", "images/s at best batch", "MiB"]
-    lines = [head]
-    for (size, mode, dtype, compiled, model, kind, baseline), group in groups.items():
-        good = [record for record in group if record["error"] is None]
-        name = model if kind == "fused" else f"{model}, unfused"
-        name += f", beside {baseline}" if several and baseline != model else ""
-        start = [str(size), mode, dtype, compiled, name]
-        if not good:
-            lines.append([*start, f"failed: {group[0]['error']}"[:90]])
-            continue
-        first = min(good, key=lambda record: record["batch_size"])
-        best = max(good, key=lambda record: record["images_per_s"])
-        latency = f"{first['latency_p50_ms']:.4g} ({first['latency_p90_ms']:.4g})"
-        throughput = f"{best['images_per_s']:.4g} at {best['batch_size']}"
-        memory = "" if first["peak_memory_mib"] is None else f"{first['peak_memory_mib']:.0f}"
-        lines.append([*start, latency, ratio(first).replace(" x softmax", ""), throughput, memory])
-    return f"{aligned(lines)}\n\n{NOTE}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from .._checks import InputError
 from .._records import Record, header_of, key_of, read_records
 from . import compare, cost
+from .cost_text import describe
 from .runs import Run
 
 # rows of a run that agree in these, too, are the same measurement
@@ -45,7 +46,7 @@ def read_tables(paths: list[Path]) -> Tables:
             failures[key_of(record, Run._fields if is_compare else cost.KEY)] = (
                 f"{record['model']}, seed {record['seed']}, from {record['start']}: {record['error']}"
                 if is_compare
-                else cost.describe(record)
+                else describe(record)
             )
     if not costs and not runs:
         raise InputError(f"{', '.join(map(str, paths))}: no good row to report")
